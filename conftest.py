@@ -1,0 +1,59 @@
+"""Test set-up shared by ``tests/`` and the doctests of ``pyro_ebm``."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_ebm
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="torch device, for instance cuda")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs CUDA")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+@pytest.fixture
+def device(request):
+    """The device that ``--device`` names."""
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def dtype(request):
+    """Default dtype of the test: float64, but float32, as users have it, in doctests.
+
+    ``@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])`` asks for
+    others, whether or not the test takes ``dtype`` as an argument.
+    """
+    doctest = isinstance(request.node, pytest.DoctestItem)
+    return torch.float32 if doctest else torch.float64
+
+
+@pytest.fixture(autouse=True)
+def fresh_state(dtype):
+    """Give each test the same random numbers, no parameters and one thread."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(1)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True)
+def doctest_names(doctest_namespace):
+    """Names that an example in a docstring may use without importing them."""
+    doctest_namespace.update(torch=torch, pyro=pyro, dist=dist, pyro_ebm=pyro_ebm)

@@ -1,0 +1,228 @@
+r"""Sums, multiples and exponentials of energies.
+
+A sum of energies is a product of distributions, up to a constant (eq. (1.3) to (1.6)):
+
+.. math::
+    f(x) = \sum_k w_k f_k(x) + c, \qquad
+    e^{-f(x)} \propto \prod_k q_k(x)^{w_k}                                 \tag{1}
+
+The constant, the partition function of the product, is not the product of the
+constants: :mod:`pyro_ebm.partition` estimates it.
+"""
+
+__all__ = ["ExpEnergy", "SumEnergy", "require_same_space"]
+
+import numbers
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from pyro_ebm.energies.base import ClosedForm, Energy
+
+
+@final
+class SumEnergy(Energy):
+    r"""The weighted sum (1) of energies of the same event and support.
+
+    Usually written with operators: ``f1 + f2``, ``2.0 * f``, ``f1 - f2``, ``f + 3.0``.
+    Sums of sums are flattened, so each part is evaluated once.
+
+    Args:
+        energies: The parts :math:`f_k`, at least one.
+        weights: One number or scalar tensor a part; a ``nn.Parameter`` is learned.
+        offset: The constant :math:`c`, in nats; it moves :math:`\log Z` by ``-c``.
+
+    Raises:
+        ValueError: If the parts differ in event shape or support, if there is none, or
+            if a weight or the offset is not a finite scalar.
+
+    Example:
+        >>> f = pyro_ebm.energies.FunctionEnergy(lambda x: x**2 / 2, ())
+        >>> g = 2.0 * f + f - 1.0
+        >>> g(torch.tensor(2.0)).item()
+        5.0
+    """
+
+    def __init__(
+        self,
+        energies: list[Energy],
+        weights: list[float | Tensor] | None = None,
+        offset: float | Tensor = 0.0,
+    ) -> None:
+        if not energies:
+            raise ValueError("energies must hold at least one Energy, got none.")
+        first = energies[0]
+        require_same_space(*energies)
+        weights = [1.0] * len(energies) if weights is None else list(weights)
+        if len(weights) != len(energies):
+            raise ValueError(
+                f"weights must hold one number for each of the {len(energies)} "
+                f"energies, got {len(weights)}."
+            )
+        super().__init__(first.event_shape, first.support)
+        self.energies = nn.ModuleList(energies)
+        for index, weight in enumerate(weights):
+            _keep_scalar(self, f"weight_{index}", weight)
+        _keep_scalar(self, "offset", offset)
+
+    @property
+    def weights(self) -> list[float | Tensor]:
+        """The weight of each part."""
+        return [getattr(self, f"weight_{k}") for k in range(len(self.energies))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate (1) at ``x`` of shape ``(*batch, *event)``."""
+        parts = zip(self.weights, self.energies, strict=True)
+        return sum(w * f(x) for w, f in parts) + self.offset  # (1)
+
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum the parts' own gradients, so that closed forms are kept."""
+        value, grad = 0.0, 0.0
+        for weight, part in zip(self.weights, self.energies, strict=True):
+            w = weight.detach() if isinstance(weight, Tensor) else weight
+            part_value, part_grad = part.value_and_grad(x)
+            value, grad = value + w * part_value, grad + w * part_grad
+        offset = self.offset
+        return value + (offset.detach() if isinstance(offset, Tensor) else offset), grad
+
+    def closed_form(self) -> ClosedForm | None:
+        r"""That of a single part of weight 1, with ``c`` taken from :math:`\log Z`.
+
+        Exactness: *exact* where it is not ``None``.
+        """
+        if len(self.energies) > 1 or isinstance(self.weight_0, Tensor):
+            return None  # a weight that can change has no lasting closed form
+        if self.weight_0 != 1:
+            return None
+        inner = self.energies[0].closed_form()
+        return inner and ClosedForm(inner.log_partition - self.offset, inner[1])
+
+    def extra_repr(self) -> str:
+        """Weights and offset, for ``repr``."""
+        *weights, offset = (
+            v.item() if isinstance(v, Tensor) else v
+            for v in (*self.weights, self.offset)
+        )
+        return f"weights={weights}, offset={offset}"
+
+
+@final
+class ExpEnergy(Energy):
+    r"""The energy :math:`\exp(g(x))`; written ``g.exp()``.
+
+    It is bounded below by 0, so on an unbounded support it has a partition function
+    only where :math:`g` grows.
+
+    Args:
+        energy: The inner energy :math:`g`.
+    """
+
+    def __init__(self, energy: Energy) -> None:
+        super().__init__(energy.event_shape, energy.support)
+        self.energy = energy
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate ``exp(g(x))`` at ``x`` of shape ``(*batch, *event)``."""
+        return self.energy(x).exp()
+
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the chain rule to the inner energy's own gradient."""
+        value, grad = self.energy.value_and_grad(x)
+        value = value.exp()
+        return value, grad * value.reshape(value.shape + (1,) * self.event_dim)
+
+
+def _linear(*terms: tuple[Energy | float | Tensor, float | Tensor]) -> Energy:
+    """Sum of ``weight * term``, flattened; plain numbers go into the offset."""
+    energies: list[Energy] = []
+    weights: list[float | Tensor] = []
+    offset: float | Tensor = 0.0
+    for term, scale in terms:
+        if not isinstance(scale, numbers.Real | Tensor):
+            raise TypeError(
+                f"an energy can be multiplied by a number, got {type(scale).__name__}. "
+                "For the product of two distributions add their energies: f1 + f2."
+            )
+        if isinstance(term, SumEnergy) and _can_flatten(term, scale):
+            energies += list(term.energies)
+            weights += [_times(scale, weight) for weight in term.weights]
+            offset = _plus(offset, _times(scale, term.offset))
+        elif isinstance(term, Energy):
+            energies.append(term)
+            weights.append(scale)
+        elif isinstance(term, numbers.Real | Tensor):
+            offset = _plus(offset, _times(scale, term))
+        else:
+            raise TypeError(
+                f"an Energy or a number can be added to an energy, got "
+                f"{type(term).__name__}. Wrap a callable in FunctionEnergy."
+            )
+    return SumEnergy(energies, weights, offset)
+
+
+# The product or sum of a parameter and anything else is no parameter, and not learned:
+# so multiply by one and add zero without arithmetic, and keep a sum as it is where its
+# learned scalars would have to change.
+
+
+def _can_flatten(term: SumEnergy, scale: float | Tensor) -> bool:
+    if any(p is term.offset for p in term.parameters(recurse=False)):
+        return False
+    if not isinstance(scale, Tensor) and scale == 1:
+        return True
+    return not any(isinstance(v, nn.Parameter) for v in (scale, *term.weights))
+
+
+def _times(scale: float | Tensor, value: float | Tensor) -> float | Tensor:
+    return value if not isinstance(scale, Tensor) and scale == 1 else scale * value
+
+
+def _plus(offset: float | Tensor, value: float | Tensor) -> float | Tensor:
+    return value if not isinstance(offset, Tensor) and offset == 0 else offset + value
+
+
+def _keep_scalar(module: nn.Module, name: str, value: float | Tensor) -> None:
+    """Register a scalar: parameter, buffer or plain number."""
+    tensor = torch.as_tensor(value).detach()
+    if tensor.dim() != 0 or not tensor.isfinite():
+        raise ValueError(
+            f"{name} must be one finite number or a tensor of shape (), got {value}."
+        )
+    if isinstance(value, nn.Parameter) or not isinstance(value, Tensor):
+        setattr(module, name, value)
+    else:
+        module.register_buffer(name, value)
+
+
+def require_same_space(first: Energy, *others: Energy) -> None:
+    """Check that energies can be combined.
+
+    Raises:
+        TypeError: If one of them is no energy.
+        ValueError: If they differ in event shape or support.
+    """
+    for energy in (first, *others):
+        if not isinstance(energy, Energy):
+            raise TypeError(
+                f"energies must hold Energy objects, got {type(energy).__name__}. "
+                "Wrap a callable in FunctionEnergy, a distribution in "
+                "DistributionEnergy."
+            )
+        if first.event_shape != energy.event_shape:
+            raise ValueError(
+                "energies must share one event_shape, got "
+                f"{tuple(first.event_shape)} and {tuple(energy.event_shape)}. Energies "
+                "of different parts of a larger event need a FunctionEnergy that "
+                "selects the part."
+            )
+        if str(first.support) != str(energy.support):
+            raise ValueError(
+                f"energies must share one support, got {first.support} and "
+                f"{energy.support}. Restrict one of them explicitly with "
+                "FunctionEnergy(f, event_shape, support)."
+            )
+
+
+Energy._linear = staticmethod(_linear)
+Energy._exp = ExpEnergy

@@ -1,0 +1,196 @@
+r"""The contract of an energy.
+
+An energy :math:`f: \mathcal{X} \to \mathbb{R}`, in nats, is half of a distribution
+
+.. math::
+    q(x) = \exp(-f(x)) / Z, \qquad Z = \int_{\mathcal{X}} \exp(-f(x'))\, dx'
+    \tag{1}
+
+(eq. (1.1) and (1.2) of the text that the library follows); the other half,
+:math:`\log Z`, is the business of :mod:`pyro_ebm.partition`.
+"""
+
+__all__ = ["ClosedForm", "Energy"]
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
+
+
+class ClosedForm(NamedTuple):
+    r"""What is known of an energy without sampling.
+
+    Attributes:
+        log_partition: :math:`\log Z`, shape ``()``, differentiable in the parameters.
+        distribution: The normalised Pyro distribution that equals
+            :math:`e^{-f} / Z`; it is sampled exactly.
+    """
+
+    log_partition: Tensor
+    distribution: dist.TorchDistribution
+
+
+class Energy(nn.Module, ABC):
+    r"""An energy function :math:`f(x)` in nats: ``q(x) = exp(-f(x)) / Z``.
+
+    Subclasses define :meth:`forward`. Each call checks the shape of ``x`` and of
+    the result, so that an energy that returns ``(..., 1)`` or integers is found at
+    its first use.
+
+    Args:
+        event_shape: Shape of one point ``x``.
+        support: Constraint with ``event_dim == len(event_shape)``; default: all of
+            :math:`\mathbb{R}^{\text{event\_shape}}`.
+
+    Raises:
+        TypeError: If ``event_shape`` is a number.
+        ValueError: If the support has another ``event_dim`` than the event.
+    """
+
+    def __init__(
+        self, event_shape: Sequence[int], support: Constraint | None = None
+    ) -> None:
+        super().__init__()
+        if isinstance(event_shape, int):
+            raise TypeError(
+                f"event_shape must be a sequence such as ({event_shape},), got the "
+                f"number {event_shape}."
+            )
+        self.event_shape = torch.Size(event_shape)
+        event_dim = len(self.event_shape)
+        # torch wraps a mixture's support, which hides the bijection of its parts. The
+        # class is newer than the oldest torch supported, hence its name.
+        if type(support).__name__ == "MixtureSameFamilyConstraint":
+            support = support.base_constraint
+        if support is None:
+            support = constraints.independent(constraints.real, event_dim)
+        elif support.event_dim != event_dim:
+            raise ValueError(
+                f"support must have event_dim {event_dim}, the number of dimensions "
+                f"of event_shape {tuple(self.event_shape)}; got {support} with "
+                f"event_dim {support.event_dim}. Wrap it: "
+                f"constraints.independent(support, {event_dim - support.event_dim})."
+            )
+        self.support = support
+
+    @property
+    def event_dim(self) -> int:
+        """Number of dimensions of one point."""
+        return len(self.event_shape)
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Energy of each point.
+
+        Args:
+            x: Points of shape ``(*batch, *event)``.
+
+        Returns:
+            Energies in nats, shape ``(*batch,)``.
+        """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Energy of each point, with both shapes checked; see :meth:`forward`."""
+        batch_shape = self.batch_shape_of(x)
+        energy: Tensor = super().__call__(x)
+        if not isinstance(energy, Tensor):
+            raise TypeError(
+                f"{type(self).__name__} must return a tensor of energies of shape "
+                f"{tuple(batch_shape)}, got {type(energy).__name__}. Compute the "
+                "energy from x by torch operations."
+            )
+        if energy.shape != batch_shape or not energy.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__} must return one floating-point energy a "
+                f"point, shape {tuple(batch_shape)} for x of shape "
+                f"{tuple(x.shape)}; got shape {tuple(energy.shape)} and dtype "
+                f"{energy.dtype}. A trailing 1 goes away with .squeeze(-1)."
+            )
+        return energy
+
+    def batch_shape_of(self, x: Tensor) -> torch.Size:
+        """Shape of ``x`` without its event, which must be that of the energy.
+
+        Args:
+            x: Points of shape ``(*batch, *event)``.
+
+        Returns:
+            ``batch``.
+
+        Raises:
+            ValueError: If ``x`` does not end in the event shape.
+        """
+        batch_dim = x.dim() - self.event_dim
+        if batch_dim < 0 or x.shape[batch_dim:] != self.event_shape:
+            raise ValueError(
+                f"x must have shape (*batch, {_join(self.event_shape)}) to match the "
+                f"event_shape of {type(self).__name__}, got {tuple(x.shape)}. Reshape "
+                "the data or build the energy with another event_shape."
+            )
+        return x.shape[:batch_dim]
+
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Energy and its gradient in ``x`` in one autograd pass.
+
+        Both are detached from the parameters, and correct under ``no_grad`` too.
+        Override it where :math:`\nabla f` is known in closed form, and call
+        :meth:`batch_shape_of` there: nothing else checks the shape of ``x``.
+
+        Args:
+            x: Points of shape ``(*batch, *event)``.
+
+        Returns:
+            ``f(x)`` of shape ``(*batch,)`` and the gradient in the shape of ``x``.
+        """
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self(x)
+            (grad,) = torch.autograd.grad(energy.sum(), x)
+        return energy.detach(), grad
+
+    def closed_form(self) -> ClosedForm | None:
+        r""":math:`\log Z` and the normalised distribution, where they are known.
+
+        Exactness: *exact* where it is not ``None``.
+        """
+        return None
+
+    # Operators return subclasses of this very class, so the two constructors are
+    # filled in by pyro_ebm.energies.algebra once it has defined them.
+    _linear: ClassVar[Callable[..., "Energy"]]
+    _exp: ClassVar[Callable[["Energy"], "Energy"]]
+
+    def __add__(self, other: "Energy | float | Tensor") -> "Energy":
+        return Energy._linear((self, 1.0), (other, 1.0))
+
+    __radd__ = __add__
+
+    def __sub__(self, other: "Energy | float | Tensor") -> "Energy":
+        if isinstance(other, nn.Parameter):
+            return -(other - self)  # -1 times a parameter would no longer be learned
+        return Energy._linear((self, 1.0), (other, -1.0))
+
+    def __rsub__(self, other: "float | Tensor") -> "Energy":
+        return Energy._linear((self, -1.0), (other, 1.0))
+
+    def __mul__(self, other: "float | Tensor") -> "Energy":
+        return Energy._linear((self, other))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Energy":
+        return Energy._linear((self, -1.0))
+
+    def exp(self) -> "Energy":
+        r"""The energy :math:`\exp(f(x))`, the question of the text's section 1.3."""
+        return Energy._exp(self)
+
+
+def _join(shape: torch.Size) -> str:
+    return ", ".join(map(str, shape)) if shape else "no event dimensions"

@@ -1,0 +1,95 @@
+r"""The quadratic energy, whose distribution is the Gaussian.
+
+.. math::
+    f(x)   &= \tfrac12 (x - m)^\top A\, (x - m), \qquad A = L L^\top      \tag{1} \\
+    \log Z &= \tfrac d2 \log 2\pi - \tfrac12 \log\det A                   \tag{2}
+"""
+
+__all__ = ["QuadraticEnergy"]
+
+import math
+from typing import final
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_ebm.energies.base import ClosedForm, Energy
+
+
+@final
+class QuadraticEnergy(Energy):
+    r"""Quadratic energy (1) over vectors, with gradient and :math:`\log Z` known.
+
+    The Cholesky factor of the precision is the parameter, its diagonal on the log
+    scale, so that any optimiser step leaves the precision positive definite.
+
+    Args:
+        loc: The mean :math:`m`, shape ``(D,)``.
+        precision: The matrix :math:`A`, shape ``(D, D)``; default: the identity.
+
+    Raises:
+        ValueError: If ``precision`` is not a positive-definite matrix of ``loc``'s
+            size.
+
+    Example:
+        >>> f = QuadraticEnergy(torch.zeros(2), torch.eye(2) * 4)
+        >>> f(torch.ones(2)).item()
+        4.0
+        >>> round(f.closed_form().log_partition.item(), 4)
+        0.4516
+    """
+
+    def __init__(self, loc: Tensor, precision: Tensor | None = None) -> None:
+        if loc.dim() != 1:
+            raise ValueError(f"loc must have shape (D,), got {tuple(loc.shape)}.")
+        super().__init__(loc.shape)
+        if precision is None:
+            precision = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
+        if precision.shape != (len(loc), len(loc)):
+            raise ValueError(
+                f"precision must have shape {(len(loc), len(loc))} to match loc, got "
+                f"{tuple(precision.shape)}."
+            )
+        factor, info = torch.linalg.cholesky_ex(precision)
+        if info != 0 or not torch.allclose(precision, precision.mT):
+            raise ValueError(
+                "precision must be symmetric positive definite; its Cholesky "
+                f"factorisation fails or it differs from its transpose: {precision}."
+            )
+        self.loc = nn.Parameter(loc.detach().clone())
+        self.log_diagonal = nn.Parameter(factor.diagonal().log())
+        self.lower = nn.Parameter(factor.tril(-1))
+
+    @property
+    def scale_tril_of_precision(self) -> Tensor:
+        """Cholesky factor :math:`L` of the precision, shape ``(D, D)``."""
+        return self.lower.tril(-1) + self.log_diagonal.exp().diag_embed()
+
+    @property
+    def precision(self) -> Tensor:
+        """The matrix :math:`A`, shape ``(D, D)``."""
+        factor = self.scale_tril_of_precision
+        return factor @ factor.mT
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate (1) at ``x`` of shape ``(*batch, D)``."""
+        whitened = (x - self.loc) @ self.scale_tril_of_precision
+        return whitened.square().sum(-1) / 2  # (1)
+
+    @torch.no_grad()
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Energy and gradient ``A (x - m)``, without autograd."""
+        self.batch_shape_of(x)
+        residual = x - self.loc
+        grad = residual @ self.precision
+        return (residual * grad).sum(-1) / 2, grad
+
+    def closed_form(self) -> ClosedForm:
+        r"""The Gaussian with :math:`\log Z` of (2). Exactness: *exact*."""
+        log_partition = len(self.loc) / 2 * math.log(2 * math.pi)
+        log_partition = log_partition - self.log_diagonal.sum()  # (2)
+        gaussian = dist.MultivariateNormal(
+            self.loc, precision_matrix=self.precision, validate_args=False
+        )
+        return ClosedForm(log_partition, gaussian)

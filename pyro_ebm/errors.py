@@ -1,0 +1,15 @@
+"""Exceptions and warnings that a caller may want to catch."""
+
+__all__ = ["DivergenceError", "UnregisteredParameterWarning", "UnreliableWarning"]
+
+
+class DivergenceError(RuntimeError):
+    """No chain can move: the energy is not finite wherever the chains go."""
+
+
+class UnregisteredParameterWarning(UserWarning):
+    """A parameter of an energy is not known to Pyro, so no optimiser trains it."""
+
+
+class UnreliableWarning(UserWarning):
+    """An estimate was returned whose verdict is not ``exact`` or ``ok``."""

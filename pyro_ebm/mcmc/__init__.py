@@ -1,0 +1,25 @@
+"""Kernels that move many chains at once, and what runs them.
+
+Start with :mod:`~pyro_ebm.mcmc.base`, the contract ``init`` / ``step``.
+"""
+
+__all__ = [
+    "ChainState",
+    "HMC",
+    "IndependentChains",
+    "Kernel",
+    "MALA",
+    "PersistentChains",
+    "PyroKernel",
+    "StepInfo",
+    "StepSizeAdaptation",
+    "find_step_size",
+]
+
+from pyro_ebm.mcmc.adaptation import StepSizeAdaptation, find_step_size
+from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
+from pyro_ebm.mcmc.hmc import HMC
+from pyro_ebm.mcmc.independent import IndependentChains
+from pyro_ebm.mcmc.langevin import MALA
+from pyro_ebm.mcmc.persistent import PersistentChains
+from pyro_ebm.mcmc.pyro_kernel import PyroKernel

@@ -1,0 +1,96 @@
+r"""Step-size adaptation for many chains by dual averaging.
+
+The chains share one step size :math:`\epsilon`; Pyro's dual averaging drives
+their mean acceptance to the kernel's target:
+
+.. math::
+    \log\epsilon \leftarrow \mathrm{DualAveraging}
+        \left(a^\star - \tfrac1C \textstyle\sum_c a_c\right)               \tag{1}
+
+References:
+    Hoffman & Gelman (2014), JMLR 15, section 3.2.
+"""
+
+__all__ = ["StepSizeAdaptation", "find_step_size"]
+
+import dataclasses
+
+import torch
+from pyro.ops.dual_averaging import DualAveraging
+from torch import Tensor, nn
+
+from pyro_ebm.energies import Energy
+from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
+
+
+class StepSizeAdaptation(nn.Module):
+    """Dual averaging (1) with its state in a ``state_dict``.
+
+    No number leaves the device: the step size stays a scalar tensor.
+
+    Args:
+        step_size: Where to begin.
+    """
+
+    _state: Tensor
+
+    def __init__(self, step_size: float | Tensor) -> None:
+        super().__init__()
+        start = torch.as_tensor(step_size, dtype=torch.get_default_dtype())
+        # t, mean gradient, averaged iterate, iterate, centre: all that Pyro's class has.
+        self.register_buffer("_state", torch.zeros(5, device=start.device))
+        self.reset(start)
+
+    def reset(self, step_size: float | Tensor) -> None:
+        """Begin anew at ``step_size``."""
+        log_step = torch.as_tensor(step_size).to(self._state).log()
+        # Pyro's and Stan's choice: pull towards ten times the step, so as to be bold.
+        centre = log_step + torch.tensor(10.0).log()
+        zero = torch.zeros_like(log_step)
+        self._state = torch.stack([zero, zero, log_step, log_step, centre])
+
+    @property
+    def step_size(self) -> Tensor:
+        """The current iterate, for use while adapting. Shape ``()``."""
+        return self._state[3].exp()
+
+    @property
+    def averaged_step_size(self) -> Tensor:
+        """The averaged iterate, to be frozen after warmup. Shape ``()``."""
+        return self._state[2].exp()
+
+    def update(self, kernel: Kernel, info: StepInfo) -> None:
+        """Learn from one transition of all chains."""
+        t, g_avg, x_avg, _, centre = self._state.unbind()
+        scheme = DualAveraging(prox_center=centre)
+        scheme._t, scheme._g_avg, scheme._x_avg = t, g_avg, x_avg
+        scheme.step(kernel.target_accept_prob - info.accept_prob.mean())
+        x, x_avg = scheme.get_state()
+        self._state = torch.stack([scheme._t, scheme._g_avg, x_avg, x, centre])
+
+
+def find_step_size(
+    kernel: Kernel, energy: Energy, state: ChainState, max_doublings: int = 30
+) -> Tensor:
+    """Double or halve the step until the mean acceptance crosses the target.
+
+    Args:
+        kernel: Its ``step_size`` is where the search begins.
+        energy: The energy of ``state``.
+        state: Chains, left where they are.
+        max_doublings: Where to give up, at the last step tried.
+
+    Returns:
+        A step size of shape ``()``. Costs a transition a doubling.
+    """
+    step_size = torch.as_tensor(kernel.step_size, dtype=state.energy.dtype)
+    direction = 0
+    for _ in range(max_doublings):
+        trial = dataclasses.replace(kernel, step_size=step_size)
+        accept_prob = trial.step(energy, state)[1].accept_prob.mean()
+        above = 1 if accept_prob > kernel.target_accept_prob else -1
+        if direction and above != direction:
+            break
+        direction = above
+        step_size = step_size * 2.0**direction
+    return step_size

@@ -1,0 +1,142 @@
+r"""The contract of a Markov kernel that moves many chains at once.
+
+A kernel leaves :math:`e^{-f}` invariant. It holds settings only and takes the energy at
+each step, so one kernel serves every temperature and every iterate of a fit; the state
+carries the energy and the gradient of the current points, so that neither is computed
+twice.
+"""
+
+__all__ = ["ChainState", "Kernel", "StepInfo", "accept", "flat_event"]
+
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.energies import Energy, is_unconstrained
+
+
+class ChainState(NamedTuple):
+    """Where the chains are.
+
+    Attributes:
+        x: Points, shape ``(*chains, *event)``.
+        energy: Energy of each point in nats, shape ``(*chains,)``.
+        grad: Gradient of the energy, shape of ``x``.
+    """
+
+    x: Tensor
+    energy: Tensor
+    grad: Tensor
+
+
+class StepInfo(NamedTuple):
+    """What happened in one transition, per chain.
+
+    Attributes:
+        accept_prob: Metropolis probability in [0, 1], shape ``(*chains,)``.
+        accepted: Whether the proposal was taken, shape ``(*chains,)``.
+        is_finite: False where the proposal had a non-finite energy or gradient; such a
+            proposal is rejected. Shape ``(*chains,)``.
+    """
+
+    accept_prob: Tensor
+    accepted: Tensor
+    is_finite: Tensor
+
+
+class Kernel(ABC):
+    """A Markov kernel: plain settings, and a step for all chains at once.
+
+    Subclasses are frozen dataclasses; ``dataclasses.replace`` makes the adapted kernel.
+
+    Attributes:
+        step_size: Size of a move, a number or a scalar tensor.
+        target_accept_prob: Mean acceptance that step-size adaptation aims at.
+    """
+
+    step_size: float | Tensor
+    target_accept_prob: float
+
+    @property
+    @abstractmethod
+    def num_gradients(self) -> int:
+        """Energy gradients that one step costs, a chain."""
+
+    def init(self, energy: Energy, x: Tensor) -> ChainState:
+        """Evaluate the energy at the chains' points, once.
+
+        Args:
+            energy: Over unconstrained space.
+            x: Points, shape ``(*chains, *event)``.
+
+        Raises:
+            ValueError: If the energy has a constrained support.
+        """
+        if not is_unconstrained(energy.support):
+            raise ValueError(
+                f"energy must have an unconstrained support for {type(self).__name__}, "
+                f"got {energy.support}. Move it there with "
+                "pyro_ebm.energies.unconstrained(energy), which also returns the map "
+                "back."
+            )
+        value, grad = energy.value_and_grad(x)
+        return ChainState(x.detach(), value, grad)
+
+    def _check(self) -> None:
+        if not isinstance(self.step_size, Tensor) and not 0 < self.step_size < math.inf:
+            raise ValueError(
+                f"step_size must be positive and finite, got {self.step_size}."
+            )
+        if not 0 < self.target_accept_prob < 1:
+            raise ValueError(
+                "target_accept_prob must be between 0 and 1, got "
+                f"{self.target_accept_prob}."
+            )
+
+    @abstractmethod
+    def step(self, energy: Energy, state: ChainState) -> tuple[ChainState, StepInfo]:
+        """Move every chain once.
+
+        Args:
+            energy: The same that ``state`` was computed with.
+            state: Of ``C`` chains.
+
+        Returns:
+            The new state, and what happened in each chain.
+        """
+
+
+def accept(
+    log_ratio: Tensor, old: ChainState, new: ChainState
+) -> tuple[ChainState, StepInfo]:
+    """Metropolis-Hastings: take each proposal with probability ``min(1, e^log_ratio)``.
+
+    The one rule for non-finite proposals of all kernels: a proposal whose energy or
+    gradient is not finite is rejected and counted, with acceptance probability 0.
+
+    Args:
+        log_ratio: Log acceptance ratio, shape ``(*chains,)``.
+        old: Current state.
+        new: Proposed state.
+    """
+    # A sum is finite only if all its terms are: one reduction instead of two.
+    grad_sum = flat_event(new.grad, new.energy.dim()).sum(-1)
+    is_finite = (new.energy + grad_sum).isfinite()
+    log_ratio = torch.where(is_finite, log_ratio, -torch.inf)
+    accept_prob = log_ratio.clamp(max=0.0).exp().nan_to_num(0.0)
+    accepted = torch.rand_like(accept_prob) < accept_prob
+    wide = accepted.reshape(accepted.shape + (1,) * (new.x.dim() - accepted.dim()))
+    state = ChainState(
+        torch.where(wide, new.x, old.x),
+        torch.where(accepted, new.energy, old.energy),
+        torch.where(wide, new.grad, old.grad),
+    )
+    return state, StepInfo(accept_prob, accepted, is_finite)
+
+
+def flat_event(value: Tensor, chain_dim: int) -> Tensor:
+    """Reshape ``(*chains, *event)`` to ``(*chains, D)``, scalars to ``D = 1``."""
+    return value.reshape(*value.shape[:chain_dim], -1)

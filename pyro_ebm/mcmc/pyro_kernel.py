@@ -1,0 +1,119 @@
+"""A kernel of this package inside ``pyro.infer.MCMC``."""
+
+__all__ = ["PyroKernel"]
+
+import dataclasses
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from pyro.infer.mcmc.util import initialize_model
+from torch import Tensor
+
+from pyro_ebm.energies import Energy, FunctionEnergy
+from pyro_ebm.mcmc.adaptation import StepSizeAdaptation, find_step_size
+from pyro_ebm.mcmc.base import Kernel, StepInfo
+
+
+@final
+class PyroKernel(MCMCKernel):
+    """Run a kernel on a Pyro model, one chain at a time.
+
+    For many chains at once prefer the kernel itself; this adapter lets it stand where
+    Pyro's HMC and NUTS stand: ``pyro.infer.MCMC(PyroKernel(MALA(), model), ...)``.
+
+    Args:
+        kernel: Any kernel of :mod:`pyro_ebm.mcmc`.
+        model: A Pyro model with continuous latent sites; its arguments are given to
+            ``MCMC.run``.
+
+    Raises:
+        TypeError: If ``model`` is an energy or cannot be called.
+    """
+
+    def __init__(self, kernel: Kernel, model: Callable[..., Any]) -> None:
+        if isinstance(model, Energy) or not callable(model):
+            raise TypeError(
+                f"model must be a Pyro model, got {type(model).__name__}. An energy "
+                'becomes one as lambda: pyro.sample("x", EnergyDistribution(energy)).'
+            )
+        self.kernel = kernel
+        self.model = model
+        self.transforms: dict[str, Any] | None = None
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """Find the latent sites, a starting point and a step size."""
+        self._warmup_steps, self._step = warmup_steps, 0
+        self._accept_sum = 0.0
+        initial, potential, self.transforms, _ = initialize_model(
+            self.model, model_args=args, model_kwargs=kwargs
+        )
+        self._shapes = OrderedDict((k, v.shape) for k, v in sorted(initial.items()))
+        self._initial_params = initial
+        size = sum(math.prod(shape) for shape in self._shapes.values())
+        # One chain: the potential takes no batch, so a batch of one is unpacked.
+        self._energy = FunctionEnergy(
+            lambda u: potential(self._unflatten(u)).reshape(1), (size,)
+        )
+        self._state = self.kernel.init(self._energy, self._flatten(initial))
+        start = find_step_size(self.kernel, self._energy, self._state)
+        self._adaptation = StepSizeAdaptation(start)
+        self._adapted = dataclasses.replace(self.kernel, step_size=start)
+
+    @property
+    def initial_params(self) -> dict[str, Tensor]:
+        """Where the chain starts, in unconstrained space."""
+        return self._initial_params
+
+    @initial_params.setter
+    def initial_params(self, params: dict[str, Tensor]) -> None:
+        self._initial_params = params
+
+    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One transition from ``params``, in unconstrained space."""
+        u = self._flatten(params)
+        if not torch.equal(u, self._state.x):
+            self._state = self.kernel.init(self._energy, u)
+        self._state, info = self._adapted.step(self._energy, self._state)
+        self._learn(info)
+        return self._unflatten(self._state.x)
+
+    def logging(self) -> OrderedDict[str, str]:
+        """Step size and mean acceptance, for Pyro's progress bar."""
+        return OrderedDict(
+            [
+                ("step size", f"{float(self._adapted.step_size):.2e}"),
+                ("acc. prob", f"{self._accept_sum / max(self._step, 1):.3f}"),
+            ]
+        )
+
+    def diagnostics(self) -> dict[str, float]:
+        """The mean acceptance probability of the chain, warmup included."""
+        return {"acceptance rate": self._accept_sum / max(self._step, 1)}
+
+    def _learn(self, info: StepInfo) -> None:
+        self._step += 1
+        self._accept_sum += info.accept_prob.item()
+        if self._step <= self._warmup_steps:
+            self._adaptation.update(self.kernel, info)
+            last = self._step == self._warmup_steps
+            adaptation = self._adaptation
+            self._adapted = dataclasses.replace(
+                self.kernel,
+                step_size=(
+                    adaptation.averaged_step_size if last else adaptation.step_size
+                ),
+            )
+
+    def _flatten(self, params: dict[str, Tensor]) -> Tensor:
+        return torch.cat([params[k].detach().reshape(-1) for k in self._shapes])[None]
+
+    def _unflatten(self, u: Tensor) -> dict[str, Tensor]:
+        sizes = [math.prod(shape) for shape in self._shapes.values()]
+        parts = u[0].split(sizes)
+        pairs = zip(self._shapes.items(), parts, strict=True)
+        return {name: part.reshape(shape) for (name, shape), part in pairs}
+

@@ -1,0 +1,109 @@
+r"""What an estimate of a partition function says of itself.
+
+.. math::
+    \log Z = \log \int_{\mathcal X} e^{-f(x)}\, dx
+
+Every estimator of this package returns a :class:`LogPartitionEstimate`: a value, an error
+bar, and a verdict in words.
+"""
+
+__all__ = ["LogPartitionEstimate", "Status", "combine_replicates", "student_t_quantile"]
+
+import functools
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.diagnostics import log_mean_exp
+
+Status = Literal["exact", "ok", "unreliable", "not_normalizable"]
+
+
+class LogPartitionEstimate(NamedTuple):
+    r"""An estimate of :math:`\log Z` in nats, with its error and verdict.
+
+    Attributes:
+        value: The estimate.
+        std_error: Its standard error.
+        lower: Lower end of the 95 % interval.
+        upper: Upper end of the 95 % interval.
+        ess: Effective sample size behind it, a number of draws; ``nan`` where there are
+            no weights.
+        status: ``"exact"``, ``"ok"``, ``"unreliable"`` or ``"not_normalizable"``.
+        method: The estimator that was used.
+        num_evaluations: Energy evaluations spent, one a point, with or without gradient.
+        reason: Why the status is not ``"exact"`` or ``"ok"``; empty otherwise.
+    """
+
+    value: float
+    std_error: float
+    lower: float
+    upper: float
+    ess: float
+    status: Status
+    method: str
+    num_evaluations: int
+    reason: str = ""
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether the status is ``"exact"`` or ``"ok"``."""
+        return self.status in ("exact", "ok")
+
+    def __str__(self) -> str:
+        reason = f": {self.reason}" if self.reason else ""
+        return (
+            f"log Z = {self.value:.4f} +- {self.std_error:.4f} "
+            f"[{self.status}{reason}] by {self.method}, "
+            f"{self.num_evaluations:,} energy evaluations"
+        )
+
+
+def combine_replicates(log_partitions: Tensor) -> tuple[float, float, float]:
+    r"""Value, standard error and half-width from independent replicates.
+
+    The value is the logarithm of the mean of :math:`\hat Z_i`; the spread of
+    :math:`\log \hat Z_i` gives the error, and Student's t with ``M - 1`` degrees of
+    freedom the 95 % half-width.
+
+    Args:
+        log_partitions: :math:`\log \hat Z_i`, shape ``(M,)`` with ``M >= 2``.
+
+    Returns:
+        Value, standard error and half-width, in nats.
+
+    Example:
+        >>> value, std_error, half_width = combine_replicates(torch.zeros(4))
+        >>> value, std_error
+        (0.0, 0.0)
+    """
+    num_replicates = len(log_partitions)
+    if num_replicates < 2:
+        raise ValueError(
+            f"log_partitions must hold at least 2 replicates for an error bar, got "
+            f"{num_replicates}."
+        )
+    value = log_mean_exp(log_partitions).item()
+    std_error = log_partitions.std().item() / math.sqrt(num_replicates)
+    return value, std_error, student_t_quantile(num_replicates - 1) * std_error
+
+
+@functools.cache
+def student_t_quantile(degrees: int, probability: float = 0.975) -> float:
+    """Quantile of Student's t distribution, by quadrature and bisection.
+
+    Args:
+        degrees: Degrees of freedom, at least 1.
+        probability: Between 0.5 and 1.
+
+    Example:
+        >>> round(student_t_quantile(3), 3)
+        3.182
+    """
+    # With t = tan(phi) sqrt(n) the density becomes cos(phi)^(n - 1).
+    phi = torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64)
+    mass = torch.cumulative_trapezoid(phi.cos() ** (degrees - 1), phi)
+    index = int(torch.searchsorted(mass / mass[-1], 2 * probability - 1))
+    return math.tan(phi[index + 1].item()) * math.sqrt(degrees)
