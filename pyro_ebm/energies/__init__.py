@@ -1,28 +1,36 @@
 """Energy functions ``f(x)`` in nats, and their algebra.
 
 Start with :mod:`~pyro_ebm.energies.base`, the contract; :class:`FunctionEnergy` wraps
-anything that can be called.
+anything that can be called, :class:`NeuralEnergy` is the usual network for vectors.
 """
 
 __all__ = [
     "ClosedForm",
+    "ConvolutionalEnergy",
     "DistributionEnergy",
     "Energy",
     "ExpEnergy",
     "FunctionEnergy",
+    "MixtureEnergy",
+    "NeuralEnergy",
     "QuadraticEnergy",
     "SumEnergy",
     "UnconstrainedEnergy",
     "is_unconstrained",
+    "same_support",
     "unconstrained",
 ]
 
 from pyro_ebm.energies.algebra import ExpEnergy, SumEnergy
 from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.convolutional import ConvolutionalEnergy
 from pyro_ebm.energies.function import DistributionEnergy, FunctionEnergy
+from pyro_ebm.energies.mixture import MixtureEnergy
+from pyro_ebm.energies.neural import NeuralEnergy
 from pyro_ebm.energies.quadratic import QuadraticEnergy
 from pyro_ebm.energies.unconstrained import (
     UnconstrainedEnergy,
     is_unconstrained,
+    same_support,
     unconstrained,
 )

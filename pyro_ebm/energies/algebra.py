@@ -13,12 +13,14 @@ constants: :mod:`pyro_ebm.partition` estimates it.
 __all__ = ["ExpEnergy", "SumEnergy", "require_same_space"]
 
 import numbers
-from typing import final
+from collections.abc import Sequence
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.unconstrained import same_support
 
 
 @final
@@ -44,10 +46,12 @@ class SumEnergy(Energy):
         5.0
     """
 
+    offset: float | Tensor
+
     def __init__(
         self,
-        energies: list[Energy],
-        weights: list[float | Tensor] | None = None,
+        energies: Sequence[Energy],
+        weights: Sequence[float | Tensor] | None = None,
         offset: float | Tensor = 0.0,
     ) -> None:
         if not energies:
@@ -61,7 +65,7 @@ class SumEnergy(Energy):
                 f"energies, got {len(weights)}."
             )
         super().__init__(first.event_shape, first.support)
-        self.energies = nn.ModuleList(energies)
+        self.energies: Sequence[Energy] = nn.ModuleList(energies)  # type: ignore[assignment]
         for index, weight in enumerate(weights):
             _keep_scalar(self, f"weight_{index}", weight)
         _keep_scalar(self, "offset", offset)
@@ -74,29 +78,31 @@ class SumEnergy(Energy):
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate (1) at ``x`` of shape ``(*batch, *event)``."""
         parts = zip(self.weights, self.energies, strict=True)
-        return sum(w * f(x) for w, f in parts) + self.offset  # (1)
+        total: Any = sum(w * f(x) for w, f in parts)
+        return total + self.offset  # (1)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Sum the parts' own gradients, so that closed forms are kept."""
-        value, grad = 0.0, 0.0
+        value: Any = 0.0
+        grad: Any = 0.0
         for weight, part in zip(self.weights, self.energies, strict=True):
-            w = weight.detach() if isinstance(weight, Tensor) else weight
             part_value, part_grad = part.value_and_grad(x)
-            value, grad = value + w * part_value, grad + w * part_grad
-        offset = self.offset
-        return value + (offset.detach() if isinstance(offset, Tensor) else offset), grad
+            value = value + _detach(weight) * part_value
+            grad = grad + _detach(weight) * part_grad
+        return value + _detach(self.offset), grad
 
     def closed_form(self) -> ClosedForm | None:
         r"""That of a single part of weight 1, with ``c`` taken from :math:`\log Z`.
 
         Exactness: *exact* where it is not ``None``.
         """
-        if len(self.energies) > 1 or isinstance(self.weight_0, Tensor):
-            return None  # a weight that can change has no lasting closed form
-        if self.weight_0 != 1:
+        weight, *more = self.weights
+        if more or isinstance(weight, Tensor) or weight != 1:
             return None
         inner = self.energies[0].closed_form()
-        return inner and ClosedForm(inner.log_partition - self.offset, inner[1])
+        if inner is None:
+            return None
+        return ClosedForm(inner.log_partition - self.offset, inner.distribution)
 
     def extra_repr(self) -> str:
         """Weights and offset, for ``repr``."""
@@ -182,6 +188,10 @@ def _plus(offset: float | Tensor, value: float | Tensor) -> float | Tensor:
     return value if not isinstance(offset, Tensor) and offset == 0 else offset + value
 
 
+def _detach(value: float | Tensor) -> float | Tensor:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
 def _keep_scalar(module: nn.Module, name: str, value: float | Tensor) -> None:
     """Register a scalar: parameter, buffer or plain number."""
     tensor = torch.as_tensor(value).detach()
@@ -216,7 +226,7 @@ def require_same_space(first: Energy, *others: Energy) -> None:
                 "of different parts of a larger event need a FunctionEnergy that "
                 "selects the part."
             )
-        if str(first.support) != str(energy.support):
+        if not same_support(first.support, energy.support):
             raise ValueError(
                 f"energies must share one support, got {first.support} and "
                 f"{energy.support}. Restrict one of them explicitly with "

@@ -14,7 +14,7 @@ __all__ = ["ClosedForm", "Energy"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -64,10 +64,6 @@ class Energy(nn.Module, ABC):
             )
         self.event_shape = torch.Size(event_shape)
         event_dim = len(self.event_shape)
-        # torch wraps a mixture's support, which hides the bijection of its parts. The
-        # class is newer than the oldest torch supported, hence its name.
-        if type(support).__name__ == "MixtureSameFamilyConstraint":
-            support = support.base_constraint
         if support is None:
             support = constraints.independent(constraints.real, event_dim)
         elif support.event_dim != event_dim:
@@ -77,12 +73,26 @@ class Energy(nn.Module, ABC):
                 f"event_dim {support.event_dim}. Wrap it: "
                 f"constraints.independent(support, {event_dim - support.event_dim})."
             )
-        self.support = support
+        self.support = _unwrap_mixture(support)
 
     @property
     def event_dim(self) -> int:
         """Number of dimensions of one point."""
         return len(self.event_shape)
+
+    def tensor_options(self) -> dict[str, Any]:
+        """``dtype`` and ``device`` of the parameters; else torch's defaults.
+
+        Example:
+            >>> f = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+            >>> torch.zeros(3, **f.tensor_options()).dtype
+            torch.float32
+        """
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.is_floating_point():
+                return {"dtype": tensor.dtype, "device": tensor.device}
+        default = torch.empty(0)
+        return {"dtype": default.dtype, "device": default.device}
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -167,29 +177,48 @@ class Energy(nn.Module, ABC):
     _exp: ClassVar[Callable[["Energy"], "Energy"]]
 
     def __add__(self, other: "Energy | float | Tensor") -> "Energy":
+        """The sum, whose distribution is the product."""
         return Energy._linear((self, 1.0), (other, 1.0))
 
     __radd__ = __add__
 
     def __sub__(self, other: "Energy | float | Tensor") -> "Energy":
+        """The difference, whose distribution is the quotient."""
         if isinstance(other, nn.Parameter):
             return -(other - self)  # -1 times a parameter would no longer be learned
         return Energy._linear((self, 1.0), (other, -1.0))
 
     def __rsub__(self, other: "float | Tensor") -> "Energy":
+        """A number minus the energy."""
         return Energy._linear((self, -1.0), (other, 1.0))
 
     def __mul__(self, other: "float | Tensor") -> "Energy":
+        """The multiple, whose distribution is a power."""
         return Energy._linear((self, other))
 
     __rmul__ = __mul__
 
     def __neg__(self) -> "Energy":
+        """The energy of the reciprocal of the density."""
         return Energy._linear((self, -1.0))
 
     def exp(self) -> "Energy":
         r"""The energy :math:`\exp(f(x))`, the question of the text's section 1.3."""
         return Energy._exp(self)
+
+
+def _unwrap_mixture(support: Constraint) -> Constraint:
+    # torch wraps a mixture's support, which hides the bijection of its parts. The
+    # class is newer than the oldest torch supported, hence its name.
+    if type(support).__name__ != "MixtureSameFamilyConstraint":
+        return support
+    shared: Any = support
+    scalar = shared = shared.base_constraint
+    while isinstance(scalar, constraints.independent):
+        scalar = scalar.base_constraint
+    bounds = [value for value in vars(scalar).values() if isinstance(value, Tensor)]
+    # Components that differ in their bounds have no support in common.
+    return support if any(b.dim() for b in bounds) else shared
 
 
 def _join(shape: torch.Size) -> str:

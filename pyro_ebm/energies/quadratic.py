@@ -87,8 +87,8 @@ class QuadraticEnergy(Energy):
 
     def closed_form(self) -> ClosedForm:
         r"""The Gaussian with :math:`\log Z` of (2). Exactness: *exact*."""
-        log_partition = len(self.loc) / 2 * math.log(2 * math.pi)
-        log_partition = log_partition - self.log_diagonal.sum()  # (2)
+        half_log_det = self.log_diagonal.sum()
+        log_partition = len(self.loc) / 2 * math.log(2 * math.pi) - half_log_det  # (2)
         gaussian = dist.MultivariateNormal(
             self.loc, precision_matrix=self.precision, validate_args=False
         )

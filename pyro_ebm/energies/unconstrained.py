@@ -9,14 +9,18 @@ has the same partition function as :math:`f`, and :math:`T` maps its draws to dr
 :math:`e^{-f}`.
 """
 
-__all__ = ["UnconstrainedEnergy", "is_unconstrained", "unconstrained"]
+__all__ = [
+    "UnconstrainedEnergy",
+    "is_unconstrained",
+    "same_support",
+    "unconstrained",
+]
 
 from typing import final
 
 import torch
-from pyro.distributions import constraints
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.energies.base import Energy
@@ -60,7 +64,32 @@ def unconstrained(energy: Energy) -> tuple[Energy, torch.distributions.Transform
 
 def is_unconstrained(support: Constraint) -> bool:
     """Whether a support is all of real space, whatever its event dimensions."""
+    # Comparing types alone would take a subclass, such as a bounded real, for real.
+    return type(_scalar(support)) is type(constraints.real)
+
+
+def same_support(first: Constraint, second: Constraint) -> bool:
+    """Whether two supports are the same set up to its boundary.
+
+    Example:
+        >>> constraints = dist.constraints
+        >>> same_support(constraints.positive, constraints.nonnegative)
+        True
+        >>> same_support(constraints.positive, constraints.real)
+        False
+    """
+    if first.event_dim != second.event_dim:
+        return False
+    first, second = _scalar(first), _scalar(second)
+    if str(first) == str(second):
+        return True
+    try:
+        return bool(biject_to(first) == biject_to(second))
+    except NotImplementedError:
+        return False
+
+
+def _scalar(support: Constraint) -> Constraint:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    # Comparing types alone would take a subclass, such as a bounded real, for real.
-    return type(support) is type(constraints.real)
+    return support

@@ -11,6 +11,7 @@ __all__ = [
     "MALA",
     "PersistentChains",
     "PyroKernel",
+    "Sampler",
     "StepInfo",
     "StepSizeAdaptation",
     "find_step_size",
@@ -23,3 +24,4 @@ from pyro_ebm.mcmc.independent import IndependentChains
 from pyro_ebm.mcmc.langevin import MALA
 from pyro_ebm.mcmc.persistent import PersistentChains
 from pyro_ebm.mcmc.pyro_kernel import PyroKernel
+from pyro_ebm.mcmc.sampler import Sampler

@@ -14,6 +14,7 @@ References:
 __all__ = ["StepSizeAdaptation", "find_step_size"]
 
 import dataclasses
+from typing import Any
 
 import torch
 from pyro.ops.dual_averaging import DualAveraging
@@ -37,17 +38,17 @@ class StepSizeAdaptation(nn.Module):
     def __init__(self, step_size: float | Tensor) -> None:
         super().__init__()
         start = torch.as_tensor(step_size, dtype=torch.get_default_dtype())
-        # t, mean gradient, averaged iterate, iterate, centre: all that Pyro's class has.
+        # t, mean gradient, averaged iterate, iterate, centre: all of Pyro's class.
         self.register_buffer("_state", torch.zeros(5, device=start.device))
         self.reset(start)
 
     def reset(self, step_size: float | Tensor) -> None:
         """Begin anew at ``step_size``."""
         log_step = torch.as_tensor(step_size).to(self._state).log()
-        # Pyro's and Stan's choice: pull towards ten times the step, so as to be bold.
-        centre = log_step + torch.tensor(10.0).log()
         zero = torch.zeros_like(log_step)
-        self._state = torch.stack([zero, zero, log_step, log_step, centre])
+        # Pyro and Stan pull towards ten times the step. From a step that was found by
+        # find_step_size that wastes the first transitions of all chains at once.
+        self._state = torch.stack([zero, zero, log_step, log_step, log_step])
 
     @property
     def step_size(self) -> Tensor:
@@ -60,9 +61,14 @@ class StepSizeAdaptation(nn.Module):
         return self._state[2].exp()
 
     def update(self, kernel: Kernel, info: StepInfo) -> None:
-        """Learn from one transition of all chains."""
+        """Learn from the mean acceptance of one or more transitions.
+
+        Args:
+            kernel: For its target.
+            info: Of all chains, with any leading dimension of transitions.
+        """
         t, g_avg, x_avg, _, centre = self._state.unbind()
-        scheme = DualAveraging(prox_center=centre)
+        scheme: Any = DualAveraging(prox_center=centre)
         scheme._t, scheme._g_avg, scheme._x_avg = t, g_avg, x_avg
         scheme.step(kernel.target_accept_prob - info.accept_prob.mean())
         x, x_avg = scheme.get_state()
@@ -78,12 +84,12 @@ def find_step_size(
         kernel: Its ``step_size`` is where the search begins.
         energy: The energy of ``state``.
         state: Chains, left where they are.
-        max_doublings: Where to give up, at the last step tried.
+        max_doublings: Where to give up.
 
     Returns:
         A step size of shape ``()``. Costs a transition a doubling.
     """
-    step_size = torch.as_tensor(kernel.step_size, dtype=state.energy.dtype)
+    step_size = torch.as_tensor(kernel.step_size).to(state.energy)
     direction = 0
     for _ in range(max_doublings):
         trial = dataclasses.replace(kernel, step_size=step_size)

@@ -6,16 +6,26 @@ carries the energy and the gradient of the current points, so that neither is co
 twice.
 """
 
-__all__ = ["ChainState", "Kernel", "StepInfo", "accept", "flat_event"]
+__all__ = [
+    "ChainState",
+    "Kernel",
+    "StepInfo",
+    "accept",
+    "flat_event",
+    "placed_like",
+    "replace_nonfinite",
+]
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from dataclasses import Field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.energies import Energy, is_unconstrained
+from pyro_ebm.errors import DivergenceError
 
 
 class ChainState(NamedTuple):
@@ -38,8 +48,9 @@ class StepInfo(NamedTuple):
     Attributes:
         accept_prob: Metropolis probability in [0, 1], shape ``(*chains,)``.
         accepted: Whether the proposal was taken, shape ``(*chains,)``.
-        is_finite: False where the proposal had a non-finite energy or gradient; such a
-            proposal is rejected. Shape ``(*chains,)``.
+        is_finite: False where the proposal had a non-finite energy or gradient, or its
+            log acceptance ratio overflowed; such a proposal is rejected. Shape
+            ``(*chains,)``.
     """
 
     accept_prob: Tensor
@@ -59,6 +70,7 @@ class Kernel(ABC):
 
     step_size: float | Tensor
     target_accept_prob: float
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # so that replace() is typed
 
     @property
     @abstractmethod
@@ -114,19 +126,19 @@ def accept(
 ) -> tuple[ChainState, StepInfo]:
     """Metropolis-Hastings: take each proposal with probability ``min(1, e^log_ratio)``.
 
-    The one rule for non-finite proposals of all kernels: a proposal whose energy or
-    gradient is not finite is rejected and counted, with acceptance probability 0.
+    The one rule for non-finite proposals of all kernels: a proposal whose log ratio is
+    not finite is rejected and counted, with acceptance probability 0. Plus infinity is
+    such a case: it means an energy of minus infinity, or a chain that is at a point of
+    infinite energy already, where :func:`replace_nonfinite` leaves none.
 
     Args:
-        log_ratio: Log acceptance ratio, shape ``(*chains,)``.
+        log_ratio: Log acceptance ratio, shape ``(*chains,)``. It must not be finite
+            where the energy or gradient of ``new`` is not.
         old: Current state.
         new: Proposed state.
     """
-    # A sum is finite only if all its terms are: one reduction instead of two.
-    grad_sum = flat_event(new.grad, new.energy.dim()).sum(-1)
-    is_finite = (new.energy + grad_sum).isfinite()
-    log_ratio = torch.where(is_finite, log_ratio, -torch.inf)
-    accept_prob = log_ratio.clamp(max=0.0).exp().nan_to_num(0.0)
+    is_finite = log_ratio.abs() < torch.inf  # half the cost of isfinite()
+    accept_prob = torch.where(is_finite, log_ratio, -torch.inf).clamp(max=0.0).exp()
     accepted = torch.rand_like(accept_prob) < accept_prob
     wide = accepted.reshape(accepted.shape + (1,) * (new.x.dim() - accepted.dim()))
     state = ChainState(
@@ -140,3 +152,42 @@ def accept(
 def flat_event(value: Tensor, chain_dim: int) -> Tensor:
     """Reshape ``(*chains, *event)`` to ``(*chains, D)``, scalars to ``D = 1``."""
     return value.reshape(*value.shape[:chain_dim], -1)
+
+
+def placed_like(energy: Energy, x: Tensor) -> Tensor:
+    """Move ``x`` to the dtype and device of the energy's parameters, if it has any."""
+    tensors = [*energy.parameters(), *energy.buffers()]
+    model = next((t for t in tensors if t.is_floating_point()), x)
+    return x.to(dtype=model.dtype, device=model.device)
+
+
+def replace_nonfinite(state: ChainState) -> ChainState:
+    """Put chains that can never move where randomly chosen other chains are.
+
+    A chain at a point of non-finite energy or gradient has no proposal to accept: it
+    would stay for ever, pass its point off as a draw and hold the mean acceptance
+    below any target.
+
+    Args:
+        state: Of ``C`` chains, chain shape ``(C,)``.
+
+    Raises:
+        DivergenceError: If there is no chain with a finite energy and gradient.
+    """
+    grad_sum = flat_event(state.grad, 1).sum(-1)  # finite only if all its terms are
+    is_finite = (state.energy + grad_sum).isfinite()
+    if is_finite.all():
+        return state
+    num_chains = len(is_finite)
+    if not is_finite.any():
+        raise DivergenceError(
+            f"energy and gradient must be finite somewhere, and are not at any of the "
+            f"{num_chains} chains; the first is at {state.x[0].tolist()}, with energy "
+            f"{state.energy[0].item()}. Start the chains from a base that overlaps the "
+            "support, check the energy there, or lower the learning rate if the chains "
+            "were well before."
+        )
+    others = is_finite.to(state.x.dtype).multinomial(num_chains, replacement=True)
+    own = torch.arange(num_chains, device=others.device)
+    source = torch.where(is_finite, own, others)
+    return ChainState(state.x[source], state.energy[source], state.grad[source])

@@ -1,7 +1,7 @@
 r"""Hamiltonian Monte Carlo with a fixed number of leapfrog steps.
 
-With momentum :math:`r \sim \mathcal{N}(0, I)` and a scale matrix :math:`S`, one leapfrog
-step of size :math:`\epsilon` is
+With momentum :math:`r \sim \mathcal{N}(0, I)` and a scale matrix :math:`S`, one
+leapfrog step of size :math:`\epsilon` is
 
 .. math::
     r &\leftarrow r - \tfrac{\epsilon}{2} S^\top \nabla f(x)                \tag{1} \\
@@ -62,6 +62,7 @@ class HMC(Kernel):
     target_accept_prob: float = 0.8
 
     def __post_init__(self) -> None:
+        """Check the settings."""
         self._check()
         if self.num_leapfrog < 1:
             raise ValueError(
@@ -80,35 +81,50 @@ class HMC(Kernel):
     @torch.no_grad()
     def step(self, energy: Energy, state: ChainState) -> tuple[ChainState, StepInfo]:
         """Move every chain once; ``state.x`` has shape ``(*chains, *event)``."""
-        chain_dim = state.energy.dim()
+        self._check_scale(energy)
         eps = self._step_sizes(state)
         momentum = torch.randn_like(state.x)
-        r, new = momentum - eps / 2 * self._transposed(state.grad), state  # (1)
+        r = momentum.addcmul(eps, self._transposed(state.grad), value=-0.5)  # (1)
+        new = state
         for leapfrog in range(1, self.num_leapfrog + 1):
-            x = new.x + eps * self._scaled(r)  # (2)
+            x = new.x.addcmul(eps, self._scaled(r))  # (2)
             new = ChainState(x, *energy.value_and_grad(x))
             # Two half steps meet between leapfrogs: (3) and the next (1) in one.
-            half = 0.5 if leapfrog == self.num_leapfrog else 1.0
-            r = r - half * eps * self._transposed(new.grad)  # (3)
+            half = -0.5 if leapfrog == self.num_leapfrog else -1.0
+            r = r.addcmul(eps, self._transposed(new.grad), value=half)  # (3)
 
-        kinetic = flat_event(momentum, chain_dim).square().sum(-1) / 2
-        kinetic = kinetic - flat_event(r, chain_dim).square().sum(-1) / 2
-        log_ratio = state.energy - new.energy + kinetic  # (4)
+        twice_kinetic = flat_event(momentum**2 - r**2, state.energy.dim()).sum(-1)
+        log_ratio = state.energy - new.energy + twice_kinetic / 2  # (4)
         return accept(log_ratio, state, new)
 
-    def _step_sizes(self, state: ChainState) -> float | Tensor:
-        if self.jitter == 0:
-            return self.step_size
-        uniform = torch.rand_like(state.energy) * 2 - 1
-        eps = self.step_size * (1 + self.jitter * uniform)
-        return eps.reshape(eps.shape + (1,) * (state.x.dim() - eps.dim()))
+    def _step_sizes(self, state: ChainState) -> Tensor:
+        """Jittered step of each chain times the diagonal scale, in the shape of x."""
+        low, high = 1 - self.jitter, 1 + self.jitter
+        jitter = torch.empty_like(state.energy).uniform_(low, high)
+        eps = (jitter * self.step_size).to(state.x.dtype)
+        eps = eps.reshape(eps.shape + (1,) * (state.x.dim() - eps.dim()))
+        if self.scale is not None:
+            eps = eps * self.scale
+        # In full: each leapfrog step multiplies by it twice, and broadcasting is slow.
+        return eps.expand_as(state.x).contiguous()
 
     def _scaled(self, r: Tensor) -> Tensor:
-        if self.scale_tril is not None:
-            return r @ self.scale_tril.mT
-        return r if self.scale is None else r * self.scale
+        return r if self.scale_tril is None else r @ self.scale_tril.mT
 
     def _transposed(self, grad: Tensor) -> Tensor:
-        if self.scale_tril is not None:
-            return grad @ self.scale_tril
-        return grad if self.scale is None else grad * self.scale
+        return grad if self.scale_tril is None else grad @ self.scale_tril
+
+    def _check_scale(self, energy: Energy) -> None:
+        # Of another shape they would broadcast along the chains without a word.
+        event = tuple(energy.event_shape)
+        if self.scale is not None and self.scale.shape != event:
+            raise ValueError(
+                f"scale must have the event_shape {event} of the energy, got shape "
+                f"{tuple(self.scale.shape)}."
+            )
+        if self.scale_tril is not None and self.scale_tril.shape != event * 2:
+            raise ValueError(
+                "scale_tril must have shape (D, D) for an energy over vectors of "
+                f"shape (D,), got {tuple(self.scale_tril.shape)} for event_shape "
+                f"{event}. Other events take a diagonal scale."
+            )

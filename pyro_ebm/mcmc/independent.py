@@ -13,7 +13,12 @@ from torch import Tensor
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc.adaptation import StepSizeAdaptation, find_step_size
-from pyro_ebm.mcmc.base import Kernel
+from pyro_ebm.mcmc.base import (
+    ChainState,
+    Kernel,
+    placed_like,
+    replace_nonfinite,
+)
 from pyro_ebm.mcmc.hmc import HMC
 
 
@@ -34,6 +39,9 @@ class IndependentChains:
         min_chains: At least so many chains are run, so that the step size of a single
             draw is as good as that of many; the rest is thrown away.
 
+    Raises:
+        ValueError: If a number of steps or chains is out of range.
+
     Exactness: *consistent* in the number of steps.
     """
 
@@ -43,6 +51,15 @@ class IndependentChains:
     num_steps: int = 100
     min_chains: int = 32
 
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        for name, low in (("warmup_steps", 0), ("num_steps", 1), ("min_chains", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(
+                    f"{name} must be at least {low}, got {getattr(self, name)}."
+                )
+
+    @torch.no_grad()
     def __call__(self, energy: Energy, num_draws: int) -> Tensor:
         """Run the chains.
 
@@ -54,41 +71,54 @@ class IndependentChains:
             Points of shape ``(num_draws, *event)``, without gradient.
 
         Raises:
-            DivergenceError: If no chain moves.
+            ValueError: If the base has another event shape than the energy.
+            DivergenceError: If the energy is finite at no start, or no chain moves.
         """
-        with torch.no_grad():
-            flat, to_support = unconstrained(energy)
-            start = self.start(energy, max(num_draws, self.min_chains))
-            state = self.kernel.init(flat, to_support.inv(start))
-            step_size = find_step_size(self.kernel, flat, state)
-            adaptation = StepSizeAdaptation(step_size)
-            moved = torch.zeros_like(state.energy, dtype=torch.bool)
-            kernel = dataclasses.replace(self.kernel, step_size=step_size)
-            for step in range(self.warmup_steps + self.num_steps):
-                state, info = kernel.step(flat, state)
-                moved |= info.accepted
-                if step < self.warmup_steps:
-                    adaptation.update(kernel, info)
-                    last = step + 1 == self.warmup_steps
-                    step_size = (
-                        adaptation.averaged_step_size if last else adaptation.step_size
-                    )
-                    kernel = dataclasses.replace(kernel, step_size=step_size)
-            if not moved.any():
-                raise DivergenceError(
-                    f"none of the {len(moved)} chains moved in "
-                    f"{self.warmup_steps + self.num_steps} transitions; the energies lie"
-                    f" in [{state.energy.min().item():.4g}, "
-                    f"{state.energy.max().item():.4g}]. Check that the energy is finite "
-                    "where the base puts the chains."
-                )
-            return to_support(state.x)[:num_draws]
+        flat, to_support = unconstrained(energy)
+        start = self.start(energy, max(num_draws, self.min_chains))
+        state = replace_nonfinite(self.kernel.init(flat, to_support.inv(start)))
+        kernel, state = self._warm_up(flat, state)
+        moved = torch.zeros_like(state.energy, dtype=torch.bool)
+        for _ in range(self.num_steps):
+            state, info = kernel.step(flat, state)
+            moved = moved | info.accepted
+        if not moved.any():
+            raise DivergenceError(
+                f"none of the {len(moved)} chains moved in {self.num_steps} "
+                f"transitions after the warmup, with step size "
+                f"{float(kernel.step_size):.3g}; their energies lie in "
+                f"[{state.energy.min().item():.4g}, {state.energy.max().item():.4g}]. "
+                "Check that the energy is finite around the points of the base."
+            )
+        return to_support(state.x)[:num_draws]
 
     def start(self, energy: Energy, num_draws: int) -> Tensor:
-        """Points of the base, shape ``(num_draws, *event)``."""
-        if self.base is not None:
-            return self.base.sample((num_draws,)).detach()
-        flat, to_support = unconstrained(energy)
-        tensors = [*energy.parameters(), *energy.buffers()]
-        options = {"dtype": tensors[0].dtype, "device": tensors[0].device} if tensors else {}
-        return to_support(torch.randn(num_draws, *flat.event_shape, **options)).detach()
+        """Points of the base, shape ``(num_draws, *event)``.
+
+        Raises:
+            ValueError: If the base has another event shape than the energy.
+        """
+        if self.base is None:
+            flat, to_support = unconstrained(energy)
+            shape = (num_draws, *flat.event_shape)
+            return to_support(placed_like(energy, torch.randn(shape)))
+        x = self.base.sample((num_draws,)).detach()
+        if x.shape != (num_draws, *energy.event_shape):
+            raise ValueError(
+                f"base must be one distribution over events of shape "
+                f"{tuple(energy.event_shape)}, as the energy is; got batch_shape "
+                f"{tuple(self.base.batch_shape)} and event_shape "
+                f"{tuple(self.base.event_shape)}. .to_event(n) makes a batch an event."
+            )
+        return placed_like(energy, x)
+
+    def _warm_up(self, energy: Energy, state: ChainState) -> tuple[Kernel, ChainState]:
+        """Move the chains while the step size adapts; freeze it in the kernel."""
+        adaptation = StepSizeAdaptation(find_step_size(self.kernel, energy, state))
+        for _ in range(self.warmup_steps):
+            step_size = adaptation.step_size
+            kernel = dataclasses.replace(self.kernel, step_size=step_size)
+            state, info = kernel.step(energy, state)
+            adaptation.update(kernel, info)
+        step_size = adaptation.averaged_step_size
+        return dataclasses.replace(self.kernel, step_size=step_size), state

@@ -3,7 +3,13 @@ r"""Metropolis-adjusted Langevin algorithm (MALA).
 .. math::
     x'          &= x - \epsilon \nabla f(x) + \sqrt{2\epsilon}\,\xi,
                    \quad \xi \sim \mathcal{N}(0, I)                      \tag{1} \\
-    \log \alpha &= f(x) - f(x') + \log q(x \mid x') - \log q(x' \mid x)  \tag{2}
+    \log \alpha &= f(x) - f(x') + \log q(x \mid x') - \log q(x' \mid x)  \\
+                &= f(x) - f(x') + s \cdot (\xi - s / 2),
+                   \quad s = \sqrt{\epsilon / 2}\,
+                   \big(\nabla f(x) + \nabla f(x')\big)                  \tag{2}
+
+for :math:`q(x' \mid x) \propto e^{-|\xi|^2 / 2}`, and the way back from :math:`x'` to
+:math:`x` takes the noise :math:`s - \xi`.
 
 References:
     Roberts & Tweedie (1996), Bernoulli 2(4), 341-363.
@@ -47,6 +53,7 @@ class MALA(Kernel):
     target_accept_prob: float = 0.574
 
     def __post_init__(self) -> None:
+        """Check the settings."""
         self._check()
 
     @property
@@ -57,13 +64,12 @@ class MALA(Kernel):
     @torch.no_grad()
     def step(self, energy: Energy, state: ChainState) -> tuple[ChainState, StepInfo]:
         """Move every chain once; ``state.x`` has shape ``(*chains, *event)``."""
-        eps, noise = self.step_size, torch.randn_like(state.x)
-        x_new = state.x - eps * state.grad + (2 * eps) ** 0.5 * noise  # (1)
+        eps = torch.as_tensor(self.step_size).to(state.x)
+        root, noise = (2 * eps).sqrt(), torch.randn_like(state.x)
+        x_new = state.x.addcmul(eps, state.grad, value=-1).addcmul(root, noise)  # (1)
         new = ChainState(x_new, *energy.value_and_grad(x_new))
 
-        chain_dim = state.energy.dim()
-        residual = state.x - x_new + eps * new.grad
-        log_forward = -flat_event(noise, chain_dim).square().sum(-1) / 2
-        log_reverse = -flat_event(residual, chain_dim).square().sum(-1) / (4 * eps)
-        log_ratio = state.energy - new.energy + log_reverse - log_forward  # (2)
-        return accept(log_ratio, state, new)
+        s = root / 2 * (state.grad + new.grad)
+        log_proposals = s * noise.sub(s, alpha=0.5)
+        log_proposals = flat_event(log_proposals, state.energy.dim()).sum(-1)
+        return accept(state.energy - new.energy + log_proposals, state, new)  # (2)

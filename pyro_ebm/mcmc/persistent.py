@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc.adaptation import StepSizeAdaptation, find_step_size
-from pyro_ebm.mcmc.base import ChainState, Kernel
+from pyro_ebm.mcmc.base import (
+    ChainState,
+    Kernel,
+    StepInfo,
+    placed_like,
+    replace_nonfinite,
+)
 
 
 class StatefulModule(nn.Module):
@@ -31,12 +37,13 @@ class StatefulModule(nn.Module):
     """
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *args: Any
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
         for name, buffer in self.named_buffers(recurse=False):
             saved = state_dict.get(prefix + name)
-            if saved is not None and saved.shape != buffer.shape:
-                setattr(self, name, buffer.new_empty(saved.shape).to(saved.dtype))
+            if isinstance(saved, Tensor) and saved.shape != buffer.shape:
+                empty = torch.empty(saved.shape, dtype=saved.dtype)
+                setattr(self, name, empty.to(buffer.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -58,6 +65,8 @@ class PersistentChains(StatefulModule):
 
     #: Transitions in which no chain at all has moved, after which an error is raised.
     MAX_STUCK = 200
+    #: Transitions between two updates of the step size.
+    ADAPT_EVERY = 10
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,54 +86,83 @@ class PersistentChains(StatefulModule):
 
         Args:
             energy: On any support that ``biject_to`` knows.
-            x: Points of the support, shape ``(C, *event)``.
+            x: Points of the support, shape ``(C, *event)``. Chains at points of
+                non-finite energy start where randomly chosen others do.
             kernel: Its step size is where the search begins.
 
         Raises:
+            ValueError: If ``x`` has another shape.
             DivergenceError: If the energy is finite at none of the points.
         """
-        flat, to_support = unconstrained(energy)
-        self.u = to_support.inv(x).detach().clone()
-        state = kernel.init(flat, self.u)
-        if not state.energy.isfinite().any():
-            raise DivergenceError(
-                f"the energy is not finite at any of the {len(x)} starting points of "
-                f"the chains; the first is {x[0]} with energy {state.energy[0]}. Start "
-                "from a base that overlaps the support, or check the energy there."
+        if x.dim() != energy.event_dim + 1 or not len(x):
+            raise ValueError(
+                "x must hold the start of at least one chain, shape (C, *event) with "
+                f"event_shape {tuple(energy.event_shape)}; got {tuple(x.shape)}."
             )
-        self.adaptation.reset(find_step_size(kernel, flat, state))
+        flat, to_support = unconstrained(energy)
+        u = to_support.inv(placed_like(energy, x.detach()))
+        state = replace_nonfinite(kernel.init(flat, u))
+        step_size = find_step_size(kernel, flat, state)
+        self.to(u.device)
+        self.u, self.num_stuck = state.x.clone(), torch.zeros_like(self.num_stuck)
+        self.adaptation.reset(step_size)
+
+    @torch.no_grad()
+    def restart(self, energy: Energy, x: Tensor) -> None:
+        """Let some chains, chosen at random, go on from other points.
+
+        Args:
+            energy: Of the support that the points belong to.
+            x: Points of the support, shape ``(K, *event)`` with at most one a chain.
+        """
+        _, to_support = unconstrained(energy)
+        chosen = torch.randperm(len(self.u), device=self.u.device)[: len(x)]
+        self.u[chosen] = to_support.inv(x).to(self.u)
 
     @torch.no_grad()
     def advance(self, energy: Energy, kernel: Kernel, num_steps: int) -> Tensor:
         """Move all chains ``num_steps`` times under the energy as it is now.
 
         Args:
-            energy: With its current parameters.
+            energy: With its current parameters. Chains where it is not finite any more
+                go on from where randomly chosen others are.
             kernel: Used with the adapted step size.
-            num_steps: Transitions; they cost ``num_steps * kernel.num_gradients + 1``
-                gradients a chain.
+            num_steps: Transitions, at least 1; they cost
+                ``num_steps * kernel.num_gradients + 1`` gradients a chain.
 
         Returns:
             Points of the support, shape ``(C, *event)``, without gradient.
 
         Raises:
-            DivergenceError: If no chain has moved in many transitions.
+            ValueError: If ``num_steps`` is not positive.
+            RuntimeError: If the chains have not been started.
+            DivergenceError: If no chain has moved in many transitions, or if the energy
+                is finite at none of them.
         """
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
+        if not self.is_started:
+            raise RuntimeError("there are no chains yet: call start before advance.")
         flat, to_support = unconstrained(energy)
-        state = kernel.init(flat, self.u)
-        moved = torch.zeros((), dtype=torch.bool, device=self.u.device)
-        for _ in range(num_steps):
+        state = replace_nonfinite(kernel.init(flat, placed_like(energy, self.u)))
+        infos: list[StepInfo] = []
+        for first in range(0, num_steps, self.ADAPT_EVERY):
             adapted = dataclasses.replace(kernel, step_size=self.adaptation.step_size)
-            state, info = adapted.step(flat, state)
-            self.adaptation.update(kernel, info)
-            moved = moved | info.accepted.any()
-            self.num_rejected_nonfinite += (~info.is_finite).sum()
-        self.u, self.accept_prob = state.x, info.accept_prob.mean()
-        self._raise_if_stuck(moved, num_steps, state)
-        return to_support(state.x)
+            for _ in range(first, min(first + self.ADAPT_EVERY, num_steps)):
+                state, info = adapted.step(flat, state)
+                infos.append(info)
+            self.adaptation.update(kernel, _stacked(infos[first:]))
+        self.u = state.x
+        self._record(_stacked(infos), state)
+        return to_support(state.x.clone())  # a buffer is not for the caller to change
 
-    def _raise_if_stuck(self, moved: Tensor, num_steps: int, state: ChainState) -> None:
-        self.num_stuck = torch.where(moved, 0, self.num_stuck + num_steps)
+    def _record(self, info: StepInfo, state: ChainState) -> None:
+        """Count over transitions, the leading dimension of ``info``."""
+        nonfinite = (~info.is_finite).sum()
+        self.num_rejected_nonfinite = self.num_rejected_nonfinite + nonfinite
+        self.accept_prob = info.accept_prob.mean()
+        stuck = self.num_stuck + len(info.accepted)
+        self.num_stuck = torch.where(info.accepted.any(), 0, stuck)
         if self.num_stuck >= self.MAX_STUCK:
             raise DivergenceError(
                 f"none of the {len(state.energy)} chains has moved in "
@@ -135,3 +173,7 @@ class PersistentChains(StatefulModule):
                 f"{state.energy.max().item():.4g}]. Lower the learning rate, or bound "
                 "the energy from below (a base inside the energy does that)."
             )
+
+
+def _stacked(infos: list[StepInfo]) -> StepInfo:
+    return StepInfo(*map(torch.stack, zip(*infos, strict=True)))

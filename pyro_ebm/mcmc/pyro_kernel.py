@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_ebm.energies import Energy, FunctionEnergy
 from pyro_ebm.mcmc.adaptation import StepSizeAdaptation, find_step_size
-from pyro_ebm.mcmc.base import Kernel, StepInfo
+from pyro_ebm.mcmc.base import Kernel, StepInfo, replace_nonfinite
 
 
 @final
@@ -43,14 +43,29 @@ class PyroKernel(MCMCKernel):
         self.kernel = kernel
         self.model = model
         self.transforms: dict[str, Any] | None = None
+        self._initial_params: dict[str, Tensor] | None = None
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """Find the latent sites, a starting point and a step size."""
+        """Find the latent sites, a starting point and a step size.
+
+        Raises:
+            ValueError: If the model has no latent site.
+            DivergenceError: If the starting point that was given has a non-finite
+                energy.
+        """
         self._warmup_steps, self._step = warmup_steps, 0
-        self._accept_sum = 0.0
+        self._accept_sum, self._num_nonfinite = 0.0, 0
         initial, potential, self.transforms, _ = initialize_model(
-            self.model, model_args=args, model_kwargs=kwargs
+            self.model,
+            model_args=args,
+            model_kwargs=kwargs,
+            initial_params=self._initial_params,
         )
+        if not initial:
+            raise ValueError(
+                "model must have at least one continuous latent site, got none: all "
+                "its sites are observed or discrete."
+            )
         self._shapes = OrderedDict((k, v.shape) for k, v in sorted(initial.items()))
         self._initial_params = initial
         size = sum(math.prod(shape) for shape in self._shapes.values())
@@ -58,18 +73,19 @@ class PyroKernel(MCMCKernel):
         self._energy = FunctionEnergy(
             lambda u: potential(self._unflatten(u)).reshape(1), (size,)
         )
-        self._state = self.kernel.init(self._energy, self._flatten(initial))
+        state = self.kernel.init(self._energy, self._flatten(initial))
+        self._state = replace_nonfinite(state)
         start = find_step_size(self.kernel, self._energy, self._state)
         self._adaptation = StepSizeAdaptation(start)
         self._adapted = dataclasses.replace(self.kernel, step_size=start)
 
     @property
-    def initial_params(self) -> dict[str, Tensor]:
-        """Where the chain starts, in unconstrained space."""
+    def initial_params(self) -> dict[str, Tensor] | None:
+        """Where the chain starts, in unconstrained space; None: found by ``setup``."""
         return self._initial_params
 
     @initial_params.setter
-    def initial_params(self, params: dict[str, Tensor]) -> None:
+    def initial_params(self, params: dict[str, Tensor] | None) -> None:
         self._initial_params = params
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,27 +102,39 @@ class PyroKernel(MCMCKernel):
         return OrderedDict(
             [
                 ("step size", f"{float(self._adapted.step_size):.2e}"),
-                ("acc. prob", f"{self._accept_sum / max(self._step, 1):.3f}"),
+                ("acc. prob", f"{self._accept_rate:.3f}"),
             ]
         )
 
     def diagnostics(self) -> dict[str, float]:
-        """The mean acceptance probability of the chain, warmup included."""
-        return {"acceptance rate": self._accept_sum / max(self._step, 1)}
+        """Mean acceptance probability and non-finite proposals, both after warmup."""
+        return {
+            "acceptance rate": self._accept_rate,
+            "non-finite proposals": self._num_nonfinite,
+        }
+
+    def cleanup(self) -> None:
+        """Forget the starting point, as Pyro's kernels do, for another run."""
+        self._initial_params = None
+
+    @property
+    def _accept_rate(self) -> float:
+        counted = self._step - self._warmup_steps  # during warmup all that there are
+        return self._accept_sum / max(counted if counted > 0 else self._step, 1)
 
     def _learn(self, info: StepInfo) -> None:
         self._step += 1
         self._accept_sum += info.accept_prob.item()
-        if self._step <= self._warmup_steps:
-            self._adaptation.update(self.kernel, info)
-            last = self._step == self._warmup_steps
-            adaptation = self._adaptation
-            self._adapted = dataclasses.replace(
-                self.kernel,
-                step_size=(
-                    adaptation.averaged_step_size if last else adaptation.step_size
-                ),
-            )
+        self._num_nonfinite += int(not info.is_finite)
+        if self._step > self._warmup_steps:
+            return
+        adaptation = self._adaptation
+        adaptation.update(self.kernel, info)
+        step_size = adaptation.step_size
+        if self._step == self._warmup_steps:
+            step_size = adaptation.averaged_step_size
+            self._accept_sum, self._num_nonfinite = 0.0, 0
+        self._adapted = dataclasses.replace(self.kernel, step_size=step_size)
 
     def _flatten(self, params: dict[str, Tensor]) -> Tensor:
         return torch.cat([params[k].detach().reshape(-1) for k in self._shapes])[None]
@@ -116,4 +144,3 @@ class PyroKernel(MCMCKernel):
         parts = u[0].split(sizes)
         pairs = zip(self._shapes.items(), parts, strict=True)
         return {name: part.reshape(shape) for (name, shape), part in pairs}
-

@@ -109,6 +109,8 @@ def _judge(
     elif not change < tolerance:
         status = "unreliable"
         reason = f"halving the grid still changes log Z by {change:.2g} nats"
+    if status == "not_normalizable":
+        value, change = math.inf, math.nan
     return LogPartitionEstimate(
         value, change, value - change, value + change, math.nan,
         status, "quadrature", num_evaluations, reason,
@@ -127,13 +129,11 @@ class _Integrand:
         self, energy: Energy, loc: Tensor | float, scale: Tensor | float, dim: int
     ) -> None:
         self.energy = energy
-        tensors = [*energy.parameters(), *energy.buffers()]
-        options = {"dtype": torch.float64, "device": "cpu"}
-        if tensors:
-            options = {"dtype": tensors[0].dtype, "device": tensors[0].device}
-        self.options = options
-        self.loc = torch.as_tensor(loc, **options).reshape(-1).expand(dim)
-        self.scale = torch.as_tensor(scale, **options).reshape(-1).expand(dim)
+        # The grid and the sum are in double precision, whatever the energy computes in.
+        self.own = energy.tensor_options()
+        self.options = {"dtype": torch.float64, "device": self.own["device"]}
+        self.loc = torch.as_tensor(loc, **self.options).reshape(-1).expand(dim)
+        self.scale = torch.as_tensor(scale, **self.options).reshape(-1).expand(dim)
         self.dim = dim
         self.num_evaluations = 0
 
@@ -142,7 +142,8 @@ class _Integrand:
         self.num_evaluations += len(t)
         u = self.loc + self.scale * t.sinh()
         log_jacobian = (self.scale.log() + log_cosh(t)).sum(-1)
-        value = self.energy(u.reshape(-1, *self.energy.event_shape))
+        u = u.to(self.own["dtype"]).reshape(-1, *self.energy.event_shape)
+        value = self.energy(u).to(torch.float64)
         log_integrand = log_jacobian - value
         return log_integrand.masked_fill(log_integrand.isnan(), -torch.inf)
 
@@ -165,7 +166,7 @@ class _Integrand:
             log_values = self.on_grid(box, per_side)
             if not log_values.max().isfinite():
                 break
-            indices = (log_values > log_values.max() - self.CUT).nonzero()
+            indices = (log_values >= log_values.max() - self.CUT).nonzero()
             low, width = box[:, 0], box[:, 1] - box[:, 0]
             step = width / (per_side - 1)
             margins = [indices.amin(0) - 1, indices.amax(0) + 1]

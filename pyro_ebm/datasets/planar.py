@@ -1,0 +1,100 @@
+r"""Three toy data sets in the plane, centred at the origin.
+
+Draws come from torch's global stream, in its default dtype. Two of the densities are
+known exactly:
+
+.. math::
+    p_{\text{eight}}(x) &= \tfrac18 \sum_{k=0}^7
+        \mathcal{N}\big(x;\, r (\cos \tfrac{k\pi}4, \sin \tfrac{k\pi}4),
+        \sigma^2 I\big), \qquad r = 3,\ \sigma = 0.3                        \tag{1} \\
+    p_{\text{board}}(x) &= \tfrac1{32} \quad \text{on 8 of the 16 squares of side 2 in }
+        [-4, 4]^2                                                          \tag{2}
+"""
+
+__all__ = [
+    "checkerboard",
+    "checkerboard_density",
+    "eight_gaussians",
+    "eight_gaussians_density",
+    "two_moons",
+]
+
+import math
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+
+def two_moons(num_samples: int, *, noise: float = 0.1) -> Tensor:
+    """Two interleaving half circles of radius 1, blurred by Gaussian noise.
+
+    The points lie within about [-1.8, 1.8] x [-1.1, 1.1]. Each is on either moon with
+    equal probability.
+
+    Args:
+        num_samples: Number of points ``N``.
+        noise: Standard deviation of the blur, in units of the radius.
+
+    Returns:
+        Shape ``(N, 2)``.
+
+    Raises:
+        ValueError: If ``noise`` is negative.
+    """
+    if noise < 0:
+        raise ValueError(f"noise must be at least 0, got {noise}.")
+    angle = math.pi * torch.rand(num_samples)
+    side = torch.randint(2, (num_samples,)) * 2 - 1  # +1 upper moon, -1 lower moon
+    centre = torch.stack([-0.5 * side, -0.25 * side], -1)
+    circle = torch.stack([side * angle.cos(), side * angle.sin()], -1)
+    return centre + circle + noise * torch.randn(num_samples, 2)
+
+
+def eight_gaussians(num_samples: int) -> Tensor:
+    """Draws from (1), within about [-4, 4] in both coordinates.
+
+    Args:
+        num_samples: Number of points ``N``.
+
+    Returns:
+        Shape ``(N, 2)``.
+    """
+    return eight_gaussians_density().sample((num_samples,))
+
+
+def eight_gaussians_density() -> dist.MixtureSameFamily:
+    """The density (1) as a Pyro distribution. Exactness: *exact*."""
+    angle = torch.arange(8) * (math.pi / 4)
+    centre = 3.0 * torch.stack([angle.cos(), angle.sin()], -1)
+    return dist.MixtureSameFamily(
+        dist.Categorical(logits=torch.zeros(8)), dist.Normal(centre, 0.3).to_event(1)
+    )  # (1)
+
+
+def checkerboard(num_samples: int) -> Tensor:
+    """Draws from (2), within [-4, 4] in both coordinates.
+
+    Args:
+        num_samples: Number of points ``N``.
+
+    Returns:
+        Shape ``(N, 2)``.
+    """
+    return checkerboard_density().sample((num_samples,))
+
+
+def checkerboard_density() -> dist.MixtureSameFamily:
+    """The density (2) as a Pyro distribution; ``-inf`` off the squares.
+
+    Exactness: *exact*.
+    """
+    row, column = torch.cartesian_prod(torch.arange(4), torch.arange(4)).unbind(-1)
+    black = (row + column) % 2 == 0
+    low = 2.0 * torch.stack([row[black], column[black]], -1) - 4.0
+    squares = dist.Uniform(low, low + 2.0, validate_args=False)
+    return dist.MixtureSameFamily(
+        dist.Categorical(logits=torch.zeros(8)),
+        squares.to_event(1),
+        validate_args=False,
+    )  # (2)

@@ -1,0 +1,9 @@
+"""Energies as Pyro distributions.
+
+Start with :class:`EnergyDistribution`; :class:`EnergyModel` is the module that is learned.
+"""
+
+__all__ = ["EnergyDistribution", "EnergyModel"]
+
+from pyro_ebm.distributions.energy import EnergyDistribution
+from pyro_ebm.distributions.model import EnergyModel

@@ -1,0 +1,274 @@
+r"""An energy as a Pyro distribution.
+
+.. math::
+    \log q(x) = -f(x) - \log Z                                              \tag{1}
+"""
+
+__all__ = ["EnergyDistribution"]
+
+import math
+import warnings
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.nn import PyroModule
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_ebm.energies import ClosedForm, Energy
+from pyro_ebm.errors import UnreliableWarning
+from pyro_ebm.mcmc import IndependentChains, Sampler
+from pyro_ebm.partition import LogPartitionEstimate
+
+
+class EnergyDistribution(dist.TorchDistribution):
+    r"""The distribution :math:`q(x) = e^{-f(x)} / Z` at a ``pyro.sample`` site.
+
+    It is a throw-away view: parameters live in the energy, :math:`\log Z` with its error
+    in :class:`~pyro_ebm.distributions.EnergyModel`. ``log_prob`` is a pure function; the
+    gradient of :math:`\log Z` is supplied by :func:`pyro_ebm.infer.maximum_likelihood`.
+
+    Args:
+        energy: The energy :math:`f`.
+        log_partition: :math:`\log Z` in nats: a number, a scalar tensor, an estimate of
+            :mod:`pyro_ebm.partition`, or ``None`` where it is unknown; then it counts as
+            0 and ``is_normalized`` is false.
+        sampler: How to draw; default: one HMC chain a draw, or exactly where the energy
+            has a closed form.
+        validate_args: Whether ``log_prob`` checks its argument; Pyro's default.
+
+    Exactness: ``log_prob`` is *exact* given an exact ``log_partition``, *unnormalised*
+    without one; ``sample`` is *consistent* in the sampler's number of steps.
+
+    Raises:
+        TypeError: If ``energy`` is no :class:`~pyro_ebm.energies.Energy`.
+        ValueError: If ``log_partition`` is not one number, or an estimate says that
+            there is no partition function.
+        NotImplementedError: If a parameter of the energy is a random variable.
+
+    Example:
+        >>> energy = pyro_ebm.energies.FunctionEnergy(lambda x: x**2 / 2, ())
+        >>> q = EnergyDistribution(energy, log_partition=0.9189385)
+        >>> q.log_prob(torch.tensor(0.0)).item()
+        -0.9189385
+        >>> EnergyDistribution(energy).is_normalized
+        False
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    has_rsample = False
+
+    def __init__(
+        self,
+        energy: Energy,
+        log_partition: "float | Tensor | LogPartitionEstimate | None" = None,
+        *,
+        sampler: Sampler | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        if not isinstance(energy, Energy):
+            raise TypeError(
+                f"energy must be an Energy, got {type(energy).__name__}. Wrap a "
+                "callable: pyro_ebm.energies.FunctionEnergy(fn, event_shape)."
+            )
+        _bind_parameters(energy)
+        self.energy = energy
+        self.log_partition = _as_scalar(log_partition, energy)
+        self.is_normalized = log_partition is not None and (
+            not isinstance(log_partition, LogPartitionEstimate)
+            or log_partition.is_reliable
+        )
+        self.sampler = sampler
+        # The module that keeps parameters and chains, set by EnergyModel.
+        self.owner: Any = None
+        super().__init__(torch.Size(), energy.event_shape, validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The support of the energy."""
+        return self.energy.support
+
+    def expand(
+        self, batch_shape: torch.Size, _instance: Any = None
+    ) -> "EnergyDistribution":
+        """The same distribution with another batch shape."""
+        new = self._get_checked_instance(type(self), _instance)
+        vars(new).update(vars(self))
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+    def unnormalized_log_prob(self, x: Tensor) -> Tensor:
+        """Minus the energy.
+
+        Args:
+            x: Shape broadcastable to ``(*sample, *batch, *event)``.
+
+        Returns:
+            Shape ``(*sample, *batch)``.
+
+        Exactness: *unnormalised*.
+        """
+        shape = torch.broadcast_shapes(x.shape, self.batch_shape + self.event_shape)
+        if self._validate_args:
+            self._validate_sample(x)
+        return -self.energy(x.expand(shape))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        r"""Evaluate (1).
+
+        Args:
+            x: Shape broadcastable to ``(*sample, *batch, *event)``.
+
+        Returns:
+            Shape ``(*sample, *batch)``, in nats.
+
+        Raises:
+            ValueError: If ``x`` is outside the support, or if ``log_partition`` is a
+                free parameter: the likelihood is then unbounded.
+            NotImplementedError: If the energy depends on a latent variable while
+                ``log_partition`` does not.
+        """
+        self.require_no_free_log_partition()
+        value = self.unnormalized_log_prob(x)
+        if value.requires_grad and not x.requires_grad:
+            self._require_no_latent_energy()
+        return value - self.log_partition  # (1)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """Independent draws, one chain each, with no gradient.
+
+        Args:
+            sample_shape: Shape of the draws.
+
+        Returns:
+            Shape ``(*sample, *batch, *event)``. Within Pyro's search for initial values,
+            which throws draws away, the chains' starting points.
+        """
+        shape = self._extended_shape(torch.Size(sample_shape))
+        num_draws = math.prod(shape[: len(shape) - len(self.event_shape)])
+        closed_form = self.closed_form() if self.sampler is None else None
+        with torch.no_grad():
+            if closed_form is not None:
+                draws = closed_form.distribution.sample(torch.Size([num_draws]))
+            elif any(isinstance(handler, InitMessenger) for handler in _PYRO_STACK):
+                draws = self._sampler.start(self.energy, num_draws)
+            else:
+                draws = self._sampler(self.energy, num_draws)
+        return draws.reshape(shape)
+
+    def closed_form(self) -> ClosedForm | None:
+        """What is known of the energy without sampling, or ``None``."""
+        return self.energy.closed_form()
+
+    def score_parts(self, *args: Any, **kwargs: Any) -> Any:
+        """Pyro asks for them where a distribution stands in a guide.
+
+        Raises:
+            NotImplementedError: If :math:`\\log Z` is not known in closed form.
+        """
+        if self.closed_form() is None:
+            raise NotImplementedError(
+                f"{self} stands in a guide, where its log_prob must be normalised with "
+                "a gradient, and its log Z has no closed form. Use a normalised guide "
+                "(an AutoGuide, a flow), or put the energy in the model."
+            )
+        return super().score_parts(*args, **kwargs)
+
+    def require_no_free_log_partition(self) -> None:
+        """Refuse a learnable :math:`\\log Z` that no bound or contrast holds.
+
+        Raises:
+            ValueError: If ``log_partition`` is a leaf that requires a gradient.
+        """
+        free = self.log_partition
+        if torch.is_grad_enabled() and free.requires_grad and free.is_leaf:
+            raise ValueError(
+                "log_partition is a free parameter (requires_grad=True), and the plain "
+                "likelihood -f(x) - log_partition grows without bound as it falls. Let "
+                "EnergyModel track it, or give log_partition.detach() if it is known."
+            )
+
+    def _require_no_latent_energy(self) -> None:
+        own = any(p.requires_grad for p in self.energy.parameters())
+        if own or self.log_partition.requires_grad:
+            return
+        raise NotImplementedError(
+            f"the energy of {self} depends on a variable outside of it that requires a "
+            "gradient, and log Z then depends on that variable too: the posterior is "
+            "doubly intractable. Give a log_partition that is a function of the "
+            "variable, exact or amortised, or learn the energy's own parameters with "
+            "pyro_ebm.infer.maximum_likelihood. (To evaluate only: torch.no_grad().)"
+        )
+
+    @property
+    def _sampler(self) -> Sampler:
+        return IndependentChains() if self.sampler is None else self.sampler
+
+    def _validate_sample(self, value: Tensor) -> None:
+        if value.is_floating_point() and value.isnan().any():
+            raise ValueError(
+                f"x must not contain nan, got {int(value.isnan().sum())} nan in "
+                f"{value.numel()} numbers. Drop the rows, or mask them with "
+                "poutine.mask after filling them with any point of the support."
+            )
+        inside = self.support.check(value)
+        if not inside.all():
+            outside = value[~inside][:1] if inside.dim() else value
+            raise ValueError(
+                f"x must lie in the support {self.support}; {int((~inside).sum())} of "
+                f"{inside.numel()} points do not, the first is {outside.tolist()}. Give "
+                "the energy the support of the data, or transform the data."
+            )
+
+    def __repr__(self) -> str:
+        log_partition = self.log_partition.item() if self.is_normalized else "unknown"
+        shape = f"batch_shape: {tuple(self.batch_shape)}, "
+        return (
+            f"{type(self).__name__}({type(self.energy).__name__}, {shape}"
+            f"event_shape: {tuple(self.event_shape)}, log Z: {log_partition})"
+        )
+
+
+def _as_scalar(
+    log_partition: "float | Tensor | LogPartitionEstimate | None", energy: Energy
+) -> Tensor:
+    if log_partition is None:
+        return torch.zeros((), **energy.tensor_options())
+    if isinstance(log_partition, LogPartitionEstimate):
+        if log_partition.status == "not_normalizable":
+            raise ValueError(
+                f"log_partition says that the energy has no partition function: "
+                f"{log_partition.reason}. Bound the energy, or give it a base."
+            )
+        if not log_partition.is_reliable:
+            warnings.warn(str(log_partition), UnreliableWarning, stacklevel=3)
+        log_partition = log_partition.value
+    if not isinstance(log_partition, Tensor):
+        log_partition = torch.as_tensor(log_partition, **energy.tensor_options())
+    if log_partition.numel() != 1:
+        raise ValueError(
+            "log_partition must be one number, got shape "
+            f"{tuple(log_partition.shape)}."
+        )
+    return log_partition.reshape(()) if log_partition.dim() else log_partition
+
+
+def _bind_parameters(energy: Energy) -> None:
+    """Touch every Pyro-managed parameter now, while the model runs.
+
+    Pyro calls ``log_prob`` after the model has returned; a parameter first read there
+    would be missing from the trace, and silently never trained.
+    """
+    for module in energy.modules():
+        if isinstance(module, PyroModule):
+            if module._pyro_samples:
+                raise NotImplementedError(
+                    f"{sorted(module._pyro_samples)} of {type(module).__name__} are "
+                    "PyroSample: a prior over the parameters of an energy makes the "
+                    "posterior doubly intractable. Use PyroParam or nn.Parameter."
+                )
+            for name in (*module._pyro_params, *module._parameters):
+                getattr(module, name)

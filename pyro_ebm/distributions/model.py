@@ -1,0 +1,142 @@
+r"""The module that owns an energy, its chains and its :math:`\log Z`."""
+
+__all__ = ["EnergyModel"]
+
+import pyro.distributions as dist
+import torch
+from torch import nn
+
+from pyro_ebm.distributions.energy import EnergyDistribution
+from pyro_ebm.energies import Energy, unconstrained
+from pyro_ebm.mcmc import IndependentChains, PersistentChains, Sampler
+from pyro_ebm.partition import LogPartition
+from pyro_ebm.partition.path import GeometricPath
+
+
+class EnergyModel(nn.Module):
+    r"""An energy that is learned, with all that learning leaves behind.
+
+    Calling it gives the distribution of the current parameters, to be used at a
+    ``pyro.sample`` site. Its ``state_dict`` holds the parameters, the averaged
+    parameters, :math:`\log Z` with the walkers that track it, and the persistent chains.
+
+    Args:
+        energy: The energy :math:`f_\theta`.
+        base: A normalised Pyro distribution on the same event and support, somewhat
+            wider than the data: reference for :math:`\log Z` and start of all chains.
+            Default: standard normal in unconstrained space.
+        sampler: How the distribution draws; default: one HMC chain a draw from the base.
+        log_partition: A tracker with settings of your own; default:
+            ``LogPartition(energy, base)``.
+
+    Raises:
+        ValueError: If the base has another event shape or support, or a batch shape.
+
+    Example:
+        >>> energy = pyro_ebm.energies.NeuralEnergy((2,), hidden_sizes=(16,))
+        >>> model = EnergyModel(energy, dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        >>> model().log_prob(torch.zeros(5, 2)).shape
+        torch.Size([5])
+        >>> model.log_partition.status
+        'unreliable'
+    """
+
+    def __init__(
+        self,
+        energy: Energy,
+        base: dist.TorchDistribution | None = None,
+        *,
+        sampler: Sampler | None = None,
+        log_partition: LogPartition | None = None,
+    ) -> None:
+        super().__init__()
+        base = _standard_base(energy) if base is None else base
+        GeometricPath(energy, base)  # checks that they fit
+        self.energy = energy
+        self.base = base
+        self.sampler = sampler
+        if log_partition is None:
+            log_partition = LogPartition(energy, base)
+        self.log_partition = log_partition
+        self.chains = PersistentChains()
+        self._followed_version = -1
+
+    def forward(self) -> EnergyDistribution:
+        r"""The distribution of the current parameters.
+
+        Where the energy knows its :math:`\log Z` in closed form, that is used, with its
+        gradient. Otherwise it is the tracked value; ``is_normalized`` is false while
+        that is unreliable, and before there is one :math:`\log Z` counts as 0.
+        """
+        known = self.energy.closed_form()
+        if known is not None:
+            return self._distribution(self.energy, known.log_partition)
+        tracked = self.log_partition
+        value = tracked.value.clone() if tracked.is_started else None
+        distribution = self._distribution(self.energy, value)
+        distribution.is_normalized = tracked.status == "ok"
+        return distribution
+
+    def averaged(self) -> EnergyDistribution:
+        r"""The distribution of the averaged parameters with its own :math:`\log Z`.
+
+        The better model while learning: what is reported and what ``fit`` returns.
+
+        Raises:
+            RuntimeError: If nothing has been learned yet.
+        """
+        if not self.log_partition.is_started:
+            raise RuntimeError(
+                "there is no average before the first step of learning. Train the "
+                "model, or call model.log_partition.refresh(model.energy)."
+            )
+        estimate = self.log_partition.averaged()
+        distribution = self._distribution(
+            self.log_partition.averaged_energy, torch.tensor(estimate.value)
+        )
+        distribution.is_normalized = estimate.is_reliable
+        distribution.owner = None
+        return distribution
+
+    def follow(self) -> None:
+        """Let :math:`\\log Z` follow, if the parameters have moved since last time."""
+        if self.energy.closed_form() is not None:
+            return
+        version = sum(parameter._version for parameter in self.energy.parameters())
+        if version != self._followed_version or not self.log_partition.is_started:
+            self._followed_version = version
+            self.log_partition.follow(self.energy)
+
+    @torch.no_grad()
+    def adopt_average(self) -> None:
+        """Make the averaged parameters the current ones; the end of learning."""
+        self.log_partition.finish(self.energy)
+
+    def _distribution(
+        self, energy: Energy, log_partition: torch.Tensor | None
+    ) -> EnergyDistribution:
+        sampler = self.sampler
+        if sampler is None and energy.closed_form() is None:
+            sampler = IndependentChains(base=self.base)
+        if log_partition is not None:
+            log_partition = log_partition.to(**self.energy.tensor_options())
+        distribution = EnergyDistribution(energy, log_partition, sampler=sampler)
+        distribution.owner = self
+        return distribution
+
+    def __repr__(self) -> str:
+        tracked = self.log_partition
+        return (
+            f"{type(self).__name__}(\n  energy: {self.energy}\n  base: {self.base}\n"
+            f"  log Z: {tracked.value.item():.4f} +- {tracked.std_error.item():.4f} "
+            f"[{tracked.status}]\n)"
+        )
+
+
+def _standard_base(energy: Energy) -> dist.TorchDistribution:
+    flat, to_support = unconstrained(energy)
+    zeros = torch.zeros(flat.event_shape, **flat.tensor_options())
+    normal = dist.Normal(zeros, 1.0).to_event(zeros.dim())
+    if flat is energy:
+        return normal
+    return dist.TransformedDistribution(normal, [to_support])

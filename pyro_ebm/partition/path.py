@@ -1,0 +1,141 @@
+r"""The geometric path from a base distribution to an energy.
+
+.. math::
+    f_\beta(x) = (1 - \beta)\, f_0(x) + \beta\, f(x), \qquad f_0 = -\log p_0 \tag{1}
+
+with inverse temperature :math:`\beta`: 0 is the base, 1 is the model.
+"""
+
+__all__ = ["GeometricPath", "PathState"]
+
+from typing import NamedTuple, final
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_ebm.energies import DistributionEnergy, Energy, same_support, unconstrained
+from pyro_ebm.mcmc import ChainState, Kernel, StepInfo
+
+
+class PathState(NamedTuple):
+    """Chains with the two ends of the path evaluated apart.
+
+    Any temperature of (1) follows from it without a further evaluation.
+
+    Attributes:
+        u: Points in unconstrained space, shape ``(*chains, *event)``.
+        base: Energy of the base, shape ``(*chains,)``.
+        base_grad: Its gradient, shape of ``u``.
+        target: Energy of the target, shape ``(*chains,)``.
+        target_grad: Its gradient, shape of ``u``.
+    """
+
+    u: Tensor
+    base: Tensor
+    base_grad: Tensor
+    target: Tensor
+    target_grad: Tensor
+
+    def index(self, chains: tuple[Tensor, ...]) -> "PathState":
+        """The states of the chains that an index tuple selects."""
+        return PathState(*(part[chains] for part in self))
+
+    def chains(self) -> ChainState:
+        """The chains as a kernel sees them at the end of the path."""
+        return ChainState(self.u, self.target, self.target_grad)
+
+    def log_weight(self, step: float) -> Tensor:
+        r"""Log-weight :math:`\Delta\beta (f_0 - f)` of moving ``step`` up the path.
+
+        A point where the target is not finite has weight zero.
+        """
+        log_weight = step * (self.base - self.target)
+        return torch.where(self.target.isfinite(), log_weight, -torch.inf)
+
+
+@final
+class GeometricPath(Energy):
+    """The energy (1) in unconstrained space, at a temperature that can be set.
+
+    Args:
+        energy: The target, on any support that ``biject_to`` knows.
+        base: A normalised Pyro distribution over the same event and support.
+
+    Attributes:
+        inverse_temperature: Where on the path the energy is, in [0, 1].
+        num_evaluations: Evaluations of the target so far, one a point.
+
+    Raises:
+        ValueError: If the base has a batch shape, another event or another support.
+    """
+
+    def __init__(self, energy: Energy, base: dist.TorchDistribution) -> None:
+        base_energy = DistributionEnergy(base)
+        if base.event_shape != energy.event_shape:
+            raise ValueError(
+                f"base must have event_shape {tuple(energy.event_shape)} as the energy, "
+                f"got {tuple(base.event_shape)}. Use .to_event() or .expand() on it."
+            )
+        if not same_support(base_energy.support, energy.support):
+            raise ValueError(
+                f"base must have the support of the energy, {energy.support}, got "
+                f"{base_energy.support}. Choose a base on that support, or restrict the "
+                "energy to the base's support when building it."
+            )
+        flat, transform = unconstrained(energy)
+        super().__init__(flat.event_shape)
+        self.target, self.transform = flat, transform
+        self.base, _ = unconstrained(base_energy)
+        self.distribution = base
+        self.inverse_temperature = 1.0
+        self.num_evaluations = 0
+        self._last: PathState | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate (1) at unconstrained ``x`` of shape ``(*batch, *event)``."""
+        beta = self.inverse_temperature
+        if beta == 1:
+            return self.target(x)
+        return (1 - beta) * self.base(x) + beta * self.target(x)  # (1)
+
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """One evaluation of each end; both are remembered for :meth:`step`."""
+        self._last = self.evaluate(x)
+        state = self.at_temperature(self._last)
+        return state.energy, state.grad
+
+    def evaluate(self, u: Tensor) -> PathState:
+        """Evaluate both ends at ``u`` of shape ``(*chains, *event)``."""
+        base = self.base.value_and_grad(u)
+        self.num_evaluations += base[0].numel()
+        return PathState(u.detach(), *base, *self.target.value_and_grad(u))
+
+    def sample_base(self, *shape: int) -> PathState:
+        """Exact draws of the base, evaluated; ``shape`` is that of the chains."""
+        with torch.no_grad():
+            x = self.distribution.sample(torch.Size(shape))
+            return self.evaluate(self.transform.inv(x))
+
+    def at_temperature(self, state: PathState) -> ChainState:
+        """The chains as seen by a kernel at the current temperature."""
+        beta = self.inverse_temperature
+        # At the end the base may be infinite where the target is not.
+        if beta == 1:
+            return state.chains()
+        return ChainState(
+            state.u,
+            (1 - beta) * state.base + beta * state.target,
+            (1 - beta) * state.base_grad + beta * state.target_grad,
+        )
+
+    def step(self, kernel: Kernel, state: PathState) -> tuple[PathState, StepInfo]:
+        """One transition of a kernel whose last evaluation is its proposal."""
+        _, info = kernel.step(self, self.at_temperature(state))
+        if self._last is None:
+            raise RuntimeError(f"{type(kernel).__name__} evaluated no gradient.")
+        moved = []
+        for new, old in zip(self._last, state, strict=True):
+            shape = info.accepted.shape + (1,) * (new.dim() - info.accepted.dim())
+            moved.append(torch.where(info.accepted.reshape(shape), new, old))
+        return PathState(*moved), info

@@ -1,0 +1,275 @@
+r""":math:`\log Z` of an energy that is being learned, nearly for free.
+
+The parameters :math:`\theta_t` are shaken by the optimiser; their average moves
+smoothly, and is the better model:
+
+.. math::
+    a_t = a_{t-1} + \min\left(.01, \tfrac{9}{t + 8}\right)
+        (\theta_t - a_{t-1})                                               \tag{1}
+
+Weighted walkers follow the average. When the energy changes from :math:`f` to
+:math:`f'`, the weight of each walker changes, and then the walker moves with a kernel
+that leaves :math:`e^{-f'}` invariant:
+
+.. math::
+    \log w \mathrel{+}= f(u) - f'(u), \qquad
+    \log Z' = \log Z + \log \overline{w}                                   \tag{2}
+
+Walkers are resampled within their island when the effective sample size of the weights
+falls. The islands are independent: their spread is the error bar. Walkers give no
+gradient to the learning: those that do stand just where the energy is pushed up, and
+:math:`\log Z` read off them drifts. For the iterate :math:`\theta_t` itself,
+
+.. math::
+    \log Z(\theta_t) = \log Z(a_t) +
+        \log \mathbb{E}_{a_t}\left[e^{f_{a_t}(u) - f_{\theta_t}(u)}\right]    \tag{3}
+
+References:
+    Jarzynski (1997), Physical Review Letters 78, 2690. Neal (2001), Statistics and
+    Computing 11, 125-139. Carbone, Hua, Coste & Vanden-Eijnden (2023), NeurIPS.
+    Polyak & Juditsky (1992), SIAM J. Control Optim. 30, 838-855 (averaging).
+"""
+
+__all__ = ["LogPartition"]
+
+import dataclasses
+import math
+from typing import get_args
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_ebm.diagnostics import effective_sample_fraction
+from pyro_ebm.energies import Energy, unconstrained
+from pyro_ebm.mcmc import HMC
+from pyro_ebm.mcmc.persistent import StatefulModule
+from pyro_ebm.partition.average import FollowedEnergy
+from pyro_ebm.partition.base import LogPartitionEstimate, Status, combine_replicates
+from pyro_ebm.partition.smc import Islands, run_smc
+from pyro_ebm.partition.walkers import Walkers
+
+_STATUSES = get_args(Status)
+_REASONS = (
+    "",
+    "not estimated yet: train, or call refresh()",
+    "the islands of walkers disagree by more than 0.5 nats",
+    "the walkers are resampled too often: the parameters move too fast for them",
+    "a fresh run of SMC from the base disagrees with the walkers",
+    "the parameters are too far from their average: effective sample size below 10 %",
+    "the energy is not finite at the walkers",
+)
+
+
+class LogPartition(StatefulModule):
+    r"""A running estimate of :math:`\log Z(\theta)` with error bar and verdict.
+
+    :class:`pyro_ebm.distributions.EnergyModel` owns one; the handlers of
+    :mod:`pyro_ebm.infer` call :meth:`follow` after each parameter step. Its own
+    ``value``, ``std_error`` and ``status`` belong to the current parameters;
+    :meth:`averaged` to their running average.
+
+    Args:
+        energy: The energy that will be learned.
+        base: A normalised distribution on its event and support; the walkers come from
+            exact draws of it.
+        num_islands: Independent groups of walkers, for the error bar.
+        num_walkers: Walkers an island.
+        interval: Parameter steps between two moves of the walkers; the weights
+            telescope, so nothing is lost in between.
+        check_interval: Parameter steps between two short SMC runs from the base, that
+            can see a mode which all walkers have lost.
+        num_leapfrog: Leapfrog steps in a move of the walkers.
+
+    Exactness: *consistent* in the number of walkers, and unbiased for ``Z`` up to
+    adaptation of the step size.
+    """
+
+    value: Tensor
+    std_error: Tensor
+
+    def __init__(
+        self,
+        energy: Energy,
+        base: dist.TorchDistribution,
+        *,
+        num_islands: int = 4,
+        num_walkers: int = 128,
+        interval: int = 10,
+        check_interval: int = 1000,
+        num_leapfrog: int = 3,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.interval, self.check_interval = interval, check_interval
+        self.num_islands, self.num_walkers = num_islands, num_walkers
+        self.followed = FollowedEnergy(energy)
+        self.walkers = Walkers(HMC(num_leapfrog=num_leapfrog))
+        options = energy.tensor_options()
+        self.register_buffer("value", torch.tensor(math.nan, **options))
+        self.register_buffer("std_error", torch.tensor(math.nan, **options))
+        self.register_buffer("num_steps", torch.tensor(0))
+        self.register_buffer("num_check_evaluations", torch.tensor(0))
+        # Reasons of the average and of the iterate, and whether the last check failed.
+        self.register_buffer("verdict", torch.tensor([1, 1, 0]))
+
+    @property
+    def is_started(self) -> bool:
+        """Whether there is an estimate."""
+        return self.walkers.is_started
+
+    @property
+    def status(self) -> Status:
+        """``"ok"`` or ``"unreliable"``, for the current parameters."""
+        return "unreliable" if self.verdict[1] else "ok"
+
+    @property
+    def reason(self) -> str:
+        """Why the status is unreliable; empty if it is not."""
+        return _REASONS[int(self.verdict[1])]
+
+    @property
+    def num_evaluations(self) -> int:
+        """Energy evaluations spent so far on following and checking, a point each."""
+        return int(self.walkers.num_evaluations + self.num_check_evaluations)
+
+    @property
+    def averaged_energy(self) -> Energy:
+        """The energy that :meth:`averaged` belongs to; its parameters are buffers."""
+        return self.followed.energy
+
+    def averaged(self) -> LogPartitionEstimate:
+        r""":math:`\log Z` of the averaged parameters, with a 95 % interval."""
+        if not self.is_started:
+            return LogPartitionEstimate(
+                *[math.nan] * 5, "unreliable", "walkers", 0, _REASONS[1]
+            )
+        value, std_error, half = combine_replicates(self.walkers.log_partition())
+        return LogPartitionEstimate(
+            value,
+            std_error,
+            value - half,
+            value + half,
+            self.walkers.ess(),
+            "unreliable" if self.verdict[0] else "ok",
+            "walkers",
+            self.num_evaluations,
+            _REASONS[int(self.verdict[0])],
+        )
+
+    @torch.no_grad()
+    def follow(self, energy: Energy) -> None:
+        """Take note of the parameters after a step of learning.
+
+        Args:
+            energy: The energy being learned, of the class and shapes given at first.
+        """
+        if not self.is_started:
+            self.refresh(energy)
+            return
+        self.num_steps += 1
+        step = int(self.num_steps)
+        self.followed.average(energy, min(0.01, 9 / (step + 8)))  # (1)
+        if step % self.interval == 0:
+            self._advance()
+            if step % self.check_interval == 0:
+                self.check()
+            self._read(energy)
+
+    @torch.no_grad()
+    def refresh(self, energy: Energy) -> None:
+        r"""Estimate anew from the base, for the current parameters.
+
+        The average begins again at these parameters.
+        """
+        self.followed.reset(energy)
+        self.num_steps.zero_()
+        self._adopt(self._run_smc(self.num_walkers))
+        self.verdict.zero_()
+        self._read(energy)
+
+    @torch.no_grad()
+    def check(self) -> bool:
+        """Compare the walkers with a fresh SMC run from the base.
+
+        If both the short run and one of four times its size lie more than 3 combined
+        standard errors from the walkers, the estimate is unreliable until a later check
+        agrees; the walkers are replaced if the fresh run has found more mass.
+
+        Returns:
+            Whether they agree.
+        """
+        for size in (self.num_walkers, 4 * self.num_walkers):
+            fresh = self._run_smc(size)
+            value, std_error, _ = combine_replicates(fresh.log_partition)
+            own, own_error, _ = combine_replicates(self.walkers.log_partition())
+            agree = abs(value - own) <= 3 * math.hypot(std_error, own_error)
+            if agree:
+                break
+        self.verdict[2] = int(not agree)
+        if not agree and not value < own:
+            self._adopt(fresh)
+        return agree
+
+    @torch.no_grad()
+    def finish(self, energy: Energy) -> None:
+        """Bring the walkers up to date, check them, and write the average into ``energy``.
+
+        From here on the current parameters and their average are one.
+        """
+        if not self.is_started:
+            self.refresh(energy)
+        self._advance()
+        self.check()
+        self.followed.write(energy)
+        self._read(energy)
+
+    def _advance(self) -> None:
+        old, new = self.followed.begin_update()
+        position, step = 0.0, 1.0
+        while position < 1:
+            self.followed.load(torch.lerp(old, new, position + step))
+            # A parameter step that would leave too few walkers is taken in halves.
+            if self.walkers.reweight(self.followed.flat, force=step < 1 / 64):
+                position += step
+                self.walkers.move(self.followed.flat)
+            else:
+                step /= 2
+
+    def _read(self, energy: Energy) -> None:
+        """Set value, error and verdict of the iterate by (3)."""
+        log_partitions = self.walkers.log_partition()
+        self.verdict[0] = self._judge(log_partitions)
+        flat, _ = unconstrained(energy)
+        ratio, ess = self.walkers.log_ratio(flat)
+        iterate = log_partitions + ratio
+        self.value.copy_(torch.logsumexp(iterate, 0) - math.log(len(iterate)))
+        self.std_error.copy_(iterate.std() / math.sqrt(len(iterate)))
+        self.verdict[1] = self.verdict[0]
+        if not self.verdict[0] and ess < 0.1:
+            self.verdict[1] = 5
+
+    def _judge(self, log_partitions: Tensor) -> int:
+        if not log_partitions.isfinite().all():
+            return 6
+        if self.verdict[2]:
+            return 4
+        if log_partitions.std() > 0.5:
+            return 2
+        return 3 if self.walkers.resampling_rate() > 0.01 else 0
+
+    def _run_smc(self, num_particles: int) -> Islands:
+        islands = run_smc(
+            self.followed.energy,
+            self.base,
+            num_islands=self.num_islands,
+            num_particles=num_particles,
+            chain_length=8,
+        )
+        self.num_check_evaluations += islands.num_evaluations
+        return islands
+
+    def _adopt(self, islands: Islands) -> None:
+        self.walkers.start(
+            islands.state.chains(), islands.log_partition, islands.kernel
+        )

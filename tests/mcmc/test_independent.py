@@ -1,0 +1,137 @@
+"""Independent chains: one draw a chain, on any support, or an error."""
+
+import dataclasses
+
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from torch import nn
+
+from pyro_ebm.energies import DistributionEnergy, FunctionEnergy, QuadraticEnergy
+from pyro_ebm.errors import DivergenceError
+from pyro_ebm.mcmc import HMC, MALA, IndependentChains
+from pyro_ebm.testing import CountingEnergy, assert_moments
+
+
+def gaussian():
+    return QuadraticEnergy(torch.tensor([1.0, -1.0]), torch.tensor([[2.0, 1], [1, 2]]))
+
+
+@pytest.mark.parametrize("kernel", [MALA(), HMC(), HMC(step_size=1e3)])
+@pytest.mark.parametrize("base", [None, dist.Normal(0.0, 3.0).expand([2]).to_event(1)])
+def test_moments(kernel, base):
+    """Seen to fail with 3 steps in place of 200."""
+    precision = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    variance = precision.inverse().diagonal()
+    mean = torch.tensor([1.0, -1.0])
+    x = IndependentChains(base, kernel)(gaussian(), 4000)
+    assert_moments(x, mean, variance, fourth_central_moment=3 * variance**2)
+    few = IndependentChains(base, kernel, warmup_steps=2, num_steps=1)
+    with pytest.raises(AssertionError, match=r"\|z\|"):
+        assert_moments(few(gaussian(), 4000), mean, variance)
+
+
+def test_constrained_supports():
+    gamma = DistributionEnergy(dist.Gamma(torch.tensor(3.0), 2.0))
+    x = IndependentChains()(gamma, 4000)
+    assert x.shape == (4000,)
+    assert_moments(x, 1.5, 0.75)
+    x = IndependentChains()(DistributionEnergy(dist.Dirichlet(torch.ones(3))), 50)
+    assert x.shape == (50, 3)
+    assert constraints.simplex.check(x).all()
+
+
+@pytest.mark.parametrize("event", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("num_draws", [0, 1, 40])
+def test_shapes(event, num_draws):
+    axes = tuple(range(-len(event), 0))
+    energy = FunctionEnergy(lambda x: (x**2).sum(axes) if axes else x**2, event)
+    sampler = IndependentChains(warmup_steps=2, num_steps=2)
+    assert sampler(energy, num_draws).shape == (num_draws, *event)
+    assert sampler.start(energy, num_draws).shape == (num_draws, *event)
+
+
+def test_cost_and_no_graph():
+    energy = CountingEnergy(gaussian())
+    sampler = IndependentChains(
+        kernel=HMC(num_leapfrog=3), warmup_steps=7, num_steps=5, min_chains=10
+    )
+    x = sampler(energy, 4)
+    assert not x.requires_grad
+    # Ten chains, one start, at most 30 doublings to find the step size.
+    num_gradients, rest = divmod(energy.num_gradients, 10)
+    assert rest == energy.num_values == 0
+    assert 1 + 12 * 3 < num_gradients <= 1 + 12 * 3 + 30 * 3
+
+
+def test_warmup_of_no_steps_keeps_the_step_size_that_was_found():
+    sampler = IndependentChains(kernel=HMC(step_size=1e4), warmup_steps=0)
+    assert_moments(sampler(gaussian(), 2000), torch.tensor([1.0, -1.0]), 2 / 3)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("which", torch.tensor([0, 1]))  # not floating point
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return (x[..., self.which] + self.linear(x).sin()).square().sum(-1)
+
+
+@pytest.mark.parametrize("base", [None, dist.Normal(0.0, 1.0).expand([2]).to_event(1)])
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_is_that_of_the_energy(base, model_dtype, dtype):
+    energy = FunctionEnergy(Net().to(model_dtype), (2,))
+    sampler = IndependentChains(base, warmup_steps=3, num_steps=3)
+    assert sampler(energy, 5).dtype == model_dtype
+    assert sampler.start(energy, 5).dtype == model_dtype
+
+
+def test_nonfinite_starts_join_the_others():
+    """Left alone they would be given out as draws."""
+    half = FunctionEnergy(lambda x: torch.where(x > 0, x**2 / 2, torch.nan), ())
+    x = IndependentChains()(half, 4000)
+    assert (x > 0).all()
+    assert_moments(x, (2 / torch.pi) ** 0.5, 1 - 2 / torch.pi)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_nonfinite_everywhere(bad):
+    energy = FunctionEnergy(lambda x: x.sum(-1) * 0 + bad, (2,))
+    with pytest.raises(DivergenceError, match="not at any of the 32 chains"):
+        IndependentChains()(energy, 5)
+
+
+def test_no_chain_moves():
+    trap = FunctionEnergy(lambda x: torch.where(x == 0, 0.0, torch.nan) + 0 * x, ())
+    base = dist.Delta(torch.tensor(0.0))
+    with pytest.raises(DivergenceError, match="none of the 32 chains moved"):
+        IndependentChains(base, HMC(), 20, 20)(trap, 5)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        dist.Normal(0.0, 1.0),
+        dist.Normal(torch.zeros(2), 1.0),
+        dist.Normal(torch.zeros(3), 1.0).to_event(1),
+        dist.Normal(torch.zeros(4, 2), 1.0).to_event(1),
+    ],
+    ids=["scalar", "batch", "longer", "batch-of-events"],
+)
+def test_base_of_another_shape(base):
+    with pytest.raises(ValueError, match=r"^base must .* shape \(2,\)"):
+        IndependentChains(base)(gaussian(), 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("warmup_steps", -1), ("num_steps", 0), ("min_chains", 0)]
+)
+def test_invalid_settings(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be at least"):
+        IndependentChains(**{name: value})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(IndependentChains(), name, 1)

@@ -1,0 +1,162 @@
+"""Kernels inside ``pyro.infer.MCMC``, against conjugate answers."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import MCMC, Predictive
+from pyro.ops.stats import effective_sample_size
+
+from pyro_ebm.energies import QuadraticEnergy
+from pyro_ebm.errors import DivergenceError
+from pyro_ebm.mcmc import HMC, MALA, PyroKernel
+
+KERNELS = {"mala": MALA(), "hmc": HMC(num_leapfrog=4)}
+DATA = torch.tensor([1.2, 0.4, 2.1, 1.7, 0.9], dtype=torch.float64)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request):
+    return KERNELS[request.param]
+
+
+def normal_model(data):
+    loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(data)):
+        pyro.sample("obs", dist.Normal(loc, 0.5), obs=data)
+
+
+def gamma_model(data):
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    with pyro.plate("data", len(data)):
+        pyro.sample("obs", dist.Exponential(rate), obs=data)
+
+
+def run(kernel, model, *args, num_samples=1500, **kwargs):
+    mcmc = MCMC(
+        PyroKernel(kernel, model),
+        num_samples=num_samples,
+        warmup_steps=300,
+        disable_progbar=True,
+        **kwargs,
+    )
+    mcmc.run(*args)
+    return mcmc
+
+
+def assert_chain_moments(draws, mean, variance):
+    """First and second moments of one correlated chain, ``|z| < 4``."""
+    for value, truth in [(draws, mean), ((draws - mean) ** 2, variance)]:
+        ess = effective_sample_size(value[None]).item()
+        assert ess > 50
+        z = (value.mean() - truth) / (value.std() / ess**0.5)
+        assert abs(z) < 4
+
+
+def test_conjugate_normal(kernel):
+    """Seen to fail with the prior's scale 2 read as a variance in the truth."""
+    draws = run(kernel, normal_model, DATA).get_samples()["loc"]
+    precision = 1 / 4 + len(DATA) / 0.25
+    mean = (DATA.sum() / 0.25 / precision).item()
+    assert_chain_moments(draws, mean, 1 / precision)
+
+
+def test_conjugate_gamma_on_a_constrained_site(kernel):
+    """Seen to fail without the Jacobian of the transform."""
+    draws = run(kernel, gamma_model, DATA).get_samples()["rate"]
+    concentration, rate = 2.0 + len(DATA), 1.0 + DATA.sum().item()
+    assert (draws > 0).all()
+    assert_chain_moments(draws, concentration / rate, concentration / rate**2)
+
+
+def many_sites():
+    pyro.sample("z_matrix", dist.Normal(0.0, 1.0).expand([2, 3]).to_event(2))
+    scalar = pyro.sample("a_scalar", dist.Normal(3.0, 1.0))
+    pyro.sample("simplex", dist.Dirichlet(torch.ones(3)))
+    with pyro.plate("plate", 4):
+        pyro.sample("positive", dist.LogNormal(scalar, 0.1))
+
+
+def test_sites_of_different_shapes(kernel):
+    mcmc = run(kernel, many_sites, num_samples=30)
+    shapes = {name: value.shape for name, value in mcmc.get_samples().items()}
+    assert shapes == {
+        "z_matrix": (30, 2, 3),
+        "a_scalar": (30,),
+        "simplex": (30, 3),
+        "positive": (30, 4),
+    }
+    samples = mcmc.get_samples()
+    assert (samples["positive"] > 0).all()
+    torch.testing.assert_close(samples["simplex"].sum(-1), torch.ones(30))
+    # Each site got its own coordinates back: exp(3) = 20 is far from a matrix entry.
+    assert abs(samples["z_matrix"].mean()) < 1
+    assert samples["positive"].median() > 2
+    assert Predictive(many_sites, samples)()["positive"].shape == (30, 4)
+
+
+def test_diagnostics_are_those_after_warmup(kernel):
+    mcmc = run(kernel, normal_model, DATA, num_samples=800)
+    diagnostics = mcmc.diagnostics()
+    rate = diagnostics["acceptance rate"]["chain 0"]
+    assert abs(rate - kernel.target_accept_prob) < 0.15
+    assert diagnostics["non-finite proposals"]["chain 0"] == 0
+    assert diagnostics["loc"]["r_hat"] < 1.1
+    assert mcmc.kernel.logging()["acc. prob"] == f"{rate:.3f}"
+
+
+def test_nonfinite_proposals_are_counted(kernel):
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("wall", torch.where(x > 0, 0.0, torch.nan))
+
+    with pyro.validation_enabled(False):
+        mcmc = run(kernel, model, num_samples=200, initial_params={"x": torch.ones(())})
+    assert (mcmc.get_samples()["x"] > 0).all()
+    assert mcmc.diagnostics()["non-finite proposals"]["chain 0"] > 0
+
+
+def test_initial_params_are_used_once(kernel):
+    wanted = {"loc": torch.tensor(7.0)}
+    pyro_kernel = PyroKernel(kernel, normal_model)
+    mcmc = MCMC(
+        pyro_kernel, 1, warmup_steps=0, initial_params=wanted, disable_progbar=True
+    )
+    seen = []
+    step = type(kernel).step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(kernel),
+            "step",
+            lambda self, energy, state: (
+                seen.append(state.x),
+                step(self, energy, state),
+            )[1],
+        )
+        mcmc.run(DATA)
+        assert all(x.item() == 7.0 for x in seen)
+        seen.clear()
+        mcmc.run(DATA)
+        assert seen[0].item() != 7.0
+
+
+def test_same_seed_same_chain(kernel):
+    chains = []
+    for _ in range(2):
+        pyro.set_rng_seed(5)
+        chains.append(run(kernel, normal_model, DATA, num_samples=20).get_samples())
+    assert torch.equal(chains[0]["loc"], chains[1]["loc"])
+
+
+def test_bad_models(kernel):
+    with pytest.raises(TypeError, match=r"model must be a Pyro model.*EnergyDistrib"):
+        PyroKernel(kernel, QuadraticEnergy(torch.zeros(2)))
+    with pytest.raises(TypeError, match="got int"):
+        PyroKernel(kernel, 3)
+    with pytest.raises(ValueError, match="at least one continuous latent site"):
+        run(kernel, lambda: pyro.sample("x", dist.Normal(0.0, 1.0), obs=DATA[0]))
+
+
+def test_start_of_infinite_energy(kernel):
+    with pytest.raises(DivergenceError, match="1 chains"):
+        run(kernel, normal_model, DATA, initial_params={"loc": torch.tensor(torch.inf)})
