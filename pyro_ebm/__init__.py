@@ -17,6 +17,7 @@ __all__ = [
     "distributions",
     "energies",
     "errors",
+    "fit",
     "infer",
     "mcmc",
     "partition",
@@ -36,3 +37,4 @@ from pyro_ebm import (
 )
 from pyro_ebm.distributions import EnergyDistribution, EnergyModel
 from pyro_ebm.energies import Energy
+from pyro_ebm.infer import fit

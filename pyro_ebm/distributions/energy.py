@@ -77,6 +77,10 @@ class EnergyDistribution(dist.TorchDistribution):
         _bind_parameters(energy)
         self.energy = energy
         self.log_partition = _as_scalar(log_partition, energy)
+        #: Standard error of ``log_partition`` in nats; 0 where none was given.
+        self.log_partition_std_error: float | Tensor = 0.0
+        if isinstance(log_partition, LogPartitionEstimate):
+            self.log_partition_std_error = log_partition.std_error
         self.is_normalized = log_partition is not None and (
             not isinstance(log_partition, LogPartitionEstimate)
             or log_partition.is_reliable

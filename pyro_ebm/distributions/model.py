@@ -75,6 +75,7 @@ class EnergyModel(nn.Module):
         value = tracked.value.clone() if tracked.is_started else None
         distribution = self._distribution(self.energy, value)
         distribution.is_normalized = tracked.status == "ok"
+        distribution.log_partition_std_error = tracked.std_error
         return distribution
 
     def averaged(self) -> EnergyDistribution:
@@ -95,6 +96,7 @@ class EnergyModel(nn.Module):
             self.log_partition.averaged_energy, torch.tensor(estimate.value)
         )
         distribution.is_normalized = estimate.is_reliable
+        distribution.log_partition_std_error = estimate.std_error
         distribution.owner = None
         return distribution
 

@@ -4,13 +4,20 @@ Start with :mod:`~pyro_ebm.infer.maximum_likelihood`, beside eq. (1.16).
 """
 
 __all__ = [
+    "FitRecord",
+    "FitResult",
+    "LogLikelihood",
     "MaximumLikelihood",
     "Objective",
     "ObjectiveModel",
     "Surrogate",
+    "fit",
+    "log_likelihood",
     "maximum_likelihood",
 ]
 
+from pyro_ebm.infer.fit import FitRecord, FitResult, fit
 from pyro_ebm.infer.handler import ObjectiveModel, maximum_likelihood
+from pyro_ebm.infer.likelihood import LogLikelihood, log_likelihood
 from pyro_ebm.infer.maximum_likelihood import MaximumLikelihood
 from pyro_ebm.infer.objective import Objective, Surrogate

@@ -67,7 +67,8 @@ class StepSizeAdaptation(nn.Module):
             kernel: For its target.
             info: Of all chains, with any leading dimension of transitions.
         """
-        t, g_avg, x_avg, _, centre = self._state.unbind()
+        # A copy: Pyro adds to t in place, and a saved state_dict shares the buffer.
+        t, g_avg, x_avg, _, centre = self._state.clone().unbind()
         scheme: Any = DualAveraging(prox_center=centre)
         scheme._t, scheme._g_avg, scheme._x_avg = t, g_avg, x_avg
         scheme.step(kernel.target_accept_prob - info.accept_prob.mean())
@@ -76,7 +77,7 @@ class StepSizeAdaptation(nn.Module):
 
 
 def find_step_size(
-    kernel: Kernel, energy: Energy, state: ChainState, max_doublings: int = 30
+    kernel: Kernel, energy: Energy, state: ChainState, max_doublings: int = 50
 ) -> Tensor:
     """Double or halve the step until the mean acceptance crosses the target.
 

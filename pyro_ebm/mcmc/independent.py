@@ -78,13 +78,13 @@ class IndependentChains:
         start = self.start(energy, max(num_draws, self.min_chains))
         state = replace_nonfinite(self.kernel.init(flat, to_support.inv(start)))
         kernel, state = self._warm_up(flat, state)
-        moved = torch.zeros_like(state.energy, dtype=torch.bool)
+        warm = state
         for _ in range(self.num_steps):
-            state, info = kernel.step(flat, state)
-            moved = moved | info.accepted
-        if not moved.any():
+            state, _ = kernel.step(flat, state)
+        # Not by what was accepted: a step of no length always is.
+        if torch.equal(state.x, warm.x):
             raise DivergenceError(
-                f"none of the {len(moved)} chains moved in {self.num_steps} "
+                f"none of the {len(state.x)} chains moved in {self.num_steps} "
                 f"transitions after the warmup, with step size "
                 f"{float(kernel.step_size):.3g}; their energies lie in "
                 f"[{state.energy.min().item():.4g}, {state.energy.max().item():.4g}]. "
@@ -102,15 +102,14 @@ class IndependentChains:
             flat, to_support = unconstrained(energy)
             shape = (num_draws, *flat.event_shape)
             return to_support(placed_like(energy, torch.randn(shape)))
-        x = self.base.sample((num_draws,)).detach()
-        if x.shape != (num_draws, *energy.event_shape):
+        if self.base.batch_shape or self.base.event_shape != energy.event_shape:
             raise ValueError(
                 f"base must be one distribution over events of shape "
                 f"{tuple(energy.event_shape)}, as the energy is; got batch_shape "
                 f"{tuple(self.base.batch_shape)} and event_shape "
                 f"{tuple(self.base.event_shape)}. .to_event(n) makes a batch an event."
             )
-        return placed_like(energy, x)
+        return placed_like(energy, self.base.sample((num_draws,)).detach())
 
     def _warm_up(self, energy: Energy, state: ChainState) -> tuple[Kernel, ChainState]:
         """Move the chains while the step size adapts; freeze it in the kernel."""

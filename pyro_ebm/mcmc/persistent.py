@@ -144,7 +144,8 @@ class PersistentChains(StatefulModule):
         if not self.is_started:
             raise RuntimeError("there are no chains yet: call start before advance.")
         flat, to_support = unconstrained(energy)
-        state = replace_nonfinite(kernel.init(flat, placed_like(energy, self.u)))
+        start = replace_nonfinite(kernel.init(flat, placed_like(energy, self.u)))
+        state = start
         infos: list[StepInfo] = []
         for first in range(0, num_steps, self.ADAPT_EVERY):
             adapted = dataclasses.replace(kernel, step_size=self.adaptation.step_size)
@@ -152,17 +153,19 @@ class PersistentChains(StatefulModule):
                 state, info = adapted.step(flat, state)
                 infos.append(info)
             self.adaptation.update(kernel, _stacked(infos[first:]))
-        self.u = state.x
-        self._record(_stacked(infos), state)
+        self._record(_stacked(infos), start, state)
         return to_support(state.x.clone())  # a buffer is not for the caller to change
 
-    def _record(self, info: StepInfo, state: ChainState) -> None:
-        """Count over transitions, the leading dimension of ``info``."""
+    def _record(self, info: StepInfo, start: ChainState, state: ChainState) -> None:
+        """Keep the state, and count over transitions, the first dimension of info."""
+        self.u = state.x
         nonfinite = (~info.is_finite).sum()
         self.num_rejected_nonfinite = self.num_rejected_nonfinite + nonfinite
         self.accept_prob = info.accept_prob.mean()
+        # Not by what was accepted: a step too short to change a number always is.
+        moved = (state.x != start.x).any()
         stuck = self.num_stuck + len(info.accepted)
-        self.num_stuck = torch.where(info.accepted.any(), 0, stuck)
+        self.num_stuck = torch.where(moved, 0, stuck)
         if self.num_stuck >= self.MAX_STUCK:
             raise DivergenceError(
                 f"none of the {len(state.energy)} chains has moved in "

@@ -18,8 +18,8 @@ def kernel(request):
 
 
 def narrow():
-    """A Gaussian of 10 dimensions with standard deviations from 0.01 to 0.1."""
-    deviation = torch.linspace(0.01, 0.1, 10)
+    """A Gaussian of 10 dimensions with standard deviations from 0.05 to 0.1."""
+    deviation = torch.linspace(0.05, 0.1, 10)
     return QuadraticEnergy(torch.zeros(10), (deviation**-2).diag_embed()), deviation
 
 
@@ -49,7 +49,7 @@ def mean_acceptance(kernel, step_size, energy, state):
     ).mean()
 
 
-@pytest.mark.parametrize("target_accept_prob", [0.5, 0.85])
+@pytest.mark.parametrize("target_accept_prob", [0.6, 0.9])
 @pytest.mark.parametrize("factor", [0.1, 1.0, 10.0])
 def test_reaches_the_target(kernel, factor, target_accept_prob):
     kernel = dataclasses.replace(kernel, target_accept_prob=target_accept_prob)
@@ -94,10 +94,12 @@ def test_state_dict_continues_to_the_bit(kernel):
 
 
 def test_a_saved_state_is_not_changed_by_going_on(kernel):
+    """Seen to fail while Pyro's ``t += 1`` reached the buffer."""
     adaptation = StepSizeAdaptation(0.1)
     saved = adaptation.state_dict()
     before = {name: value.clone() for name, value in saved.items()}
     adaptation.update(kernel, info_of(0.1))
+    assert not torch.equal(adaptation.state_dict()["_state"], before["_state"])
     assert all(torch.equal(saved[name], before[name]) for name in saved)
     assert isinstance(dict(adaptation.named_buffers())["_state"], torch.Tensor)
 
@@ -155,7 +157,6 @@ def test_find_step_size_shrinks_until_the_energy_is_finite(kernel, bad):
 def test_recovers_from_a_time_of_nonfinite_energies(kernel):
     """Step sizes of zero and of infinity are left again."""
     energy, state = start(kernel)
-    energy, state = energy.to(state.x.dtype), state
     adaptation = StepSizeAdaptation(find_step_size(kernel, energy, state))
     for accept_prob in (0.0, 1.0):
         for _ in range(100):

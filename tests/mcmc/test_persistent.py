@@ -94,7 +94,7 @@ def test_state_dict_continues_to_the_bit_in_fresh_chains(kernel):
 
 
 def test_state_dict_inside_a_larger_module(kernel):
-    """As an energy model holds them: with a prefix, and of a chain number of its own."""
+    """As an energy model holds them, over chains of another number."""
     first = nn.ModuleDict({"energy": gaussian(), "chains": started(kernel)})
     fresh = {"energy": gaussian(), "chains": started(kernel, num_chains=3)}
     second = nn.ModuleDict(fresh)
@@ -114,7 +114,7 @@ def test_loading_names_missing_and_unexpected_keys(kernel):
 
 
 def test_saved_state_is_not_changed_by_going_on(kernel):
-    """Seen to fail while a counter was added to in place."""
+    """Seen to fail while a counter and Pyro's ``t`` were added to in place."""
     wall = FunctionEnergy(
         lambda x: torch.where(x[..., 0] > 0, x.square().sum(-1) / 2, torch.nan), (2,)
     )
@@ -235,6 +235,7 @@ def test_an_energy_that_became_nonfinite_everywhere(kernel):
 
 
 def test_every_chain_stuck(kernel):
+    """Seen to fail while a step rounded to nothing, always accepted, was a move."""
     chains = started(kernel, gaussian(), num_chains=8)
     points = chains.u.clone()
 
@@ -246,11 +247,9 @@ def test_every_chain_stuck(kernel):
     for _ in range(chains.MAX_STUCK // 20 - 1):
         chains.advance(trapped, kernel, 20)
     assert torch.equal(chains.u, points)
-    with pytest.raises(
-        DivergenceError, match=r"none of the 8 chains .* 1600 proposals"
-    ):
+    with pytest.raises(DivergenceError, match=r"none of the 8 chains .* proposals had"):
         chains.advance(trapped, kernel, 20)
-    assert chains.num_rejected_nonfinite == 8 * chains.MAX_STUCK
+    assert 8 * 20 < chains.num_rejected_nonfinite <= 8 * chains.MAX_STUCK
 
 
 def test_a_move_resets_the_count_of_stuck_transitions(kernel):

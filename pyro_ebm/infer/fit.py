@@ -1,0 +1,274 @@
+"""Fit an energy to data in one call: sugar for SVI with an objective."""
+
+__all__ = ["FitRecord", "FitResult", "fit"]
+
+import copy
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_ebm.distributions import EnergyDistribution, EnergyModel
+from pyro_ebm.infer.handler import ObjectiveModel
+from pyro_ebm.infer.likelihood import LogLikelihood, log_likelihood
+from pyro_ebm.infer.maximum_likelihood import MaximumLikelihood
+from pyro_ebm.infer.objective import Objective
+from pyro_ebm.partition import LogPartitionEstimate
+
+_LOG = logging.getLogger(__name__)
+
+
+class FitRecord(NamedTuple):
+    r"""One line of the history of a fit; all values belong to the averaged parameters.
+
+    Attributes:
+        step: Parameter steps so far.
+        loss: Negative log-likelihood a point of the last batch, at the iterate, in nats.
+        train: Mean log-likelihood of training points, with error.
+        validation: That of the validation points, or ``None``.
+        log_partition: :math:`\log Z` with its verdict.
+    """
+
+    step: int
+    loss: float
+    train: LogLikelihood
+    validation: LogLikelihood | None
+    log_partition: LogPartitionEstimate
+
+
+class FitResult(NamedTuple):
+    r"""What a fit returns.
+
+    Attributes:
+        distribution: The averaged model with its :math:`\log Z`.
+        log_partition: That :math:`\log Z`, with error and verdict.
+        history: A record every ``record_interval`` steps.
+        num_steps: Parameter steps taken.
+        stopped: Why it ended: ``"finished"``, ``"early stopping"``, ``"interrupted"``,
+            or ``"loss not finite"``.
+    """
+
+    distribution: EnergyDistribution
+    log_partition: LogPartitionEstimate
+    history: list[FitRecord]
+    num_steps: int
+    stopped: str
+
+
+def fit(
+    energy_model: EnergyModel,
+    data: Tensor,
+    objective: Objective | None = None,
+    *,
+    num_steps: int = 2000,
+    batch_size: int = 256,
+    optim: Any = None,
+    validation_data: Tensor | None = None,
+    record_interval: int = 100,
+    patience: int | None = None,
+    progress_bar: bool = True,
+) -> FitResult:
+    r"""Fit an energy model to data.
+
+    The model is trained in place; at the end its parameters are the averaged ones, to
+    which the returned :math:`\log Z` belongs. Pyro's parameter store is left as it was.
+
+    Args:
+        energy_model: What is fitted.
+        data: Points of shape ``(N, *event)``.
+        objective: The estimator; default: ``MaximumLikelihood()``.
+        num_steps: Parameter steps.
+        batch_size: Points a step, drawn without replacement within an epoch.
+        optim: A Pyro optimiser, or a torch optimiser of the model's parameters; default:
+            Adam with learning rate 1e-3.
+        validation_data: Held-out points; their log-likelihood is recorded.
+        record_interval: Steps between two records of the history.
+        patience: Records without a better validation log-likelihood after which the
+            fit stops and goes back to the best one; default: never.
+        progress_bar: Show a bar with log-likelihood, log Z and acceptance.
+
+    Raises:
+        ValueError: If the data are not finite, have another event shape, are outside the
+            support, or if ``patience`` is given without validation data.
+        DivergenceError: If no chain can move any more.
+
+    Example:
+        >>> data = torch.randn(500, 2)
+        >>> base = dist.Normal(torch.zeros(2), 1.5).to_event(1)
+        >>> energy = pyro_ebm.energies.NeuralEnergy((2,), (16,), base=base)
+        >>> model = pyro_ebm.EnergyModel(energy, base)
+        >>> result = pyro_ebm.fit(model, data, num_steps=20, progress_bar=False)
+        >>> result.num_steps, result.stopped
+        (20, 'finished')
+    """
+    if patience is not None and validation_data is None:
+        raise ValueError(
+            f"patience is {patience} but validation_data is None: early stopping needs "
+            "held-out points. Give validation_data or leave patience out."
+        )
+    for name, points in (("data", data), ("validation_data", validation_data)):
+        if points is not None:
+            _require_points(name, points, energy_model)
+    objective = MaximumLikelihood() if objective is None else objective
+    run = _Fit(energy_model, data, validation_data, patience)
+    with pyro.get_param_store().scope():
+        svi = SVI(
+            ObjectiveModel(_as_pyro_model(energy_model), objective),
+            lambda batch: None,
+            _as_pyro_optim(optim, energy_model),
+            Trace_ELBO(),
+        )
+        batches = _batches(data, batch_size)
+        bar = tqdm(range(1, num_steps + 1), disable=not progress_bar, desc="fit")
+        stopped = run.loop(svi, batches, bar, record_interval)
+    energy_model.adopt_average()
+    return FitResult(
+        energy_model.averaged(),
+        energy_model.log_partition.averaged(),
+        run.history,
+        run.num_steps,
+        stopped,
+    )
+
+
+class _Fit:
+    """The state of one call of :func:`fit`."""
+
+    def __init__(
+        self,
+        model: EnergyModel,
+        data: Tensor,
+        validation_data: Tensor | None,
+        patience: int | None,
+    ) -> None:
+        self.model, self.validation_data = model, validation_data
+        # The training curve is read off at most 2,000 points, always the same.
+        self.train_data = data[torch.randperm(len(data))[:2000]]
+        self.patience = math.inf if patience is None else patience
+        self.history: list[FitRecord] = []
+        self.num_steps = 0
+        self.best, self.best_state, self.num_worse = -math.inf, None, 0
+
+    def loop(
+        self, svi: SVI, batches: Iterator[Tensor], bar: Any, record_interval: int
+    ) -> str:
+        """Take the steps; return why they ended."""
+        last_good = None
+        try:
+            for step in bar:
+                loss = svi.step(next(batches))
+                if not math.isfinite(loss):
+                    _LOG.warning("loss is %s at step %d; the fit stops", loss, step)
+                    if last_good is not None:
+                        self.model.load_state_dict(last_good)
+                    return "loss not finite"
+                self.num_steps = step
+                if step % record_interval == 0:
+                    self._record(step, loss, bar)
+                    last_good = copy.deepcopy(self.model.state_dict())
+                    if self.num_worse >= self.patience:
+                        self.model.load_state_dict(self.best_state or last_good)
+                        return "early stopping"
+        except KeyboardInterrupt:
+            return "interrupted"
+        return "finished"
+
+    def _record(self, step: int, loss: float, bar: Any) -> None:
+        averaged = self.model.averaged()
+        validation = None
+        if self.validation_data is not None:
+            validation = log_likelihood(averaged, self.validation_data)
+            self._note(validation.value)
+        train = log_likelihood(averaged, self.train_data)
+        estimate = self.model.log_partition.averaged()
+        self.history.append(FitRecord(step, loss, train, validation, estimate))
+        shown = train if validation is None else validation
+        bar.set_postfix_str(
+            f"log-likelihood {shown}, log Z {estimate.value:.3f} +- "
+            f"{estimate.std_error:.3f} [{estimate.status}], acceptance "
+            f"{self.model.chains.accept_prob.item():.2f}",
+            refresh=False,
+        )
+
+    def _note(self, value: float) -> None:
+        self.num_worse += 1
+        if value > self.best:
+            self.best, self.num_worse = value, 0
+            if self.patience < math.inf:
+                self.best_state = copy.deepcopy(self.model.state_dict())
+
+
+def _as_pyro_model(energy_model: EnergyModel) -> Any:
+    """The model of eq. (1.7), a point: scaled so that the loss is a mean."""
+
+    def model(batch: Tensor) -> None:
+        pyro.module("energy_model", energy_model)
+        with pyro.poutine.scale(scale=1 / len(batch)), pyro.plate("data", len(batch)):
+            pyro.sample("x", energy_model(), obs=batch)
+
+    return model
+
+
+class _TorchOptim(pyro.optim.PyroOptim):
+    """A torch optimiser where Pyro expects one of its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self.optimizer.step()
+
+
+def _as_pyro_optim(optim: Any, energy_model: EnergyModel) -> pyro.optim.PyroOptim:
+    if isinstance(optim, pyro.optim.PyroOptim):
+        return optim
+    if optim is None:
+        parameters = list(energy_model.parameters())
+        if not parameters:
+            raise ValueError(
+                "energy_model has no parameters to fit. A FunctionEnergy learns those of "
+                "an nn.Module given as its fn."
+            )
+        optim = torch.optim.Adam(parameters, lr=1e-3)
+    if not isinstance(optim, torch.optim.Optimizer):
+        raise TypeError(
+            "optim must be a pyro.optim or torch.optim optimiser, got "
+            f"{type(optim).__name__}."
+        )
+    return _TorchOptim(optim)
+
+
+def _batches(data: Tensor, batch_size: int) -> Iterator[Tensor]:
+    batch_size = min(batch_size, len(data))
+    while True:
+        order = torch.randperm(len(data), device=data.device)
+        for index in order[: len(data) // batch_size * batch_size].split(batch_size):
+            yield data[index]
+
+
+def _require_points(name: str, points: Tensor, energy_model: EnergyModel) -> None:
+    event_shape = energy_model.energy.event_shape
+    if points.dim() != len(event_shape) + 1 or points.shape[1:] != event_shape:
+        raise ValueError(
+            f"{name} must have shape (N, *event) with event_shape {tuple(event_shape)}, "
+            f"got {tuple(points.shape)}."
+        )
+    if len(points) < 2 or not points.isfinite().all():
+        raise ValueError(
+            f"{name} must hold at least two points of finite numbers; got {len(points)} "
+            f"points with {int((~points.isfinite()).sum())} nan or infinite numbers. "
+            "Drop those rows."
+        )
+    inside = energy_model.energy.support.check(points)
+    if not inside.all():
+        raise ValueError(
+            f"{name} must lie in the support {energy_model.energy.support}; "
+            f"{int((~inside).sum())} of {len(points)} points do not. Transform the data, "
+            "or give the energy their support."
+        )

@@ -1,0 +1,75 @@
+r"""The held-out log-likelihood of a model, with its error.
+
+.. math::
+    \hat\ell = -\frac1n \sum_i f(x^{(i)}) - \log\hat Z, \qquad
+    \mathrm{se}^2 = \frac{\mathrm{var}_i f(x^{(i)})}{n} + \mathrm{se}(\log\hat Z)^2
+    \tag{1}
+
+after eq. (1.11), a point: the finite test set and :math:`\log Z` each bring an error.
+"""
+
+__all__ = ["LogLikelihood", "log_likelihood"]
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.distributions import EnergyDistribution
+
+
+class LogLikelihood(NamedTuple):
+    r"""Mean log-likelihood of a point, in nats.
+
+    Attributes:
+        value: The mean over the points.
+        std_error: Standard error of (1), from both sources.
+        std_error_data: Its part from the finite number of points.
+        std_error_log_partition: Its part from :math:`\log Z`.
+        is_normalized: Whether :math:`\log Z` was known, and its verdict good.
+    """
+
+    value: float
+    std_error: float
+    std_error_data: float
+    std_error_log_partition: float
+    is_normalized: bool
+
+    def __str__(self) -> str:
+        note = "" if self.is_normalized else " [log Z unknown or unreliable]"
+        return f"{self.value:.4f} +- {self.std_error:.4f}{note}"
+
+
+@torch.no_grad()
+def log_likelihood(distribution: EnergyDistribution, x: Tensor) -> LogLikelihood:
+    """Mean log-likelihood (1) of points that the model was not fitted to.
+
+    Args:
+        distribution: With its log Z, for instance ``model.averaged()``.
+        x: Points of shape ``(N, *event)``, at least two.
+
+    Raises:
+        ValueError: If there are fewer than two points.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(1))
+        >>> q = pyro_ebm.EnergyDistribution(energy, energy.closed_form().log_partition)
+        >>> print(pyro_ebm.infer.log_likelihood(q, torch.tensor([[-1.0], [1.0]])))
+        -1.4189 +- 0.0000
+    """
+    if x.dim() <= distribution.event_dim or len(x) < 2:
+        raise ValueError(
+            "x must hold at least two points, shape (N, *event) with event_shape "
+            f"{tuple(distribution.event_shape)}; got shape {tuple(x.shape)}."
+        )
+    values = distribution.log_prob(x)
+    error_data = values.std().item() / math.sqrt(values.numel())
+    error_log_partition = float(distribution.log_partition_std_error)
+    return LogLikelihood(
+        values.mean().item(),
+        math.hypot(error_data, error_log_partition),
+        error_data,
+        error_log_partition,
+        distribution.is_normalized,
+    )
