@@ -1,6 +1,6 @@
 """Energies as Pyro distributions.
 
-Start with :class:`EnergyDistribution`; :class:`EnergyModel` is the module that is learned.
+Start with :class:`EnergyDistribution`; :class:`EnergyModel` is the module that learns.
 """
 
 __all__ = ["EnergyDistribution", "EnergyModel"]

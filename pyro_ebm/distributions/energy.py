@@ -8,6 +8,7 @@ __all__ = ["EnergyDistribution"]
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -27,15 +28,16 @@ from pyro_ebm.partition import LogPartitionEstimate
 class EnergyDistribution(dist.TorchDistribution):
     r"""The distribution :math:`q(x) = e^{-f(x)} / Z` at a ``pyro.sample`` site.
 
-    It is a throw-away view: parameters live in the energy, :math:`\log Z` with its error
-    in :class:`~pyro_ebm.distributions.EnergyModel`. ``log_prob`` is a pure function; the
-    gradient of :math:`\log Z` is supplied by :func:`pyro_ebm.infer.maximum_likelihood`.
+    It is a throw-away view: parameters live in the energy, and :math:`\log Z` with its
+    error in :class:`~pyro_ebm.distributions.EnergyModel`. ``log_prob`` is a pure
+    function; :func:`pyro_ebm.infer.maximum_likelihood` supplies the gradient of
+    :math:`\log Z`.
 
     Args:
         energy: The energy :math:`f`.
         log_partition: :math:`\log Z` in nats: a number, a scalar tensor, an estimate of
-            :mod:`pyro_ebm.partition`, or ``None`` where it is unknown; then it counts as
-            0 and ``is_normalized`` is false.
+            :mod:`pyro_ebm.partition`, or ``None`` where it is unknown; then it counts
+            as 0 and ``is_normalized`` is false.
         sampler: How to draw; default: one HMC chain a draw, or exactly where the energy
             has a closed form.
         validate_args: Whether ``log_prob`` checks its argument; Pyro's default.
@@ -96,7 +98,7 @@ class EnergyDistribution(dist.TorchDistribution):
         return self.energy.support
 
     def expand(
-        self, batch_shape: torch.Size, _instance: Any = None
+        self, batch_shape: Sequence[int], _instance: Any = None
     ) -> "EnergyDistribution":
         """The same distribution with another batch shape."""
         new = self._get_checked_instance(type(self), _instance)
@@ -141,15 +143,15 @@ class EnergyDistribution(dist.TorchDistribution):
             self._require_no_latent_energy()
         return value - self.log_partition  # (1)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Independent draws, one chain each, with no gradient.
 
         Args:
             sample_shape: Shape of the draws.
 
         Returns:
-            Shape ``(*sample, *batch, *event)``. Within Pyro's search for initial values,
-            which throws draws away, the chains' starting points.
+            Shape ``(*sample, *batch, *event)``. Within Pyro's search for initial
+            values, which throws draws away, the chains' starting points.
         """
         shape = self._extended_shape(torch.Size(sample_shape))
         num_draws = math.prod(shape[: len(shape) - len(self.event_shape)])
@@ -168,10 +170,10 @@ class EnergyDistribution(dist.TorchDistribution):
         return self.energy.closed_form()
 
     def score_parts(self, *args: Any, **kwargs: Any) -> Any:
-        """Pyro asks for them where a distribution stands in a guide.
+        r"""Pyro asks for them where a distribution stands in a guide.
 
         Raises:
-            NotImplementedError: If :math:`\\log Z` is not known in closed form.
+            NotImplementedError: If :math:`\log Z` is not known in closed form.
         """
         if self.closed_form() is None:
             raise NotImplementedError(
@@ -182,7 +184,7 @@ class EnergyDistribution(dist.TorchDistribution):
         return super().score_parts(*args, **kwargs)
 
     def require_no_free_log_partition(self) -> None:
-        """Refuse a learnable :math:`\\log Z` that no bound or contrast holds.
+        r"""Refuse a learnable :math:`\\log Z` that no bound or contrast holds.
 
         Raises:
             ValueError: If ``log_partition`` is a leaf that requires a gradient.
@@ -223,8 +225,8 @@ class EnergyDistribution(dist.TorchDistribution):
             outside = value[~inside][:1] if inside.dim() else value
             raise ValueError(
                 f"x must lie in the support {self.support}; {int((~inside).sum())} of "
-                f"{inside.numel()} points do not, the first is {outside.tolist()}. Give "
-                "the energy the support of the data, or transform the data."
+                f"{inside.numel()} points do not, the first is {outside.tolist()}. "
+                "Give the energy the support of the data, or transform the data."
             )
 
     def __repr__(self) -> str:
@@ -254,8 +256,7 @@ def _as_scalar(
         log_partition = torch.as_tensor(log_partition, **energy.tensor_options())
     if log_partition.numel() != 1:
         raise ValueError(
-            "log_partition must be one number, got shape "
-            f"{tuple(log_partition.shape)}."
+            f"log_partition must be one number, got shape {tuple(log_partition.shape)}."
         )
     return log_partition.reshape(()) if log_partition.dim() else log_partition
 

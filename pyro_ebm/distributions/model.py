@@ -18,14 +18,14 @@ class EnergyModel(nn.Module):
 
     Calling it gives the distribution of the current parameters, to be used at a
     ``pyro.sample`` site. Its ``state_dict`` holds the parameters, the averaged
-    parameters, :math:`\log Z` with the walkers that track it, and the persistent chains.
+    parameters, :math:`\log Z` with the walkers that track it, and the chains.
 
     Args:
         energy: The energy :math:`f_\theta`.
         base: A normalised Pyro distribution on the same event and support, somewhat
             wider than the data: reference for :math:`\log Z` and start of all chains.
             Default: standard normal in unconstrained space.
-        sampler: How the distribution draws; default: one HMC chain a draw from the base.
+        sampler: How the distribution draws; default: an HMC chain a draw from the base.
         log_partition: A tracker with settings of your own; default:
             ``LogPartition(energy, base)``.
 
@@ -101,7 +101,7 @@ class EnergyModel(nn.Module):
         return distribution
 
     def follow(self) -> None:
-        """Let :math:`\\log Z` follow, if the parameters have moved since last time."""
+        r"""Let :math:`\log Z` follow, if the parameters have moved since last time."""
         if self.energy.closed_form() is not None:
             return
         version = sum(parameter._version for parameter in self.energy.parameters())

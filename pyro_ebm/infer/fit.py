@@ -29,7 +29,7 @@ class FitRecord(NamedTuple):
 
     Attributes:
         step: Parameter steps so far.
-        loss: Negative log-likelihood a point of the last batch, at the iterate, in nats.
+        loss: Negative log-likelihood a point of the last batch at the iterate, in nats.
         train: Mean log-likelihood of training points, with error.
         validation: That of the validation points, or ``None``.
         log_partition: :math:`\log Z` with its verdict.
@@ -85,8 +85,8 @@ def fit(
         objective: The estimator; default: ``MaximumLikelihood()``.
         num_steps: Parameter steps.
         batch_size: Points a step, drawn without replacement within an epoch.
-        optim: A Pyro optimiser, or a torch optimiser of the model's parameters; default:
-            Adam with learning rate 1e-3.
+        optim: A Pyro optimiser, or a torch optimiser of the model's parameters;
+            default: Adam with learning rate 1e-3.
         validation_data: Held-out points; their log-likelihood is recorded.
         record_interval: Steps between two records of the history.
         patience: Records without a better validation log-likelihood after which the
@@ -94,8 +94,8 @@ def fit(
         progress_bar: Show a bar with log-likelihood, log Z and acceptance.
 
     Raises:
-        ValueError: If the data are not finite, have another event shape, are outside the
-            support, or if ``patience`` is given without validation data.
+        ValueError: If the data are not finite, have another event shape, are outside
+            the support, or if ``patience`` is given without validation data.
         DivergenceError: If no chain can move any more.
 
     Example:
@@ -153,7 +153,8 @@ class _Fit:
         self.patience = math.inf if patience is None else patience
         self.history: list[FitRecord] = []
         self.num_steps = 0
-        self.best, self.best_state, self.num_worse = -math.inf, None, 0
+        self.best, self.num_worse = -math.inf, 0
+        self.best_state: dict[str, Any] | None = None
 
     def loop(
         self, svi: SVI, batches: Iterator[Tensor], bar: Any, record_interval: int
@@ -232,8 +233,8 @@ def _as_pyro_optim(optim: Any, energy_model: EnergyModel) -> pyro.optim.PyroOpti
         parameters = list(energy_model.parameters())
         if not parameters:
             raise ValueError(
-                "energy_model has no parameters to fit. A FunctionEnergy learns those of "
-                "an nn.Module given as its fn."
+                "energy_model has no parameters to fit. A FunctionEnergy learns those "
+                "of an nn.Module given as its fn."
             )
         optim = torch.optim.Adam(parameters, lr=1e-3)
     if not isinstance(optim, torch.optim.Optimizer):
@@ -256,19 +257,19 @@ def _require_points(name: str, points: Tensor, energy_model: EnergyModel) -> Non
     event_shape = energy_model.energy.event_shape
     if points.dim() != len(event_shape) + 1 or points.shape[1:] != event_shape:
         raise ValueError(
-            f"{name} must have shape (N, *event) with event_shape {tuple(event_shape)}, "
+            f"{name} must have shape (N, *event), event_shape {tuple(event_shape)}, "
             f"got {tuple(points.shape)}."
         )
     if len(points) < 2 or not points.isfinite().all():
         raise ValueError(
-            f"{name} must hold at least two points of finite numbers; got {len(points)} "
-            f"points with {int((~points.isfinite()).sum())} nan or infinite numbers. "
-            "Drop those rows."
+            f"{name} must hold at least two points of finite numbers; got "
+            f"{len(points)} points with {int((~points.isfinite()).sum())} nan or "
+            "infinite numbers. Drop those rows."
         )
     inside = energy_model.energy.support.check(points)
     if not inside.all():
         raise ValueError(
             f"{name} must lie in the support {energy_model.energy.support}; "
-            f"{int((~inside).sum())} of {len(points)} points do not. Transform the data, "
-            "or give the energy their support."
+            f"{int((~inside).sum())} of {len(points)} points do not. Transform the "
+            "data, or give the energy their support."
         )

@@ -1,16 +1,16 @@
 """The effect handler that puts an objective at the energy sites of a Pyro model.
 
-``log_prob`` of an energy is pure, and has no gradient of ``log Z``. While the parameters
+``log_prob`` of an energy is pure, and has no gradient of ``log Z``. While parameters
 are learned, the handler replaces the distribution at each energy site by one whose
-``log_prob`` has the same value and the gradient of the objective. Because it stands where
-the distribution stood, inside its ``.mask``, ``.to_event`` and ``.expand``, both terms of
-eq. (1.16) see the same plates, scales, masks and subsampling, and any ELBO works.
+``log_prob`` has the same value and the gradient of the objective. Because it stands
+where the distribution stood, inside its ``.mask``, ``.to_event`` and ``.expand``, both
+terms of eq. (1.16) see the same plates, scales, masks and subsampling, under any ELBO.
 """
 
 __all__ = ["ObjectiveModel", "maximum_likelihood"]
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -81,16 +81,20 @@ class ObjectiveModel(nn.Module):
         with _ObjectiveMessenger(self):
             return self.model(*args, **kwargs)
 
-    def chains_of(self, name: str, distribution: EnergyDistribution) -> PersistentChains:
+    def chains_of(
+        self, name: str, distribution: EnergyDistribution
+    ) -> PersistentChains:
         """The persistent chains for a site."""
         if distribution.owner is not None:
             return distribution.owner.chains
         key = name.replace(".", "/")
-        if key not in self.chains:
-            self.chains[key] = PersistentChains()
-        return self.chains[key]
+        chains = self.chains[key] if key in self.chains else PersistentChains()
+        self.chains[key] = chains
+        return cast(PersistentChains, chains)
 
-    def check(self, name: str, distribution: EnergyDistribution, latents: list[Tensor]) -> None:
+    def check(
+        self, name: str, distribution: EnergyDistribution, latents: list[Tensor]
+    ) -> None:
         """Refuse or warn, once a site, where learning would fail silently."""
         if name not in self._checked:
             self._checked.add(name)
@@ -153,7 +157,7 @@ class _SurrogateDistribution(EnergyDistribution):
         cls, distribution: EnergyDistribution, surrogate: Surrogate
     ) -> "_SurrogateDistribution":
         new = cls.__new__(cls)
-        vars(new).update(vars(distribution))
+        new.__dict__.update(vars(distribution))
         new.surrogate = surrogate
         return new
 

@@ -57,10 +57,10 @@ class MaximumLikelihood(Objective):
     def surrogate(
         self, distribution: EnergyDistribution, chains: PersistentChains
     ) -> Surrogate:
-        """See :meth:`Objective.surrogate`.
+        r"""See :meth:`Objective.surrogate`.
 
         Raises:
-            ValueError: If :math:`\\log Z` is a free parameter; see
+            ValueError: If :math:`\log Z` is a free parameter; see
                 :meth:`EnergyDistribution.require_no_free_log_partition`.
         """
         distribution.require_no_free_log_partition()

@@ -3,8 +3,8 @@ r"""What an estimate of a partition function says of itself.
 .. math::
     \log Z = \log \int_{\mathcal X} e^{-f(x)}\, dx
 
-Every estimator of this package returns a :class:`LogPartitionEstimate`: a value, an error
-bar, and a verdict in words.
+Every estimator of this package returns a :class:`LogPartitionEstimate`: a value, an
+error bar, and a verdict in words.
 """
 
 __all__ = ["LogPartitionEstimate", "Status", "combine_replicates", "student_t_quantile"]
@@ -33,7 +33,7 @@ class LogPartitionEstimate(NamedTuple):
             no weights.
         status: ``"exact"``, ``"ok"``, ``"unreliable"`` or ``"not_normalizable"``.
         method: The estimator that was used.
-        num_evaluations: Energy evaluations spent, one a point, with or without gradient.
+        num_evaluations: Energy evaluations spent, one a point, with gradient or not.
         reason: Why the status is not ``"exact"`` or ``"ok"``; empty otherwise.
     """
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energies import Energy, unconstrained
-from pyro_ebm.partition.base import LogPartitionEstimate
+from pyro_ebm.partition.base import LogPartitionEstimate, Status
 
 #: Points given to the energy at once.
 _CHUNK = 2**18
@@ -100,7 +100,8 @@ def quadrature(
 def _judge(
     value: float, change: float, edge: float, tolerance: float, num_evaluations: int
 ) -> LogPartitionEstimate:
-    status, reason = "exact", ""
+    status: Status = "exact"
+    reason = ""
     if value == -math.inf:
         status, reason = "unreliable", "the energy is infinite or nan all over the grid"
     elif not edge < -8:
@@ -149,7 +150,8 @@ class _Integrand:
 
     def on_grid(self, box: Tensor, per_side: int) -> Tensor:
         """Log of the integrand on a grid, shape ``(per_side,) * dim``."""
-        axes = [torch.linspace(low, high, per_side, **self.options) for low, high in box]
+        unit = torch.linspace(0, 1, per_side, **self.options)
+        axes = [low + (high - low) * unit for low, high in box]
         grid = torch.cartesian_prod(*axes).reshape(-1, self.dim)
         log_values = torch.cat([self(chunk) for chunk in grid.split(_CHUNK)])
         return log_values.reshape((per_side,) * self.dim)

@@ -37,7 +37,7 @@ class PathState(NamedTuple):
     target: Tensor
     target_grad: Tensor
 
-    def index(self, chains: tuple[Tensor, ...]) -> "PathState":
+    def select(self, chains: tuple[Tensor, ...]) -> "PathState":
         """The states of the chains that an index tuple selects."""
         return PathState(*(part[chains] for part in self))
 
@@ -74,14 +74,14 @@ class GeometricPath(Energy):
         base_energy = DistributionEnergy(base)
         if base.event_shape != energy.event_shape:
             raise ValueError(
-                f"base must have event_shape {tuple(energy.event_shape)} as the energy, "
-                f"got {tuple(base.event_shape)}. Use .to_event() or .expand() on it."
+                f"base must have event_shape {tuple(energy.event_shape)}, as the "
+                f"energy; got {tuple(base.event_shape)}. Use .to_event() or .expand() on it."
             )
         if not same_support(base_energy.support, energy.support):
             raise ValueError(
                 f"base must have the support of the energy, {energy.support}, got "
-                f"{base_energy.support}. Choose a base on that support, or restrict the "
-                "energy to the base's support when building it."
+                f"{base_energy.support}. Choose a base on that support, or restrict "
+                "the energy to the base's support when building it."
             )
         flat, transform = unconstrained(energy)
         super().__init__(flat.event_shape)

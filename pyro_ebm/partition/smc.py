@@ -76,7 +76,7 @@ def smc(
         num_particles: Particles an island.
         chain_length: States kept of each ancestor's chain; divides ``num_particles``.
 
-    Exactness: *consistent*; the spread of the islands cannot see a mode that all missed.
+    Exactness: *consistent*; the islands' spread cannot see a mode that all missed.
 
     Returns:
         The estimate with Student's 95 % interval over the islands.
@@ -145,8 +145,8 @@ def run_smc(
     state = path.sample_base(num_islands, num_particles)
     if not state.target.isfinite().any():
         raise DivergenceError(
-            f"energy is finite at none of {state.target.numel()} draws of the base; the "
-            f"first has energy {state.target[0, 0]}. Choose a base whose draws fall "
+            f"energy is finite at none of {state.target.numel()} draws of the base: "
+            f"the first has energy {state.target[0, 0]}. Choose a base whose draws fall "
             "where the energy is finite."
         )
     log_partition = state.target.new_zeros(num_islands)
@@ -165,7 +165,7 @@ def run_smc(
         log_partition = log_partition + log_mean_exp(log_weights)  # (1)
         kernel = dataclasses.replace(kernel, scale_tril=_metric(state.u, log_weights))
         num_ancestors = num_particles // chain_length
-        ancestors = state.index(systematic_resample(log_weights, num_ancestors))
+        ancestors = state.select(systematic_resample(log_weights, num_ancestors))
         path.inverse_temperature = beta
         state, kernel = _move(path, ancestors, kernel, chain_length)
         betas.append(beta)
@@ -173,7 +173,7 @@ def run_smc(
 
 
 def _next_temperature(state: PathState, beta: float, threshold: float) -> float:
-    """The largest step whose worst island keeps the effective fraction, by bisection."""
+    """The largest step whose worst island keeps the effective fraction."""
 
     def fraction(step: float) -> float:
         return effective_sample_fraction(state.log_weight(step)).min().item()
@@ -225,4 +225,5 @@ def _move(
         state, info = path.step(kernel, state)
         adaptation.update(kernel, info)
         kept.append(state)
-    return PathState(*(torch.cat(parts, 1) for parts in zip(*kept, strict=True))), kernel
+    joined = (torch.cat(parts, 1) for parts in zip(*kept, strict=True))
+    return PathState(*joined), kernel

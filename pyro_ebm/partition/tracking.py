@@ -32,15 +32,12 @@ References:
 
 __all__ = ["LogPartition"]
 
-import dataclasses
 import math
-from typing import get_args
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_ebm.diagnostics import effective_sample_fraction
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.mcmc import HMC
 from pyro_ebm.mcmc.persistent import StatefulModule
@@ -49,7 +46,6 @@ from pyro_ebm.partition.base import LogPartitionEstimate, Status, combine_replic
 from pyro_ebm.partition.smc import Islands, run_smc
 from pyro_ebm.partition.walkers import Walkers
 
-_STATUSES = get_args(Status)
 _REASONS = (
     "",
     "not estimated yet: train, or call refresh()",
@@ -87,6 +83,9 @@ class LogPartition(StatefulModule):
 
     value: Tensor
     std_error: Tensor
+    num_steps: Tensor
+    num_check_evaluations: Tensor
+    verdict: Tensor
 
     def __init__(
         self,
@@ -141,8 +140,9 @@ class LogPartition(StatefulModule):
     def averaged(self) -> LogPartitionEstimate:
         r""":math:`\log Z` of the averaged parameters, with a 95 % interval."""
         if not self.is_started:
+            nan = math.nan
             return LogPartitionEstimate(
-                *[math.nan] * 5, "unreliable", "walkers", 0, _REASONS[1]
+                nan, nan, nan, nan, nan, "unreliable", "walkers", 0, _REASONS[1]
             )
         value, std_error, half = combine_replicates(self.walkers.log_partition())
         return LogPartitionEstimate(
@@ -213,7 +213,7 @@ class LogPartition(StatefulModule):
 
     @torch.no_grad()
     def finish(self, energy: Energy) -> None:
-        """Bring the walkers up to date, check them, and write the average into ``energy``.
+        """Bring the walkers up to date, check, and write the average into ``energy``.
 
         From here on the current parameters and their average are one.
         """
