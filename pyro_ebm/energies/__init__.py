@@ -24,7 +24,8 @@ __all__ = [
 from pyro_ebm.energies.algebra import ExpEnergy, SumEnergy
 from pyro_ebm.energies.base import ClosedForm, Energy
 from pyro_ebm.energies.convolutional import ConvolutionalEnergy
-from pyro_ebm.energies.function import DistributionEnergy, FunctionEnergy
+from pyro_ebm.energies.distribution import DistributionEnergy
+from pyro_ebm.energies.function import FunctionEnergy
 from pyro_ebm.energies.mixture import MixtureEnergy
 from pyro_ebm.energies.neural import NeuralEnergy
 from pyro_ebm.energies.quadratic import QuadraticEnergy

@@ -16,7 +16,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pyro_ebm.energies.base import Energy
-from pyro_ebm.energies.function import base_energy
+from pyro_ebm.energies.distribution import base_energy
 from pyro_ebm.energies.neural import build_activation, small_output
 
 

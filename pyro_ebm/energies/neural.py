@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.energies.base import Energy
-from pyro_ebm.energies.function import base_energy
+from pyro_ebm.energies.distribution import base_energy
 
 # s'(a) * grad in one fused operation, from (activation, grad, a, s(a)).
 _SLOPE_TIMES: dict[type, Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]] = {

@@ -45,7 +45,7 @@ class MaximumLikelihood(Objective):
     num_chains: int = 256
     num_steps: int = 10
     kernel: Kernel = field(default_factory=MALA)
-    restart_fraction: float = 0.0
+    restart_fraction: float = 0.02
 
     def __post_init__(self) -> None:
         for name in ("num_chains", "num_steps"):
@@ -53,6 +53,10 @@ class MaximumLikelihood(Objective):
                 raise ValueError(
                     f"{name} must be at least 1, got {getattr(self, name)}."
                 )
+        if not 0 <= self.restart_fraction < 1:
+            raise ValueError(
+                f"restart_fraction must be in [0, 1), got {self.restart_fraction}."
+            )
 
     def surrogate(
         self, distribution: EnergyDistribution, chains: PersistentChains

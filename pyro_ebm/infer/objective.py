@@ -21,7 +21,7 @@ Surrogate = Callable[[Tensor], Tensor]
 
 
 class Objective(ABC):
-    """An estimator: settings only; what it remembers lives in the chains it is given."""
+    """An estimator: only settings; what it remembers is in the chains given to it."""
 
     @abstractmethod
     def surrogate(

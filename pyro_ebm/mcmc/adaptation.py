@@ -35,6 +35,10 @@ class StepSizeAdaptation(nn.Module):
 
     _state: Tensor
 
+    #: Twice Pyro's value: half the gain. The mean of many chains has little noise, and
+    #: with the full gain the step size swings where the acceptance falls off steeply.
+    GAMMA = 0.1
+
     def __init__(self, step_size: float | Tensor) -> None:
         super().__init__()
         start = torch.as_tensor(step_size, dtype=torch.get_default_dtype())
@@ -69,7 +73,7 @@ class StepSizeAdaptation(nn.Module):
         """
         # A copy: Pyro adds to t in place, and a saved state_dict shares the buffer.
         t, g_avg, x_avg, _, centre = self._state.clone().unbind()
-        scheme: Any = DualAveraging(prox_center=centre)
+        scheme: Any = DualAveraging(prox_center=centre, gamma=self.GAMMA)
         scheme._t, scheme._g_avg, scheme._x_avg = t, g_avg, x_avg
         scheme.step(kernel.target_accept_prob - info.accept_prob.mean())
         x, x_avg = scheme.get_state()

@@ -1,22 +1,24 @@
-r"""Metropolis-adjusted Langevin algorithm (MALA).
+r"""Metropolis-adjusted Langevin algorithm (MALA), with a bounded drift.
 
 .. math::
-    x'          &= x - \epsilon \nabla f(x) + \sqrt{2\epsilon}\,\xi,
+    x'          &= x - \epsilon\, D(x) + \sqrt{2\epsilon}\,\xi,
                    \quad \xi \sim \mathcal{N}(0, I)                      \tag{1} \\
-    \log \alpha &= f(x) - f(x') + \log q(x \mid x') - \log q(x' \mid x)  \\
-                &= f(x) - f(x') + s \cdot (\xi - s / 2),
-                   \quad s = \sqrt{\epsilon / 2}\,
-                   \big(\nabla f(x) + \nabla f(x')\big)                  \tag{2}
+    D(x)        &= \nabla f(x) \min\left(1,
+                   \frac{m \sqrt{2 d / \epsilon}}{|\nabla f(x)|}\right)    \tag{2} \\
+    \log \alpha &= f(x) - f(x') + \log q(x \mid x') - \log q(x' \mid x)  \tag{3}
 
-for :math:`q(x' \mid x) \propto e^{-|\xi|^2 / 2}`, and the way back from :math:`x'` to
-:math:`x` takes the noise :math:`s - \xi`.
+By (2) the drift :math:`\epsilon D` is never longer than ``m`` times the typical length
+of the noise. Without that bound a chain that starts where the energy is steep
+overshoots at every step, is always rejected and never leaves; while an energy is
+learned such chains push it up where they stand, make it steeper, and learning diverges.
 
 References:
-    Roberts & Tweedie (1996), Bernoulli 2(4), 341-363.
+    Roberts & Tweedie (1996), Bernoulli 2(4), 341-363 (MALA, and its truncation MALTA).
 """
 
 __all__ = ["MALA"]
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -37,6 +39,9 @@ class MALA(Kernel):
         target_accept_prob: What step-size adaptation aims at; 0.574 is optimal for
             large dimensions (Roberts & Rosenthal 1998, JRSS B 60, 255-268).
 
+        max_drift: The bound :math:`m` on the drift, in lengths of the noise; ``None``
+            for plain MALA.
+
     Raises:
         ValueError: If a setting is out of range.
 
@@ -51,10 +56,15 @@ class MALA(Kernel):
 
     step_size: float | Tensor = 0.1
     target_accept_prob: float = 0.574
+    max_drift: float | None = 1.0
 
     def __post_init__(self) -> None:
         """Check the settings."""
         self._check()
+        if self.max_drift is not None and not self.max_drift > 0:
+            raise ValueError(
+                f"max_drift must be positive or None, got {self.max_drift}."
+            )
 
     @property
     def num_gradients(self) -> int:
@@ -66,10 +76,19 @@ class MALA(Kernel):
         """Move every chain once; ``state.x`` has shape ``(*chains, *event)``."""
         eps = torch.as_tensor(self.step_size).to(state.x)
         root, noise = (2 * eps).sqrt(), torch.randn_like(state.x)
-        x_new = state.x.addcmul(eps, state.grad, value=-1).addcmul(root, noise)  # (1)
+        drift = self._drift(state.grad, state, root)
+        x_new = state.x.addcmul(eps, drift, value=-1).addcmul(root, noise)  # (1)
         new = ChainState(x_new, *energy.value_and_grad(x_new))
 
-        s = root / 2 * (state.grad + new.grad)
+        s = root / 2 * (drift + self._drift(new.grad, state, root))
         log_proposals = s * noise.sub(s, alpha=0.5)
         log_proposals = flat_event(log_proposals, state.energy.dim()).sum(-1)
-        return accept(state.energy - new.energy + log_proposals, state, new)  # (2)
+        return accept(state.energy - new.energy + log_proposals, state, new)  # (3)
+
+    def _drift(self, grad: Tensor, state: ChainState, root: Tensor) -> Tensor:
+        if self.max_drift is None:
+            return grad
+        flat = flat_event(grad, state.energy.dim())
+        limit = 2 * self.max_drift * math.sqrt(flat.shape[-1]) / root
+        norm = torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
+        return (flat * (limit / norm).clamp(max=1.0)).reshape(grad.shape)  # (2)

@@ -66,7 +66,7 @@ class PersistentChains(StatefulModule):
     #: Transitions in which no chain at all has moved, after which an error is raised.
     MAX_STUCK = 200
     #: Transitions between two updates of the step size.
-    ADAPT_EVERY = 10
+    ADAPT_EVERY = 5
 
     def __init__(self) -> None:
         super().__init__()

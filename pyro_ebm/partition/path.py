@@ -75,7 +75,8 @@ class GeometricPath(Energy):
         if base.event_shape != energy.event_shape:
             raise ValueError(
                 f"base must have event_shape {tuple(energy.event_shape)}, as the "
-                f"energy; got {tuple(base.event_shape)}. Use .to_event() or .expand() on it."
+                f"energy; got {tuple(base.event_shape)}. Use .to_event() or "
+                ".expand() on it."
             )
         if not same_support(base_energy.support, energy.support):
             raise ValueError(

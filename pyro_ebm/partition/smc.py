@@ -146,8 +146,8 @@ def run_smc(
     if not state.target.isfinite().any():
         raise DivergenceError(
             f"energy is finite at none of {state.target.numel()} draws of the base: "
-            f"the first has energy {state.target[0, 0]}. Choose a base whose draws fall "
-            "where the energy is finite."
+            f"the first has energy {state.target[0, 0]}. Choose a base whose draws "
+            "fall where the energy is finite."
         )
     log_partition = state.target.new_zeros(num_islands)
     ess, betas = 1.0, [0.0]
