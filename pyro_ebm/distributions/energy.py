@@ -4,19 +4,20 @@ r"""An energy as a Pyro distribution.
     \log q(x) = -f(x) - \log Z                                              \tag{1}
 """
 
-__all__ = ["EnergyDistribution"]
+__all__ = ["EnergyDistribution", "leaves"]
 
 import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import _PYRO_STACK
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_ebm.energies import ClosedForm, Energy
@@ -117,10 +118,7 @@ class EnergyDistribution(dist.TorchDistribution):
 
         Exactness: *unnormalised*.
         """
-        shape = torch.broadcast_shapes(x.shape, self.batch_shape + self.event_shape)
-        if self._validate_args:
-            self._validate_sample(x)
-        return -self.energy(x.expand(shape))
+        return -self.energy(self._expanded(x))
 
     def log_prob(self, x: Tensor) -> Tensor:
         r"""Evaluate (1).
@@ -138,9 +136,10 @@ class EnergyDistribution(dist.TorchDistribution):
                 ``log_partition`` does not.
         """
         self.require_no_free_log_partition()
-        value = self.unnormalized_log_prob(x)
-        if value.requires_grad and not x.requires_grad:
-            self._require_no_latent_energy()
+        x = self._expanded(x)
+        value = -self.energy(x)
+        if value.requires_grad and not self.log_partition.requires_grad:
+            self._require_no_latent_energy(value, x)
         return value - self.log_partition  # (1)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -156,7 +155,8 @@ class EnergyDistribution(dist.TorchDistribution):
         shape = self._extended_shape(torch.Size(sample_shape))
         num_draws = math.prod(shape[: len(shape) - len(self.event_shape)])
         closed_form = self.closed_form() if self.sampler is None else None
-        with torch.no_grad():
+        # Inference mode cannot be left by enable_grad, as chains need.
+        with torch.inference_mode(mode=False), torch.no_grad():
             if closed_form is not None:
                 draws = closed_form.distribution.sample(torch.Size([num_draws]))
             elif any(isinstance(handler, InitMessenger) for handler in _PYRO_STACK):
@@ -169,19 +169,51 @@ class EnergyDistribution(dist.TorchDistribution):
         """What is known of the energy without sampling, or ``None``."""
         return self.energy.closed_form()
 
+    def to_event(
+        self, reinterpreted_batch_ndims: int | None = None
+    ) -> "EnergyDistribution | dist.Independent":
+        """See ``TorchDistribution.to_event``."""
+        if reinterpreted_batch_ndims is None:
+            reinterpreted_batch_ndims = len(self.batch_shape)
+        return _IndependentEnergies(self, reinterpreted_batch_ndims)
+
+    def mask(self, mask: "bool | Tensor") -> dist.TorchDistribution:
+        """See ``TorchDistribution.mask``."""
+        return self if mask is True else super().mask(mask)
+
     def score_parts(self, *args: Any, **kwargs: Any) -> Any:
         r"""Pyro asks for them where a distribution stands in a guide.
 
         Raises:
-            NotImplementedError: If :math:`\log Z` is not known in closed form.
+            NotImplementedError: If ``log_partition`` is not that of a closed form.
         """
-        if self.closed_form() is None:
+        self.require_fit_for_guide()
+        return super().score_parts(*args, **kwargs)
+
+    def require_fit_for_guide(self) -> None:
+        r"""Refuse a :math:`\log Z` that is unknown, or lacks its gradient.
+
+        Raises:
+            NotImplementedError: If ``log_partition`` is not that of a closed form.
+        """
+        known = self.closed_form()
+        if known is None:
             raise NotImplementedError(
                 f"{self} stands in a guide, where its log_prob must be normalised with "
                 "a gradient, and its log Z has no closed form. Use a normalised guide "
                 "(an AutoGuide, a flow), or put the energy in the model."
             )
-        return super().score_parts(*args, **kwargs)
+        exact = known.log_partition
+        needs_gradient = torch.is_grad_enabled() and exact.requires_grad
+        if not torch.allclose(self.log_partition, exact) or (
+            needs_gradient and not self.log_partition.requires_grad
+        ):
+            raise NotImplementedError(
+                f"{self} stands in a guide, where its log_prob must be normalised with "
+                f"a gradient; log_partition is {self.log_partition.item():.6g}, the "
+                f"closed form is {exact.item():.6g}. Build the distribution by an "
+                "EnergyModel, or with log_partition=energy.closed_form().log_partition."
+            )
 
     def require_no_free_log_partition(self) -> None:
         r"""Refuse a learnable :math:`\\log Z` that no bound or contrast holds.
@@ -197,21 +229,50 @@ class EnergyDistribution(dist.TorchDistribution):
                 "EnergyModel track it, or give log_partition.detach() if it is known."
             )
 
-    def _require_no_latent_energy(self) -> None:
-        own = any(p.requires_grad for p in self.energy.parameters())
-        if own or self.log_partition.requires_grad:
+    def _require_no_latent_energy(self, value: Tensor, x: Tensor) -> None:
+        """Refuse a value that depends on anything but ``x`` and parameters."""
+        own = {id(p) for p in self.energy.parameters() if p.requires_grad}
+        foreign = [leaf for leaf in leaves(value, x) if id(leaf) not in own]
+        store = pyro.get_param_store()
+        latent = any(
+            not isinstance(leaf, nn.Parameter) and store.param_name(leaf) is None
+            for leaf in foreign
+        )
+        # Behind a parameter there may be a guide, hence a latent variable, or only a
+        # module that a closure has hidden: the two look the same.
+        suspect = foreign and not own and not x.requires_grad
+        if not latent and not suspect:
             return
         raise NotImplementedError(
             f"the energy of {self} depends on a variable outside of it that requires a "
             "gradient, and log Z then depends on that variable too: the posterior is "
             "doubly intractable. Give a log_partition that is a function of the "
             "variable, exact or amortised, or learn the energy's own parameters with "
-            "pyro_ebm.infer.maximum_likelihood. (To evaluate only: torch.no_grad().)"
+            "pyro_ebm.infer.maximum_likelihood. If it is a module or a parameter that a "
+            "closure hides, hand the module to FunctionEnergy as fn, or detach it. (To "
+            "evaluate only: torch.no_grad().)"
         )
 
     @property
     def _sampler(self) -> Sampler:
         return IndependentChains() if self.sampler is None else self.sampler
+
+    def _expanded(self, x: Tensor) -> Tensor:
+        """The points, checked, in the shape ``(*sample, *batch, *event)``."""
+        # A size of 1 would broadcast along the event without a word.
+        shape = self.energy.batch_shape_of(x)
+        try:
+            shape = torch.broadcast_shapes(shape, self.batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"x must have shape (*sample, *batch, *event) with batch_shape "
+                f"{tuple(self.batch_shape)} and event_shape {tuple(self.event_shape)}, "
+                f"got {tuple(x.shape)}. The batch_shape comes from .expand() and from "
+                "the plates around the site: give them the sizes of the data."
+            ) from None
+        if self._validate_args:
+            self._validate_sample(x)
+        return x.expand(shape + self.event_shape)
 
     def _validate_sample(self, value: Tensor) -> None:
         if value.is_floating_point() and value.isnan().any():
@@ -238,6 +299,29 @@ class EnergyDistribution(dist.TorchDistribution):
         )
 
 
+class _IndependentEnergies(dist.Independent):
+    """``dist.Independent``, which would not ask the energy for its score parts."""
+
+    def score_parts(self, *args: Any, **kwargs: Any) -> Any:
+        self.base_dist.require_fit_for_guide()
+        return super().score_parts(*args, **kwargs)
+
+
+def leaves(value: Tensor, x: Tensor) -> list[Tensor]:
+    """All leaves that a value depends on other than through ``x``, no leaf itself."""
+    seen: set[Any] = {x.grad_fn}
+    found, stack = [], [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        stack += [parent for parent, _ in node.next_functions]
+    return found
+
+
 def _as_scalar(
     log_partition: "float | Tensor | LogPartitionEstimate | None", energy: Energy
 ) -> Tensor:
@@ -253,6 +337,10 @@ def _as_scalar(
             warnings.warn(str(log_partition), UnreliableWarning, stacklevel=3)
         log_partition = log_partition.value
     if not isinstance(log_partition, Tensor):
+        if math.isnan(log_partition):
+            raise ValueError(
+                "log_partition must be a number, got nan. Give None if it is unknown."
+            )
         log_partition = torch.as_tensor(log_partition, **energy.tensor_options())
     if log_partition.numel() != 1:
         raise ValueError(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pyro_ebm.distributions.energy import EnergyDistribution
-from pyro_ebm.energies import Energy, unconstrained
+from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
 from pyro_ebm.mcmc import IndependentChains, PersistentChains, Sampler
 from pyro_ebm.partition import LogPartition
 from pyro_ebm.partition.path import GeometricPath
@@ -50,16 +50,26 @@ class EnergyModel(nn.Module):
         log_partition: LogPartition | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(energy, Energy):
+            raise TypeError(
+                f"energy must be an Energy, got {type(energy).__name__}. Wrap a "
+                "callable: pyro_ebm.energies.FunctionEnergy(fn, event_shape)."
+            )
         base = _standard_base(energy) if base is None else base
         GeometricPath(energy, base)  # checks that they fit
         self.energy = energy
-        self.base = base
+        self._base = DistributionEnergy(base)  # a module, so that .to() moves it
         self.sampler = sampler
         if log_partition is None:
             log_partition = LogPartition(energy, base)
         self.log_partition = log_partition
         self.chains = PersistentChains()
         self._followed_version = -1
+
+    @property
+    def base(self) -> dist.TorchDistribution:
+        r"""Reference for :math:`\log Z` and start of all chains."""
+        return self._base.distribution
 
     def forward(self) -> EnergyDistribution:
         r"""The distribution of the current parameters.
@@ -72,7 +82,7 @@ class EnergyModel(nn.Module):
         if known is not None:
             return self._distribution(self.energy, known.log_partition)
         tracked = self.log_partition
-        value = tracked.value.clone() if tracked.is_started else None
+        value = tracked.value.clone() if tracked.value.isfinite() else None
         distribution = self._distribution(self.energy, value)
         distribution.is_normalized = tracked.status == "ok"
         distribution.log_partition_std_error = tracked.std_error
@@ -102,8 +112,6 @@ class EnergyModel(nn.Module):
 
     def follow(self) -> None:
         r"""Let :math:`\log Z` follow, if the parameters have moved since last time."""
-        if self.energy.closed_form() is not None:
-            return
         version = sum(parameter._version for parameter in self.energy.parameters())
         if version != self._followed_version or not self.log_partition.is_started:
             self._followed_version = version

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.distributions.energy import leaves
 from pyro_ebm.errors import UnregisteredParameterWarning
 from pyro_ebm.mcmc import IndependentChains
 
@@ -33,8 +34,12 @@ def require_learnable(
     """
     energy = distribution.energy
     sampler = distribution.sampler or IndependentChains()
-    with torch.enable_grad():
-        value = energy(sampler.start(energy, 1)).sum()
+    # A run that goes on from a state_dict checks again, and draws what the first did.
+    device = energy.tensor_options()["device"]
+    devices = [device] if device.type == "cuda" else []
+    with torch.enable_grad(), torch.random.fork_rng(devices):
+        x = sampler.start(energy, 1)
+        value = energy(x).sum()
     if not value.requires_grad:
         return
     if latents:
@@ -49,17 +54,17 @@ def require_learnable(
                 "or give an exact or amortised log_partition and no handler."
             )
     if not pyro.nn.module._is_module_local_param_enabled():
-        _warn_unregistered(name, distribution, value)
+        _warn_unregistered(name, distribution, leaves(value, x))
 
 
 def _warn_unregistered(
-    site: str, distribution: EnergyDistribution, value: Tensor
+    site: str, distribution: EnergyDistribution, parameters: list[Tensor]
 ) -> None:
     store = pyro.get_param_store()
     names = {id(p): name for name, p in distribution.energy.named_parameters()}
     missing = [
         names.get(id(leaf), f"a tensor of shape {tuple(leaf.shape)} in a closure")
-        for leaf in _leaves(value)
+        for leaf in parameters
         if store.param_name(leaf) is None
     ]
     if missing:
@@ -72,17 +77,3 @@ def _warn_unregistered(
             UnregisteredParameterWarning,
             stacklevel=2,
         )
-
-
-def _leaves(value: Tensor) -> list[Tensor]:
-    """All leaves that a value depends on, by a walk through its graph."""
-    seen, leaves, stack = set(), [], [value.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        stack += [parent for parent, _ in node.next_functions]
-    return leaves

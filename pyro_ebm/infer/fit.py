@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.distributions import EnergyDistribution, EnergyModel
+from pyro_ebm.errors import DivergenceError
 from pyro_ebm.infer.handler import ObjectiveModel
 from pyro_ebm.infer.likelihood import LogLikelihood, log_likelihood
 from pyro_ebm.infer.maximum_likelihood import MaximumLikelihood
@@ -94,9 +95,12 @@ def fit(
         progress_bar: Show a bar with log-likelihood, log Z and acceptance.
 
     Raises:
-        ValueError: If the data are not finite, have another event shape, are outside
-            the support, or if ``patience`` is given without validation data.
-        DivergenceError: If no chain can move any more.
+        TypeError: If an argument is of another type.
+        ValueError: If the data are not finite, have another event shape or dtype, are
+            outside the support, if ``patience`` is given without validation data, or
+            if a count is not positive.
+        DivergenceError: If no chain can move any more; the model is then left as it
+            was at the last record.
 
     Example:
         >>> data = torch.randn(500, 2)
@@ -107,6 +111,25 @@ def fit(
         >>> result.num_steps, result.stopped
         (20, 'finished')
     """
+    if not isinstance(energy_model, EnergyModel):
+        raise TypeError(
+            f"energy_model must be an EnergyModel, got {type(energy_model).__name__}. "
+            "Wrap an energy: EnergyModel(energy, base)."
+        )
+    objective = MaximumLikelihood() if objective is None else objective
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"objective must be an Objective such as MaximumLikelihood(), got "
+            f"{objective!r}."
+        )
+    for name, count in (
+        ("num_steps", num_steps),
+        ("batch_size", batch_size),
+        ("record_interval", record_interval),
+        ("patience", 1 if patience is None else patience),
+    ):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}.")
     if patience is not None and validation_data is None:
         raise ValueError(
             f"patience is {patience} but validation_data is None: early stopping needs "
@@ -115,7 +138,6 @@ def fit(
     for name, points in (("data", data), ("validation_data", validation_data)):
         if points is not None:
             _require_points(name, points, energy_model)
-    objective = MaximumLikelihood() if objective is None else objective
     run = _Fit(energy_model, data, validation_data, patience)
     with pyro.get_param_store().scope():
         svi = SVI(
@@ -129,7 +151,7 @@ def fit(
         stopped = run.loop(svi, batches, bar, record_interval)
     energy_model.adopt_average()
     return FitResult(
-        energy_model.averaged(),
+        copy.deepcopy(energy_model.averaged()),  # another fit is not to change it
         energy_model.log_partition.averaged(),
         run.history,
         run.num_steps,
@@ -160,14 +182,13 @@ class _Fit:
         self, svi: SVI, batches: Iterator[Tensor], bar: Any, record_interval: int
     ) -> str:
         """Take the steps; return why they ended."""
-        last_good = None
+        last_good = copy.deepcopy(self.model.state_dict())
         try:
             for step in bar:
                 loss = svi.step(next(batches))
                 if not math.isfinite(loss):
                     _LOG.warning("loss is %s at step %d; the fit stops", loss, step)
-                    if last_good is not None:
-                        self.model.load_state_dict(last_good)
+                    self.model.load_state_dict(last_good)
                     return "loss not finite"
                 self.num_steps = step
                 if step % record_interval == 0:
@@ -178,6 +199,9 @@ class _Fit:
                         return "early stopping"
         except KeyboardInterrupt:
             return "interrupted"
+        except DivergenceError:
+            self.model.load_state_dict(last_good)
+            raise
         return "finished"
 
     def _record(self, step: int, loss: float, bar: Any) -> None:
@@ -242,6 +266,12 @@ def _as_pyro_optim(optim: Any, energy_model: EnergyModel) -> pyro.optim.PyroOpti
             "optim must be a pyro.optim or torch.optim optimiser, got "
             f"{type(optim).__name__}."
         )
+    own = {id(parameter) for parameter in energy_model.parameters()}
+    if not any(id(p) in own for group in optim.param_groups for p in group["params"]):
+        raise ValueError(
+            "optim must hold parameters of energy_model, and holds none of them. Build "
+            "it as torch.optim.Adam(energy_model.parameters())."
+        )
     return _TorchOptim(optim)
 
 
@@ -255,6 +285,17 @@ def _batches(data: Tensor, batch_size: int) -> Iterator[Tensor]:
 
 def _require_points(name: str, points: Tensor, energy_model: EnergyModel) -> None:
     event_shape = energy_model.energy.event_shape
+    dtype = energy_model.energy.tensor_options()["dtype"]
+    if not isinstance(points, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, got {type(points).__name__}. Convert it: "
+            f"torch.as_tensor({name}, dtype={dtype})."
+        )
+    if points.dtype != dtype:
+        raise ValueError(
+            f"{name} must have the dtype {dtype} of the energy, got {points.dtype}. "
+            f"Convert it: {name}.to({dtype}); or the model, by energy_model.to(dtype)."
+        )
     if points.dim() != len(event_shape) + 1 or points.shape[1:] != event_shape:
         raise ValueError(
             f"{name} must have shape (N, *event), event_shape {tuple(event_shape)}, "

@@ -162,10 +162,7 @@ class _SurrogateDistribution(EnergyDistribution):
         return new
 
     def log_prob(self, x: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(x)
-        shape = torch.broadcast_shapes(x.shape, self.batch_shape + self.event_shape)
-        return self.surrogate(x.expand(shape))
+        return self.surrogate(self._expanded(x))
 
 
 def _map_energy(

@@ -53,6 +53,11 @@ class MaximumLikelihood(Objective):
                 raise ValueError(
                     f"{name} must be at least 1, got {getattr(self, name)}."
                 )
+        if not isinstance(self.kernel, Kernel):
+            raise TypeError(
+                f"kernel must be a pyro_ebm.mcmc.Kernel, got "
+                f"{type(self.kernel).__name__}. For instance pyro_ebm.mcmc.HMC()."
+            )
         if not 0 <= self.restart_fraction < 1:
             raise ValueError(
                 f"restart_fraction must be in [0, 1), got {self.restart_fraction}."

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energies import DistributionEnergy, Energy, same_support, unconstrained
+from pyro_ebm.energies.distribution import require_single
 from pyro_ebm.mcmc import ChainState, Kernel, StepInfo
 
 
@@ -71,6 +72,7 @@ class GeometricPath(Energy):
     """
 
     def __init__(self, energy: Energy, base: dist.TorchDistribution) -> None:
+        require_single(base, "base")
         base_energy = DistributionEnergy(base)
         if base.event_shape != energy.event_shape:
             raise ValueError(

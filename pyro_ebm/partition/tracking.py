@@ -38,11 +38,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_ebm.energies import Energy, unconstrained
+from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
 from pyro_ebm.mcmc import HMC
 from pyro_ebm.mcmc.persistent import StatefulModule
 from pyro_ebm.partition.average import FollowedEnergy
 from pyro_ebm.partition.base import LogPartitionEstimate, Status, combine_replicates
+from pyro_ebm.partition.exact import closed_form
 from pyro_ebm.partition.smc import Islands, run_smc
 from pyro_ebm.partition.walkers import Walkers
 
@@ -99,7 +100,7 @@ class LogPartition(StatefulModule):
         num_leapfrog: int = 3,
     ) -> None:
         super().__init__()
-        self.base = base
+        self._base = DistributionEnergy(base)  # a module, so that .to() moves it
         self.interval, self.check_interval = interval, check_interval
         self.num_islands, self.num_walkers = num_islands, num_walkers
         self.followed = FollowedEnergy(energy)
@@ -113,14 +114,26 @@ class LogPartition(StatefulModule):
         self.register_buffer("verdict", torch.tensor([1, 1, 0]))
 
     @property
+    def base(self) -> dist.TorchDistribution:
+        """The normalised distribution that the walkers come from."""
+        return self._base.distribution
+
+    @property
+    def is_closed_form(self) -> bool:
+        r"""Whether the energy knows its :math:`\log Z`; then nothing is sampled."""
+        return self.averaged_energy.closed_form() is not None
+
+    @property
     def is_started(self) -> bool:
         """Whether there is an estimate."""
-        return self.walkers.is_started
+        return self.walkers.is_started or bool(self.verdict[1] != 1)
 
     @property
     def status(self) -> Status:
-        """``"ok"`` or ``"unreliable"``, for the current parameters."""
-        return "unreliable" if self.verdict[1] else "ok"
+        """``"exact"``, ``"ok"`` or ``"unreliable"``, for the current parameters."""
+        if self.verdict[1]:
+            return "unreliable"
+        return "exact" if self.is_closed_form else "ok"
 
     @property
     def reason(self) -> str:
@@ -144,6 +157,9 @@ class LogPartition(StatefulModule):
             return LogPartitionEstimate(
                 nan, nan, nan, nan, nan, "unreliable", "walkers", 0, _REASONS[1]
             )
+        known = closed_form(self.averaged_energy)
+        if known is not None:
+            return known
         value, std_error, half = combine_replicates(self.walkers.log_partition())
         return LogPartitionEstimate(
             value,
@@ -184,7 +200,8 @@ class LogPartition(StatefulModule):
         """
         self.followed.reset(energy)
         self.num_steps.zero_()
-        self._adopt(self._run_smc(self.num_walkers))
+        if not self.is_closed_form:
+            self._adopt(self._run_smc(self.num_walkers))
         self.verdict.zero_()
         self._read(energy)
 
@@ -199,6 +216,8 @@ class LogPartition(StatefulModule):
         Returns:
             Whether they agree.
         """
+        if self.is_closed_form:
+            return True
         for size in (self.num_walkers, 4 * self.num_walkers):
             fresh = self._run_smc(size)
             value, std_error, _ = combine_replicates(fresh.log_partition)
@@ -209,6 +228,7 @@ class LogPartition(StatefulModule):
         self.verdict[2] = int(not agree)
         if not agree and not value < own:
             self._adopt(fresh)
+        self.verdict[:2] = self._judge(self.walkers.log_partition())
         return agree
 
     @torch.no_grad()
@@ -226,6 +246,9 @@ class LogPartition(StatefulModule):
 
     def _advance(self) -> None:
         old, new = self.followed.begin_update()
+        if self.is_closed_form:
+            self.followed.load(new)
+            return
         position, step = 0.0, 1.0
         while position < 1:
             self.followed.load(torch.lerp(old, new, position + step))
@@ -238,6 +261,12 @@ class LogPartition(StatefulModule):
 
     def _read(self, energy: Energy) -> None:
         """Set value, error and verdict of the iterate by (3)."""
+        known = energy.closed_form()
+        if known is not None:
+            self.value.copy_(known.log_partition)
+            self.std_error.zero_()
+            self.verdict.zero_()
+            return
         log_partitions = self.walkers.log_partition()
         self.verdict[0] = self._judge(log_partitions)
         flat, _ = unconstrained(energy)

@@ -64,7 +64,7 @@ def test_reaches_the_target(kernel, factor, target_accept_prob):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_settles_within_a_few_updates(name):
-    """Seen to fail with Pyro's gain: HMC's acceptance swings between 0.6 and 0.95."""
+    """Seen to fail with Pyro's gain, by which HMC's acceptance swings by 0.06."""
     kernel = KERNELS[name]
     energy, state = start(kernel, num_chains=2000)
     adaptation = StepSizeAdaptation(find_step_size(kernel, energy, state))

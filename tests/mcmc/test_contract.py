@@ -9,11 +9,13 @@ from torch import nn
 
 from pyro_ebm import mcmc
 from pyro_ebm.energies import DistributionEnergy, Energy, FunctionEnergy
-from pyro_ebm.mcmc import HMC, MALA, ChainState, Kernel
+from pyro_ebm.mcmc import HMC, MALA, Kernel
 from pyro_ebm.testing import CountingEnergy
 
 KERNELS = {
     "mala": MALA(step_size=0.2),
+    "mala-unbounded": MALA(step_size=0.2, max_drift=None),
+    "mala-tight": MALA(step_size=0.2, max_drift=0.1),
     "hmc": HMC(step_size=0.4, num_leapfrog=3),
     "hmc-one-leapfrog": HMC(step_size=0.4, num_leapfrog=1, jitter=0.0),
 }
@@ -195,6 +197,8 @@ def test_nonfinite_proposals_do_not_touch_other_chains(kernel):
         for value in values
     ]
     + [
+        (MALA, {"max_drift": 0.0}, "max_drift"),
+        (MALA, {"max_drift": NAN}, "max_drift"),
         (HMC, {"num_leapfrog": 0}, "num_leapfrog"),
         (HMC, {"jitter": 1.0}, "jitter"),
         (HMC, {"jitter": -0.1}, "jitter"),
@@ -271,29 +275,49 @@ def test_mala_is_hmc_with_one_leapfrog_step(monkeypatch):
     noise, uniform = torch.randn(50, 2), torch.rand(50)
     monkeypatch.setattr(torch, "randn_like", lambda _: noise)
     monkeypatch.setattr(torch, "rand_like", lambda _: uniform)
-    mala, hmc = MALA(0.3), HMC(0.6**0.5, num_leapfrog=1, jitter=0.0)
+    mala, hmc = MALA(0.3, max_drift=None), HMC(0.6**0.5, num_leapfrog=1, jitter=0.0)
     a, a_info = mala.step(energy, mala.init(energy, x))
     b, b_info = hmc.step(energy, hmc.init(energy, x))
     torch.testing.assert_close(a, b)
     torch.testing.assert_close(a_info.accept_prob, b_info.accept_prob)
 
 
-def test_mala_ratio_is_that_of_the_two_normal_densities(monkeypatch):
-    """The short form (2) against :class:`Normal`, proposal by proposal."""
-    energy, x, eps = quartic((2,)), torch.randn(50, 2), 0.3
+@pytest.mark.parametrize("max_drift", [None, 1.0, 0.2])
+def test_mala_ratio_is_that_of_the_two_normal_densities(max_drift, monkeypatch):
+    """The short form of (3) against :class:`Normal`, proposal by proposal."""
+    energy, x, eps = quartic((2,)), 2 * torch.randn(50, 2), 0.3
     noise = torch.randn(50, 2)
     monkeypatch.setattr(torch, "randn_like", lambda _: noise)
-    f, grad = energy.value_and_grad(x)
-    x_new = x - eps * grad + (2 * eps) ** 0.5 * noise
-    f_new, grad_new = energy.value_and_grad(x_new)
 
-    def log_q(to, start, start_grad):
-        centre = start - eps * start_grad
-        return dist.Normal(centre, (2 * eps) ** 0.5).to_event(1).log_prob(to)
+    def centre(start):
+        grad = energy.value_and_grad(start)[1]
+        if max_drift is not None:
+            bound = max_drift * (2 * eps) ** 0.5 / eps
+            assert (grad.abs() > bound).any()
+            grad = grad.clip(-bound, bound)
+        return start - eps * grad
 
-    log_ratio = f - f_new + log_q(x, x_new, grad_new) - log_q(x_new, x, grad)
-    info = MALA(eps).step(energy, ChainState(x, f, grad))[1]
-    torch.testing.assert_close(info.accept_prob, log_ratio.clamp(max=0).exp())
+    def log_q(to, start):
+        return dist.Normal(centre(start), (2 * eps) ** 0.5).to_event(1).log_prob(to)
+
+    x_new = centre(x) + (2 * eps) ** 0.5 * noise
+    log_ratio = energy(x) - energy(x_new) + log_q(x, x_new) - log_q(x_new, x)
+    kernel = MALA(eps, max_drift=max_drift)
+    info = kernel.step(energy, kernel.init(energy, x))[1]
+    torch.testing.assert_close(info.accept_prob, log_ratio.clamp(max=0).exp().detach())
+
+
+def test_bounded_drift_returns_from_where_plain_mala_is_stuck():
+    energy, x = quartic((2,)), torch.full((100, 2), 40.0)
+
+    def distance(kernel):
+        state = kernel.init(energy, x)
+        for _ in range(100):
+            state, _ = kernel.step(energy, state)
+        return state.x.norm(dim=-1)
+
+    assert (distance(MALA(0.5, max_drift=None)) > 50).all()
+    assert (distance(MALA(0.5)) < 5).all()
 
 
 @pytest.mark.gpu

@@ -66,6 +66,8 @@ TARGETS = {f.__name__: f for f in (correlated_gaussian, gumbel, gamma)}
 FACTOR = torch.tensor([[1.0, 0.0], [0.8, 1.17]], dtype=torch.float64)
 KERNELS = {
     "mala": MALA(0.4),
+    "mala-unbounded": MALA(0.4, max_drift=None),
+    "mala-tight": MALA(0.4, max_drift=0.3),
     "hmc": HMC(0.85, num_leapfrog=3),
     "hmc-no-jitter": HMC(0.85, num_leapfrog=3, jitter=0.0),
     "hmc-much-jitter": HMC(0.85, num_leapfrog=3, jitter=0.9),
@@ -171,6 +173,17 @@ def change_first_half_step(factor):
     return plant
 
 
+def bound_forward_only(monkeypatch):
+    """MALA with the bound on its drift in the proposal, not in its reverse density."""
+    right, calls = MALA._drift, []
+
+    def faulty(self, grad, state, root):
+        calls.append(grad)
+        return right(self, grad, state, root) if len(calls) % 2 else grad
+
+    monkeypatch.setattr(MALA, "_drift", faulty)
+
+
 def no_jacobian(monkeypatch):
     """The energy in unconstrained space without its log-determinant."""
     monkeypatch.setattr(
@@ -190,13 +203,17 @@ ACCEPTANCE_FAULTS = {
 FAULTS = {
     **{
         f"{kernel}-{name}-{target}": (kernel, target, plant)
-        for kernel in ("mala", "hmc", "hmc-no-jitter")
+        for kernel in ("mala", "hmc")
         for target in ("correlated_gaussian", "gumbel", "gamma")
         for name, plant in ACCEPTANCE_FAULTS.items()
     },
     **{
         f"hmc-{name}-{target}": ("hmc", target, change_first_half_step(factor))
         for name, factor in {"no-first-half-step": 0.0, "full-first-step": 2.0}.items()
+        for target in TARGETS
+    },
+    **{
+        f"mala-bound-forward-only-{target}": ("mala-tight", target, bound_forward_only)
         for target in TARGETS
     },
     **{f"{k}-no-jacobian": (k, "gamma", no_jacobian) for k in ("mala", "hmc")},
