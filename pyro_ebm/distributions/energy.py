@@ -14,6 +14,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import broadcast_shape
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import _PYRO_STACK
@@ -262,8 +263,8 @@ class EnergyDistribution(dist.TorchDistribution):
         # A size of 1 would broadcast along the event without a word.
         shape = self.energy.batch_shape_of(x)
         try:
-            shape = torch.broadcast_shapes(shape, self.batch_shape)
-        except RuntimeError:
+            shape = broadcast_shape(shape, self.batch_shape)  # torch's loads sympy
+        except ValueError:
             raise ValueError(
                 f"x must have shape (*sample, *batch, *event) with batch_shape "
                 f"{tuple(self.batch_shape)} and event_shape {tuple(self.event_shape)}, "
@@ -272,7 +273,7 @@ class EnergyDistribution(dist.TorchDistribution):
             ) from None
         if self._validate_args:
             self._validate_sample(x)
-        return x.expand(shape + self.event_shape)
+        return x.expand(*shape, *self.event_shape)
 
     def _validate_sample(self, value: Tensor) -> None:
         if value.is_floating_point() and value.isnan().any():

@@ -1,0 +1,636 @@
+"""The handler's gradient is that of the exact likelihood, in every corner of Pyro.
+
+The exact gradient comes from autograd through log Z on a fine grid. The chains start
+from exact draws, so that what is left is Monte-Carlo error, whose size is known from the
+gradients of the chains one by one.
+"""
+
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import pytest
+import torch
+from pyro.distributions import constraints
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.nn import PyroModule, PyroParam
+from torch import nn
+
+from pyro_ebm import EnergyDistribution, EnergyModel, infer
+from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
+from pyro_ebm.errors import UnregisteredParameterWarning
+from pyro_ebm.infer import MaximumLikelihood, ObjectiveModel
+from pyro_ebm.infer.handler import maximum_likelihood
+from pyro_ebm.infer.objective import Objective
+from pyro_ebm.testing import CountingEnergy
+
+ELBOS = {
+    "Trace": pyro.infer.Trace_ELBO(),
+    "TraceGraph": pyro.infer.TraceGraph_ELBO(),
+    "TraceMeanField": pyro.infer.TraceMeanField_ELBO(),
+    "TraceEnum": pyro.infer.TraceEnum_ELBO(
+        max_plate_nesting=2, strict_enumeration_warning=False
+    ),
+    "Renyi": pyro.infer.RenyiELBO(alpha=0.5, num_particles=2),
+    "Trace-2": pyro.infer.Trace_ELBO(num_particles=2),
+    "Trace-vectorised": pyro.infer.Trace_ELBO(
+        num_particles=3, vectorize_particles=True, max_plate_nesting=2
+    ),
+    "TraceGraph-vectorised": pyro.infer.TraceGraph_ELBO(
+        num_particles=3, vectorize_particles=True, max_plate_nesting=2
+    ),
+    "TraceMeanField-vectorised": pyro.infer.TraceMeanField_ELBO(
+        num_particles=3, vectorize_particles=True, max_plate_nesting=2
+    ),
+}
+LINE = torch.linspace(-4.5, 4.5, 181, dtype=torch.float64)
+GRID = torch.cartesian_prod(LINE, LINE)
+STEP = 0.05
+NUM_CHAINS = 1500
+OBJECTIVE = MaximumLikelihood(
+    num_chains=NUM_CHAINS, num_steps=2, restart_fraction=0.0
+)
+
+
+class Ring(nn.Module):
+    """A tilted ring with four parameters."""
+
+    def __init__(self, radius=1.5):
+        super().__init__()
+        self.log_stiffness = nn.Parameter(torch.tensor(0.7))
+        self.radius = nn.Parameter(torch.tensor(radius))
+        self.tilt = nn.Parameter(torch.tensor([0.5, -0.2]))
+
+    def forward(self, x):
+        distance = x.norm(dim=-1) - self.radius
+        return self.log_stiffness.exp() * distance**2 + (x * self.tilt).sum(-1)
+
+
+class PyroRing(PyroModule):
+    """The same with a constrained PyroParam."""
+
+    def __init__(self):
+        super().__init__()
+        self.stiffness = PyroParam(torch.tensor(2.0), constraints.positive)
+        self.radius = PyroParam(torch.tensor(1.5))
+        self.tilt = nn.Parameter(torch.tensor([0.5, -0.2]))
+
+    def forward(self, x):
+        distance = x.norm(dim=-1) - self.radius
+        return self.stiffness * distance**2 + (x * self.tilt).sum(-1)
+
+
+class ExactDraws:
+    """A sampler for chains that are where they should be: draws from the grid."""
+
+    def start(self, energy, num_draws):
+        with torch.no_grad():
+            index = (-energy(GRID)).softmax(0).multinomial(num_draws, replacement=True)
+            return GRID[index] + STEP * (torch.rand(num_draws, 2) - 0.5)
+
+    __call__ = start
+
+
+def ring_model(radius=1.5, module=None):
+    energy = FunctionEnergy(Ring(radius) if module is None else module, (2,))
+    return EnergyModel(energy, sampler=ExactDraws())
+
+
+def exact_log_partition(energy):
+    return torch.logsumexp(-energy(GRID), 0) + 2 * math.log(STEP)
+
+
+def assert_gradients(energy_models, exact_loss, run):
+    """Compare the gradients that ``run`` leaves with those of the exact loss.
+
+    ``exact_loss`` maps functions ``log_q``, one a model, to the loss.
+    """
+    for energy_model in energy_models:
+        for parameter in energy_model.parameters():
+            parameter.grad = None
+    run()
+    got = [[p.grad.clone() for p in m.energy.parameters()] for m in energy_models]
+    log_partitions = [exact_log_partition(m.energy) for m in energy_models]
+    loss = exact_loss(
+        *[
+            lambda x, m=m, z=z: -m.energy(x) - z
+            for m, z in zip(energy_models, log_partitions, strict=True)
+        ]
+    )
+    # The weight of the second term of (1.16): how many points the loss counts.
+    counts = torch.autograd.grad(loss, log_partitions, retain_graph=True)
+    worst = 0.0
+    for energy_model, grads, count in zip(energy_models, got, counts, strict=True):
+        parameters = list(energy_model.energy.parameters())
+        wanted = torch.autograd.grad(loss, parameters, retain_graph=True)
+        per_chain = jacobian(energy_model, parameters)
+        for grad, exact, each in zip(grads, wanted, per_chain, strict=True):
+            error = count * each.std(0) / math.sqrt(NUM_CHAINS)
+            assert (error > 0).all()
+            worst = max(worst, ((grad - exact) / error).abs().max().item())
+    assert worst < 4, f"|z| = {worst}"
+
+
+def jacobian(energy_model, parameters):
+    """Gradients of the energy at each chain, one tensor a parameter."""
+    energy = energy_model.energy(energy_model.chains.u)
+    eye = torch.eye(len(energy))
+    return torch.autograd.grad(energy, parameters, eye, is_grads_batched=True)
+
+
+def plate(data, **settings):
+    return pyro.plate("data", len(data), dim=-1, **settings)
+
+
+DATA = torch.randn(40, 3, 2, dtype=torch.float64, generator=torch.manual_seed(1))
+MASK = torch.rand(40, 3, generator=torch.manual_seed(2)) < 0.4
+ROWS = torch.tensor([3, 7, 8, 20, 31])
+
+
+def plain(q):
+    with plate(DATA):
+        pyro.sample("x", q, obs=DATA[:, 0])
+
+
+def scale_and_mask(q):
+    with poutine.scale(scale=0.3), poutine.mask(mask=MASK[:, 0]), plate(DATA):
+        pyro.sample("x", q, obs=DATA[:, 0])
+
+
+def mask_inside(q):
+    with plate(DATA):
+        pyro.sample("x", q.mask(MASK[:, 0]), obs=DATA[:, 0])
+
+
+def subsampled(q):
+    with plate(DATA, subsample=ROWS) as rows:
+        pyro.sample("x", q, obs=DATA[rows, 0])
+
+
+def to_event(q):
+    with plate(DATA):
+        pyro.sample("x", q.expand([40, 3]).to_event(1), obs=DATA)
+
+
+def to_event_mask(q):
+    with plate(DATA), poutine.scale(scale=2.5):
+        fn = q.expand([3]).mask(MASK[0]).to_event(1).mask(MASK[:, 1])
+        pyro.sample("x", fn, obs=DATA)
+
+
+def two_plates(q):
+    with pyro.plate("rows", 40, dim=-2), pyro.plate("columns", 3, dim=-1):
+        with poutine.mask(mask=MASK), poutine.scale(scale=0.5):
+            pyro.sample("x", q, obs=DATA)
+
+
+def two_subsampled_plates(q):
+    columns = torch.tensor([2, 0])
+    with pyro.plate("rows", 40, dim=-2, subsample=ROWS):
+        with pyro.plate("columns", 3, dim=-1, subsample=columns):
+            pyro.sample("x", q, obs=DATA[ROWS][:, columns])
+
+
+def two_sites(q):
+    with plate(DATA):
+        pyro.sample("x", q, obs=DATA[:, 0])
+        with poutine.scale(scale=3.0):
+            pyro.sample("y", q.mask(MASK[:, 1]), obs=DATA[:, 1])
+
+
+def conditioned(q):
+    def inner():
+        with plate(DATA):
+            pyro.sample("x", q)
+
+    with poutine.scale(scale=0.2):
+        poutine.condition(inner, data={"x": DATA[:, 0]})()
+
+
+# What the loss is, and the number of points that a fault would count in its place.
+SITES = {
+    plain: (lambda log_q: log_q(DATA[:, 0]).sum(), 80),
+    scale_and_mask: (lambda log_q: 0.3 * log_q(DATA[:, 0])[MASK[:, 0]].sum(), 40),
+    mask_inside: (lambda log_q: log_q(DATA[:, 0])[MASK[:, 0]].sum(), 40),
+    subsampled: (lambda log_q: 8 * log_q(DATA[ROWS, 0]).sum(), 5),
+    to_event: (lambda log_q: log_q(DATA).sum(), 40),
+    to_event_mask: (
+        lambda log_q: 2.5 * (log_q(DATA) * MASK[0] * MASK[:, 1:2]).sum(),
+        120,
+    ),
+    two_plates: (lambda log_q: 0.5 * (log_q(DATA) * MASK).sum(), 120),
+    two_subsampled_plates: (
+        lambda log_q: 12 * log_q(DATA[ROWS][:, [2, 0]]).sum(),
+        10,
+    ),
+    two_sites: (
+        lambda log_q: log_q(DATA[:, 0]).sum() + 3 * log_q(DATA[:, 1])[MASK[:, 1]].sum(),
+        80,
+    ),
+    conditioned: (lambda log_q: 0.2 * log_q(DATA[:, 0]).sum(), 40),
+}
+CASES = [(site, "Trace") for site in SITES] + [
+    (site, elbo)
+    for site in (scale_and_mask, two_subsampled_plates)
+    for elbo in ELBOS
+    if elbo != "Trace"
+]
+
+
+class Miscounted(Objective):
+    """A fault: the second term enters as if it stood outside of scale and mask."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def surrogate(self, distribution, chains):
+        right = OBJECTIVE.surrogate(distribution, chains)
+        second = (self.factor - 1) * distribution.energy(chains.u).mean()
+        return lambda x: right(x) + second - second.detach()
+
+
+@pytest.mark.parametrize(("site", "elbo"), CASES)
+def test_gradient(site, elbo):
+    """The second term counted once a point of the batch, whatever scale and mask: seen
+    to fail, as asserted at the end."""
+    energy_model = ring_model()
+
+    def model():
+        pyro.module("ring", energy_model)
+        site(energy_model())
+
+    def run(objective=OBJECTIVE):
+        ELBOS[elbo].loss_and_grads(ObjectiveModel(model, objective), lambda: None)
+
+    log_likelihood, wrong_count = SITES[site]
+    assert_gradients([energy_model], lambda log_q: -log_likelihood(log_q), run)
+    if elbo != "Trace":
+        return
+    count = log_likelihood(lambda x: torch.ones(x.shape[:-1]))
+    planted = Miscounted(wrong_count / count)
+    with pytest.raises(AssertionError, match=r"\|z\| ="):
+        assert_gradients(
+            [energy_model], lambda log_q: -log_likelihood(log_q), lambda: run(planted)
+        )
+
+
+@pytest.mark.parametrize("elbo", ["Trace", "TraceMeanField-vectorised"])
+def test_gradient_of_two_energies(elbo):
+    first, second = ring_model(), ring_model(radius=1.0)
+
+    def model():
+        pyro.module("first", first)
+        pyro.module("second", second)
+        scale_and_mask(first())
+        with pyro.plate("more", 40):
+            pyro.sample("y", second(), obs=DATA[:, 1])
+
+    assert_gradients(
+        [first, second],
+        lambda a, b: -0.3 * a(DATA[:, 0])[MASK[:, 0]].sum() - b(DATA[:, 1]).sum(),
+        lambda: ELBOS[elbo].loss_and_grads(
+            ObjectiveModel(model, OBJECTIVE), lambda: None
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    "elbo", ["Trace", "TraceGraph", "TraceMeanField", "Trace-vectorised"]
+)
+def test_gradient_of_a_prior_over_a_latent_site(elbo):
+    """Given what the guide drew; and the guide's own gradient, that has no second
+    term."""
+    prior, seen = ring_model(), []
+    elbo = ELBOS[elbo]
+    num_particles = elbo.num_particles
+
+    def model():
+        pyro.module("prior", prior)
+        with pyro.plate("data", 40, dim=-1):
+            z = pyro.sample("z", prior())
+            pyro.sample("y", dist.Normal(z, 0.5).to_event(1), obs=DATA[:, 0])
+
+    def guide():
+        loc = pyro.param("loc", 0.5 * DATA[:, 1])
+        with pyro.plate("data", 40, dim=-1):
+            seen.append(pyro.sample("z", dist.Normal(loc, 0.3).to_event(1)))
+
+    def run():
+        seen.clear()
+        pyro.clear_param_store()
+        elbo.loss_and_grads(ObjectiveModel(model, OBJECTIVE), guide)
+
+    def exact(log_q):
+        z = seen[-1].detach().reshape(num_particles, 40, 2)
+        return -log_q(z).sum() / num_particles
+
+    assert_gradients([prior], exact, run)
+    loc = pyro.param("loc")
+    z = seen[-1].detach().reshape(num_particles, 40, 2).requires_grad_()
+    likelihood = dist.Normal(z, 0.5).to_event(1).log_prob(DATA[:, 0]).sum()
+    (score,) = torch.autograd.grad(prior.energy(z).sum() - likelihood, z)
+    torch.testing.assert_close(loc.grad, score.mean(0))
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("elbo", ["Trace", "TraceGraph", "TraceMeanField"])
+def test_gradient_of_a_pyro_module_with_pyro_params(local, elbo):
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.ring = ring_model(module=PyroRing())
+
+        def forward(self):
+            scale_and_mask(self.ring())
+
+    with pyro.settings.context(module_local_params=local):
+        model = Model()
+        assert_gradients(
+            [model.ring],
+            lambda log_q: -SITES[scale_and_mask][0](log_q),
+            lambda: ELBOS[elbo].loss_and_grads(
+                ObjectiveModel(model, OBJECTIVE), lambda: None
+            ),
+        )
+        names = [*pyro.get_param_store().keys()]
+        assert bool(names) != local
+
+
+def test_elbo_module_trains_local_parameters():
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.ring = ring_model(module=PyroRing())
+
+        def forward(self):
+            plain(self.ring())
+
+    with pyro.settings.context(module_local_params=True):
+        model = Model()
+        loss = Trace_ELBO()(ObjectiveModel(model, OBJECTIVE), lambda: None)
+        loss()
+        assert {id(p) for p in model.parameters()} <= {id(p) for p in loss.parameters()}
+        assert_gradients(
+            [model.ring],
+            lambda log_q: -SITES[plain][0](log_q),
+            lambda: loss().backward(),
+        )
+
+
+# What it does besides ----------------------------------------------------------------
+
+
+def counted_model():
+    energy = CountingEnergy(FunctionEnergy(Ring(), (2,)))
+    energy_model = EnergyModel(energy, dist.Normal(torch.zeros(2), 2.0).to_event(1))
+
+    def model():
+        pyro.module("ring", energy_model)
+        two_sites(energy_model())
+
+    return energy_model, model
+
+
+def test_values_are_those_of_log_prob():
+    energy_model, model = counted_model()
+    learned = maximum_likelihood(model, num_chains=8, num_steps=1)
+    learned()
+    for _ in range(2):
+        traces = [poutine.trace(m).get_trace() for m in (learned, model)]
+        sums = [trace.log_prob_sum().item() for trace in traces]
+    # log Z of the first trace is read before the walkers have moved in the second.
+    torch.testing.assert_close(*sums)
+
+
+def test_an_energy_at_two_sites_is_worked_on_once():
+    energy_model, model = counted_model()
+    learned = maximum_likelihood(model, num_chains=8, num_steps=5, restart_fraction=0.0)
+    learned()
+    energy_model.energy.reset()
+    poutine.trace(learned).get_trace().compute_log_prob()
+    # 5 moves and the start of the chains; the second term; the data at both sites.
+    assert energy_model.energy.num_gradients == 8 * 6
+    assert energy_model.energy.num_values == 8 + 80
+
+
+def test_under_no_grad_nothing_moves():
+    energy_model, model = counted_model()
+    learned = maximum_likelihood(model, num_chains=8, num_steps=1)
+    svi = SVI(learned, lambda: None, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+    svi.step()
+    before = {k: v.clone() for k, v in energy_model.state_dict().items()}
+    state = torch.get_rng_state()
+    loss = svi.evaluate_loss()
+    bare = SVI(model, lambda: None, pyro.optim.Adam({}), Trace_ELBO()).evaluate_loss()
+    assert loss == bare
+    after = energy_model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_training_moves_chains_parameters_and_log_partition():
+    energy_model, model = counted_model()
+    learned = maximum_likelihood(model, num_chains=8, num_steps=1)
+    svi = SVI(learned, lambda: None, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+    svi.step()
+    before = {k: v.clone() for k, v in energy_model.state_dict().items()}
+    for _ in range(10):
+        svi.step()
+    after = energy_model.state_dict()
+    for name in ("chains.u", "log_partition.walkers.u", "log_partition.value"):
+        assert not torch.equal(before[name], after[name]), name
+    assert not torch.equal(before["energy.fn.radius"], after["energy.fn.radius"])
+
+
+def test_predictive_on_the_handler_draws():
+    """Predictive runs under no_grad: the handler steps aside."""
+    energy_model = ring_model()
+
+    def model():
+        pyro.module("ring", energy_model)
+        with pyro.plate("data", 5):
+            pyro.sample("x", energy_model())
+
+    learned = maximum_likelihood(model, num_chains=8)
+    draws = Predictive(learned, num_samples=3, parallel=True)()["x"]
+    assert draws.shape[-2:] == (5, 2)
+    assert not energy_model.chains.is_started
+
+
+def test_chains_of_a_bare_distribution_are_kept_by_site():
+    ring = Ring()
+
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.net = ring
+
+        def forward(self):
+            energy = FunctionEnergy(self.net, (2,))  # a new one at each call
+            plain(EnergyDistribution(energy, sampler=ExactDraws()))
+
+    learned = maximum_likelihood(Model(), num_chains=64, num_steps=3)
+    Trace_ELBO().loss_and_grads(learned, lambda: None)
+    first = learned.chains["x"].u.clone()
+    Trace_ELBO().loss_and_grads(learned, lambda: None)
+    assert first.shape == (64, 2)
+    assert not torch.equal(first, learned.chains["x"].u)
+    fresh = maximum_likelihood(Model(), num_chains=64)
+    fresh.load_state_dict(learned.state_dict())
+    assert torch.equal(fresh.chains["x"].u, learned.chains["x"].u)
+
+
+def test_a_site_name_with_dots():
+    energy_model = EnergyDistribution(QuadraticEnergy(torch.zeros(2)))
+
+    def model():
+        pyro.sample("a.b", energy_model, obs=torch.zeros(2))
+
+    learned = maximum_likelihood(model, num_chains=8)
+    with pytest.warns(UnregisteredParameterWarning):
+        Trace_ELBO().loss_and_grads(learned, lambda: None)
+    fresh = maximum_likelihood(model, num_chains=8)
+    fresh.load_state_dict(learned.state_dict())
+    assert [*fresh.chains] == ["a/b"]
+
+
+# Warnings and refusals ---------------------------------------------------------------
+
+
+def run_once(model):
+    Trace_ELBO().loss_and_grads(maximum_likelihood(model, num_chains=8), lambda: None)
+
+
+def test_an_unregistered_module_warns_once_and_by_name():
+    energy_model = ring_model()
+    learned = maximum_likelihood(lambda: plain(energy_model()), num_chains=8)
+    message = r"site 'x'.*fn\.tilt, fn\.radius.*pyro\.module\(name"
+    with pytest.warns(UnregisteredParameterWarning, match=message):
+        Trace_ELBO().loss_and_grads(learned, lambda: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Trace_ELBO().loss_and_grads(learned, lambda: None)
+
+
+def test_a_module_in_a_closure_warns():
+    hidden = Ring()
+
+    def model():
+        plain(EnergyDistribution(FunctionEnergy(lambda x: hidden(x), (2,))))
+
+    with pytest.warns(
+        UnregisteredParameterWarning, match=r"a tensor of shape \(2,\) in a closure"
+    ):
+        run_once(model)
+
+
+def test_a_module_in_a_closure_that_is_registered_does_not_warn():
+    hidden = Ring()
+
+    def model():
+        pyro.module("hidden", hidden)
+        plain(EnergyDistribution(FunctionEnergy(lambda x: hidden(x), (2,))))
+
+    run_once(model)
+    assert hidden.radius.grad != 0
+
+
+def test_an_energy_without_parameters_does_not_warn():
+    run_once(
+        lambda: plain(
+            EnergyDistribution(FunctionEnergy(lambda x: x.square().sum(-1), (2,)))
+        )
+    )
+
+
+@pytest.mark.parametrize("latent_guide", ["normal", "delta"])
+def test_an_energy_that_depends_on_a_latent_is_refused(latent_guide):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        energy = FunctionEnergy(lambda x: (x - z).square().sum(-1), (2,))
+        plain(EnergyDistribution(energy))
+
+    def guide():
+        loc = pyro.param("loc", torch.tensor(0.0))
+        fn = dist.Delta(loc) if latent_guide == "delta" else dist.Normal(loc, 1.0)
+        pyro.sample("z", fn)
+
+    learned = maximum_likelihood(model, num_chains=8)
+    with pytest.raises(NotImplementedError, match=r"site 'x' depends on a latent.*pair"):
+        Trace_ELBO().loss_and_grads(learned, guide)
+
+
+def test_a_free_log_partition_is_refused():
+    free = nn.Parameter(torch.tensor(0.0))
+    ring = ring_model()
+
+    def model():
+        pyro.module("ring", ring)
+        pyro.param("free", free)
+        plain(EnergyDistribution(ring.energy, free, sampler=ExactDraws()))
+
+    with pytest.raises(ValueError, match="log_partition is a free parameter"):
+        run_once(model)
+
+
+def test_a_transformed_energy_is_refused():
+    ring = ring_model()
+
+    def model():
+        pyro.module("ring", ring)
+        double = dist.transforms.AffineTransform(0.0, 2.0, event_dim=1)
+        fn = dist.TransformedDistribution(ring(), [double])
+        pyro.sample("x", fn, obs=torch.zeros(2))
+
+    with pytest.raises(NotImplementedError, match="inside TransformedDistribution"):
+        run_once(model)
+
+
+def test_other_wrapped_distributions_are_left_alone():
+    ring = ring_model()
+
+    def model():
+        pyro.module("ring", ring)
+        plain(ring())
+        with pyro.plate("more", 3):
+            fn = dist.LogNormal(torch.zeros(2), 1.0).to_event(1).mask(MASK[0])
+            pyro.sample("y", fn, obs=torch.ones(3, 2))
+
+    run_once(model)
+
+
+def test_data_are_checked_there_too():
+    ring = ring_model()
+
+    def model(data):
+        pyro.module("ring", ring)
+        with plate(data):
+            pyro.sample("x", ring(), obs=data)
+
+    learned = maximum_likelihood(model, num_chains=8)
+    for wrong, message in [
+        (torch.zeros(4, 1), r"x must have shape \(\*batch, 2\)"),
+        (torch.full((4, 2), math.nan), "x must not contain nan"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Trace_ELBO().loss_and_grads(learned, lambda data: None, wrong)
+
+
+def test_model_must_be_callable():
+    with pytest.raises(TypeError, match="model must be callable, got int"):
+        maximum_likelihood(3)
+
+
+def test_maximum_likelihood_settings():
+    for settings, error, message in [
+        ({"num_chains": 0}, ValueError, "num_chains must be at least 1, got 0"),
+        ({"num_steps": 0}, ValueError, "num_steps must be at least 1, got 0"),
+        ({"restart_fraction": 1.0}, ValueError, r"restart_fraction must be in \[0, 1\)"),
+        ({"kernel": "mala"}, TypeError, r"kernel must be a pyro_ebm.mcmc.Kernel, got str"),
+        ({"chains": 3}, TypeError, "chains"),
+    ]:
+        with pytest.raises(error, match=message):
+            infer.maximum_likelihood(lambda: None, **settings)
