@@ -1,8 +1,8 @@
-"""Does the log Z that is tracked while learning agree with quadrature, and at what cost?
+"""Does the log Z tracked while learning agree with quadrature, and at what cost?
 
-Persistent contrastive divergence on three planar data sets; at several times the tracked
-log Z of the averaged parameters is compared with the exact one. Writes a table and JSON to
-benchmarks/results.
+Persistent contrastive divergence on three planar data sets; at several times the
+tracked log Z of the averaged parameters is compared with the exact one. Writes a table
+and JSON to benchmarks/results.
 
     python benchmarks/bench_tracking.py --seeds 20 --processes 2
 """
@@ -60,8 +60,8 @@ def run(task):
             times.append(compare(model, test, step))
             exact_cost += time.process_time() - pause
     tracker = model.log_partition
-    # The tracker evaluates a copy of the energy, which this counter does not see, and at
-    # each update the energy itself once at every walker, which it does.
+    # The tracker evaluates a copy of the energy, which this counter does not see, and
+    # at each update the energy itself once at every walker, which it does.
     reads = (
         tracker.num_islands * tracker.num_walkers * (num_steps // tracker.interval + 1)
     )

@@ -80,19 +80,21 @@ class Energy(nn.Module, ABC):
         """Number of dimensions of one point."""
         return len(self.event_shape)
 
-    def tensor_options(self) -> dict[str, Any]:
-        """``dtype`` and ``device`` of the parameters; else torch's defaults.
+    def tensor_options(self, like: Tensor | None = None) -> dict[str, Any]:
+        """``dtype`` and ``device`` of the floating-point parameters and buffers.
+
+        Args:
+            like: Whose options are given where there are none; default: torch's own.
 
         Example:
-            >>> f = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
-            >>> torch.zeros(3, **f.tensor_options()).dtype
+            >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+            >>> torch.zeros(3, **energy.tensor_options()).dtype
             torch.float32
         """
-        for tensor in (*self.parameters(), *self.buffers()):
-            if tensor.is_floating_point():
-                return {"dtype": tensor.dtype, "device": tensor.device}
-        default = torch.empty(0)
-        return {"dtype": default.dtype, "device": default.device}
+        tensors = (t for t in (*self.parameters(), *self.buffers()))
+        default = torch.empty(0) if like is None else like
+        found = next((t for t in tensors if t.is_floating_point()), default)
+        return {"dtype": found.dtype, "device": found.device}
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:

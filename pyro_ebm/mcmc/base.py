@@ -12,7 +12,6 @@ __all__ = [
     "StepInfo",
     "accept",
     "flat_event",
-    "placed_like",
     "replace_nonfinite",
 ]
 
@@ -152,13 +151,6 @@ def accept(
 def flat_event(value: Tensor, chain_dim: int) -> Tensor:
     """Reshape ``(*chains, *event)`` to ``(*chains, D)``, scalars to ``D = 1``."""
     return value.reshape(*value.shape[:chain_dim], -1)
-
-
-def placed_like(energy: Energy, x: Tensor) -> Tensor:
-    """Move ``x`` to the dtype and device of the energy's parameters, if it has any."""
-    tensors = [*energy.parameters(), *energy.buffers()]
-    model = next((t for t in tensors if t.is_floating_point()), x)
-    return x.to(dtype=model.dtype, device=model.device)
 
 
 def replace_nonfinite(state: ChainState) -> ChainState:

@@ -16,7 +16,6 @@ from pyro_ebm.mcmc.adaptation import StepSizeAdaptation, find_step_size
 from pyro_ebm.mcmc.base import (
     ChainState,
     Kernel,
-    placed_like,
     replace_nonfinite,
 )
 from pyro_ebm.mcmc.hmc import HMC
@@ -101,7 +100,7 @@ class IndependentChains:
         if self.base is None:
             flat, to_support = unconstrained(energy)
             shape = (num_draws, *flat.event_shape)
-            return to_support(placed_like(energy, torch.randn(shape)))
+            return to_support(torch.randn(shape, **energy.tensor_options()))
         if self.base.batch_shape or self.base.event_shape != energy.event_shape:
             raise ValueError(
                 f"base must be one distribution over events of shape "
@@ -109,7 +108,8 @@ class IndependentChains:
                 f"{tuple(self.base.batch_shape)} and event_shape "
                 f"{tuple(self.base.event_shape)}. .to_event(n) makes a batch an event."
             )
-        return placed_like(energy, self.base.sample((num_draws,)).detach())
+        draws = self.base.sample((num_draws,)).detach()
+        return draws.to(**energy.tensor_options(draws))
 
     def _warm_up(self, energy: Energy, state: ChainState) -> tuple[Kernel, ChainState]:
         """Move the chains while the step size adapts; freeze it in the kernel."""

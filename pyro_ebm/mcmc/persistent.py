@@ -24,7 +24,6 @@ from pyro_ebm.mcmc.base import (
     ChainState,
     Kernel,
     StepInfo,
-    placed_like,
     replace_nonfinite,
 )
 
@@ -100,7 +99,8 @@ class PersistentChains(StatefulModule):
                 f"event_shape {tuple(energy.event_shape)}; got {tuple(x.shape)}."
             )
         flat, to_support = unconstrained(energy)
-        u = to_support.inv(placed_like(energy, x.detach()))
+        x = x.detach().to(**energy.tensor_options(x))
+        u = to_support.inv(x)
         state = replace_nonfinite(kernel.init(flat, u))
         step_size = find_step_size(kernel, flat, state)
         self.to(u.device)
@@ -144,7 +144,8 @@ class PersistentChains(StatefulModule):
         if not self.is_started:
             raise RuntimeError("there are no chains yet: call start before advance.")
         flat, to_support = unconstrained(energy)
-        start = replace_nonfinite(kernel.init(flat, placed_like(energy, self.u)))
+        u = self.u.to(**energy.tensor_options(self.u))
+        start = replace_nonfinite(kernel.init(flat, u))
         state = start
         infos: list[StepInfo] = []
         for first in range(0, num_steps, self.ADAPT_EVERY):
