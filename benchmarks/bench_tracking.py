@@ -94,7 +94,7 @@ def compare(model, test, step):
     }
 
 
-def table(runs, num_steps):
+def table(runs):
     """One row a data set, and one for each time in it."""
     lines = [
         "| data | step | runs | RMSE of log Z | worst | coverage of 95 % | flagged | "
@@ -103,6 +103,8 @@ def table(runs, num_steps):
     ]
     for name in DATASETS:
         chosen = [run for run in runs if run["dataset"] == name]
+        if not chosen:
+            continue
         cost = 1 + sum(r["tracking_evaluations"] for r in chosen) / sum(
             r["learning_evaluations"] for r in chosen
         )
@@ -119,6 +121,12 @@ def table(runs, num_steps):
                 f"{nll:.3f} | {cost:.3f} |"
             )
     return "\n".join(lines)
+
+
+def save(runs):
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "tracking.md").write_text(table(runs) + "\n")
+    (RESULTS / "tracking.json").write_text(json.dumps(runs, indent=1) + "\n")
 
 
 def main():
@@ -139,12 +147,9 @@ def main():
             runs.append(result)
             last = result["times"][-1]
             print(result["dataset"], result["seed"], last, flush=True)
-    text = table(runs, args.num_steps)
-    print(text)
-    if not args.smoke_test:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "tracking.md").write_text(text + "\n")
-        (RESULTS / "tracking.json").write_text(json.dumps(runs, indent=1) + "\n")
+            if not args.smoke_test:  # a run that is cut short leaves what it has
+                save(runs)
+    print(table(runs))
 
 
 if __name__ == "__main__":
