@@ -12,8 +12,11 @@ import pyro_ebm
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def save(name, rows, summary, *, smoke_test=False):
-    """Write ``rows`` (of equal keys) and ``summary`` under ``benchmarks/results``."""
+def save(name, description, tables, *, smoke_test=False):
+    """Write tables, by title and as rows of equal keys, to ``benchmarks/results``.
+
+    Those longer than 40 rows are in the JSON file only. Returns the markdown.
+    """
     name = f"{name}-smoke" if smoke_test else name
     versions = {
         "pyro_ebm": pyro_ebm.__version__,
@@ -21,22 +24,19 @@ def save(name, rows, summary, *, smoke_test=False):
         "pyro": pyro.__version__,
         "python": platform.python_version(),
     }
-    text = "\n\n".join(
-        [
-            f"# {name}",
-            table(rows),
-            table([{"summary": key, "value": value} for key, value in summary.items()]),
-            ", ".join(f"{key} {value}" for key, value in versions.items()),
-        ]
-    )
+    parts = [f"# {name}", description.strip()]
+    for title, rows in tables.items():
+        parts += [f"## {title}", as_markdown(rows)] if len(rows) <= 40 else []
+    parts.append(", ".join(f"{key} {value}" for key, value in versions.items()))
+    text = "\n\n".join(parts)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text + "\n", "utf-8")
-    content = {"rows": rows, "summary": summary, "versions": versions}
+    content = {"tables": tables, "versions": versions}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1), "utf-8")
-    print(text)
+    return text
 
 
-def table(rows):
+def as_markdown(rows):
     """Rows of equal keys as a markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0])]
     lines += [[_cell(value) for value in row.values()] for row in rows]

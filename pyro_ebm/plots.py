@@ -9,6 +9,7 @@ __all__ = ["density", "likelihood_curve"]
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,9 +68,9 @@ def density(
     ax = plt.gca() if ax is None else ax
     axes = [torch.linspace(low, high, num_points) for low, high in bounds]
     log_prob = distribution.log_prob(torch.cartesian_prod(*axes))
-    log_prob = log_prob.reshape(num_points, num_points).T.cpu()
+    log_prob = log_prob.reshape(num_points, num_points).T.cpu().numpy()
     ax.imshow(
-        log_prob if log else log_prob.exp(),
+        log_prob if log else np.exp(log_prob),
         origin="lower",
         extent=[*bounds[0], *bounds[1]],
         aspect="auto",
@@ -79,13 +80,13 @@ def density(
     )
     for points, style in ((data, "wo"), (samples, "y+")):
         if points is not None:
-            ax.plot(*points.cpu().T, style, markersize=2, alpha=0.5)
+            ax.plot(*points.cpu().numpy().T, style, markersize=2, alpha=0.5)
     ax.set(xlim=bounds[0], ylim=bounds[1])
     return ax
 
 
 def likelihood_curve(history: Sequence[FitRecord], ax: Any = None) -> Any:
-    r"""Draw train and validation log-likelihood against the parameter step.
+    r"""Draw train and held-out log-likelihood against the parameter step.
 
     The dark band is what :math:`\log Z` leaves open, the light one adds that the points
     are a finite sample; both are 1.96 standard errors to each side.
@@ -110,7 +111,7 @@ def likelihood_curve(history: Sequence[FitRecord], ax: Any = None) -> Any:
     _curve(ax, steps, [record.train for record in history], "train", _BLUE, "-")
     validation = [r.validation for r in history if r.validation is not None]
     if len(validation) == len(history):
-        _curve(ax, steps, validation, "validation", _VERMILLION, "--")
+        _curve(ax, steps, validation, "held out", _VERMILLION, "--")
     ax.set(xlabel="parameter step", ylabel="log-likelihood a point (nats)")
     ax.legend(frameon=False, loc="lower right")
     return ax
@@ -124,9 +125,9 @@ def _curve(
     color: str,
     style: str,
 ) -> None:
-    middle = torch.tensor([v.value for v in values])
-    both = 1.96 * torch.tensor([v.std_error for v in values])
-    log_partition = 1.96 * torch.tensor([v.std_error_log_partition for v in values])
+    middle = np.array([v.value for v in values])
+    both = 1.96 * np.array([v.std_error for v in values])
+    log_partition = 1.96 * np.array([v.std_error_log_partition for v in values])
     ax.plot(steps, middle, style, color=color, label=label)
     for half, alpha in ((both, 0.15), (log_partition, 0.35)):
         ax.fill_between(

@@ -217,7 +217,7 @@ class EnergyDistribution(dist.TorchDistribution):
             )
 
     def require_no_free_log_partition(self) -> None:
-        r"""Refuse a learnable :math:`\\log Z` that no bound or contrast holds.
+        r"""Refuse a learnable :math:`\log Z` that no bound or contrast holds.
 
         Raises:
             ValueError: If ``log_partition`` is a leaf that requires a gradient.
@@ -249,7 +249,7 @@ class EnergyDistribution(dist.TorchDistribution):
             "gradient, and log Z then depends on that variable too: the posterior is "
             "doubly intractable. Give a log_partition that is a function of the "
             "variable, exact or amortised, or learn the energy's own parameters with "
-            "pyro_ebm.infer.maximum_likelihood. If it is a module or a parameter that a "
+            "pyro_ebm.infer.maximum_likelihood. If it is a module or parameter that a "
             "closure hides, hand the module to FunctionEnergy as fn, or detach it. (To "
             "evaluate only: torch.no_grad().)"
         )
@@ -273,7 +273,7 @@ class EnergyDistribution(dist.TorchDistribution):
             ) from None
         if self._validate_args:
             self._validate_sample(x)
-        return x.expand(*shape, *self.event_shape)
+        return x.expand(torch.Size(shape) + self.event_shape)
 
     def _validate_sample(self, value: Tensor) -> None:
         if value.is_floating_point() and value.isnan().any():

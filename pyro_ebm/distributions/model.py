@@ -2,9 +2,12 @@ r"""The module that owns an energy, its chains and its :math:`\log Z`."""
 
 __all__ = ["EnergyModel"]
 
+from typing import Any
+
 import pyro.distributions as dist
 import torch
 from torch import nn
+from torch.distributions import constraints
 
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
@@ -64,7 +67,7 @@ class EnergyModel(nn.Module):
             log_partition = LogPartition(energy, base)
         self.log_partition = log_partition
         self.chains = PersistentChains()
-        self._followed_version = -1
+        self._followed: torch.Tensor | None = None
 
     @property
     def base(self) -> dist.TorchDistribution:
@@ -112,9 +115,12 @@ class EnergyModel(nn.Module):
 
     def follow(self) -> None:
         r"""Let :math:`\log Z` follow, if the parameters have moved since last time."""
-        version = sum(parameter._version for parameter in self.energy.parameters())
-        if version != self._followed_version or not self.log_partition.is_started:
-            self._followed_version = version
+        # By value: an optimiser that writes to .data leaves no trace on the version.
+        parameters = [p.detach().flatten() for p in self.energy.parameters()]
+        now = torch.cat(parameters) if parameters else torch.empty(0)
+        last, self._followed = self._followed, now
+        moved = last is None or not torch.equal(last.to(now), now)
+        if moved or not self.log_partition.is_started:
             self.log_partition.follow(self.energy)
 
     @torch.no_grad()
@@ -149,4 +155,30 @@ def _standard_base(energy: Energy) -> dist.TorchDistribution:
     normal = dist.Normal(zeros, 1.0).to_event(zeros.dim())
     if flat is energy:
         return normal
-    return dist.TransformedDistribution(normal, [to_support])
+    return _OnSupport(normal, to_support, energy.support)
+
+
+class _OnSupport(dist.TransformedDistribution):
+    """A transformed distribution whose support is stated.
+
+    torch reads it off the last transform, and ``biject_to(positive)`` ends in an affine
+    one: all real numbers.
+    """
+
+    def __init__(
+        self,
+        base: dist.TorchDistribution,
+        transform: torch.distributions.Transform,
+        support: constraints.Constraint,
+    ) -> None:
+        self._support = support
+        super().__init__(base, [transform])
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return self._support
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "_OnSupport":
+        new = self._get_checked_instance(type(self), _instance)
+        new._support = self._support
+        return super().expand(batch_shape, _instance=new)

@@ -178,7 +178,8 @@ class _Weigher:
         """Trace of the guide that holds the ``n``-th of many draws."""
         picked = self.example.guide.copy()
         for name, site in _latent(picked).items():
-            value, event_dim = draws.nodes[name]["value"], site["fn"].event_dim
+            value: Any = draws.nodes[name]["value"]
+            event_dim = site["fn"].event_dim
             axis = value.dim() - event_dim - self.max_plate_nesting - 1
             if axis >= 0 and value.shape[axis] > 1:
                 value = value.select(axis, n)
@@ -229,7 +230,8 @@ def _check_sites(traces: _Traces) -> None:
 def _plate_nesting(trace: Trace) -> int:
     """Dimensions to the left of the events that a trace uses."""
     nesting = 0
-    for site in trace.nodes.values():
+    sites: list[Any] = list(trace.nodes.values())
+    for site in sites:
         if site["type"] == "sample":
             frames = [-f.dim for f in site["cond_indep_stack"] if f.vectorized]
             nesting = max(nesting, len(site["fn"].batch_shape), *frames, 0)

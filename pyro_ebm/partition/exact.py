@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_ebm.energies import Energy, unconstrained
+from pyro_ebm.energies import Energy, UnconstrainedEnergy, unconstrained
 from pyro_ebm.partition.base import LogPartitionEstimate, Status
 
 #: Points given to the energy at once.
@@ -137,6 +137,14 @@ class _Integrand:
         self.scale = torch.as_tensor(scale, **self.options).reshape(-1).expand(dim)
         self.dim = dim
         self.num_evaluations = 0
+        reach = torch.full((dim,), self.REACH, **self.options)
+        if isinstance(energy, UnconstrainedEnergy):
+            # Farther out a bijection such as exp has run out of numbers. The integrand
+            # must have died out before.
+            limit = math.log(torch.finfo(self.own["dtype"]).max) - 10
+            room = (limit - self.loc.abs()).clamp(min=limit / 2)
+            reach = torch.minimum(reach, (room / self.scale).asinh())
+        self.largest_box = torch.stack([-reach, reach], -1)
 
     def __call__(self, t: Tensor) -> Tensor:
         """Log of the integrand at ``t`` of shape ``(N, dim)``."""
@@ -162,7 +170,7 @@ class _Integrand:
         It is grown from the largest box inwards: a coarse grid there finds the mass,
         and each axis is shrunk to what lies above the cut, with a margin of a cell.
         """
-        box = torch.tensor([[-self.REACH, self.REACH]] * self.dim, **self.options)
+        box = self.largest_box
         per_side = {1: 2049, 2: 257, 3: 65}[self.dim]
         for _ in range(12):
             log_values = self.on_grid(box, per_side)
@@ -173,7 +181,7 @@ class _Integrand:
             step = width / (per_side - 1)
             margins = [indices.amin(0) - 1, indices.amax(0) + 1]
             box = low[:, None] + step[:, None] * torch.stack(margins, -1)
-            box = box.clamp(-self.REACH, self.REACH)
+            box = torch.clamp(box, self.largest_box[:, :1], self.largest_box[:, 1:])
             if ((box[:, 1] - box[:, 0]) / width).min() > 0.8:
                 break
         return box

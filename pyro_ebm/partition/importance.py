@@ -34,7 +34,6 @@ from torch.distributions.constraints import Constraint
 from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
 from pyro_ebm.diagnostics.pareto import pareto_k, pareto_std_error
 from pyro_ebm.energies import Energy, is_unconstrained, same_support
-from pyro_ebm.mcmc.base import placed_like
 from pyro_ebm.partition.base import LogPartitionEstimate
 
 #: Numbers drawn at once.
@@ -112,7 +111,7 @@ def log_weights_of(
 
     Exactness: *unnormalised*.
     """
-    log_density = -energy(placed_like(energy, x))
+    log_density = -energy(x.to(**energy.tensor_options(x)))
     support = support_of(proposal)
     if support is None or not same_support(support, energy.support):
         log_density = log_density.where(energy.support.check(x), -torch.inf)

@@ -1,6 +1,6 @@
 r"""The ratio of the partition functions of two neighbouring energies.
 
-Bennett's acceptance ratio (:mod:`pyro_ebm.partition.bridge`) with
+Bennett's acceptance ratio (:mod:`~pyro_ebm.partition.bennett`) with
 :math:`\ell = f_2 - f_1` at draws of both gives :math:`\log Z_1 - \log Z_2` at the cost
 of the draws and one evaluation of the other energy at each. Where the two energies are
 near, what they have in common cancels: the error is far below that of two estimates.
@@ -19,8 +19,7 @@ from torch import Tensor
 
 from pyro_ebm.energies import Energy, same_support
 from pyro_ebm.mcmc import IndependentChains, Sampler
-from pyro_ebm.mcmc.base import placed_like
-from pyro_ebm.partition.bridge import bennett, chains_ess
+from pyro_ebm.partition.bennett import bennett, chains_ess
 
 
 class LogRatioEstimate(NamedTuple):
@@ -168,7 +167,7 @@ def _difference(
             f"{tuple(own.event_shape)}, as the energies have; got "
             f"{tuple(draws.shape)}."
         )
-    x = placed_like(own, draws.detach())
+    x = draws.detach().to(**own.tensor_options(draws))
     value_1, value_2 = first(x).double(), second(x).double()
     value = value_1 if own is first else value_2
     other = value_2 if own is first else value_1

@@ -18,7 +18,7 @@ References:
     Del Moral, Doucet & Jasra (2006), JRSS B 68, 411-436.
 """
 
-__all__ = ["Islands", "run_smc", "smc"]
+__all__ = ["Islands", "bennett_of_islands", "run_smc", "smc"]
 
 import dataclasses
 import math
@@ -39,11 +39,20 @@ from pyro_ebm.partition.resampling import systematic_resample
 
 
 class Islands(NamedTuple):
-    """What a run of sequential Monte Carlo leaves.
+    r"""What a run of sequential Monte Carlo leaves.
 
     Attributes:
         state: Particles at the target, chain shape ``(M, N)``: islands, particles.
-        log_partition: Estimate of each island, shape ``(M,)``.
+        log_partition: Estimate (1) of each island, shape ``(M,)``; errs downwards.
+        bennett: Estimate of each island by Bennett's ratio between the populations of
+            neighbouring temperatures, shape ``(M,)``.
+        reverse: Estimate of each island by (1) taken backwards, shape ``(M,)``; errs
+            upwards.
+        curve: :math:`\mathbb{E}_\beta[f - f_0]` at each temperature, shape ``(K,)``:
+            the integrand of thermodynamic integration,
+            :math:`-\log Z = \int_0^1 \mathbb{E}_\beta[f - f_0]\, d\beta`.
+        initial_log_weights: Log of :math:`e^{-f} / p_0` at the draws of the base, shape
+            ``(M, N)``.
         kernel: The kernel as adapted to the target.
         inverse_temperatures: The path that was taken, from 0 to 1.
         ess: Smallest effective fraction of the weights on the way.
@@ -52,6 +61,10 @@ class Islands(NamedTuple):
 
     state: PathState
     log_partition: Tensor
+    bennett: Tensor
+    reverse: Tensor
+    curve: Tensor
+    initial_log_weights: Tensor
     kernel: HMC
     inverse_temperatures: list[float]
     ess: float
@@ -149,9 +162,8 @@ def run_smc(
             f"the first has energy {state.target[0, 0]}. Choose a base whose draws "
             "fall where the energy is finite."
         )
-    log_partition = state.target.new_zeros(num_islands)
-    ess, betas = 1.0, [0.0]
-    kernel = HMC(step_size=1.0)
+    sums = _Sums(state)
+    kernel, betas = HMC(step_size=1.0), [0.0]
     while betas[-1] < 1:
         if len(betas) > max_temperatures:
             raise DivergenceError(
@@ -161,15 +173,74 @@ def run_smc(
             )
         beta = _next_temperature(state, betas[-1], ess_threshold)
         log_weights = state.log_weight(beta - betas[-1])
-        ess = min(ess, effective_sample_fraction(log_weights).min().item())
-        log_partition = log_partition + log_mean_exp(log_weights)  # (1)
         kernel = dataclasses.replace(kernel, scale_tril=_metric(state.u, log_weights))
         num_ancestors = num_particles // chain_length
         ancestors = state.select(systematic_resample(log_weights, num_ancestors))
         path.inverse_temperature = beta
         state, kernel = _move(path, ancestors, kernel, chain_length)
+        sums.add(log_weights, state, beta - betas[-1])
         betas.append(beta)
-    return Islands(state, log_partition, kernel, betas, ess, path.num_evaluations)
+    return sums.result(state, kernel, betas, path.num_evaluations)
+
+
+class _Sums:
+    """What adds up from temperature to temperature."""
+
+    def __init__(self, state: PathState) -> None:
+        zeros = state.target.new_zeros(len(state.target))
+        self.forward, self.bennett, self.reverse = zeros, zeros, zeros
+        self.initial = state.log_weight(1.0)
+        self.curve = [(state.target - state.base).mean()]
+        self.ess = 1.0
+
+    def add(self, log_weights: Tensor, new: PathState, step: float) -> None:
+        back = new.log_weight(step)
+        self.forward = self.forward + log_mean_exp(log_weights)  # (1)
+        self.reverse = self.reverse - log_mean_exp(-back)
+        self.bennett = self.bennett + bennett_of_islands(log_weights, back)
+        self.ess = min(self.ess, effective_sample_fraction(log_weights).min().item())
+        self.curve.append((new.target - new.base).mean())
+
+    def result(
+        self, state: PathState, kernel: HMC, betas: list[float], num_evaluations: int
+    ) -> Islands:
+        return Islands(
+            state,
+            self.forward,
+            self.bennett,
+            self.reverse,
+            torch.stack(self.curve),
+            self.initial,
+            kernel,
+            betas,
+            self.ess,
+            num_evaluations,
+        )
+
+
+def bennett_of_islands(first: Tensor, second: Tensor) -> Tensor:
+    r"""Bennett's acceptance ratio between two populations of equal size, by island.
+
+    Solves :math:`\overline{\sigma(\ell_1 - c)} = \overline{\sigma(c - \ell_2)}` for
+    ``c`` by bisection; see :mod:`pyro_ebm.partition.bridge`.
+
+    Args:
+        first: Log weights from the first to the second density, at draws of the first,
+            shape ``(M, N)``.
+        second: The same at draws of the second.
+
+    Returns:
+        Shape ``(M,)``.
+    """
+    both = torch.cat([first, second], -1).clamp(min=-1e6)
+    low, high = both.amin(-1) - 1, both.amax(-1) + 1
+    for _ in range(60):
+        c = (low + high) / 2
+        too_low = (first - c[:, None]).sigmoid().sum(-1) > (
+            c[:, None] - second
+        ).sigmoid().sum(-1)
+        low, high = torch.where(too_low, c, low), torch.where(too_low, high, c)
+    return (low + high) / 2
 
 
 def _next_temperature(state: PathState, beta: float, threshold: float) -> float:
@@ -198,7 +269,9 @@ def _metric(u: Tensor, log_weights: Tensor) -> Tensor | None:
     ess = 1 / weights.square().sum()
     centred = points - weights @ points
     covariance = (centred * weights[:, None]).mT @ centred
-    shrink = (points.shape[-1] / ess).clamp(max=1.0)
+    # Few draws say nothing of correlations; any shrinkage undoes a strong one.
+    dim = points.shape[-1]
+    shrink = torch.where(ess > 5 * dim, 0.0, (dim / ess).clamp(max=1.0))
     variance = covariance.diagonal().clamp(min=1e-12)
     covariance = (1 - shrink) * covariance + shrink * variance.diag_embed()
     factor, info = torch.linalg.cholesky_ex(covariance)

@@ -71,7 +71,9 @@ def test_before_learning():
     assert q.log_partition == 0
     assert energy_model.log_partition.status == "unreliable"
     assert "not estimated yet" in energy_model.log_partition.reason
-    with pytest.raises(RuntimeError, match=r"no average before the first step.*refresh"):
+    with pytest.raises(
+        RuntimeError, match=r"no average before the first step.*refresh"
+    ):
         energy_model.averaged()
     assert "unreliable" in repr(energy_model)
 
@@ -151,16 +153,20 @@ def test_draws_start_from_the_base(target):
 
 
 def test_default_base_has_the_support():
+    """For positive and bounded supports there once was none: torch calls the codomain
+    of their bijections real."""
     for support in (
         constraints.real_vector,
         constraints.independent(constraints.positive, 1),
         constraints.simplex,
+        constraints.independent(constraints.interval(-2.0, 1.0), 1),
     ):
         energy = FunctionEnergy(lambda x: x.square().sum(-1), (3,), support)
         energy_model = EnergyModel(energy)
         x = energy_model.base.sample((10,))
         assert x.shape == (10, 3)
         assert energy.support.check(x).all()
+        assert energy_model.base.expand([4]).log_prob(x[:4]).shape == (4,)
         assert energy_model().sample((2,)).shape == (2, 3)
 
 
@@ -226,7 +232,9 @@ def test_wrong_base(base, error, message):
 
 
 def test_energy_must_be_an_energy():
-    with pytest.raises(TypeError, match=r"energy must be an Energy, got function.*Func"):
+    with pytest.raises(
+        TypeError, match=r"energy must be an Energy, got function.*Func"
+    ):
         EnergyModel(lambda x: x)
 
 
@@ -253,7 +261,7 @@ def test_state_dict_holds_all():
 
 
 @pytest.mark.parametrize("num_steps", [1, 25])
-@pytest.mark.parametrize("how", ["state_dict", "file", "deepcopy", "pickle"])
+@pytest.mark.parametrize("how", ["state_dict", "file", "deepcopy"])
 def test_going_on_from_a_copy_is_bit_identical(num_steps, how):
     """Also in a new ObjectiveModel: its first check once drew random numbers that the
     run that simply went on did not. Seen to fail with the chains left out, too."""
@@ -263,8 +271,6 @@ def test_going_on_from_a_copy_is_bit_identical(num_steps, how):
         svi.step()
     if how == "deepcopy":
         second = copy.deepcopy(first)
-    elif how == "pickle":
-        second = pickle.loads(pickle.dumps(first))
     else:
         second, state = neural(), copy.deepcopy(first.state_dict())
         if how == "file":
@@ -283,6 +289,18 @@ def test_going_on_from_a_copy_is_bit_identical(num_steps, how):
     draws = first().sample((3,))
     pyro.set_rng_seed(10)
     assert torch.equal(second().sample((3,)), draws)
+
+
+def test_pickle():
+    """Once in Pyro's parameter store, a parameter holds a weak reference to itself and
+    no module pickles; the average holds buffers, and does."""
+    fresh = pickle.loads(pickle.dumps(neural()))
+    assert_same_state(fresh, neural())
+    average = trained().averaged()
+    x = torch.randn(5, 2)
+    again = pickle.loads(pickle.dumps(average))
+    assert torch.equal(again.log_prob(x), average.log_prob(x))
+    assert again.is_normalized == average.is_normalized
 
 
 def test_a_copy_shares_nothing():

@@ -1,8 +1,8 @@
 """The handler's gradient is that of the exact likelihood, in every corner of Pyro.
 
 The exact gradient comes from autograd through log Z on a fine grid. The chains start
-from exact draws, so that what is left is Monte-Carlo error, whose size is known from the
-gradients of the chains one by one.
+from exact draws, so that what is left is Monte-Carlo error, whose size is known from
+the gradients of the chains one by one.
 """
 
 import math
@@ -49,9 +49,7 @@ LINE = torch.linspace(-4.5, 4.5, 181, dtype=torch.float64)
 GRID = torch.cartesian_prod(LINE, LINE)
 STEP = 0.05
 NUM_CHAINS = 1500
-OBJECTIVE = MaximumLikelihood(
-    num_chains=NUM_CHAINS, num_steps=2, restart_fraction=0.0
-)
+OBJECTIVE = MaximumLikelihood(num_chains=NUM_CHAINS, num_steps=2, restart_fraction=0.0)
 
 
 class Ring(nn.Module):
@@ -559,7 +557,9 @@ def test_an_energy_that_depends_on_a_latent_is_refused(latent_guide):
         pyro.sample("z", fn)
 
     learned = maximum_likelihood(model, num_chains=8)
-    with pytest.raises(NotImplementedError, match=r"site 'x' depends on a latent.*pair"):
+    with pytest.raises(
+        NotImplementedError, match=r"site 'x' depends on a latent.*pair"
+    ):
         Trace_ELBO().loss_and_grads(learned, guide)
 
 
@@ -628,8 +628,16 @@ def test_maximum_likelihood_settings():
     for settings, error, message in [
         ({"num_chains": 0}, ValueError, "num_chains must be at least 1, got 0"),
         ({"num_steps": 0}, ValueError, "num_steps must be at least 1, got 0"),
-        ({"restart_fraction": 1.0}, ValueError, r"restart_fraction must be in \[0, 1\)"),
-        ({"kernel": "mala"}, TypeError, r"kernel must be a pyro_ebm.mcmc.Kernel, got str"),
+        (
+            {"restart_fraction": 1.0},
+            ValueError,
+            r"restart_fraction must be in \[0, 1\)",
+        ),
+        (
+            {"kernel": "mala"},
+            TypeError,
+            r"kernel must be a pyro_ebm.mcmc.Kernel, got str",
+        ),
         ({"chains": 3}, TypeError, "chains"),
     ]:
         with pytest.raises(error, match=message):

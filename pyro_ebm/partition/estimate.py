@@ -1,0 +1,149 @@
+r"""One door to all estimators of :math:`\log Z`."""
+
+__all__ = ["estimate"]
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pyro.distributions as dist
+
+from pyro_ebm.energies import Energy
+from pyro_ebm.errors import UnreliableWarning
+from pyro_ebm.mcmc import IndependentChains
+from pyro_ebm.partition.annealed import annealed_importance_sampling
+from pyro_ebm.partition.base import LogPartitionEstimate
+from pyro_ebm.partition.bridge import bridge_sampling
+from pyro_ebm.partition.exact import closed_form, quadrature
+from pyro_ebm.partition.importance import importance_sampling
+from pyro_ebm.partition.refined import refined_smc
+
+Method = Literal["auto", "exact", "smc", "importance", "ais", "bridge"]
+
+
+def estimate(
+    target: Any,
+    base: dist.TorchDistribution | None = None,
+    method: Method = "auto",
+    budget: int | None = None,
+    *,
+    num_replicates: int = 4,
+) -> LogPartitionEstimate:
+    r"""Estimate :math:`\log Z` of an energy, with an error bar and a verdict.
+
+    Args:
+        target: An :class:`~pyro_ebm.energies.Energy`, or anything that has one as its
+            ``energy``: an ``EnergyDistribution``, an ``EnergyModel``.
+        base: A normalised Pyro distribution on the same event and support, wider than
+            the target; default: that of an ``EnergyModel``. Needed unless the answer is
+            exact.
+        method: ``"auto"`` takes the closed form where there is one, quadrature for
+            events of one or two numbers, else ``"smc"``. ``"exact"`` is the first two
+            alone, for up to three numbers. See :func:`refined_smc`,
+            :func:`importance_sampling`, :func:`annealed_importance_sampling` and
+            :func:`bridge_sampling` for the others.
+        budget: Energy evaluations aimed at; default 50,000.
+        num_replicates: Independent islands of SMC.
+
+    Returns:
+        The estimate; its ``method`` says what was done.
+
+    Raises:
+        NotImplementedError: If ``target`` is a Pyro model.
+        TypeError: If ``target`` is no energy and has none.
+        ValueError: If an argument is out of range, or a base is needed and missing.
+
+    Warns:
+        UnreliableWarning: If the status is neither ``"exact"`` nor ``"ok"``.
+
+    Example:
+        >>> energy = pyro_ebm.energies.FunctionEnergy(lambda x: x**4, ())
+        >>> print(estimate(energy).status, round(estimate(energy).value, 4))
+        exact 0.5952
+    """
+    energy = _energy_of(target)
+    budget = 50_000 if budget is None else budget
+    if budget < 1:
+        raise ValueError(f"budget must be positive, got {budget}.")
+    result = closed_form(energy) if method in ("auto", "exact") else None
+    dim = energy.event_shape.numel()
+    if result is None and (method == "exact" or (method == "auto" and dim <= 2)):
+        result = quadrature(energy)
+        if method == "auto" and result.status == "unreliable":
+            result = None
+    if result is None:
+        if method != "auto" and method not in _SAMPLERS:
+            raise ValueError(
+                f"method must be one of 'auto', 'exact', "
+                f"{', '.join(map(repr, _SAMPLERS))}; got {method!r}."
+            )
+        base = getattr(target, "base", None) if base is None else base
+        if base is None:
+            raise ValueError(
+                "base is None, and the energy has no exact log Z: give a normalised "
+                "Pyro distribution on its event and support, wider than the target."
+            )
+        sampler = _SAMPLERS["smc" if method == "auto" else method]
+        result = sampler(energy, base, budget, num_replicates)
+    if not result.is_reliable:
+        warnings.warn(str(result), UnreliableWarning, stacklevel=2)
+    return result
+
+
+def _energy_of(target: Any) -> Energy:
+    energy = target if isinstance(target, Energy) else getattr(target, "energy", None)
+    if isinstance(energy, Energy):
+        return energy
+    if callable(target):
+        raise NotImplementedError(
+            "target is a Pyro model: its log evidence from prior to posterior is not "
+            "built yet. pyro_ebm.partition.importance_sampling_of_model estimates it "
+            "with a guide."
+        )
+    raise TypeError(
+        "target must be an Energy or have one as .energy, got "
+        f"{type(target).__name__}. Wrap a callable: "
+        "pyro_ebm.energies.FunctionEnergy(fn, event_shape)."
+    )
+
+
+def _smc(
+    energy: Energy, base: dist.TorchDistribution, budget: int, num_replicates: int
+) -> LogPartitionEstimate:
+    return refined_smc(energy, base, budget=budget, num_replicates=num_replicates)
+
+
+def _importance(
+    energy: Energy, base: dist.TorchDistribution, budget: int, _: int
+) -> LogPartitionEstimate:
+    return importance_sampling(energy, base, num_samples=budget)
+
+
+def _ais(
+    energy: Energy, base: dist.TorchDistribution, budget: int, _: int
+) -> LogPartitionEstimate:
+    num_chains = 64
+    num_temperatures = max(2, budget // num_chains // 5)
+    return annealed_importance_sampling(
+        energy, base, num_chains=num_chains, num_temperatures=num_temperatures
+    )
+
+
+def _bridge(
+    energy: Energy, base: dist.TorchDistribution, budget: int, _: int
+) -> LogPartitionEstimate:
+    sampler = IndependentChains(base=base)
+    steps = sampler.warmup_steps + sampler.num_steps
+    num_draws = max(100, budget // (2 + steps * sampler.kernel.num_gradients))
+    draws = sampler(energy, num_draws)
+    result = bridge_sampling(energy, draws)
+    spent = num_draws * steps * sampler.kernel.num_gradients
+    return result._replace(num_evaluations=result.num_evaluations + spent)
+
+
+_SAMPLERS: dict[str, Callable[..., LogPartitionEstimate]] = {
+    "smc": _smc,
+    "importance": _importance,
+    "ais": _ais,
+    "bridge": _bridge,
+}

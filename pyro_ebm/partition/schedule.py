@@ -1,0 +1,176 @@
+r"""A frozen schedule for annealing, from a pilot run that is thrown away.
+
+The pilot moves a few particles along the path by sequential Monte Carlo, placing each
+rung of a ladder where the effective fraction of the weights falls to one half, and
+adapts step size and metric on each. Rungs are then equally far from each other in what
+annealing finds hard, so each is divided into equally many temperatures.
+
+References:
+    Del Moral, Doucet & Jasra (2006), JRSS B 68, 411-436.
+"""
+
+__all__ = ["Schedule", "plan_schedule"]
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.diagnostics import effective_sample_fraction
+from pyro_ebm.errors import DivergenceError
+from pyro_ebm.mcmc import HMC, Kernel, StepSizeAdaptation, find_step_size
+from pyro_ebm.mcmc.base import flat_event
+from pyro_ebm.partition.path import GeometricPath, PathState
+from pyro_ebm.partition.resampling import systematic_resample
+
+#: Particles of the pilot run, and transitions on each rung.
+_NUM_PARTICLES = 128
+_NUM_MOVES = 6
+_MAX_RUNGS = 300
+
+
+class Schedule(NamedTuple):
+    """What annealing needs to know beforehand.
+
+    Attributes:
+        inverse_temperatures: From 0 to 1.
+        kernels: One for each, frozen; the first is not used.
+    """
+
+    inverse_temperatures: list[float]
+    kernels: list[Kernel]
+
+
+@torch.no_grad()
+def plan_schedule(
+    path: GeometricPath,
+    num_temperatures: int = 200,
+    inverse_temperatures: Sequence[float] | None = None,
+    kernel: Kernel | None = None,
+) -> Schedule:
+    """Freeze a schedule; what is not given comes from a pilot run.
+
+    Args:
+        path: From the base to the target; it counts the evaluations.
+        num_temperatures: At least so many, where they are not given.
+        inverse_temperatures: From 0 to 1, rising.
+        kernel: For all temperatures.
+
+    Raises:
+        DivergenceError: If the pilot run does not arrive at the target.
+        ValueError: If an argument is out of range.
+    """
+    if inverse_temperatures is not None:
+        betas = [float(beta) for beta in inverse_temperatures]
+        _check(betas)
+        if kernel is not None:
+            return Schedule(betas, [kernel] * len(betas))
+    elif num_temperatures < 1:
+        raise ValueError(
+            f"num_temperatures must be at least 1, got {num_temperatures}."
+        )
+    rungs, found = _pilot(path)
+    if inverse_temperatures is None:
+        each = math.ceil(num_temperatures / (len(rungs) - 1))
+        betas = [0.0]
+        for low, high in zip(rungs[:-1], rungs[1:], strict=True):
+            betas += [low + (high - low) * k / each for k in range(1, each)] + [high]
+    if kernel is not None:
+        return Schedule(betas, [kernel] * len(betas))
+    # The kernel of the next rung above: its step suits the narrower distribution.
+    above = [next(k for k, rung in enumerate(rungs) if rung >= beta) for beta in betas]
+    return Schedule(betas, [found[max(k, 1) - 1] for k in above])
+
+
+def _check(betas: list[float]) -> None:
+    rising = all(a < b for a, b in zip(betas[:-1], betas[1:], strict=True))
+    if len(betas) < 2 or betas[0] != 0 or betas[-1] != 1 or not rising:
+        shown = betas if len(betas) < 6 else [*betas[:2], "...", *betas[-2:]]
+        raise ValueError(
+            f"inverse_temperatures must rise from 0 to 1, got {shown}. "
+            "torch.linspace(0, 1, n).tolist() does."
+        )
+
+
+def _pilot(path: GeometricPath) -> tuple[list[float], list[Kernel]]:
+    """A ladder of temperatures, and an adapted kernel for each but the first."""
+    path.inverse_temperature = 0.0
+    state = path.sample_base(_NUM_PARTICLES)
+    if not state.target.isfinite().any():
+        raise DivergenceError(
+            f"energy is finite at none of {_NUM_PARTICLES} draws of the base: the "
+            f"first has energy {state.target[0]}. Choose a base whose draws fall where "
+            "the energy is finite."
+        )
+    rungs, kernels, kernel = [0.0], [], HMC(step_size=1.0)
+    while rungs[-1] < 1:
+        if len(rungs) > _MAX_RUNGS:
+            raise DivergenceError(
+                f"the pilot run has not arrived after {_MAX_RUNGS} temperatures; the "
+                f"inverse temperature is {rungs[-1]:.3g}. The energy falls without "
+                "bound, or the base is far from it: choose a base nearer."
+            )
+        beta = _next_rung(state, rungs[-1])
+        log_weights = state.log_weight(beta - rungs[-1])
+        kernel = _with_metric(kernel, state.u, log_weights)
+        _, chosen = systematic_resample(log_weights[None], _NUM_PARTICLES)
+        path.inverse_temperature = beta
+        state, kernel = _move(path, state.select((chosen[0],)), kernel)
+        rungs.append(beta)
+        kernels.append(kernel)
+    return rungs, list(kernels)
+
+
+def _next_rung(state: PathState, beta: float, threshold: float = 0.5) -> float:
+    """Where the effective fraction of the weights falls to the threshold."""
+
+    def fraction(step: float) -> float:
+        return effective_sample_fraction(state.log_weight(step)).item()
+
+    low, high = 0.0, 1.0 - beta
+    if fraction(high) >= threshold:
+        return 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fraction(middle) >= threshold else (low, middle)
+        if high - low < 1e-2 * high:
+            break
+    return beta + high
+
+
+def _with_metric(kernel: HMC, u: Tensor, log_weights: Tensor) -> HMC:
+    """The kernel with the weighted covariance, shrunk to its diagonal, for a metric."""
+    points, weights = flat_event(u, 1), log_weights.softmax(0)
+    centred = points - weights @ points
+    variance = (weights @ centred.square()).clamp(min=1e-12)
+    if u.dim() != 2:
+        scale = variance.sqrt().reshape(u.shape[1:])
+        return dataclasses.replace(kernel, scale=scale)
+    covariance = (centred * weights[:, None]).mT @ centred
+    shrink = (u.shape[-1] * weights.square().sum()).clamp(max=1.0)
+    covariance = (1 - shrink) * covariance + shrink * variance.diag_embed()
+    factor, info = torch.linalg.cholesky_ex(covariance)
+    factor = factor if info == 0 else variance.sqrt().diag_embed()
+    return dataclasses.replace(kernel, scale_tril=factor)
+
+
+def _move(path: GeometricPath, state: PathState, kernel: HMC) -> tuple[PathState, HMC]:
+    """Move the particles; the kernel's step size is adapted on the way."""
+    one_step = dataclasses.replace(kernel, num_leapfrog=1)
+    adaptation = StepSizeAdaptation(
+        find_step_size(one_step, path, path.at_temperature(state))
+    )
+    for _ in range(_NUM_MOVES):
+        kernel = _with_step(kernel, adaptation.step_size)
+        state, info = path.step(kernel, state)
+        adaptation.update(kernel, info)
+    return state, _with_step(kernel, adaptation.step_size)
+
+
+def _with_step(kernel: HMC, step_size: Tensor) -> HMC:
+    """A trajectory of about a quarter period in the whitened coordinates."""
+    num_leapfrog = min(16, max(1, math.ceil(1.6 / step_size.item())))
+    return dataclasses.replace(kernel, step_size=step_size, num_leapfrog=num_leapfrog)
