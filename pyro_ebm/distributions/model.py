@@ -67,7 +67,7 @@ class EnergyModel(nn.Module):
             log_partition = LogPartition(energy, base)
         self.log_partition = log_partition
         self.chains = PersistentChains()
-        self._followed: torch.Tensor | None = None
+        self._parameters_when: dict[str, torch.Tensor] = {}
 
     @property
     def base(self) -> dist.TorchDistribution:
@@ -85,6 +85,13 @@ class EnergyModel(nn.Module):
         if known is not None:
             return self._distribution(self.energy, known.log_partition)
         tracked = self.log_partition
+        # While learning, the value of the last update will do.
+        if (
+            tracked.is_started
+            and not torch.is_grad_enabled()
+            and self._has_moved("evaluated")
+        ):
+            tracked.read(self.energy)
         value = tracked.value.clone() if tracked.value.isfinite() else None
         distribution = self._distribution(self.energy, value)
         distribution.is_normalized = tracked.status == "ok"
@@ -115,13 +122,15 @@ class EnergyModel(nn.Module):
 
     def follow(self) -> None:
         r"""Let :math:`\log Z` follow, if the parameters have moved since last time."""
+        if self._has_moved("followed") or not self.log_partition.is_started:
+            self.log_partition.follow(self.energy)
+
+    def _has_moved(self, since: str) -> bool:
         # By value: an optimiser that writes to .data leaves no trace on the version.
         parameters = [p.detach().flatten() for p in self.energy.parameters()]
         now = torch.cat(parameters) if parameters else torch.empty(0)
-        last, self._followed = self._followed, now
-        moved = last is None or not torch.equal(last.to(now), now)
-        if moved or not self.log_partition.is_started:
-            self.log_partition.follow(self.energy)
+        last, self._parameters_when[since] = self._parameters_when.get(since), now
+        return last is None or not torch.equal(last.to(now), now)
 
     @torch.no_grad()
     def adopt_average(self) -> None:

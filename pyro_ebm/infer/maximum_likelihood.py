@@ -78,6 +78,8 @@ class MaximumLikelihood(Objective):
         num_restarts = round(self.restart_fraction * self.num_chains)
         if not chains.is_started:
             chains.start(energy, sampler.start(energy, self.num_chains), self.kernel)
+        elif len(chains.u) != self.num_chains:
+            chains.resize(self.num_chains)
         elif num_restarts:
             chains.restart(energy, sampler.start(energy, num_restarts))
         x_model = chains.advance(energy, self.kernel, self.num_steps)

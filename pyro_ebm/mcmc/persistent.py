@@ -108,6 +108,12 @@ class PersistentChains(StatefulModule):
         self.adaptation.reset(step_size)
 
     @torch.no_grad()
+    def resize(self, num_chains: int) -> None:
+        """Change the number of chains: copy some, or leave some out."""
+        index = torch.arange(num_chains, device=self.u.device) % len(self.u)
+        self.u = self.u[index].clone()
+
+    @torch.no_grad()
     def restart(self, energy: Energy, x: Tensor) -> None:
         """Let some chains, chosen at random, go on from other points.
 

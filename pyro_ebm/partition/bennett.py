@@ -112,16 +112,15 @@ def bennett(
         return BennettRatio(log_ratio, math.inf, 0.0, 0.0, math.nan, reason)
     t_1, t_2 = (first - middle).sigmoid(), (middle - second).sigmoid()
     variance = _relative_variance(t_1) / n_1 + _relative_variance(t_2) / n_2  # (2)
-    overlap = t_1.mean().item() * (n_1 + n_2) / n_2  # (3)
+    overlap = min(t_1.mean().item() * (n_1 + n_2) / n_2, 1.0)  # (3)
     num_shared = min(
         n / len(t) * (t.sum() ** 2 / t.square().sum()).item()
         for t, n in ((t_1, n_1), (t_2, n_2))
     )
     slope_z = _slope_z(first - middle, second - middle, n_1, n_2)
     reason = _reason(overlap, num_shared, slope_z)
-    return BennettRatio(
-        log_ratio, math.sqrt(variance), overlap, num_shared, slope_z, reason
-    )
+    std_error = math.sqrt(variance) if math.isfinite(variance) else math.inf
+    return BennettRatio(log_ratio, std_error, overlap, num_shared, slope_z, reason)
 
 
 def chains_ess(values: Tensor) -> float:

@@ -64,8 +64,9 @@ def importance_sampling(
 
     Returns:
         The estimate with the 95 % interval (2); ``"unreliable"`` if the shape
-        :math:`\hat k` of the tail of the weights exceeds 0.7, the effective sample size
-        is below 50, or an energy is ``nan`` or ``-inf``.
+        :math:`\hat k` of the tail of the weights exceeds 0.7, or
+        :math:`1 - 1 / \log_{10} N` if that is less, the effective sample size is below
+        50, or an energy is ``nan`` or ``-inf``.
 
     Raises:
         TypeError: If ``proposal`` is no distribution.
@@ -180,9 +181,11 @@ def judge_weights(log_weights: Tensor) -> _Verdict:
         return _Verdict(math.inf, 0.0, reasons)
     k = pareto_k(clean)
     ess = effective_sample_fraction(clean).item() * count
-    if k > _MAX_K:
+    # So many draws are too few to see by their tail that it is heavier still.
+    max_k = min(_MAX_K, 1 - 1 / math.log10(count))
+    if k > max_k:
         reasons.append(
-            f"the tail of the weights is too heavy: k-hat {k:.2f} exceeds {_MAX_K}"
+            f"the tail of the weights is too heavy: k-hat {k:.2f} exceeds {max_k:.2f}"
             if math.isfinite(k)
             else "a few draws hold all the weight, so that k-hat cannot be fitted"
         )

@@ -210,9 +210,7 @@ class _Probe:
         # Where a power law became an exponential, (1) holds only very far out.
         is_mapped = isinstance(self.energy, UnconstrainedEnergy)
         floor = 28 if is_mapped else 0
-        levels = [
-            (self.log_distances(n), False) for n in _OCTAVES if floor <= n <= cap
-        ]
+        levels = [(self.log_distances(n), False) for n in _OCTAVES if floor <= n <= cap]
         if is_mapped:
             part = torch.linspace(0.5, 1.0, _POINTS).to(self.u)
             levels += [((part * distance).log(), True) for distance in _DISTANCES]

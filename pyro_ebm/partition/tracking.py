@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
+from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc import HMC
 from pyro_ebm.mcmc.persistent import StatefulModule
 from pyro_ebm.partition.average import FollowedEnergy
@@ -55,6 +56,7 @@ _REASONS = (
     "a fresh run of SMC from the base disagrees with the walkers",
     "the parameters are too far from their average: effective sample size below 10 %",
     "the energy is not finite at the walkers",
+    "no run from the base arrives: the energy may have no partition function",
 )
 
 
@@ -63,8 +65,9 @@ class LogPartition(StatefulModule):
 
     :class:`pyro_ebm.distributions.EnergyModel` owns one; the handlers of
     :mod:`pyro_ebm.infer` call :meth:`follow` after each parameter step. Its own
-    ``value``, ``std_error`` and ``status`` belong to the current parameters;
-    :meth:`averaged` to their running average.
+    ``value``, ``std_error`` and ``status`` belong to the parameters as they were at the
+    last update, up to ``interval`` steps ago, or at the last call of :meth:`read`;
+    :meth:`averaged` to their running average at the last update.
 
     Args:
         energy: The energy that will be learned.
@@ -190,7 +193,7 @@ class LogPartition(StatefulModule):
             self._advance()
             if step % self.check_interval == 0:
                 self.check()
-            self._read(energy)
+            self.read(energy)
 
     @torch.no_grad()
     def refresh(self, energy: Energy) -> None:
@@ -200,10 +203,12 @@ class LogPartition(StatefulModule):
         """
         self.followed.reset(energy)
         self.num_steps.zero_()
-        if not self.is_closed_form:
-            self._adopt(self._run_smc(self.num_walkers))
         self.verdict.zero_()
-        self._read(energy)
+        if not self.is_closed_form:
+            islands = self._run_smc(self.num_walkers)
+            if islands is not None:
+                self._adopt(islands)
+        self.read(energy)
 
     @torch.no_grad()
     def check(self) -> bool:
@@ -220,14 +225,18 @@ class LogPartition(StatefulModule):
             return True
         for size in (self.num_walkers, 4 * self.num_walkers):
             fresh = self._run_smc(size)
+            if fresh is None:
+                return False
+            if not self.walkers.is_started:
+                self._adopt(fresh)
             value, std_error, _ = combine_replicates(fresh.log_partition)
             own, own_error, _ = combine_replicates(self.walkers.log_partition())
             agree = abs(value - own) <= 3 * math.hypot(std_error, own_error)
             if agree:
                 break
-        self.verdict[2] = int(not agree)
-        if not agree and not value < own:
+        if not agree and not value < own and fresh is not None:
             self._adopt(fresh)
+        self.verdict[2] = int(not agree)
         self.verdict[:2] = self._judge(self.walkers.log_partition())
         return agree
 
@@ -242,11 +251,11 @@ class LogPartition(StatefulModule):
         self._advance()
         self.check()
         self.followed.write(energy)
-        self._read(energy)
+        self.read(energy)
 
     def _advance(self) -> None:
         old, new = self.followed.begin_update()
-        if self.is_closed_form:
+        if self.is_closed_form or not self.walkers.is_started:
             self.followed.load(new)
             return
         position, step = 0.0, 1.0
@@ -259,13 +268,20 @@ class LogPartition(StatefulModule):
             else:
                 step /= 2
 
-    def _read(self, energy: Energy) -> None:
-        """Set value, error and verdict of the iterate by (3)."""
+    @torch.no_grad()
+    def read(self, energy: Energy) -> None:
+        """Set value, error and verdict for parameters near their average, by (3).
+
+        Args:
+            energy: With its current parameters; it is evaluated once at each walker.
+        """
         known = energy.closed_form()
         if known is not None:
             self.value.copy_(known.log_partition)
             self.std_error.zero_()
             self.verdict.zero_()
+            return
+        if not self.walkers.is_started:
             return
         log_partitions = self.walkers.log_partition()
         self.verdict[0] = self._judge(log_partitions)
@@ -273,7 +289,10 @@ class LogPartition(StatefulModule):
         ratio, ess = self.walkers.log_ratio(flat)
         iterate = log_partitions + ratio
         self.value.copy_(torch.logsumexp(iterate, 0) - math.log(len(iterate)))
-        self.std_error.copy_(iterate.std() / math.sqrt(len(iterate)))
+        # Four islands may agree by chance where few walkers carry the weight.
+        spread = (iterate.std() / math.sqrt(len(iterate))).item()
+        few = math.sqrt(max(1 / max(ess, 1e-6) - 1, 0) / self.walkers.energy.numel())
+        self.std_error.fill_(max(spread, few))
         self.verdict[1] = self.verdict[0]
         if not self.verdict[0] and ess < 0.1:
             self.verdict[1] = 5
@@ -287,14 +306,19 @@ class LogPartition(StatefulModule):
             return 2
         return 3 if self.walkers.resampling_rate() > 0.01 else 0
 
-    def _run_smc(self, num_particles: int) -> Islands:
-        islands = run_smc(
-            self.followed.energy,
-            self.base,
-            num_islands=self.num_islands,
-            num_particles=num_particles,
-            chain_length=8,
-        )
+    def _run_smc(self, num_particles: int) -> Islands | None:
+        """Fresh islands at the averaged parameters; ``None`` if they do not arrive."""
+        try:
+            islands = run_smc(
+                self.followed.energy,
+                self.base,
+                num_islands=self.num_islands,
+                num_particles=num_particles,
+                chain_length=8,
+            )
+        except DivergenceError:
+            self.verdict.fill_(7)
+            return None
         self.num_check_evaluations += islands.num_evaluations
         return islands
 

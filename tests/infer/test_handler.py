@@ -425,7 +425,11 @@ def test_under_no_grad_nothing_moves():
     assert loss == bare
     after = energy_model.state_dict()
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    # Without gradients log Z is read anew at the current parameters; nothing else is.
+    read = ("value", "std_error", "walkers.num_evaluations")
+    for name in before:
+        if name not in [f"log_partition.{part}" for part in read]:
+            assert torch.equal(before[name], after[name]), name
     assert torch.equal(state, torch.get_rng_state())
 
 
