@@ -24,7 +24,7 @@ from pyro_ebm.testing import CountingEnergy
 
 RESULTS = Path(__file__).parent / "results"
 DATASETS = ("two_moons", "eight_gaussians", "checkerboard")
-OBJECTIVE = MaximumLikelihood(num_chains=256, num_steps=10)
+OBJECTIVE = MaximumLikelihood(num_chains=256, num_steps=10, restart_fraction=0.02)
 BATCH = 256
 
 

@@ -88,8 +88,8 @@ def density(
 def likelihood_curve(history: Sequence[FitRecord], ax: Any = None) -> Any:
     r"""Draw train and held-out log-likelihood against the parameter step.
 
-    The dark band is what :math:`\log Z` leaves open, the light one adds that the points
-    are a finite sample; both are 1.96 standard errors to each side.
+    The dark band is what :math:`\log Z` leaves open, its 95 % interval; the light one
+    adds that the points are a finite sample, by 1.96 standard errors to each side.
 
     Args:
         history: Of :class:`pyro_ebm.infer.FitResult`; its validation may be ``None``.
@@ -107,29 +107,30 @@ def likelihood_curve(history: Sequence[FitRecord], ax: Any = None) -> Any:
             "least record_interval."
         )
     ax = plt.gca() if ax is None else ax
-    steps = [record.step for record in history]
-    _curve(ax, steps, [record.train for record in history], "train", _BLUE, "-")
-    validation = [r.validation for r in history if r.validation is not None]
-    if len(validation) == len(history):
-        _curve(ax, steps, validation, "held out", _VERMILLION, "--")
+    _curve(ax, history, [record.train for record in history], "train", _BLUE, "-")
+    held_out = [r.validation for r in history if r.validation is not None]
+    if len(held_out) == len(history):
+        _curve(ax, history, held_out, "held out", _VERMILLION, "--")
     ax.set(xlabel="parameter step", ylabel="log-likelihood a point (nats)")
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False)
     return ax
 
 
 def _curve(
     ax: Any,
-    steps: list[int],
-    values: list[LogLikelihood],
+    history: Sequence[FitRecord],
+    values: Sequence[LogLikelihood],
     label: str,
     color: str,
     style: str,
 ) -> None:
-    middle = np.array([v.value for v in values])
-    both = 1.96 * np.array([v.std_error for v in values])
-    log_partition = 1.96 * np.array([v.std_error_log_partition for v in values])
+    steps = [record.step for record in history]
+    middle = np.array([value.value for value in values])
+    estimates = [record.log_partition for record in history]
+    dark = np.array([(estimate.upper - estimate.lower) / 2 for estimate in estimates])
+    light = np.hypot(dark, 1.96 * np.array([value.std_error_data for value in values]))
     ax.plot(steps, middle, style, color=color, label=label)
-    for half, alpha in ((both, 0.15), (log_partition, 0.35)):
+    for half, alpha in ((light, 0.15), (dark, 0.35)):
         ax.fill_between(
             steps, middle - half, middle + half, color=color, alpha=alpha, linewidth=0
         )

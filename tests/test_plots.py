@@ -2,6 +2,7 @@
 
 import builtins
 import importlib
+import math
 import sys
 
 import matplotlib.pyplot as plt
@@ -27,7 +28,7 @@ def ax():
 
 
 def record(step, *, validation=True):
-    value = LogLikelihood(-2.0 + step / 100, 0.5, 0.4, 0.3, True)
+    value = LogLikelihood(-2.0 + step / 100, 0.41, 0.4, 0.1, True)
     return FitRecord(step, 2.0, value, value if validation else None, ESTIMATE)
 
 
@@ -80,8 +81,9 @@ def test_likelihood_curve_shows_two_curves_with_bands(ax):
     assert train.get_xdata() == pytest.approx([100, 200, 300])
     assert train.get_ydata() == pytest.approx([-1.0, 0.0, 1.0])
     outer, inner = (band.get_datalim(ax.transData) for band in ax.collections[:2])
-    assert (outer.y0, outer.y1) == pytest.approx((-1 - 1.96 * 0.5, 1 + 1.96 * 0.5))
-    assert (inner.y0, inner.y1) == pytest.approx((-1 - 1.96 * 0.3, 1 + 1.96 * 0.3))
+    both = math.hypot(0.3, 1.96 * 0.4)
+    assert (outer.y0, outer.y1) == pytest.approx((-1 - both, 1 + both))
+    assert (inner.y0, inner.y1) == pytest.approx((-1 - 0.3, 1 + 0.3))
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == ["train", "held out"]
 

@@ -121,7 +121,7 @@ def _fit(log_weights: Tensor) -> _Tail:
     ordered = ordered - ordered[-1]
     # Lower weights than this are nothing beside the largest.
     cutoff = ordered[-size - 1].clamp(min=math.log(1e-15))
-    if cutoff == 0:
+    if -cutoff < math.sqrt(torch.finfo(log_weights.dtype).eps):  # equal to rounding
         return _Tail(-math.inf, 0.0, 1.0, 0)
     tail = ordered[ordered > cutoff]
     if len(tail) < _MIN_TAIL:

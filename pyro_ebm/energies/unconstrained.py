@@ -83,10 +83,24 @@ def same_support(first: Constraint, second: Constraint) -> bool:
     first, second = _scalar(first), _scalar(second)
     if str(first) == str(second):
         return True
+    ends, other_ends = _bounds(first), _bounds(second)
+    if ends is not None and other_ends is not None:
+        pairs = zip(ends, other_ends, strict=True)
+        return all(bool((a == b).all()) for a, b in pairs)
     try:
         return bool(biject_to(first) == biject_to(second))
     except NotImplementedError:
         return False
+
+
+def _bounds(support: Constraint) -> tuple[Tensor, Tensor] | None:
+    """The ends of an interval, whether given as numbers or tensors."""
+    names = ("lower_bound", "upper_bound")
+    if support.is_discrete or not any(hasattr(support, name) for name in names):
+        return None
+    lower = getattr(support, "lower_bound", -torch.inf)
+    upper = getattr(support, "upper_bound", torch.inf)
+    return torch.as_tensor(lower), torch.as_tensor(upper)
 
 
 def _scalar(support: Constraint) -> Constraint:

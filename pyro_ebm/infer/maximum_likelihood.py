@@ -33,7 +33,8 @@ class MaximumLikelihood(Objective):
         num_steps: Transitions of each chain between two parameter steps.
         kernel: A corrected kernel; its step size is adapted on the way.
         restart_fraction: Part of the chains that begin anew from the base at each step,
-            so that a mode which no chain has visited is found before it grows.
+            so that a mode which no chain has visited is found before it grows. Fresh
+            chains take a while to arrive and bias the gradient: keep it small.
 
     Exactness: the gradient is *consistent* as the parameters settle and the chains
     catch up (Younes 1989); its value is that of ``log_prob``.
@@ -45,7 +46,7 @@ class MaximumLikelihood(Objective):
     num_chains: int = 256
     num_steps: int = 10
     kernel: Kernel = field(default_factory=MALA)
-    restart_fraction: float = 0.02
+    restart_fraction: float = 0.004
 
     def __post_init__(self) -> None:
         for name in ("num_chains", "num_steps"):

@@ -1,17 +1,36 @@
 r"""Estimates of :math:`\log Z` with an error bar and a verdict.
 
-Start with :mod:`~pyro_ebm.partition.base`: what an estimate says of itself.
+Start with :mod:`~pyro_ebm.partition.base`, what an estimate says of itself, and
+:func:`estimate`, which chooses among the others.
 """
 
 __all__ = [
     "LogPartition",
     "LogPartitionEstimate",
+    "LogRatioEstimate",
+    "annealed_importance_sampling",
+    "bidirectional",
+    "bridge_sampling",
+    "check_normalizability",
     "closed_form",
+    "estimate",
+    "importance_sampling",
+    "importance_sampling_of_model",
+    "log_ratio",
     "quadrature",
+    "refined_smc",
     "smc",
 ]
 
+from pyro_ebm.partition.annealed import annealed_importance_sampling, bidirectional
 from pyro_ebm.partition.base import LogPartitionEstimate
+from pyro_ebm.partition.bridge import bridge_sampling
+from pyro_ebm.partition.estimate import estimate
+from pyro_ebm.partition.evidence import importance_sampling_of_model
 from pyro_ebm.partition.exact import closed_form, quadrature
+from pyro_ebm.partition.importance import importance_sampling
+from pyro_ebm.partition.normalizability import check_normalizability
+from pyro_ebm.partition.ratio import LogRatioEstimate, log_ratio
+from pyro_ebm.partition.refined import refined_smc
 from pyro_ebm.partition.smc import smc
 from pyro_ebm.partition.tracking import LogPartition

@@ -10,13 +10,14 @@ import pyro.distributions as dist
 
 from pyro_ebm.energies import Energy
 from pyro_ebm.errors import UnreliableWarning
-from pyro_ebm.mcmc import IndependentChains
 from pyro_ebm.partition.annealed import annealed_importance_sampling
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.bridge import bridge_sampling
 from pyro_ebm.partition.exact import closed_form, quadrature
 from pyro_ebm.partition.importance import importance_sampling
+from pyro_ebm.partition.path import GeometricPath
 from pyro_ebm.partition.refined import refined_smc
+from pyro_ebm.partition.smc import run_smc
 
 Method = Literal["auto", "exact", "smc", "importance", "ais", "bridge"]
 
@@ -130,15 +131,18 @@ def _ais(
 
 
 def _bridge(
-    energy: Energy, base: dist.TorchDistribution, budget: int, _: int
+    energy: Energy, base: dist.TorchDistribution, budget: int, num_replicates: int
 ) -> LogPartitionEstimate:
-    sampler = IndependentChains(base=base)
-    steps = sampler.warmup_steps + sampler.num_steps
-    num_draws = max(100, budget // (2 + steps * sampler.kernel.num_gradients))
-    draws = sampler(energy, num_draws)
-    result = bridge_sampling(energy, draws)
-    spent = num_draws * steps * sampler.kernel.num_gradients
-    return result._replace(num_evaluations=result.num_evaluations + spent)
+    islands = run_smc(energy, base, num_islands=num_replicates, num_particles=128)
+    path = GeometricPath(energy, base)
+    # The second axis runs over 16 times of 8 ancestors: make it chains in time order.
+    u = islands.state.u.unflatten(1, (16, 8)).transpose(1, 2).flatten(0, 1)
+    left = max(u.shape[0] * u.shape[1], budget - islands.num_evaluations)
+    result = bridge_sampling(
+        energy, path.transform(u), num_proposal_draws=min(left, 10_000)
+    )
+    spent = result.num_evaluations + islands.num_evaluations
+    return result._replace(num_evaluations=spent)
 
 
 _SAMPLERS: dict[str, Callable[..., LogPartitionEstimate]] = {

@@ -234,5 +234,6 @@ def _plate_nesting(trace: Trace) -> int:
     for site in sites:
         if site["type"] == "sample":
             frames = [-f.dim for f in site["cond_indep_stack"] if f.vectorized]
-            nesting = max(nesting, len(site["fn"].batch_shape), *frames, 0)
+            batch_shape = getattr(site["fn"], "batch_shape", ())  # a plate has none
+            nesting = max(nesting, len(batch_shape), *frames)
     return nesting

@@ -5,7 +5,6 @@ import pytest
 import torch
 from pyro.distributions import constraints
 
-
 from pyro_ebm.energies import (
     DistributionEnergy,
     FunctionEnergy,
@@ -87,8 +86,12 @@ BAD = {
         lambda x: x.square().sum(-1) / 2 - 2 * (1 + x.square().sum(-1))
     ),
     "cubic": lambda: scalar(lambda x: x**3 / 10),
-    "positive-at-zero": lambda: scalar(lambda x: x + 1.2 * x.log(), constraints.positive),
-    "positive-at-infinity": lambda: scalar(lambda x: 0.8 * x.log1p(), constraints.positive),
+    "positive-at-zero": lambda: scalar(
+        lambda x: x + 1.2 * x.log(), constraints.positive
+    ),
+    "positive-at-infinity": lambda: scalar(
+        lambda x: 0.8 * x.log1p(), constraints.positive
+    ),
     "interval-at-one": lambda: scalar(
         lambda x: 1.3 * (-x).log1p(), constraints.unit_interval
     ),
