@@ -15,8 +15,8 @@ Measured on 300 runs each of 12 pairs of target and proposal with known tail sha
 the runs with ``k <= 0.6`` and in 0.93 to 0.98 of them with ``k = 0.7``, where the delta
 method on the raw weights covered in 0.71 to 0.95. What is heavier should be flagged: it
 was in 0.55 to 0.7 of the runs with ``k = 0.8``, of whose other intervals 0.68 to 0.87
-covered, in 0.75 to 0.89 with ``k = 0.9`` and in 0.86 to 0.97 with ``k = 0.98``, of whose
-other intervals few or none did.
+covered, in 0.75 to 0.89 with ``k = 0.9`` and in 0.86 to 0.97 with ``k = 0.98``, of
+whose other intervals few or none did.
 
 References:
     Vehtari, Simpson, Gelman, Yao & Gabry (2024), Pareto smoothed importance sampling,

@@ -17,14 +17,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from pyro_ebm.diagnostics import effective_sample_fraction
 from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc import HMC, Kernel, StepSizeAdaptation, find_step_size
-from pyro_ebm.mcmc.base import flat_event
 from pyro_ebm.partition.path import GeometricPath, PathState
 from pyro_ebm.partition.resampling import systematic_resample
+from pyro_ebm.partition.smc import next_temperature, with_metric, with_step_size
 
 #: Particles of the pilot run, and transitions on each rung.
 _NUM_PARTICLES = 128
@@ -113,48 +111,15 @@ def _pilot(path: GeometricPath) -> tuple[list[float], list[Kernel]]:
                 f"inverse temperature is {rungs[-1]:.3g}. The energy falls without "
                 "bound, or the base is far from it: choose a base nearer."
             )
-        beta = _next_rung(state, rungs[-1])
+        beta = next_temperature(state, rungs[-1], 0.5)
         log_weights = state.log_weight(beta - rungs[-1])
-        kernel = _with_metric(kernel, state.u, log_weights)
+        kernel = with_metric(kernel, state.u[None], log_weights[None])
         _, chosen = systematic_resample(log_weights[None], _NUM_PARTICLES)
         path.inverse_temperature = beta
         state, kernel = _move(path, state.select((chosen[0],)), kernel)
         rungs.append(beta)
         kernels.append(kernel)
     return rungs, list(kernels)
-
-
-def _next_rung(state: PathState, beta: float, threshold: float = 0.5) -> float:
-    """Where the effective fraction of the weights falls to the threshold."""
-
-    def fraction(step: float) -> float:
-        return effective_sample_fraction(state.log_weight(step)).item()
-
-    low, high = 0.0, 1.0 - beta
-    if fraction(high) >= threshold:
-        return 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fraction(middle) >= threshold else (low, middle)
-        if high - low < 1e-2 * high:
-            break
-    return beta + high
-
-
-def _with_metric(kernel: HMC, u: Tensor, log_weights: Tensor) -> HMC:
-    """The kernel with the weighted covariance, shrunk to its diagonal, for a metric."""
-    points, weights = flat_event(u, 1), log_weights.softmax(0)
-    centred = points - weights @ points
-    variance = (weights @ centred.square()).clamp(min=1e-12)
-    if u.dim() != 2:
-        scale = variance.sqrt().reshape(u.shape[1:])
-        return dataclasses.replace(kernel, scale=scale)
-    covariance = (centred * weights[:, None]).mT @ centred
-    shrink = (u.shape[-1] * weights.square().sum()).clamp(max=1.0)
-    covariance = (1 - shrink) * covariance + shrink * variance.diag_embed()
-    factor, info = torch.linalg.cholesky_ex(covariance)
-    factor = factor if info == 0 else variance.sqrt().diag_embed()
-    return dataclasses.replace(kernel, scale_tril=factor)
 
 
 def _move(path: GeometricPath, state: PathState, kernel: HMC) -> tuple[PathState, HMC]:
@@ -164,13 +129,7 @@ def _move(path: GeometricPath, state: PathState, kernel: HMC) -> tuple[PathState
         find_step_size(one_step, path, path.at_temperature(state))
     )
     for _ in range(_NUM_MOVES):
-        kernel = _with_step(kernel, adaptation.step_size)
+        kernel = with_step_size(kernel, adaptation.step_size)
         state, info = path.step(kernel, state)
         adaptation.update(kernel, info)
-    return state, _with_step(kernel, adaptation.step_size)
-
-
-def _with_step(kernel: HMC, step_size: Tensor) -> HMC:
-    """A trajectory of about a quarter period in the whitened coordinates."""
-    num_leapfrog = min(16, max(1, math.ceil(1.6 / step_size.item())))
-    return dataclasses.replace(kernel, step_size=step_size, num_leapfrog=num_leapfrog)
+    return state, with_step_size(kernel, adaptation.step_size)

@@ -18,7 +18,15 @@ References:
     Del Moral, Doucet & Jasra (2006), JRSS B 68, 411-436.
 """
 
-__all__ = ["Islands", "bennett_of_islands", "run_smc", "smc"]
+__all__ = [
+    "Islands",
+    "bennett_of_islands",
+    "next_temperature",
+    "run_smc",
+    "smc",
+    "with_metric",
+    "with_step_size",
+]
 
 import dataclasses
 import math
@@ -171,9 +179,9 @@ def run_smc(
                 f"temperatures; the inverse temperature is {betas[-1]:.3g}. The energy "
                 "falls without bound, or the base is far from it: choose a base nearer."
             )
-        beta = _next_temperature(state, betas[-1], ess_threshold)
+        beta = next_temperature(state, betas[-1], ess_threshold)
         log_weights = state.log_weight(beta - betas[-1])
-        kernel = dataclasses.replace(kernel, scale_tril=_metric(state.u, log_weights))
+        kernel = with_metric(kernel, state.u, log_weights)
         num_ancestors = num_particles // chain_length
         ancestors = state.select(systematic_resample(log_weights, num_ancestors))
         path.inverse_temperature = beta
@@ -243,8 +251,14 @@ def bennett_of_islands(first: Tensor, second: Tensor) -> Tensor:
     return (low + high) / 2
 
 
-def _next_temperature(state: PathState, beta: float, threshold: float) -> float:
-    """The largest step whose worst island keeps the effective fraction."""
+def next_temperature(state: PathState, beta: float, threshold: float) -> float:
+    """The largest step whose worst island keeps the effective fraction, by bisection.
+
+    Args:
+        state: Particles at ``beta``, the last chain dimension within an island.
+        beta: The current inverse temperature.
+        threshold: Effective fraction of the weights that is to be kept.
+    """
 
     def fraction(step: float) -> float:
         return effective_sample_fraction(state.log_weight(step)).min().item()
@@ -252,7 +266,7 @@ def _next_temperature(state: PathState, beta: float, threshold: float) -> float:
     low, high = 0.0, 1.0 - beta
     if fraction(high) >= threshold:
         return 1.0
-    for _ in range(40):
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if fraction(middle) >= threshold else (low, middle)
         if high - low < 1e-3 * high:
@@ -260,22 +274,29 @@ def _next_temperature(state: PathState, beta: float, threshold: float) -> float:
     return beta + high
 
 
-def _metric(u: Tensor, log_weights: Tensor) -> Tensor | None:
-    """Cholesky factor of the pooled weighted covariance, shrunk to its diagonal."""
-    points = flat_event(u, 2).flatten(0, 1)
-    if u.dim() != 3:
-        return None
+def with_metric(kernel: HMC, u: Tensor, log_weights: Tensor) -> HMC:
+    """The kernel with the scales of a weighted population as its metric.
+
+    Dense for vectors if there are enough points to tell correlations, else diagonal:
+    any shrinkage of the one towards the other would undo a strong correlation.
+
+    Args:
+        kernel: Its step size and number of leapfrog steps are kept.
+        u: Points, shape ``(M, N, *event)``.
+        log_weights: Shape ``(M, N)``.
+    """
+    points, event_shape = flat_event(u, 2).flatten(0, 1), u.shape[2:]
     weights = log_weights.flatten().softmax(0)
     ess = 1 / weights.square().sum()
     centred = points - weights @ points
-    covariance = (centred * weights[:, None]).mT @ centred
-    # Few draws say nothing of correlations; any shrinkage undoes a strong one.
-    dim = points.shape[-1]
-    shrink = torch.where(ess > 5 * dim, 0.0, (dim / ess).clamp(max=1.0))
-    variance = covariance.diagonal().clamp(min=1e-12)
-    covariance = (1 - shrink) * covariance + shrink * variance.diag_embed()
-    factor, info = torch.linalg.cholesky_ex(covariance)
-    return factor if info == 0 else variance.sqrt().diag_embed()
+    variance = (weights @ centred.square()).clamp(min=1e-12)
+    if len(event_shape) == 1 and ess > 5 * len(variance):
+        covariance = (centred * weights[:, None]).mT @ centred
+        factor, info = torch.linalg.cholesky_ex(covariance)
+        if info == 0:
+            return dataclasses.replace(kernel, scale=None, scale_tril=factor)
+    scale = variance.sqrt().reshape(event_shape)
+    return dataclasses.replace(kernel, scale=scale, scale_tril=None)
 
 
 def _move(
@@ -283,20 +304,19 @@ def _move(
 ) -> tuple[PathState, HMC]:
     """Extend each ancestor to a chain; all its states become particles."""
     chains = path.at_temperature(state)
-    step_size = find_step_size(
-        dataclasses.replace(kernel, num_leapfrog=1), path, chains
-    )
-    adaptation = StepSizeAdaptation(step_size)
+    one_step = dataclasses.replace(kernel, num_leapfrog=1)
+    adaptation = StepSizeAdaptation(find_step_size(one_step, path, chains))
     kept = [state]
     for _ in range(chain_length - 1):
-        step_size = adaptation.step_size
-        # A trajectory of about a quarter period in the whitened coordinates.
-        num_leapfrog = min(16, max(1, math.ceil(1.6 / step_size.item())))
-        kernel = dataclasses.replace(
-            kernel, step_size=step_size, num_leapfrog=num_leapfrog
-        )
+        kernel = with_step_size(kernel, adaptation.step_size)
         state, info = path.step(kernel, state)
         adaptation.update(kernel, info)
         kept.append(state)
     joined = (torch.cat(parts, 1) for parts in zip(*kept, strict=True))
     return PathState(*joined), kernel
+
+
+def with_step_size(kernel: HMC, step_size: Tensor) -> HMC:
+    """A trajectory of about a quarter period in the whitened coordinates."""
+    num_leapfrog = min(16, max(1, math.ceil(1.6 / step_size.item())))
+    return dataclasses.replace(kernel, step_size=step_size, num_leapfrog=num_leapfrog)

@@ -35,7 +35,7 @@ class Walkers(StatefulModule):
     grad: Tensor
     log_weights: Tensor
     log_offset: Tensor
-    scale_tril: Tensor
+    metric: Tensor
     num_updates: Tensor
     num_resamplings: Tensor
     num_evaluations: Tensor
@@ -48,7 +48,7 @@ class Walkers(StatefulModule):
     def __init__(self, kernel: HMC) -> None:
         super().__init__()
         self.kernel = kernel
-        for name in ("u", "energy", "grad", "log_weights", "log_offset", "scale_tril"):
+        for name in ("u", "energy", "grad", "log_weights", "log_offset", "metric"):
             self.register_buffer(name, torch.empty(0))
         for name in ("num_updates", "num_resamplings", "num_evaluations"):
             self.register_buffer(name, torch.tensor(0))
@@ -70,9 +70,8 @@ class Walkers(StatefulModule):
         self.u, self.energy, self.grad = (part.clone() for part in chains)
         self.log_weights = torch.zeros_like(self.energy)
         self.log_offset = log_partition.clone()
-        self.scale_tril = self.u.new_empty(0)
-        if kernel.scale_tril is not None:
-            self.scale_tril = kernel.scale_tril
+        metric = kernel.scale if kernel.scale_tril is None else kernel.scale_tril
+        self.metric = self.u.new_ones(self.u.shape[2:]) if metric is None else metric
         self.adaptation.reset(kernel.step_size)
         self.num_updates.zero_()
         self.num_resamplings.zero_()
@@ -118,10 +117,12 @@ class Walkers(StatefulModule):
 
     def move(self, energy: Energy) -> None:
         """One transition of all walkers under the energy last taken over."""
+        is_dense = self.metric.dim() > self.u.dim() - 2
         kernel = dataclasses.replace(
             self.kernel,
             step_size=self.adaptation.step_size,
-            scale_tril=self.scale_tril if self.scale_tril.numel() else None,
+            scale_tril=self.metric if is_dense else None,
+            scale=None if is_dense else self.metric,
         )
         state = ChainState(self.u, self.energy, self.grad)
         state, info = kernel.step(energy, state)

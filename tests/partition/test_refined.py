@@ -79,6 +79,7 @@ def test_simplex_and_box_are_right():
         assert abs(found.value - 1.5) < 0.2
 
 
+@pytest.mark.slow
 def test_a_thousand_dimensions_run():
     precision = torch.logspace(-1, 1, 1000)
     energy = DistributionEnergy(
