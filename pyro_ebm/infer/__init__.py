@@ -13,11 +13,16 @@ __all__ = [
     "Surrogate",
     "fit",
     "log_likelihood",
+    "log_likelihood_difference",
     "maximum_likelihood",
 ]
 
 from pyro_ebm.infer.fit import FitRecord, FitResult, fit
 from pyro_ebm.infer.handler import ObjectiveModel, maximum_likelihood
-from pyro_ebm.infer.likelihood import LogLikelihood, log_likelihood
+from pyro_ebm.infer.likelihood import (
+    LogLikelihood,
+    log_likelihood,
+    log_likelihood_difference,
+)
 from pyro_ebm.infer.maximum_likelihood import MaximumLikelihood
 from pyro_ebm.infer.objective import Objective, Surrogate

@@ -86,8 +86,9 @@ def fit(
         objective: The estimator; default: ``MaximumLikelihood()``.
         num_steps: Parameter steps.
         batch_size: Points a step, drawn without replacement within an epoch.
-        optim: A Pyro optimiser, or a torch optimiser of the model's parameters;
-            default: Adam with learning rate 1e-3.
+        optim: A Pyro optimiser, or a torch optimiser of the model's parameters; a Pyro
+            learning-rate scheduler advances at each step. Default: Adam with learning
+            rate 1e-3.
         validation_data: Held-out points; their log-likelihood is recorded.
         record_interval: Steps between two records of the history.
         patience: Records without a better validation log-likelihood after which the
@@ -190,6 +191,8 @@ class _Fit:
                     _LOG.warning("loss is %s at step %d; the fit stops", loss, step)
                     self.model.load_state_dict(last_good)
                     return "loss not finite"
+                if isinstance(svi.optim, pyro.optim.PyroLRScheduler):
+                    svi.optim.step()
                 self.num_steps = step
                 if step % record_interval == 0:
                     self._record(step, loss, bar)

@@ -8,7 +8,7 @@ r"""The held-out log-likelihood of a model, with its error.
 after eq. (1.11), a point: the finite test set and :math:`\log Z` each bring an error.
 """
 
-__all__ = ["LogLikelihood", "log_likelihood"]
+__all__ = ["LogLikelihood", "log_likelihood", "log_likelihood_difference"]
 
 import math
 from typing import NamedTuple
@@ -58,18 +58,65 @@ def log_likelihood(distribution: EnergyDistribution, x: Tensor) -> LogLikelihood
         >>> print(pyro_ebm.infer.log_likelihood(q, torch.tensor([[-1.0], [1.0]])))
         -1.4189 +- 0.0000
     """
+    values = _values(distribution, x)
+    return _with_error(
+        values, float(distribution.log_partition_std_error), distribution.is_normalized
+    )
+
+
+@torch.no_grad()
+def log_likelihood_difference(
+    first: EnergyDistribution, second: EnergyDistribution, x: Tensor
+) -> LogLikelihood:
+    r"""How much better the first model is on held-out points, with the error of that.
+
+    Both are evaluated at the same points, so what makes a point hard for both cancels:
+    the difference has a smaller error than the two likelihoods would suggest.
+
+    Args:
+        first: With its log Z.
+        second: The same, of another model; their errors of log Z are taken for
+            independent.
+        x: Points of shape ``(N, *event)``, at least two, that neither was fitted to.
+
+    Raises:
+        ValueError: If there are fewer than two points.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(1))
+        >>> q = pyro_ebm.EnergyDistribution(energy, energy.closed_form().log_partition)
+        >>> x = torch.tensor([[-1.0], [1.0]])
+        >>> pyro_ebm.infer.log_likelihood_difference(q, q, x).value
+        0.0
+    """
+    return _with_error(
+        _values(first, x) - _values(second, x),
+        math.hypot(
+            float(first.log_partition_std_error), float(second.log_partition_std_error)
+        ),
+        first.is_normalized and second.is_normalized,
+    )
+
+
+def _values(distribution: EnergyDistribution, x: Tensor) -> Tensor:
     if x.dim() <= distribution.event_dim or len(x) < 2:
         raise ValueError(
             "x must hold at least two points, shape (N, *event) with event_shape "
             f"{tuple(distribution.event_shape)}; got shape {tuple(x.shape)}."
         )
-    values = distribution.log_prob(x)
+    return distribution.log_prob(x)
+
+
+def _with_error(
+    values: Tensor,
+    error_log_partition: float,
+    is_normalized: bool,  # noqa: FBT001
+) -> LogLikelihood:
     error_data = values.std().item() / math.sqrt(values.numel())
-    error_log_partition = float(distribution.log_partition_std_error)
     return LogLikelihood(
         values.mean().item(),
         math.hypot(error_data, error_log_partition),
         error_data,
         error_log_partition,
-        distribution.is_normalized,
+        is_normalized,
     )
