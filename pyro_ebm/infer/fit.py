@@ -112,41 +112,27 @@ def fit(
         >>> result.num_steps, result.stopped
         (20, 'finished')
     """
-    if not isinstance(energy_model, EnergyModel):
-        raise TypeError(
-            f"energy_model must be an EnergyModel, got {type(energy_model).__name__}. "
-            "Wrap an energy: EnergyModel(energy, base)."
-        )
     objective = MaximumLikelihood() if objective is None else objective
-    if not isinstance(objective, Objective):
-        raise TypeError(
-            f"objective must be an Objective such as MaximumLikelihood(), got "
-            f"{objective!r}."
-        )
-    for name, count in (
-        ("num_steps", num_steps),
-        ("batch_size", batch_size),
-        ("record_interval", record_interval),
-        ("patience", 1 if patience is None else patience),
-    ):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}.")
+    _require_types(energy_model, objective)
+    _require_counts(
+        num_steps=num_steps,
+        batch_size=batch_size,
+        record_interval=record_interval,
+        patience=1 if patience is None else patience,
+    )
     if patience is not None and validation_data is None:
         raise ValueError(
             f"patience is {patience} but validation_data is None: early stopping needs "
             "held-out points. Give validation_data or leave patience out."
         )
-    for name, points in (("data", data), ("validation_data", validation_data)):
-        if points is not None:
-            _require_points(name, points, energy_model)
+    _require_points("data", data, energy_model)
+    if validation_data is not None:
+        _require_points("validation_data", validation_data, energy_model)
     run = _Fit(energy_model, data, validation_data, patience)
     with pyro.get_param_store().scope():
-        svi = SVI(
-            ObjectiveModel(_as_pyro_model(energy_model), objective),
-            lambda batch: None,
-            _as_pyro_optim(optim, energy_model),
-            Trace_ELBO(),
-        )
+        learn = ObjectiveModel(_as_pyro_model(energy_model), objective)
+        optim = _as_pyro_optim(optim, energy_model)
+        svi = SVI(learn, lambda batch: None, optim, Trace_ELBO())
         batches = _batches(data, batch_size)
         bar = tqdm(range(1, num_steps + 1), disable=not progress_bar, desc="fit")
         stopped = run.loop(svi, batches, bar, record_interval)
@@ -284,6 +270,25 @@ def _batches(data: Tensor, batch_size: int) -> Iterator[Tensor]:
         order = torch.randperm(len(data), device=data.device)
         for index in order[: len(data) // batch_size * batch_size].split(batch_size):
             yield data[index]
+
+
+def _require_types(energy_model: EnergyModel, objective: Objective) -> None:
+    if not isinstance(energy_model, EnergyModel):
+        raise TypeError(
+            f"energy_model must be an EnergyModel, got {type(energy_model).__name__}. "
+            "Wrap an energy: EnergyModel(energy, base)."
+        )
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"objective must be an Objective such as MaximumLikelihood(), got "
+            f"{objective!r}."
+        )
+
+
+def _require_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}.")
 
 
 def _require_points(name: str, points: Tensor, energy_model: EnergyModel) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_ebm.energies import DistributionEnergy, Energy, same_support, unconstrained
 from pyro_ebm.energies.distribution import require_single
+from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc import ChainState, Kernel, StepInfo
 
 
@@ -119,6 +120,22 @@ class GeometricPath(Energy):
         with torch.no_grad():
             x = self.distribution.sample(torch.Size(shape))
             return self.evaluate(self.transform.inv(x))
+
+    def start(self, *shape: int) -> PathState:
+        """Go to the base; exact draws of it, evaluated, with chains of this shape.
+
+        Raises:
+            DivergenceError: If the energy is finite at none of them.
+        """
+        self.inverse_temperature = 0.0
+        state = self.sample_base(*shape)
+        if not state.target.isfinite().any():
+            raise DivergenceError(
+                f"energy is finite at none of {state.target.numel()} draws of the base:"
+                f" the first has energy {state.target.flatten()[0]}. Choose a base "
+                "whose draws fall where the energy is finite."
+            )
+        return state
 
     def at_temperature(self, state: PathState) -> ChainState:
         """The chains as seen by a kernel at the current temperature."""

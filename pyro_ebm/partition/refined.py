@@ -42,7 +42,15 @@ _MAX_PARTICLES = 4096
 class _Run(NamedTuple):
     islands: Islands
     particles: int
-    name: str
+    is_refitted: bool
+
+    @property
+    def cost(self) -> int:
+        return self.islands.num_evaluations
+
+    @property
+    def num_temperatures(self) -> int:
+        return len(self.islands.inverse_temperatures) - 1
 
 
 @torch.no_grad()
@@ -91,53 +99,42 @@ def refined_smc(
             f"num_replicates must be at least 4 for an error bar, got {num_replicates}."
         )
     path = GeometricPath(energy, base)
-    # Once at draws of the base, from where a run that has no end would not return.
-    draws = path.sample_base(_PILOT_PARTICLES).u
-    rays = check_normalizability(path.target, draws)
+    # First at draws of the base: a pilot run that has no end would not return.
+    rays = check_normalizability(path.target, path.start(_PILOT_PARTICLES).u)
     if not rays.is_normalizable:
         return _not_normalizable(rays)
-    pilot = _Run(
-        run_smc(
-            energy, base, num_islands=num_replicates, num_particles=_PILOT_PARTICLES
-        ),
-        _PILOT_PARTICLES,
-        "SMC",
-    )
+    pilot = _run(energy, base, num_replicates, _PILOT_PARTICLES)
     u = pilot.islands.state.u.flatten(0, 1)
     rays = check_normalizability(path.target, u)
-    spent = pilot.islands.num_evaluations + 2 * rays.num_evaluations
     if not rays.is_normalizable:
         return _not_normalizable(rays)
     refitted = RefittedBase(u, path)
-    short = _again(path.target, refitted, num_replicates, _REFIT_PARTICLES, "refitted")
-    spent += short.islands.num_evaluations
-    close = _num_temperatures(short) <= _CLOSE
-    best = short if close else pilot
-    factor = (budget - spent) // best.islands.num_evaluations
-    final = best
+    short = _run(path.target, refitted, num_replicates, _REFIT_PARTICLES)
+    spent = 2 * rays.num_evaluations + pilot.cost + short.cost
+    close = short.num_temperatures <= _CLOSE
+    final = short if close else pilot
+    factor = (budget - spent) // final.cost
     if factor >= 1:
-        particles = min(best.particles * factor, _MAX_PARTICLES)
+        particles = min(final.particles * factor, _MAX_PARTICLES)
         source = (path.target, refitted) if close else (energy, base)
-        final = _again(*source, num_replicates, particles, best.name)
-        spent += final.islands.num_evaluations
+        final = _run(*source, num_replicates, particles)
+        spent += final.cost
     return _judge(pilot, final, short, spent)
 
 
-def _again(
-    energy: Energy,
-    base: dist.TorchDistribution,
-    num_islands: int,
-    num_particles: int,
-    name: str,
+def _run(
+    energy: Energy, base: dist.TorchDistribution, num_islands: int, particles: int
 ) -> _Run:
+    is_refitted = isinstance(base, RefittedBase)
     islands = run_smc(
         energy,
         base,
         num_islands=num_islands,
-        num_particles=num_particles,
-        chain_length=8 if name == "refitted" else 16,
+        num_particles=particles,
+        # From a base that is close there is not far to go.
+        chain_length=8 if is_refitted else 16,
     )
-    return _Run(islands, num_particles, name)
+    return _Run(islands, particles, is_refitted)
 
 
 def _not_normalizable(rays: Normalizability) -> LogPartitionEstimate:
@@ -146,10 +143,6 @@ def _not_normalizable(rays: Normalizability) -> LogPartitionEstimate:
         math.inf, nan, nan, nan, nan, "not_normalizable", "ray test",
         rays.num_evaluations, rays.evidence,
     )  # fmt: skip
-
-
-def _num_temperatures(run: _Run) -> int:
-    return len(run.islands.inverse_temperatures) - 1
 
 
 def _judge(pilot: _Run, final: _Run, short: _Run, spent: int) -> LogPartitionEstimate:
@@ -165,7 +158,7 @@ def _judge(pilot: _Run, final: _Run, short: _Run, spent: int) -> LogPartitionEst
     if not abs(reverse - forward) < 0.2:
         reasons.append(f"forwards and backwards differ by {abs(reverse - forward):.2g}")
     k_hat = pareto_k(short.islands.initial_log_weights.flatten())
-    if final.name == "refitted" and k_hat > 0.7:
+    if final.is_refitted and k_hat > 0.7:
         reasons.append(
             f"heavy-tailed weights from the refitted base: k-hat {k_hat:.2f}"
         )
@@ -180,8 +173,8 @@ def _judge(pilot: _Run, final: _Run, short: _Run, spent: int) -> LogPartitionEst
         value + half,
         islands.ess * islands.state.target.numel(),
         "unreliable" if reasons else "ok",
-        f"SMC from the {'refitted ' if final.name == 'refitted' else ''}base, "
-        f"{_num_temperatures(final)} temperatures, {final.particles} particles",
+        f"SMC from the {'refitted ' if final.is_refitted else ''}base, "
+        f"{final.num_temperatures} temperatures, {final.particles} particles",
         spent,
         "; ".join(reasons),
     )

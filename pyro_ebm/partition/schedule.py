@@ -95,14 +95,7 @@ def _check(betas: list[float]) -> None:
 
 def _pilot(path: GeometricPath) -> tuple[list[float], list[Kernel]]:
     """A ladder of temperatures, and an adapted kernel for each but the first."""
-    path.inverse_temperature = 0.0
-    state = path.sample_base(_NUM_PARTICLES)
-    if not state.target.isfinite().any():
-        raise DivergenceError(
-            f"energy is finite at none of {_NUM_PARTICLES} draws of the base: the "
-            f"first has energy {state.target[0]}. Choose a base whose draws fall where "
-            "the energy is finite."
-        )
+    state = path.start(_NUM_PARTICLES)
     rungs, kernels, kernel = [0.0], [], HMC(step_size=1.0)
     while rungs[-1] < 1:
         if len(rungs) > _MAX_RUNGS:

@@ -162,14 +162,7 @@ def run_smc(
             f"num_particles; got {num_islands}, {chain_length} and {num_particles}."
         )
     path = GeometricPath(energy, base)
-    path.inverse_temperature = 0.0
-    state = path.sample_base(num_islands, num_particles)
-    if not state.target.isfinite().any():
-        raise DivergenceError(
-            f"energy is finite at none of {state.target.numel()} draws of the base: "
-            f"the first has energy {state.target[0, 0]}. Choose a base whose draws "
-            "fall where the energy is finite."
-        )
+    state = path.start(num_islands, num_particles)
     sums = _Sums(state)
     kernel, betas = HMC(step_size=1.0), [0.0]
     while betas[-1] < 1:
