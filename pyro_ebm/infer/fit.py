@@ -120,14 +120,6 @@ def fit(
         record_interval=record_interval,
         patience=1 if patience is None else patience,
     )
-    if patience is not None and validation_data is None:
-        raise ValueError(
-            f"patience is {patience} but validation_data is None: early stopping needs "
-            "held-out points. Give validation_data or leave patience out."
-        )
-    _require_points("data", data, energy_model)
-    if validation_data is not None:
-        _require_points("validation_data", validation_data, energy_model)
     run = _Fit(energy_model, data, validation_data, patience)
     with pyro.get_param_store().scope():
         learn = ObjectiveModel(_as_pyro_model(energy_model), objective)
@@ -156,6 +148,14 @@ class _Fit:
         validation_data: Tensor | None,
         patience: int | None,
     ) -> None:
+        if patience is not None and validation_data is None:
+            raise ValueError(
+                f"patience is {patience} but validation_data is None: early stopping "
+                "needs held-out points. Give validation_data or leave patience out."
+            )
+        _require_points("data", data, model)
+        if validation_data is not None:
+            _require_points("validation_data", validation_data, model)
         self.model, self.validation_data = model, validation_data
         # The training curve is read off at most 2,000 points, always the same.
         self.train_data = data[torch.randperm(len(data))[:2000]]
