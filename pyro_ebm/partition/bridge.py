@@ -41,7 +41,7 @@ def bridge_sampling(
     mean of the two.
 
     Nothing is learned of a region where the draws have never been, unless the proposal
-    reaches it. The draws then fail the test of the slope.
+    reaches it; then the draws often fail the test of the slope.
 
     Args:
         energy: On any support that ``biject_to`` knows.

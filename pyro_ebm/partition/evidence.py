@@ -155,7 +155,7 @@ class _Weigher:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 log_weights, draws = self.many(_NUM_CHECKED)
-        except Exception as error:  # noqa: BLE001  the user's code may raise anything
+        except Exception as error:  # the code may raise anything
             return f"{type(error).__name__}: {error}"
         if log_weights.shape != (_NUM_CHECKED,):
             return f"the weights of {_NUM_CHECKED} draws have {len(log_weights)} values"

@@ -255,7 +255,7 @@ def test_state_dict_holds_all():
         "log_partition.walkers.u",
         "log_partition.walkers.log_weights",
         "log_partition.walkers.log_offset",
-        "log_partition.walkers.scale_tril",
+        "log_partition.walkers.metric",
     ):
         assert wanted in names
 

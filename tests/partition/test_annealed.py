@@ -19,6 +19,7 @@ from pyro_ebm.partition.schedule import plan_schedule
 from pyro_ebm.testing import CountingEnergy, targets
 
 BETAS = [0.0, 0.1, 0.3, 0.6, 1.0]
+FINE = [0.0, 0.02, 0.05, 0.1, 0.17, 0.25, 0.35, 0.5, 0.7, 1.0]
 KERNEL = HMC(step_size=0.5, num_leapfrog=2)
 
 
@@ -45,15 +46,17 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.parametrize("delta", [0.1, 0.5])
 @pytest.mark.parametrize("count", [1, 30, 256])
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_bound_holds(name, count):
-    """Weights of mean 1: at most 20 % of the bounds at delta = 0.2 are above 0.
+def test_bound_holds(name, count, delta):
+    """Weights of mean 1: at most a share ``delta`` of the bounds is above 0.
 
-    Planted fault: the largest of the products for their average.
+    Planted fault: the sum of the products for their average.
     """
-    failures = sum(guaranteed_lower(WEIGHTS[name](count), 0.2) > 0 for _ in range(300))
-    assert failures / 300 < 0.2 + 4 * math.sqrt(0.16 / 300)
+    runs = [guaranteed_lower(WEIGHTS[name](count), delta) for _ in range(200)]
+    failures = sum(bound > 0 for bound in runs) / 200
+    assert failures <= delta + 4 * math.sqrt(delta * (1 - delta) / 200)
 
 
 def test_bound_is_nearly_attained_by_a_rare_event():
@@ -121,7 +124,7 @@ def test_reverse_is_unbiased_for_the_reciprocal():
             energy,
             normal(2),
             num_chains=100,
-            inverse_temperatures=BETAS,
+            inverse_temperatures=FINE,
             kernel=KERNEL,
             direction="reverse",
             draws=draw(100),
@@ -130,7 +133,7 @@ def test_reverse_is_unbiased_for_the_reciprocal():
     ]
     ratio = torch.tensor([truth - r.value for r in runs]).exp()
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / math.sqrt(200)
-    assert ratio.std() < 0.6
+    assert ratio.std() < 0.3
 
 
 CASES = [
@@ -146,7 +149,7 @@ CASES = [
 def test_bounds_hold(target, num_temperatures):
     """Forward below, reverse above, both ways around log Z, on easy and on hard."""
     target = target()
-    for _ in range(3):
+    for _ in range(2):
         settings = {"num_chains": 100, "num_temperatures": num_temperatures}
         forward = annealed_importance_sampling(target.energy, target.base, **settings)
         reverse = annealed_importance_sampling(
@@ -207,11 +210,23 @@ def test_value_is_right_where_it_is_easy():
     assert both.upper - both.lower < 0.3
 
 
-def test_draws_of_another_target_are_found():
-    """Draws with a far lower log Z put the upper bound below the lower one."""
-    energy, _, draw = shifted()
-    estimate = bidirectional(energy, normal(2), draw(300) * 0.02 + 0.98)
+def test_draws_that_lack_a_mode_make_the_bounds_contradict_each_other():
+    def energy(x):
+        modes = torch.stack([2 - 2 * (x + 4) ** 2, -((x - 4) ** 2) / 2])
+        return -torch.logsumexp(modes, 0)
+
+    energy, base = FunctionEnergy(energy, ()), dist.Normal(0.0, 4.0)
+    settings = {"num_chains": 500, "num_temperatures": 40}
+    first, second = 4 + torch.randn(500), -4 + torch.randn(500) / 2
+    estimate = bidirectional(energy, base, first, **settings)
     assert estimate.status == "unreliable"
+    assert "contradict each other" in estimate.reason
+    share = 1 / (1 + math.exp(2) / 2)
+    both = torch.where(torch.rand(500) < share, first, second)
+    estimate = bidirectional(energy, base, both, **settings)
+    assert estimate.status == "ok"
+    truth = math.log(2 * math.pi) / 2 - math.log(share)
+    assert estimate.lower < truth < estimate.upper
 
 
 def test_too_few_temperatures_are_seen():
@@ -228,8 +243,9 @@ def test_too_few_temperatures_are_seen():
     assert estimate.lower < target.log_partition
 
 
-def test_no_partition_function():
+def test_no_partition_function(monkeypatch):
     """The schedule never arrives; with one of its own the reason is in the weights."""
+    monkeypatch.setattr("pyro_ebm.partition.schedule._MAX_RUNGS", 40)
     target = targets.unnormalizable()
     with pytest.raises(DivergenceError, match="pilot run has not arrived"):
         annealed_importance_sampling(target.energy, target.base)

@@ -42,7 +42,7 @@ def test_interval_covers(target, proposal):
         lambda: targets.student_t_product(10),
         lambda: targets.neals_funnel(3),
         lambda: targets.gaussian(5, 1e4),
-        lambda: targets.gaussian_mixture(5),
+        targets.gaussian_mixture,
     ],
     ids=["student", "funnel", "gaussian", "mixture"],
 )
@@ -90,28 +90,34 @@ def test_poor_proposal_is_flagged():
 
 
 def test_draws_that_lack_a_mode_are_flagged_where_the_proposal_reaches_it():
-    def density(x):
-        return torch.logsumexp(torch.stack([-((x + 4) ** 2), -((x - 4) ** 2)]) / 2, 0)
+    """Planted fault: no test of the slope."""
 
-    energy = FunctionEnergy(lambda x: -density(x), ())
-    one_mode = 4 + torch.randn(2000)
+    def energy(x):
+        modes = torch.stack([2 - 2 * (x + 4) ** 2, -((x - 4) ** 2) / 2])
+        return -torch.logsumexp(modes, 0)
+
+    energy = FunctionEnergy(energy, ())
+    first, second = 4 + torch.randn(2000), -4 + torch.randn(2000) / 2
     wide = dist.Normal(0.0, 5.0)
-    estimate = bridge_sampling(energy, one_mode, proposal=wide)
+    estimate = bridge_sampling(energy, first, proposal=wide)
     assert estimate.status == "unreliable"
     assert "not those of the two densities" in estimate.reason
-    both = one_mode * (2.0 * torch.bernoulli(torch.full((2000,), 0.5)) - 1)
+    share = 1 / (1 + math.exp(2) / 2)
+    both = torch.where(torch.rand(2000) < share, first, second)
     estimate = bridge_sampling(energy, both, proposal=wide)
     assert estimate.status == "ok"
-    truth = math.log(2) + math.log(2 * math.pi) / 2
+    truth = math.log(2 * math.pi) / 2 - math.log(share)
     assert estimate.lower <= truth <= estimate.upper
 
 
-def test_draws_that_drift_are_flagged():
-    """Planted fault: halves that alternate; both then have the same mixture."""
+def test_halves_that_differ_are_flagged():
     draws = torch.randn(1000, 2)
-    draws[500:] *= 0.7
-    estimate = bridge_sampling(QuadraticEnergy(torch.zeros(2)), draws)
+    draws[500:] *= 0.5
+    proposal = dist.Normal(torch.zeros(2), 2.0).to_event(1)
+    energy = QuadraticEnergy(torch.zeros(2))
+    estimate = bridge_sampling(energy, draws, proposal=proposal)
     assert estimate.status == "unreliable"
+    assert "two halves of the draws differ" in estimate.reason
 
 
 def autoregressive(rho, num_chains=8, count=400, dim=3):

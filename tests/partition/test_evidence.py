@@ -58,7 +58,10 @@ def test_conjugate_model(proposal):
 
 
 def test_exact_posterior_as_guide_gives_the_evidence_without_error():
-    """Planted fault: the guide's log-probability left out."""
+    """Planted fault: the guide's log-probability left out of single draws.
+
+    Left out of many draws at once, the comparison with single draws finds it.
+    """
 
     def posterior(data=DATA):
         precision = 1 + len(data)

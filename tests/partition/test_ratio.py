@@ -23,18 +23,18 @@ def gaussian(dim, loc=0.0, scale=1.0):
     ("dim", "loc", "scale"), [(1, 1.0, 1.0), (10, 0.3, 0.7), (50, 0.1, 1.1)]
 )
 def test_interval_covers(dim, loc, scale):
-    """Mean and variance of the standardised error over 200 runs.
+    """Mean and variance of the standardised error over 120 runs.
 
     Planted faults: the sign of the ratio; only the draws of the first.
     """
     (f_1, draw_1), (f_2, draw_2) = gaussian(dim), gaussian(dim, loc, scale)
     truth = -dim * math.log(scale)
-    runs = [log_ratio(f_1, f_2, draw_1(300), draw_2(300)) for _ in range(200)]
+    runs = [log_ratio(f_1, f_2, draw_1(300), draw_2(300)) for _ in range(120)]
     assert all(r.status == "ok" for r in runs)
     z = torch.tensor([(r.value - truth) / r.std_error for r in runs])
-    assert abs(z.mean()) < 4 * z.std() / math.sqrt(200)
-    assert 0.7 < z.square().mean() < 1.4
-    assert sum(r.lower <= truth <= r.upper for r in runs) > 180
+    assert abs(z.mean()) < 4 * z.std() / math.sqrt(120)
+    assert 0.65 < z.square().mean() < 1.5
+    assert sum(r.lower <= truth <= r.upper for r in runs) > 106
 
 
 def test_tighter_than_two_estimates():
