@@ -2,6 +2,7 @@ r"""The module that owns an energy, its chains and its :math:`\log Z`."""
 
 __all__ = ["EnergyModel"]
 
+import math
 from typing import Any
 
 import pyro.distributions as dist
@@ -112,9 +113,8 @@ class EnergyModel(nn.Module):
                 "model, or call model.log_partition.refresh(model.energy)."
             )
         estimate = self.log_partition.averaged()
-        distribution = self._distribution(
-            self.log_partition.averaged_energy, torch.tensor(estimate.value)
-        )
+        value = torch.tensor(estimate.value) if math.isfinite(estimate.value) else None
+        distribution = self._distribution(self.log_partition.averaged_energy, value)
         distribution.is_normalized = estimate.is_reliable
         distribution.log_partition_std_error = estimate.std_error
         distribution.owner = None

@@ -137,6 +137,19 @@ class GeometricPath(Energy):
             )
         return state
 
+    def require_progress(self, num_temperatures: int, limit: int) -> None:
+        """Give up on a path that does not end.
+
+        Raises:
+            DivergenceError: If more than ``limit`` temperatures were taken.
+        """
+        if num_temperatures > limit:
+            raise DivergenceError(
+                f"the path from the base has not ended after {limit} temperatures; the "
+                f"inverse temperature is {self.inverse_temperature:.3g}. The energy "
+                "falls without bound, or the base is far from it: choose a base nearer."
+            )
+
     def at_temperature(self, state: PathState) -> ChainState:
         """The chains as seen by a kernel at the current temperature."""
         beta = self.inverse_temperature

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 
-from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc import HMC, Kernel, StepSizeAdaptation, find_step_size
 from pyro_ebm.partition.path import GeometricPath, PathState
 from pyro_ebm.partition.resampling import systematic_resample
@@ -98,12 +97,7 @@ def _pilot(path: GeometricPath) -> tuple[list[float], list[Kernel]]:
     state = path.start(_NUM_PARTICLES)
     rungs, kernels, kernel = [0.0], [], HMC(step_size=1.0)
     while rungs[-1] < 1:
-        if len(rungs) > _MAX_RUNGS:
-            raise DivergenceError(
-                f"the pilot run has not arrived after {_MAX_RUNGS} temperatures; the "
-                f"inverse temperature is {rungs[-1]:.3g}. The energy falls without "
-                "bound, or the base is far from it: choose a base nearer."
-            )
+        path.require_progress(len(rungs), _MAX_RUNGS)
         beta = next_temperature(state, rungs[-1], 0.5)
         log_weights = state.log_weight(beta - rungs[-1])
         kernel = with_metric(kernel, state.u[None], log_weights[None])

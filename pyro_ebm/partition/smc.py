@@ -38,7 +38,6 @@ from torch import Tensor
 
 from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
 from pyro_ebm.energies import Energy
-from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc import HMC, StepSizeAdaptation, find_step_size
 from pyro_ebm.mcmc.base import flat_event
 from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
@@ -120,17 +119,21 @@ def smc(
         chain_length=chain_length,
     )
     value, std_error, half = combine_replicates(islands.log_partition)
-    reliable = math.isfinite(value) and std_error * math.sqrt(num_islands) < 0.5
+    reason = ""
+    if not math.isfinite(value):
+        reason = "the estimate is not finite"
+    elif not std_error * math.sqrt(num_islands) < 0.5:
+        reason = "the islands disagree by more than 0.5 nats"
     return LogPartitionEstimate(
         value,
         std_error,
         value - half,
         value + half,
         islands.ess * num_islands * num_particles,
-        "ok" if reliable else "unreliable",
+        "unreliable" if reason else "ok",
         f"SMC, {len(islands.inverse_temperatures) - 1} temperatures",
         islands.num_evaluations,
-        "" if reliable else "the islands disagree by more than 0.5 nats",
+        reason,
     )
 
 
@@ -166,12 +169,7 @@ def run_smc(
     sums = _Sums(state)
     kernel, betas = HMC(step_size=1.0), [0.0]
     while betas[-1] < 1:
-        if len(betas) > max_temperatures:
-            raise DivergenceError(
-                f"the path from the base has not ended after {max_temperatures} "
-                f"temperatures; the inverse temperature is {betas[-1]:.3g}. The energy "
-                "falls without bound, or the base is far from it: choose a base nearer."
-            )
+        path.require_progress(len(betas), max_temperatures)
         beta = next_temperature(state, betas[-1], ess_threshold)
         log_weights = state.log_weight(beta - betas[-1])
         kernel = with_metric(kernel, state.u, log_weights)

@@ -45,6 +45,7 @@ from pyro_ebm.mcmc.persistent import StatefulModule
 from pyro_ebm.partition.average import FollowedEnergy
 from pyro_ebm.partition.base import LogPartitionEstimate, Status, combine_replicates
 from pyro_ebm.partition.exact import closed_form
+from pyro_ebm.partition.normalizability import check_normalizability
 from pyro_ebm.partition.smc import Islands, run_smc
 from pyro_ebm.partition.walkers import Walkers
 
@@ -56,7 +57,7 @@ _REASONS = (
     "a fresh run of SMC from the base disagrees with the walkers",
     "the parameters are too far from their average: effective sample size below 10 %",
     "the energy is not finite at the walkers",
-    "no run from the base arrives: the energy may have no partition function",
+    "the energy seems to have no partition function, or no run from the base arrives",
 )
 
 
@@ -155,14 +156,15 @@ class LogPartition(StatefulModule):
 
     def averaged(self) -> LogPartitionEstimate:
         r""":math:`\log Z` of the averaged parameters, with a 95 % interval."""
-        if not self.is_started:
-            nan = math.nan
-            return LogPartitionEstimate(
-                nan, nan, nan, nan, nan, "unreliable", "walkers", 0, _REASONS[1]
-            )
-        known = closed_form(self.averaged_energy)
+        known = closed_form(self.averaged_energy) if self.is_started else None
         if known is not None:
             return known
+        reason = _REASONS[int(self.verdict[0])]
+        if not self.walkers.is_started:
+            nan, spent = math.nan, self.num_evaluations
+            return LogPartitionEstimate(
+                nan, nan, nan, nan, nan, "unreliable", "walkers", spent, reason
+            )
         value, std_error, half = combine_replicates(self.walkers.log_partition())
         return LogPartitionEstimate(
             value,
@@ -173,7 +175,7 @@ class LogPartition(StatefulModule):
             "unreliable" if self.verdict[0] else "ok",
             "walkers",
             self.num_evaluations,
-            _REASONS[int(self.verdict[0])],
+            reason,
         )
 
     @torch.no_grad()
@@ -223,12 +225,14 @@ class LogPartition(StatefulModule):
         """
         if self.is_closed_form:
             return True
+        agree = False
         for size in (self.num_walkers, 4 * self.num_walkers):
             fresh = self._run_smc(size)
             if fresh is None:
                 return False
             if not self.walkers.is_started:
-                self._adopt(fresh)
+                self._adopt(fresh)  # for the larger run to judge
+                continue
             value, std_error, _ = combine_replicates(fresh.log_partition)
             own, own_error, _ = combine_replicates(self.walkers.log_partition())
             agree = abs(value - own) <= 3 * math.hypot(std_error, own_error)
@@ -301,13 +305,19 @@ class LogPartition(StatefulModule):
         if not log_partitions.isfinite().all():
             return 6
         if self.verdict[2]:
-            return 4
+            return 7 if self.verdict[2] == 7 else 4
         if log_partitions.std() > 0.5:
             return 2
         return 3 if self.walkers.resampling_rate() > 0.01 else 0
 
     def _run_smc(self, num_particles: int) -> Islands | None:
         """Fresh islands at the averaged parameters; ``None`` if they do not arrive."""
+        draws = self.base.sample((self.num_walkers,))
+        rays = check_normalizability(self.averaged_energy, draws)
+        self.num_check_evaluations += rays.num_evaluations
+        if not rays.is_normalizable:
+            self.verdict.fill_(7)
+            return None
         try:
             islands = run_smc(
                 self.followed.energy,

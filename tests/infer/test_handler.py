@@ -48,7 +48,7 @@ ELBOS = {
 LINE = torch.linspace(-4.5, 4.5, 181, dtype=torch.float64)
 GRID = torch.cartesian_prod(LINE, LINE)
 STEP = 0.05
-NUM_CHAINS = 1500
+NUM_CHAINS = 4000
 OBJECTIVE = MaximumLikelihood(num_chains=NUM_CHAINS, num_steps=2, restart_fraction=0.0)
 
 

@@ -247,7 +247,7 @@ def test_no_partition_function(monkeypatch):
     """The schedule never arrives; with one of its own the reason is in the weights."""
     monkeypatch.setattr("pyro_ebm.partition.schedule._MAX_RUNGS", 40)
     target = targets.unnormalizable()
-    with pytest.raises(DivergenceError, match="pilot run has not arrived"):
+    with pytest.raises(DivergenceError, match="path from the base has not ended"):
         annealed_importance_sampling(target.energy, target.base)
     estimate = annealed_importance_sampling(
         target.energy,

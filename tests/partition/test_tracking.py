@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy
+import pyro_ebm
+from pyro_ebm.energies import Energy, FunctionEnergy, NeuralEnergy, QuadraticEnergy
 from pyro_ebm.partition import LogPartition, quadrature
 from pyro_ebm.partition.average import FollowedEnergy
 from pyro_ebm.testing import CountingEnergy
@@ -309,3 +310,49 @@ def test_followed_energy_takes_over_buffers():
     energy.fn.centre += 2.0
     followed.average(energy, 0.5)
     assert torch.equal(followed.energy.fn.centre, torch.full((2,), 2.0))
+
+
+class Bowl(Energy):
+    """``w |x|^2``, without a closed form: no partition function where ``w < 0``."""
+
+    def __init__(self, weight):
+        super().__init__((2,))
+        self.weight = torch.nn.Parameter(torch.tensor(weight))
+
+    def forward(self, x):
+        return self.weight * x.square().sum(-1)
+
+
+def test_no_partition_function_is_no_number():
+    """Seen to fail without the ray test: a log Z of 8.9 +- .1, called ok."""
+    energy = Bowl(-0.5)
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    model = pyro_ebm.EnergyModel(energy, base)
+    tracked = model.log_partition
+    tracked.refresh(energy)
+    tracked.follow(energy)
+    estimate = tracked.averaged()
+    assert (estimate.status, tracked.status) == ("unreliable", "unreliable")
+    assert math.isnan(estimate.value)
+    assert "no partition function" in estimate.reason
+    assert not model().is_normalized
+    assert not model.averaged().is_normalized
+    result = pyro_ebm.fit(
+        model, torch.randn(50, 2), num_steps=3, record_interval=1, progress_bar=False
+    )
+    assert result.log_partition.status == "unreliable"
+    assert not result.history[-1].train.is_normalized
+
+
+def test_a_partition_function_that_appears_is_found():
+    energy = Bowl(-0.5)
+    base = dist.Normal(torch.zeros(2), 2.0).to_event(1)
+    tracked = LogPartition(energy, base)
+    tracked.refresh(energy)
+    energy.weight.data.fill_(0.5)
+    tracked.followed.reset(energy)
+    assert tracked.check()
+    tracked.read(energy)
+    estimate = tracked.averaged()
+    assert estimate.status == "ok"
+    assert estimate.lower < math.log(2 * math.pi) < estimate.upper
