@@ -13,8 +13,8 @@ from torch.distributions import constraints
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
 from pyro_ebm.mcmc import IndependentChains, PersistentChains, Sampler
+from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition import LogPartition
-from pyro_ebm.partition.path import GeometricPath
 
 
 class EnergyModel(nn.Module):

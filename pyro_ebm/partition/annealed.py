@@ -43,10 +43,10 @@ from torch import Tensor
 from pyro_ebm.diagnostics import log_mean_exp
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc import Kernel
+from pyro_ebm.mcmc.path import GeometricPath, PathState
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.bennett import bennett
 from pyro_ebm.partition.importance import estimate_from_weights
-from pyro_ebm.partition.path import GeometricPath, PathState
 from pyro_ebm.partition.schedule import Schedule, plan_schedule
 
 

@@ -10,12 +10,12 @@ import pyro.distributions as dist
 
 from pyro_ebm.energies import Energy
 from pyro_ebm.errors import UnreliableWarning
+from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition.annealed import annealed_importance_sampling
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.bridge import bridge_sampling
 from pyro_ebm.partition.exact import closed_form, quadrature
 from pyro_ebm.partition.importance import importance_sampling
-from pyro_ebm.partition.path import GeometricPath
 from pyro_ebm.partition.refined import refined_smc
 from pyro_ebm.partition.smc import run_smc
 

@@ -24,9 +24,9 @@ import torch
 
 from pyro_ebm.diagnostics import pareto_k
 from pyro_ebm.energies import Energy
+from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
 from pyro_ebm.partition.normalizability import Normalizability, check_normalizability
-from pyro_ebm.partition.path import GeometricPath
 from pyro_ebm.partition.refit import RefittedBase
 from pyro_ebm.partition.smc import Islands, run_smc
 

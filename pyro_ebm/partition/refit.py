@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_ebm.partition.path import GeometricPath
+from pyro_ebm.mcmc.path import GeometricPath
 
 
 def fit_student_t(

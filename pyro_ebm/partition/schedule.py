@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from pyro_ebm.mcmc import HMC, Kernel, StepSizeAdaptation, find_step_size
-from pyro_ebm.partition.path import GeometricPath, PathState
+from pyro_ebm.mcmc.path import GeometricPath, PathState
 from pyro_ebm.partition.resampling import systematic_resample
 from pyro_ebm.partition.smc import next_temperature, with_metric, with_step_size
 

@@ -40,8 +40,8 @@ from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc import HMC, StepSizeAdaptation, find_step_size
 from pyro_ebm.mcmc.base import flat_event
+from pyro_ebm.mcmc.path import GeometricPath, PathState
 from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
-from pyro_ebm.partition.path import GeometricPath, PathState
 from pyro_ebm.partition.resampling import systematic_resample
 
 

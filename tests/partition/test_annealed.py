@@ -9,12 +9,12 @@ import torch
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
 from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc import HMC, MALA
+from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition.annealed import (
     annealed_importance_sampling,
     bidirectional,
     guaranteed_lower,
 )
-from pyro_ebm.partition.path import GeometricPath
 from pyro_ebm.partition.schedule import plan_schedule
 from pyro_ebm.testing import CountingEnergy, targets
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyro_ebm.energies import DistributionEnergy, unconstrained
-from pyro_ebm.partition.path import GeometricPath
+from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition.refined import refined_smc
 from pyro_ebm.partition.refit import RefittedBase, fit_student_t
 from pyro_ebm.testing import targets

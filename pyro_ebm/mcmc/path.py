@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_ebm.energies import DistributionEnergy, Energy, same_support, unconstrained
 from pyro_ebm.energies.distribution import require_single
 from pyro_ebm.errors import DivergenceError
-from pyro_ebm.mcmc import ChainState, Kernel, StepInfo
+from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
 
 
 class PathState(NamedTuple):
