@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, accept, flat_event
+from pyro_ebm.mcmc.leapfrog import leapfrog
 
 
 @final
@@ -85,14 +86,12 @@ class HMC(Kernel):
         eps = self._step_sizes(state)
         momentum = torch.randn_like(state.x)
         r = momentum.addcmul(eps, self._transposed(state.grad), value=-0.5)  # (1)
-        new = state
-        for leapfrog in range(1, self.num_leapfrog + 1):
-            x = new.x.addcmul(eps, self._scaled(r))  # (2)
-            new = ChainState(x, *energy.value_and_grad(x))
+        x = state.x
+        for number in range(1, self.num_leapfrog + 1):
             # Two half steps meet between leapfrogs: (3) and the next (1) in one.
-            half = -0.5 if leapfrog == self.num_leapfrog else -1.0
-            r = r.addcmul(eps, self._transposed(new.grad), value=half)  # (3)
-
+            half = 0.5 if number == self.num_leapfrog else 1.0
+            x, value, grad, r = leapfrog(energy, x, r, eps, half, self.scale_tril)
+        new = ChainState(x, value, grad)
         twice_kinetic = flat_event(momentum**2 - r**2, state.energy.dim()).sum(-1)
         log_ratio = state.energy - new.energy + twice_kinetic / 2  # (4)
         return accept(log_ratio, state, new)
@@ -107,9 +106,6 @@ class HMC(Kernel):
             eps = eps * self.scale
         # In full: each leapfrog step multiplies by it twice, and broadcasting is slow.
         return eps.expand_as(state.x).contiguous()
-
-    def _scaled(self, r: Tensor) -> Tensor:
-        return r if self.scale_tril is None else r @ self.scale_tril.mT
 
     def _transposed(self, grad: Tensor) -> Tensor:
         return grad if self.scale_tril is None else grad @ self.scale_tril
