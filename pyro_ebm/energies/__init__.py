@@ -13,6 +13,7 @@ __all__ = [
     "FunctionEnergy",
     "MixtureEnergy",
     "NeuralEnergy",
+    "PyroModelEnergy",
     "QuadraticEnergy",
     "SumEnergy",
     "UnconstrainedEnergy",
@@ -28,6 +29,7 @@ from pyro_ebm.energies.distribution import DistributionEnergy
 from pyro_ebm.energies.function import FunctionEnergy
 from pyro_ebm.energies.mixture import MixtureEnergy
 from pyro_ebm.energies.neural import NeuralEnergy
+from pyro_ebm.energies.pyro_model import PyroModelEnergy
 from pyro_ebm.energies.quadratic import QuadraticEnergy
 from pyro_ebm.energies.unconstrained import (
     UnconstrainedEnergy,

@@ -2,10 +2,12 @@
 
 import copy
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
+from pyro.nn import PyroModule
 from torch import nn
 from torch.distributions import biject_to
 
@@ -37,7 +39,29 @@ def gamma():
     return energies.DistributionEnergy(dist.Gamma(torch.tensor(3.0), 2.0))
 
 
+def eight_schools(y):
+    scale = pyro.sample("scale", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", len(y)):
+        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(scale * effect, 10.0), obs=y)
+
+
+class Regression(PyroModule):
+    """A Pyro model with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.noise = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self):
+        slope = pyro.sample("slope", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        y = slope @ torch.tensor([1.0, 2.0]).to(slope)
+        pyro.sample("y", dist.Normal(y, self.noise.exp()), obs=torch.tensor(1.0))
+
+
 CASES = {
+    "pyro-model": lambda: energies.PyroModelEnergy(eight_schools, torch.arange(3.0)),
+    "pyro-module": lambda: energies.PyroModelEnergy(Regression()),
     "function": lambda: energies.FunctionEnergy(Ring(), (2,)),
     "function-scalar": lambda: energies.FunctionEnergy(lambda x: x**2 / 2, ()),
     "function-positive": lambda: energies.FunctionEnergy(

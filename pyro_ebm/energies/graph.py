@@ -1,0 +1,342 @@
+"""Clean an operator graph, so that it has few nodes and a batched form.
+
+A graph is what ``make_fx`` records: one node for each operator on plain tensors.
+Cleaning keeps its value at every input, and its gradient where that is asked for.
+"""
+
+__all__ = [
+    "UntraceableError",
+    "clean",
+    "make_functional",
+    "poison_failures",
+    "require_deterministic",
+]
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+aten = torch.ops.aten
+
+# The result follows from the shape of the argument alone.
+_SHAPE_ONLY = {
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+}
+_IDENTITIES = {aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default}
+_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+# The identity where the result has the shape and type of the argument.
+_CASTS = _VIEWS | {aten.expand.default, aten.squeeze.dim, aten._to_copy.default}
+
+
+class UntraceableError(RuntimeError):
+    """The model does something that a fixed graph of operators cannot hold."""
+
+
+def make_functional(graph: fx.GraphModule, *inputs: Tensor) -> fx.GraphModule:
+    """The same graph without operators that write into their arguments."""
+    if not any(_is_mutating(node) for node in graph.graph.nodes):
+        return graph
+    functional = torch.func.functionalize(graph, remove="mutations")
+    clean_graph: fx.GraphModule = make_fx(lambda *args: functional(*args))(*inputs)
+    if any(_is_mutating(node) for node in clean_graph.graph.nodes):
+        raise UntraceableError(
+            "it writes into a tensor that outlives the call, such as the running mean "
+            "of a batch norm; put modules in eval() mode"
+        )
+    return clean_graph
+
+
+def require_deterministic(graph: fx.GraphModule) -> None:
+    """Refuse random numbers drawn outside of sample sites.
+
+    Raises:
+        ValueError: If there are any that the result depends on.
+    """
+    for node in graph.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in _tags(node.target):
+            raise ValueError(
+                f"model draws random numbers ({node.target}) that are no sample site, "
+                "so its density is not a function of its sites. Draw them with "
+                "pyro.sample, or switch them off: dropout by module.eval()."
+            )
+
+
+def clean(
+    graph: fx.GraphModule, *inputs: Tensor, differentiable: bool
+) -> fx.GraphModule:
+    """Fold constants, drop operators without effect, and share equal ones.
+
+    Args:
+        graph: Without mutating operators; its placeholders are the inputs.
+        *inputs: An example of them.
+        differentiable: Whether gradients through the graph must stay as they are.
+    """
+    _prune(graph.graph)
+    values = _Recorder(graph).record(*inputs)
+    return _Cleaner(values, differentiable=differentiable)(graph)
+
+
+def poison_failures(graph: fx.GraphModule, *inputs: Tensor) -> None:
+    """Let a failed factorisation give nan, where the operators recorded would raise.
+
+    One chain at a singular matrix must not stop the others.
+    """
+    values = _Recorder(graph).record(*inputs)
+    nodes = graph.graph
+    for check in list(nodes.nodes):
+        if check.target is not aten._linalg_check_errors.default:
+            continue
+        info = check.args[0]
+        for part in list(info.args[0].users):
+            if part is info or not values[part].is_floating_point():
+                continue
+            trailing = [1] * (values[part].dim() - values[info].dim())
+            shape = [*values[info].shape, *trailing]
+            with nodes.inserting_after(max(part, info)):
+                wide = nodes.call_function(aten.reshape.default, (info, shape))
+            with nodes.inserting_after(wide):
+                failed = nodes.call_function(aten.ne.Scalar, (wide, 0))
+            with nodes.inserting_after(failed):
+                filled = nodes.call_function(
+                    aten.masked_fill.Scalar, (part, failed, torch.nan)
+                )
+            part.replace_all_uses_with(filled, lambda user, own=filled: user is not own)
+        nodes.erase_node(check)
+    graph.recompile()
+
+
+def _prune(graph: fx.Graph) -> None:
+    """Remove every node that no output depends on."""
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps the value of each node."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph, garbage_collect_values=False)
+
+    @torch.no_grad()
+    def record(self, *inputs: Tensor) -> dict[fx.Node, Any]:
+        self.run(*inputs, enable_io_processing=False)
+        return dict(self.env)
+
+
+class _Cleaner:
+    """One pass over a graph that builds the clean one node by node."""
+
+    def __init__(self, values: dict[fx.Node, Any], *, differentiable: bool) -> None:
+        self.values = values
+        self.differentiable = differentiable
+        self.graph = fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+        # What stands for each old node: a node of the new graph, or a constant.
+        self.new: dict[fx.Node, Any] = {}
+        self.seen: dict[Any, fx.Node] = {}
+
+    def __call__(self, old: fx.GraphModule) -> fx.GraphModule:
+        for node in old.graph.nodes:
+            if node.op == "placeholder":
+                self.new[node] = self.graph.placeholder(node.name)
+            elif node.op == "get_attr":
+                self.new[node] = self.values[node]
+            elif node.op == "output":
+                self.graph.output(self._mapped(node.args[0]))
+            else:
+                self.new[node] = self._replace(node)
+        _prune(self.graph)
+        return fx.GraphModule(self._used_constants(), self.graph)
+
+    def _replace(self, node: fx.Node) -> Any:
+        if not _is_random(node.target) and self._is_constant(node):
+            return self.values[node]
+        same = self._same_as_argument(node)
+        if same is not None:
+            return self.new[same]
+        self._require_static_shape(node)
+        if node.target in (aten.index.Tensor, aten.index_put.default):
+            return self._index(node)
+        # Without clones and expansions a view may no longer be one of memory.
+        target = aten.reshape.default if node.target in _VIEWS else node.target
+        return self._call(target, self._mapped(node.args), self._mapped(node.kwargs))
+
+    def _call(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        key = None if _is_random(target) else _key(target, args, kwargs)
+        if key is None:
+            return self.graph.call_function(target, args, kwargs)
+        if key not in self.seen:
+            self.seen[key] = self.graph.call_function(target, args, kwargs)
+        return self.seen[key]
+
+    def _require_static_shape(self, node: fx.Node) -> None:
+        is_indexing = node.target is aten.index.Tensor  # tagged for the sake of masks
+        if torch.Tag.dynamic_output_shape in _tags(node.target) and not is_indexing:
+            raise UntraceableError(f"a shape depends on latent values ({node.target})")
+
+    def _index(self, node: fx.Node) -> fx.Node:
+        """Indexing, with masks as indices where they are known."""
+        target, masks_and_indices, *rest = node.args
+        indices: list[Any] = []
+        for index in masks_and_indices:  # type: ignore[union-attr]
+            if index is None or self.values[index].dtype is not torch.bool:
+                indices.append(self._mapped(index))
+            elif not isinstance(self.new[index], fx.Node):
+                known = self.values[index].nonzero(as_tuple=True)
+                indices.extend(self._constant(part) for part in known)
+            else:
+                return self._masked_fill(node)
+        args = (self._mapped(target), indices, *self._mapped(rest))
+        return self._call(node.target, args, self._mapped(node.kwargs))
+
+    def _masked_fill(self, node: fx.Node) -> fx.Node:
+        """``target[mask] = number`` for a mask that depends on latent values."""
+        if node.target is aten.index.Tensor:
+            raise UntraceableError("a tensor is indexed by a mask of latent values")
+        target, (mask, *others), value, *accumulate = node.args
+        if others or any(accumulate) or self.values[value].numel() != 1:
+            raise UntraceableError("a tensor is filled through a mask of latent values")
+        trailing = self.values[target].dim() - self.values[mask].dim()
+        shape = [*self.values[mask].shape, *[1] * trailing]
+        wide = self._call(aten.reshape.default, (self._mapped(mask), shape), {})
+        number = self._call(aten.reshape.default, (self._mapped(value), []), {})
+        return self._call(aten.where.self, (wide, number, self._mapped(target)), {})
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        if node.target in _SHAPE_ONLY:
+            return True
+        return not any(
+            isinstance(self.new[argument], fx.Node) for argument in node.all_input_nodes
+        )
+
+    def _same_as_argument(self, node: fx.Node) -> fx.Node | None:
+        """An argument that the result equals, if there is one."""
+        first = node.args[0] if node.args else None
+        if not isinstance(first, fx.Node):
+            return None
+        if node.target is aten.detach.default:
+            return None if self.differentiable else first
+        if node.target in _IDENTITIES:
+            return first
+        if node.target in _CASTS:
+            is_same = _layout(self.values[node]) == _layout(self.values[first])
+            return first if is_same else None
+        if node.target is aten.pow.Tensor_Scalar and node.args[1] == 1:
+            return first
+        if node.target is aten.neg.default and first.target is aten.neg.default:
+            return first.args[0]  # type: ignore[return-value]
+        return self._neutral(node)
+
+    def _neutral(self, node: fx.Node) -> fx.Node | None:
+        """The other argument, where one is added 0 or multiplied by 1."""
+        neutral = _NEUTRAL.get(node.target)
+        if neutral is None or len(node.args) != 2 or node.kwargs:
+            return None
+        element, is_commutative = neutral
+        pairs = [node.args, node.args[::-1]] if is_commutative else [node.args]
+        for kept, other in pairs:
+            if (
+                isinstance(kept, fx.Node)
+                and self._is_full_of(other, element)
+                and _layout(self.values[kept])[:2] == _layout(self.values[node])[:2]
+            ):
+                return kept
+        return None
+
+    def _is_full_of(self, argument: Any, element: float) -> bool:
+        if isinstance(argument, fx.Node):
+            argument = self.new[argument]
+            if isinstance(argument, fx.Node):
+                return False
+            return bool((argument == element).all())
+        return bool(argument == element)
+
+    def _mapped(self, arguments: Any) -> Any:
+        return fx.node.map_arg(arguments, self._as_node)
+
+    def _as_node(self, old: fx.Node) -> Any:
+        new = self.new[old]
+        return self._constant(new) if isinstance(new, Tensor) else new
+
+    def _constant(self, value: Tensor) -> fx.Node:
+        key = ("constant", id(value))
+        if key not in self.seen:
+            name = f"constant_{len(self.constants)}"
+            self.constants[name] = value  # which keeps its id its own
+            with self.graph.inserting_before(self._first_operator()):
+                self.seen[key] = self.graph.get_attr(name)
+        return self.seen[key]
+
+    def _first_operator(self) -> fx.Node | None:
+        nodes = (node for node in self.graph.nodes if node.op != "placeholder")
+        return next(nodes, None)
+
+    def _used_constants(self) -> dict[str, Tensor]:
+        used = {node.target for node in self.graph.nodes if node.op == "get_attr"}
+        return {name: _lean(c) for name, c in self.constants.items() if name in used}
+
+
+# Operator -> (the neutral second argument, whether it may also stand first).
+_NEUTRAL: dict[Any, tuple[float, bool]] = {
+    aten.add.Tensor: (0.0, True),
+    aten.sub.Tensor: (0.0, False),
+    aten.mul.Tensor: (1.0, True),
+    aten.mul.Scalar: (1.0, False),
+    aten.div.Tensor: (1.0, False),
+    aten.add.Scalar: (0.0, False),
+}
+
+
+def _layout(value: Tensor) -> tuple[Any, ...]:
+    return value.shape, value.dtype, value.device
+
+
+def _lean(constant: Tensor) -> Tensor:
+    """A constant that repeats itself along the first axis needs no memory there."""
+    constant = constant.detach()
+    if constant.dim() and constant.shape[0] > 1:
+        first = constant[:1]
+        if constant.equal(first.expand_as(constant)):
+            return first.clone().expand_as(constant)
+    return constant
+
+
+def _key(target: Any, args: Any, kwargs: Any) -> Any:
+    """What makes two nodes the same computation; ``None`` if it cannot be told."""
+
+    def frozen(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return (type(value).__name__, *map(frozen, value))
+        if isinstance(value, dict):
+            return tuple((name, frozen(part)) for name, part in value.items())
+        # 1, 1.0 and True are equal and hash alike, but promote otherwise.
+        return (type(value), value)
+
+    key = (target, frozen(args), frozen(kwargs))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _tags(target: Any) -> Sequence[torch.Tag]:
+    return getattr(target, "tags", ())
+
+
+def _is_random(target: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in _tags(target)
+
+
+def _is_mutating(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)

@@ -1,0 +1,193 @@
+r"""The prior of a Pyro model as a normalised distribution over unconstrained space.
+
+It is one end of the path from prior to posterior, along which the log evidence is the
+difference in log Z:
+
+.. math::
+    \log p(y) = \log \mathbb{E}_{u \sim p(u)}\left[ e^{f_0(u) - f(u)} \right],
+    \qquad f_0(u) = -\log p(u)                                              \tag{1}
+"""
+
+__all__ = ["ModelPrior", "prior_model"]
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import torch
+from pyro.distributions import constraints
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_ebm.energies.base import Energy
+from pyro_ebm.energies.model_sites import Model, ModelSites, samples
+
+#: Draws of a vectorised run whose densities are compared with those of the energy.
+_NUM_CHECKED = 4
+
+
+def prior_model(model: Model, trace: Trace) -> Model:
+    """The model without its observed sites and factors.
+
+    Args:
+        model: A Pyro model.
+        trace: A run of it.
+
+    Raises:
+        NotImplementedError: If the prior is not normalised: a latent site is scaled,
+            masked or improper, or has a density that a reparametriser gave it.
+    """
+    sites = samples(trace)
+    for name, site in sites:
+        _require_normalized(name, site)
+    continuous = [
+        number
+        for number, (_, site) in enumerate(sites)
+        if not site["is_observed"] and not site["fn"].support.is_discrete
+    ]
+    # Discrete sites that no continuous one follows sum to one: nothing to enumerate.
+    hidden = {name for name, _ in sites[max(continuous) + 1 :]}
+
+    def is_hidden(site: dict[str, Any]) -> bool:
+        is_sample = site["type"] == "sample"
+        return is_sample and (site["is_observed"] or site["name"] in hidden)
+
+    return poutine.block(model, hide_fn=is_hidden)
+
+
+@final
+class ModelPrior(dist.TorchDistribution):
+    """The prior of a Pyro model's latent sites, in unconstrained space.
+
+    Made by :attr:`pyro_ebm.energies.PyroModelEnergy.prior`.
+
+    Args:
+        energy: Minus the log prior density, normalised, over all real ``u``.
+        model: The Pyro model without its observed sites; it is run to draw.
+        args: Arguments of the model.
+        kwargs: Arguments of the model.
+        sites: Its latent sites.
+
+    Attributes:
+        energy: As given; its ``value_and_grad`` is the fast way to the gradient.
+
+    Exactness: ``log_prob`` and ``sample`` are *exact*.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.real_vector
+    has_rsample = False
+
+    def __init__(
+        self,
+        energy: Energy,
+        model: Model,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        sites: ModelSites,
+    ) -> None:
+        self.energy = energy
+        self._model, self._args, self._kwargs = model, args, kwargs
+        self._sites = sites
+        super().__init__(torch.Size(), energy.event_shape, validate_args=False)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "ModelPrior":
+        """The same distribution with another batch shape."""
+        new = self._get_checked_instance(type(self), _instance)
+        vars(new).update(vars(self))
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log prior density at ``value`` of shape ``(*sample, *batch, D)``."""
+        log_prob = -self.energy(value)
+        shape = torch.broadcast_shapes(log_prob.shape, self.batch_shape)
+        return log_prob.expand(shape)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Independent draws, by running the model.
+
+        All at once inside one more plate where the model is written for that, which is
+        checked by their densities; else one run a draw.
+
+        Args:
+            sample_shape: Shape of the draws.
+
+        Returns:
+            Shape ``(*sample, *batch, D)``.
+        """
+        shape = self._extended_shape(torch.Size(sample_shape))
+        num_draws = shape[:-1].numel()
+        if num_draws == 0:
+            return self._sites.example.new_empty(shape)
+        u = self._many(num_draws) if num_draws > 1 else None
+        if u is None:
+            u = torch.stack([self._one() for _ in range(num_draws)])
+        return u.reshape(shape).to(**self.energy.tensor_options())
+
+    def _one(self) -> Tensor:
+        with poutine.block():
+            trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
+        values = {name: trace.nodes[name]["value"] for name in self._sites.shapes}
+        return self._sites.unconstrain(values)
+
+    def _many(self, num_draws: int) -> Tensor | None:
+        """Draws of one vectorised run, or ``None`` where that does not work."""
+        dim = -1 - self._sites.max_plate_nesting
+        plate = pyro.plate("_pyro_ebm_draws", num_draws, dim=dim)
+        try:
+            with poutine.block():
+                trace = poutine.trace(plate(self._model)).get_trace(
+                    *self._args, **self._kwargs
+                )
+            return self._checked(trace, num_draws)
+        except (ValueError, RuntimeError, IndexError):  # not written for batches
+            return None
+
+    def _checked(self, trace: Trace, num_draws: int) -> Tensor | None:
+        values, log_prob = {}, torch.zeros(())
+        for name, site in samples(trace):
+            if name not in self._sites.shapes:
+                return None  # discrete: summed out in the energy, so not comparable
+            shape = self._sites.shapes[name]
+            values[name] = site["value"].reshape((num_draws, *shape))
+            site_log_prob = site["fn"].log_prob(site["value"])
+            log_prob = log_prob + site_log_prob.reshape(num_draws, -1).sum(-1)
+        u = self._sites.unconstrain(values)
+        log_prob = log_prob + self._sites.log_abs_det(u, values)
+        checked = slice(None, _NUM_CHECKED)
+        options = self.energy.tensor_options()
+        expected = -self.energy(u[checked].to(**options)).to(log_prob)
+        is_same = torch.allclose(
+            log_prob[checked], expected, rtol=1e-3, atol=1e-3, equal_nan=True
+        )
+        return u if is_same else None
+
+
+def _require_normalized(name: str, site: dict[str, Any]) -> None:
+    fn = site["fn"]
+    reason = ""
+    if site["is_observed"]:
+        if isinstance(fn, dist.Delta) and torch.as_tensor(fn.log_density).any():
+            reason = "is given and has a log_density of its own"
+    elif isinstance(fn, dist.ImproperUniform):
+        reason = "is improper"
+    elif torch.as_tensor(site["scale"] != 1).any():
+        reason = "is scaled"
+    elif site["mask"] is not None or _is_masked(fn):
+        reason = "is masked"
+    if reason:
+        raise NotImplementedError(
+            f"the prior of the model is not a normalised density: site {name!r} "
+            f"{reason}. Without a prior there is no path from it to the posterior; "
+            "give another normalised base over energy.event_shape."
+        )
+
+
+def _is_masked(fn: Any) -> bool:
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return isinstance(fn, dist.MaskedDistribution)

@@ -1,0 +1,302 @@
+r"""A Pyro model as an energy.
+
+With latent sites :math:`z = T(u)`, :math:`T` the bijections from unconstrained space
+that Pyro's own HMC uses,
+
+.. math::
+    f(u) = -\log p(z, y) - \log\left|\det \frac{\partial T}{\partial u}\right|,
+    \qquad Z = \int e^{-f(u)}\, du = p(y)                                   \tag{1}
+
+so :math:`e^{-f} / Z` is the posterior, and :math:`\log Z` the log evidence.
+"""
+
+__all__ = ["PyroModelEnergy"]
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from pyro_ebm.energies.base import Energy
+from pyro_ebm.energies.graph import UntraceableError
+from pyro_ebm.energies.model_prior import ModelPrior, prior_model
+from pyro_ebm.energies.model_sites import (
+    ModelSites,
+    find_sites,
+    run_model,
+    samples,
+)
+from pyro_ebm.energies.tracing import LoopedFunction, TracedFunction
+from pyro_ebm.errors import DivergenceError
+
+#: Points at which the traced energy is compared with Pyro's.
+_NUM_CHECKED = 3
+#: Draws of a starting point before giving up.
+_MAX_STARTS = 100
+
+
+@final
+class PyroModelEnergy(Energy):
+    r"""The energy (1) of a Pyro model, for many chains at once.
+
+    The model is run a few times when the energy is built, and once more under a tracer;
+    from then on no effect handler runs. Discrete latent sites are summed out as Pyro's
+    HMC does. Points are vectors: the unconstrained values of the continuous latent
+    sites, end to end in the order of the model.
+
+    Parameters stay live: those of modules and of Pyro's parameter store are read at
+    each evaluation, and :meth:`forward` gives them gradients. So are the buffers of
+    modules. Everything else is fixed as it was: arguments, tensors in closures, plain
+    numbers, the arguments' shapes. A model that is a module, or a method of one, brings
+    its parameters with it; others stay where they are.
+
+    A model that no fixed sequence of operators computes (branches on latent values,
+    ``.item()``) is evaluated by Pyro, a chain at a time, with a warning.
+
+    Args:
+        model: A Pyro model, whose data are given by ``obs``, factors or conditioning.
+        *args: Its arguments.
+        compile: Whether to compile gradients with ``torch.compile``: several times
+            faster, after some seconds for each new number of chains. (A model with an
+            argument of this name is given by ``functools.partial``.)
+        **kwargs: Its arguments.
+
+    Raises:
+        TypeError: If ``model`` cannot be called.
+        ValueError: If the model has no continuous latent site, other sites at each run,
+            random numbers that are no sites, or nan in its data.
+        NotImplementedError: If a discrete site cannot be enumerated, a plate is
+            subsampled, or a support depends on other sites.
+
+    Exactness: *exact*; :math:`Z` of (1) is the evidence.
+
+    Example:
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+        >>> energy = PyroModelEnergy(model, torch.tensor([0.5, -1.0, 0.3]))
+        >>> u = energy.initial_points(1000)
+        >>> value, grad = energy.value_and_grad(u)
+        >>> value.shape, grad.shape, energy.constrain(u)["scale"].shape
+        (torch.Size([1000]), torch.Size([1000, 1]), torch.Size([1000]))
+    """
+
+    origin: Tensor  # zeros, in the shape, dtype and device of one point
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *args: Any,
+        compile: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(model, Energy) or not callable(model):
+            raise TypeError(
+                f"model must be a Pyro model, got {type(model).__name__}. An energy "
+                'becomes one as lambda: pyro.sample("x", EnergyDistribution(energy)).'
+            )
+        sites = _inspect(model, args, kwargs)
+        super().__init__(sites.example.shape)
+        self.register_buffer("origin", sites.example, persistent=False)
+        self.model = model
+        self._owner = getattr(model, "__self__", None)
+        self._args, self._kwargs = args, kwargs
+        self._compile = compile
+        self._build(sites)
+
+    def _build(self, sites: ModelSites) -> None:
+        self._sites = sites
+        self._prior: ModelPrior | None = None
+        self._function = self._traced()
+
+    def _traced(self) -> TracedFunction | LoopedFunction:
+        root = self.model if isinstance(self.model, nn.Module) else None
+        traced = TracedFunction(self._potential, root, compile=self._compile)
+        looped = LoopedFunction(self._potential)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                traced.trace(self.origin)
+                _check(traced, looped, self.origin)
+        except UntraceableError as error:
+            warnings.warn(
+                f"the model cannot be traced: {error}. It is evaluated by Pyro, one "
+                "chain at a time, which is slow; for a few chains "
+                "pyro.infer.NUTS(model) serves as well.",
+                stacklevel=4,
+            )
+            return looped
+        return traced
+
+    def _potential(self, u: Tensor) -> Tensor:
+        # Tracing cannot look into values; nor may a chain that strays raise an error.
+        with pyro.validation_enabled(is_validate=False):
+            return self._sites.energy(u)
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether evaluations run a traced graph; if not, Pyro runs the model."""
+        return isinstance(self._function, TracedFunction)
+
+    @property
+    def site_shapes(self) -> dict[str, torch.Size]:
+        """Shape of the value of each continuous latent site, in order."""
+        return dict(self._sites.shapes)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Evaluate (1) at ``u`` of shape ``(*batch, D)``."""
+        batch_shape = self.batch_shape_of(u)
+        flat = u.reshape(-1, *self.event_shape)
+        if not len(flat):
+            return u.sum(-1)
+        return self._function.value(flat).reshape(batch_shape).to(u.dtype)
+
+    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Energy and gradient at ``u`` of shape ``(*batch, D)``, by one graph."""
+        batch_shape = self.batch_shape_of(u)
+        flat = u.detach().reshape(-1, *self.event_shape)
+        if not len(flat):
+            return flat.sum(-1).reshape(batch_shape), torch.zeros_like(u)
+        value, grad = self._function.value_and_grad(flat)
+        return value.reshape(batch_shape).to(u.dtype), grad.reshape(u.shape)
+
+    def constrain(self, u: Tensor) -> dict[str, Tensor]:
+        """Values of the latent sites.
+
+        Args:
+            u: Shape ``(*batch, D)``.
+
+        Returns:
+            The value of each site, shape ``(*batch, *site_shape)``.
+        """
+        self.batch_shape_of(u)
+        return self._sites.constrain(u)
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Inverse of :meth:`constrain`.
+
+        Args:
+            values: A value of shape ``(*batch, *site_shape)`` for each latent site.
+
+        Returns:
+            Shape ``(*batch, D)``.
+
+        Raises:
+            ValueError: If a site is missing or has another shape.
+        """
+        return self._sites.unconstrain(values)
+
+    @torch.no_grad()
+    def initial_points(self, num_chains: int) -> Tensor:
+        """Starting points: uniform in (-2, 2), where energy and gradient are finite.
+
+        Args:
+            num_chains: How many.
+
+        Returns:
+            Shape ``(num_chains, D)``.
+
+        Raises:
+            DivergenceError: If 100 draws found no such point for some chain.
+        """
+        shape = (num_chains, *self.event_shape)
+        u = torch.zeros(shape, **self.tensor_options(self.origin))
+        missing = torch.ones(num_chains, dtype=torch.bool, device=u.device)
+        for _ in range(_MAX_STARTS):
+            # All are drawn again, so that the number of points stays the same.
+            proposal = torch.empty_like(u).uniform_(-2, 2)
+            value, grad = self.value_and_grad(proposal)
+            is_finite = (value + grad.sum(-1)).isfinite()
+            u = torch.where((missing & is_finite).unsqueeze(-1), proposal, u)
+            missing &= ~is_finite
+            if not missing.any():
+                return u
+        raise DivergenceError(self._why_not_finite(proposal[0]))
+
+    def _why_not_finite(self, u: Tensor) -> str:
+        with pyro.validation_enabled(is_validate=False), poutine.block():
+            model = poutine.condition(self.model, self.constrain(u))
+            trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
+            trace.compute_log_prob()
+        terms = {name: site["log_prob_sum"].item() for name, site in samples(trace)}
+        wrong = {n: v for n, v in terms.items() if not math.isfinite(v)}
+        return (
+            f"no starting point has a finite energy and gradient in {_MAX_STARTS} "
+            "draws from (-2, 2), in unconstrained space. At the last, log_prob is "
+            f"{wrong} of {list(terms)}. Look for data outside of the support of their "
+            "distribution, and scales that are 0 or overflow."
+        )
+
+    @property
+    def prior(self) -> ModelPrior:
+        """The density of the latent sites alone, over the same ``u``.
+
+        A normalised Pyro distribution without the observed sites and factors, to start
+        the path to the posterior from.
+
+        Raises:
+            NotImplementedError: If it is not normalised: a latent site is improper,
+                masked or scaled.
+        """
+        if self._prior is None:
+            with torch.random.fork_rng(devices=[]):
+                trace = run_model(self.model, self._args, self._kwargs)
+            model = prior_model(self.model, trace)
+            energy = PyroModelEnergy(
+                model, *self._args, compile=self._compile, **self._kwargs
+            )
+            self._prior = ModelPrior(
+                energy, model, self._args, self._kwargs, self._sites
+            )
+        return self._prior
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Energy":  # noqa: FBT001, FBT002
+        # nn.Module moves parameters and buffers only; the data go with them.
+        super()._apply(fn, recurse)
+        self._args, self._kwargs = tree_map_only(Tensor, fn, (self._args, self._kwargs))
+        self._build(_inspect(self.model, self._args, self._kwargs))
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without graphs, which belong to this very model; they are traced anew."""
+        derived = ("_sites", "_prior", "_function")
+        return {k: v for k, v in vars(self).items() if k not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._build(_inspect(self.model, self._args, self._kwargs))
+
+
+def _inspect(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ModelSites:
+    with torch.random.fork_rng(devices=[]):  # building must not move the stream
+        return find_sites(model, args, kwargs)
+
+
+def _check(traced: TracedFunction, looped: LoopedFunction, origin: Tensor) -> None:
+    """Compare the traced energy with Pyro's at a few points.
+
+    Raises:
+        UntraceableError: If they differ.
+    """
+    u = origin.new_empty((_NUM_CHECKED, *origin.shape)).uniform_(-2, 2)
+    tolerance = max(1e-5, 1e3 * torch.finfo(u.dtype).eps)
+    pairs = zip(traced.value_and_grad(u), looped.value_and_grad(u), strict=True)
+    for mine, theirs in pairs:
+        scale = 1 + theirs.abs().nan_to_num(0.0, 0.0, 0.0).amax()
+        is_same = torch.allclose(
+            mine, theirs, rtol=tolerance, atol=tolerance * scale.item(), equal_nan=True
+        )
+        if not is_same:
+            raise UntraceableError(
+                "the traced energy differs from Pyro's potential, by up to "
+                f"{(mine - theirs).abs().max():.3g}; it seems to depend on something "
+                "else than values and parameters"
+            )
