@@ -14,6 +14,7 @@ __all__ = [
     "Sampler",
     "StepInfo",
     "StepSizeAdaptation",
+    "ULA",
     "find_step_size",
 ]
 
@@ -25,3 +26,4 @@ from pyro_ebm.mcmc.langevin import MALA
 from pyro_ebm.mcmc.persistent import PersistentChains
 from pyro_ebm.mcmc.pyro_kernel import PyroKernel
 from pyro_ebm.mcmc.sampler import Sampler
+from pyro_ebm.mcmc.unadjusted import ULA

@@ -11,8 +11,10 @@ __all__ = [
     "Kernel",
     "StepInfo",
     "accept",
+    "acceptance",
     "flat_event",
     "replace_nonfinite",
+    "select",
 ]
 
 import math
@@ -136,16 +138,28 @@ def accept(
         old: Current state.
         new: Proposed state.
     """
-    is_finite = log_ratio.abs() < torch.inf  # half the cost of isfinite()
-    accept_prob = torch.where(is_finite, log_ratio, -torch.inf).clamp(max=0.0).exp()
+    accept_prob, is_finite = acceptance(log_ratio)
     accepted = torch.rand_like(accept_prob) < accept_prob
+    return select(accepted, new, old), StepInfo(accept_prob, accepted, is_finite)
+
+
+def acceptance(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Metropolis probability, 0 where the ratio is not finite, and whether it is."""
+    # In four operations instead of six: minus infinity is the one value that becomes
+    # another finite one, the lowest.
+    clean = log_ratio.nan_to_num(-torch.inf, -torch.inf)
+    is_finite = clean == log_ratio
+    return clean.clamp_(max=0.0).exp_(), is_finite
+
+
+def select(accepted: Tensor, new: ChainState, old: ChainState) -> ChainState:
+    """The new state of the chains in ``accepted``, shape ``(*chains,)``."""
     wide = accepted.reshape(accepted.shape + (1,) * (new.x.dim() - accepted.dim()))
-    state = ChainState(
+    return ChainState(
         torch.where(wide, new.x, old.x),
         torch.where(accepted, new.energy, old.energy),
         torch.where(wide, new.grad, old.grad),
     )
-    return state, StepInfo(accept_prob, accepted, is_finite)
 
 
 def flat_event(value: Tensor, chain_dim: int) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, accept, flat_event
 from pyro_ebm.mcmc.leapfrog import leapfrog
+from pyro_ebm.mcmc.metric import check_scales, require_one_scale, times_transposed
 
 
 @final
@@ -69,8 +70,7 @@ class HMC(Kernel):
             raise ValueError(
                 f"num_leapfrog must be at least 1, got {self.num_leapfrog}."
             )
-        if self.scale is not None and self.scale_tril is not None:
-            raise ValueError("give scale or scale_tril, not both.")
+        require_one_scale(self.scale, self.scale_tril)
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter must be in [0, 1), got {self.jitter}.")
 
@@ -82,19 +82,19 @@ class HMC(Kernel):
     @torch.no_grad()
     def step(self, energy: Energy, state: ChainState) -> tuple[ChainState, StepInfo]:
         """Move every chain once; ``state.x`` has shape ``(*chains, *event)``."""
-        self._check_scale(energy)
+        check_scales(energy, self.scale, self.scale_tril)
         eps = self._step_sizes(state)
         momentum = torch.randn_like(state.x)
-        r = momentum.addcmul(eps, self._transposed(state.grad), value=-0.5)  # (1)
-        x = state.x
+        force = times_transposed(state.grad, self.scale_tril)
+        x, r = state.x, momentum.addcmul(eps, force, value=-0.5)  # (1)
         for number in range(1, self.num_leapfrog + 1):
             # Two half steps meet between leapfrogs: (3) and the next (1) in one.
             half = 0.5 if number == self.num_leapfrog else 1.0
             x, value, grad, r = leapfrog(energy, x, r, eps, half, self.scale_tril)
-        new = ChainState(x, value, grad)
-        twice_kinetic = flat_event(momentum**2 - r**2, state.energy.dim()).sum(-1)
-        log_ratio = state.energy - new.energy + twice_kinetic / 2  # (4)
-        return accept(log_ratio, state, new)
+        twice_kinetic = momentum.square().addcmul_(r, r, value=-1)
+        twice_kinetic = flat_event(twice_kinetic, state.energy.dim()).sum(-1)
+        log_ratio = (state.energy - value).add_(twice_kinetic, alpha=0.5)  # (4)
+        return accept(log_ratio, state, ChainState(x, value, grad))
 
     def _step_sizes(self, state: ChainState) -> Tensor:
         """Jittered step of each chain times the diagonal scale, in the shape of x."""
@@ -106,21 +106,3 @@ class HMC(Kernel):
             eps = eps * self.scale
         # In full: each leapfrog step multiplies by it twice, and broadcasting is slow.
         return eps.expand_as(state.x).contiguous()
-
-    def _transposed(self, grad: Tensor) -> Tensor:
-        return grad if self.scale_tril is None else grad @ self.scale_tril
-
-    def _check_scale(self, energy: Energy) -> None:
-        # Of another shape they would broadcast along the chains without a word.
-        event = tuple(energy.event_shape)
-        if self.scale is not None and self.scale.shape != event:
-            raise ValueError(
-                f"scale must have the event_shape {event} of the energy, got shape "
-                f"{tuple(self.scale.shape)}."
-            )
-        if self.scale_tril is not None and self.scale_tril.shape != event * 2:
-            raise ValueError(
-                "scale_tril must have shape (D, D) for an energy over vectors of "
-                f"shape (D,), got {tuple(self.scale_tril.shape)} for event_shape "
-                f"{event}. Other events take a diagonal scale."
-            )

@@ -12,11 +12,12 @@ with :math:`h = 1` between two steps, where two half steps of the momentum meet,
 
 __all__ = ["FusedEnergy", "Phase", "leapfrog"]
 
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, cast
 
 from torch import Tensor
 
 from pyro_ebm.energies import Energy
+from pyro_ebm.mcmc.metric import times_scale, times_transposed
 
 #: Points, their energies, the gradients there, and the momenta.
 Phase: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -25,8 +26,8 @@ Phase: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 class FusedEnergy(Protocol):
     """An energy that brings its own version of the step.
 
-    An energy that has this method, such as a compiled one, does the whole step by it;
-    any other needs ``value_and_grad`` alone.
+    An energy whose class has this method, such as a compiled one, does the whole step
+    by it; any other needs ``value_and_grad`` alone.
     """
 
     def leapfrog(
@@ -72,11 +73,11 @@ def leapfrog(
         >>> r[0]
         tensor([-0.0500, -0.0500])
     """
-    fused = getattr(energy, "leapfrog", None)
-    if fused is not None:
-        phase: Phase = fused(x, r, eps, half, scale_tril)
+    # Of the class: a module looks for a missing attribute in four places, each time.
+    if hasattr(type(energy), "leapfrog"):
+        phase: Phase = cast(FusedEnergy, energy).leapfrog(x, r, eps, half, scale_tril)
         return phase
-    x = x.addcmul(eps, r if scale_tril is None else r @ scale_tril.mT)  # (1)
+    x = x.addcmul(eps, times_scale(r, scale_tril))  # (1)
     value, grad = energy.value_and_grad(x)
-    force = grad if scale_tril is None else grad @ scale_tril
+    force = times_transposed(grad, scale_tril)
     return x, value, grad, r.addcmul(eps, force, value=-half)  # (2)

@@ -9,13 +9,15 @@ from torch import nn
 
 from pyro_ebm import mcmc
 from pyro_ebm.energies import DistributionEnergy, Energy, FunctionEnergy
-from pyro_ebm.mcmc import HMC, MALA, Kernel
+from pyro_ebm.mcmc import HMC, MALA, ULA, Kernel
 from pyro_ebm.testing import CountingEnergy
 
 KERNELS = {
     "mala": MALA(step_size=0.2),
     "mala-unbounded": MALA(step_size=0.2, max_drift=None),
     "mala-tight": MALA(step_size=0.2, max_drift=0.1),
+    "ula": ULA(step_size=0.05),
+    "ula-unbounded": ULA(step_size=0.05, max_drift=None),
     "hmc": HMC(step_size=0.4, num_leapfrog=3),
     "hmc-one-leapfrog": HMC(step_size=0.4, num_leapfrog=1, jitter=0.0),
 }
@@ -110,6 +112,8 @@ def test_state_is_consistent(kernel, event):
 
 
 def test_rejected_chains_stay_exactly(kernel):
+    if isinstance(kernel, ULA):
+        pytest.skip("rejects nothing that is finite")
     energy = quartic((2,))
     large = dataclasses.replace(kernel, step_size=3 * kernel.step_size)
     state = kernel.init(energy, torch.randn(500, 2))
@@ -189,7 +193,7 @@ def test_nonfinite_proposals_do_not_touch_other_chains(kernel):
     ("build", "settings", "argument"),
     [
         (kind, {name: value}, name)
-        for kind in (MALA, HMC)
+        for kind in (MALA, ULA, HMC)
         for name, values in {
             "step_size": [0.0, -1.0, NAN, INF],
             "target_accept_prob": [0.0, 1.0, NAN],
@@ -198,11 +202,14 @@ def test_nonfinite_proposals_do_not_touch_other_chains(kernel):
     ]
     + [
         (MALA, {"max_drift": 0.0}, "max_drift"),
-        (MALA, {"max_drift": NAN}, "max_drift"),
+        (ULA, {"max_drift": NAN}, "max_drift"),
         (HMC, {"num_leapfrog": 0}, "num_leapfrog"),
         (HMC, {"jitter": 1.0}, "jitter"),
         (HMC, {"jitter": -0.1}, "jitter"),
-        (HMC, {"scale": torch.ones(2), "scale_tril": torch.eye(2)}, "scale_tril"),
+    ]
+    + [
+        (kind, {"scale": torch.ones(2), "scale_tril": torch.eye(2)}, "scale_tril")
+        for kind in (MALA, ULA, HMC)
     ],
 )
 def test_invalid_settings(build, settings, argument):
@@ -222,9 +229,18 @@ def test_settings_are_frozen(kernel):
     assert dataclasses.replace(kernel, step_size=7.0).step_size == 7.0
 
 
+PRECONDITIONED = {
+    "mala": MALA(0.1),
+    "mala-unbounded": MALA(0.1, max_drift=None),
+    "ula": ULA(0.1),
+    "hmc": HMC(0.3),
+}
+
+
 @pytest.mark.parametrize("chains", [(3,), (3, 3), (4,)])
 @pytest.mark.parametrize("dense", [True, False])
-def test_scale_is_a_change_of_variables(chains, dense):
+@pytest.mark.parametrize("name", PRECONDITIONED)
+def test_scale_is_a_change_of_variables(name, chains, dense):
     """``x = S z``, to the bit of randomness, also with as many chains as dimensions.
 
     Seen to fail with ``S`` in place of its transpose on the gradient, and on momentum.
@@ -234,20 +250,20 @@ def test_scale_is_a_change_of_variables(chains, dense):
     if not dense:
         factor = factor.diagonal().diag_embed()
     setting = {"scale_tril": factor} if dense else {"scale": factor.diagonal()}
-    energy = quartic((3,))
+    energy, plain = quartic((3,)), PRECONDITIONED[name]
     whitened = FunctionEnergy(lambda z: energy(z @ factor.mT), (3,))
     z = torch.randn(*chains, 3)
 
     torch.manual_seed(1)
-    plain = HMC(step_size=0.3)
     want, want_info = plain.step(whitened, plain.init(whitened, z))
     torch.manual_seed(1)
-    scaled = HMC(step_size=0.3, **setting)
+    scaled = dataclasses.replace(plain, **setting)
     got, info = scaled.step(energy, scaled.init(energy, z @ factor.mT))
     torch.testing.assert_close(got.x, want.x @ factor.mT)
     torch.testing.assert_close(info.accept_prob, want_info.accept_prob)
 
 
+@pytest.mark.parametrize("name", PRECONDITIONED)
 @pytest.mark.parametrize(
     ("setting", "event"),
     [
@@ -260,12 +276,12 @@ def test_scale_is_a_change_of_variables(chains, dense):
         ({"scale": torch.ones(3)}, (2, 3)),
     ],
 )
-def test_scale_of_another_shape(setting, event):
+def test_scale_of_another_shape(name, setting, event):
     energy = quartic(event)
-    kernel = HMC(**setting)
+    kernel = dataclasses.replace(PRECONDITIONED[name], **setting)
     state = kernel.init(energy, torch.zeros(3, *event))
-    (name,) = setting
-    with pytest.raises(ValueError, match=rf"{name} must have"):
+    (setting_name,) = setting
+    with pytest.raises(ValueError, match=rf"{setting_name} must have"):
         kernel.step(energy, state)
 
 
