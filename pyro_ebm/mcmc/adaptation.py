@@ -11,10 +11,11 @@ References:
     Hoffman & Gelman (2014), JMLR 15, section 3.2.
 """
 
-__all__ = ["StepSizeAdaptation", "find_step_size"]
+__all__ = ["KernelAdaptation", "StepSizeAdaptation", "find_step_size"]
 
 import dataclasses
-from typing import Any
+from abc import abstractmethod
+from typing import Any, Generic, TypeVar
 
 import torch
 from pyro.ops.dual_averaging import DualAveraging
@@ -22,6 +23,37 @@ from torch import Tensor, nn
 
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
+
+K = TypeVar("K", bound=Kernel)
+
+
+class KernelAdaptation(nn.Module, Generic[K]):
+    """What a kernel adapts besides its step size and its scale.
+
+    A kernel brings its own by a method ``adaptation()`` that returns one; it is driven
+    by :class:`~pyro_ebm.mcmc.Warmup`. All that it learns is in its ``state_dict``.
+    """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Begin anew, as the scale of the kernel has changed."""
+
+    @abstractmethod
+    def current(self, kernel: K) -> K:
+        """The kernel of the next transition, which must be the same until an update."""
+
+    @abstractmethod
+    def frozen(self, kernel: K) -> K:
+        """The kernel after the warm-up."""
+
+    @abstractmethod
+    def update(self, kernel: K, info: StepInfo) -> None:
+        """Learn from a transition.
+
+        Args:
+            kernel: That which :meth:`current` returned.
+            info: What its step returned.
+        """
 
 
 class StepSizeAdaptation(nn.Module):
@@ -92,10 +124,12 @@ def find_step_size(
         max_doublings: Where to give up.
 
     Returns:
-        A step size of shape ``()``. Costs a transition a doubling.
+        A step size of shape ``()``. Costs a transition a doubling, of the kernel that
+        ``kernel.probe()`` returns where there is such a method.
     """
     step_size = torch.as_tensor(kernel.step_size).to(state.energy)
     direction = 0
+    kernel = getattr(kernel, "probe", lambda: kernel)()
     for _ in range(max_doublings):
         trial = dataclasses.replace(kernel, step_size=step_size)
         accept_prob = trial.step(energy, state)[1].accept_prob.mean()

@@ -13,6 +13,7 @@ __all__ = [
     "accept",
     "acceptance",
     "flat_event",
+    "move_to_others",
     "replace_nonfinite",
     "select",
 ]
@@ -184,16 +185,26 @@ def replace_nonfinite(state: ChainState) -> ChainState:
     is_finite = (state.energy + grad_sum).isfinite()
     if is_finite.all():
         return state
-    num_chains = len(is_finite)
     if not is_finite.any():
         raise DivergenceError(
             f"energy and gradient must be finite somewhere, and are not at any of the "
-            f"{num_chains} chains; the first is at {state.x[0].tolist()}, with energy "
-            f"{state.energy[0].item()}. Start the chains from a base that overlaps the "
-            "support, check the energy there, or lower the learning rate if the chains "
-            "were well before."
+            f"{len(is_finite)} chains; the first is at {state.x[0].tolist()}, with "
+            f"energy {state.energy[0].item()}. Start the chains from a base that "
+            "overlaps the support, check the energy there, or lower the learning rate "
+            "if the chains were well before."
         )
-    others = is_finite.to(state.x.dtype).multinomial(num_chains, replacement=True)
-    own = torch.arange(num_chains, device=others.device)
-    source = torch.where(is_finite, own, others)
+    return move_to_others(state, ~is_finite)
+
+
+def move_to_others(state: ChainState, is_lost: Tensor) -> ChainState:
+    """Put some chains where randomly chosen others are.
+
+    Args:
+        state: Of ``C`` chains, chain shape ``(C,)``.
+        is_lost: Which, shape ``(C,)``. If it is all of them, they stay.
+    """
+    weights = (~is_lost | is_lost.all()).to(state.x.dtype)
+    others = weights.multinomial(len(weights), replacement=True)
+    own = torch.arange(len(weights), device=others.device)
+    source = torch.where(is_lost & ~is_lost.all(), others, own)
     return ChainState(state.x[source], state.energy[source], state.grad[source])

@@ -1,15 +1,6 @@
 r"""Hamiltonian Monte Carlo with a fixed number of leapfrog steps.
 
-With momentum :math:`r \sim \mathcal{N}(0, I)` and a scale matrix :math:`S`, one
-leapfrog step of size :math:`\epsilon` is
-
-.. math::
-    r &\leftarrow r - \tfrac{\epsilon}{2} S^\top \nabla f(x)                \tag{1} \\
-    x &\leftarrow x + \epsilon S r                                          \tag{2} \\
-    r &\leftarrow r - \tfrac{\epsilon}{2} S^\top \nabla f(x)                \tag{3} \\
-    \log\alpha &= f(x) + \tfrac12 |r|^2 - f(x') - \tfrac12 |r'|^2           \tag{4}
-
-which is the usual scheme with inverse mass matrix :math:`S S^\top`.
+The steps are those of :mod:`pyro_ebm.mcmc.leapfrog`; each chain jitters their length.
 
 References:
     Neal (2011), MCMC using Hamiltonian dynamics. Handbook of MCMC, chapter 5.
@@ -24,9 +15,9 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energies import Energy
-from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, accept, flat_event
-from pyro_ebm.mcmc.leapfrog import leapfrog
-from pyro_ebm.mcmc.metric import check_scales, require_one_scale, times_transposed
+from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, accept
+from pyro_ebm.mcmc.leapfrog import trajectory
+from pyro_ebm.mcmc.metric import check_scales, require_one_scale
 
 
 @final
@@ -83,18 +74,10 @@ class HMC(Kernel):
     def step(self, energy: Energy, state: ChainState) -> tuple[ChainState, StepInfo]:
         """Move every chain once; ``state.x`` has shape ``(*chains, *event)``."""
         check_scales(energy, self.scale, self.scale_tril)
-        eps = self._step_sizes(state)
-        momentum = torch.randn_like(state.x)
-        force = times_transposed(state.grad, self.scale_tril)
-        x, r = state.x, momentum.addcmul(eps, force, value=-0.5)  # (1)
-        for number in range(1, self.num_leapfrog + 1):
-            # Two half steps meet between leapfrogs: (3) and the next (1) in one.
-            half = 0.5 if number == self.num_leapfrog else 1.0
-            x, value, grad, r = leapfrog(energy, x, r, eps, half, self.scale_tril)
-        twice_kinetic = momentum.square().addcmul_(r, r, value=-1)
-        twice_kinetic = flat_event(twice_kinetic, state.energy.dim()).sum(-1)
-        log_ratio = (state.energy - value).add_(twice_kinetic, alpha=0.5)  # (4)
-        return accept(log_ratio, state, ChainState(x, value, grad))
+        end, _, log_ratio = trajectory(
+            energy, state, self._step_sizes(state), self.num_leapfrog, self.scale_tril
+        )
+        return accept(log_ratio, state, end)
 
     def _step_sizes(self, state: ChainState) -> Tensor:
         """Jittered step of each chain times the diagonal scale, in the shape of x."""

@@ -1,0 +1,257 @@
+r"""ChEES-HMC: Hamiltonian Monte Carlo with a trajectory length that adapts.
+
+All chains follow trajectories of one length, of :math:`L = \lceil 2 u T / \epsilon
+\rceil` leapfrog steps, with one :math:`u \in (0, 1]` a transition. :math:`T` maximises
+the change in the estimator of the expected square: in whitened coordinates
+:math:`z = S^{-1} x`, with the end :math:`z'` and the momentum :math:`r'` there,
+
+.. math::
+    \mathrm{ChEES}(T) &= \tfrac14\, \mathbb{E}\left[
+        \left(|z' - \mathbb{E} z'|^2 - |z - \mathbb{E} z|^2\right)^2\right] \tag{1} \\
+    \frac{\partial\, \mathrm{ChEES}}{\partial \log T} &\approx \mathbb{E}\left[
+        t \left(|z' - \mathbb{E} z'|^2 - |z - \mathbb{E} z|^2\right)
+        (z' - \mathbb{E} z')^\top r'\right], \quad t = \epsilon L           \tag{2}
+
+where the expectations run over the chains, weighted by their acceptance probabilities.
+
+References:
+    Hoffman, Radul & Sountsov (2021), AISTATS, PMLR 130, 3907-3915.
+"""
+
+__all__ = ["ChEES", "TrajectoryAdaptation", "TrajectoryInfo"]
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.energies import Energy
+from pyro_ebm.mcmc.adaptation import KernelAdaptation
+from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, accept
+from pyro_ebm.mcmc.leapfrog import Trajectory, trajectory
+from pyro_ebm.mcmc.metric import check_scales, require_one_scale, whiten
+
+
+class TrajectoryInfo(StepInfo):
+    """What happened in one transition, and what the adaptation needs of it.
+
+    Attributes:
+        start: Where the chains were.
+        trajectory: Where their trajectories ended.
+        length: How long these were, in whitened coordinates.
+    """
+
+    start: ChainState
+    trajectory: Trajectory
+    length: float
+
+
+@final
+@dataclass(frozen=True)
+class ChEES(Kernel):
+    r"""Hamiltonian Monte Carlo whose trajectory length is learned in the warm-up.
+
+    It wants many chains, which share the step size, the length and the scale; with a
+    single chain there is nothing to learn the length from, and it stays as given.
+
+    Args:
+        step_size: :math:`\epsilon > 0`, in units of ``x / scale``.
+        trajectory_length: Mean length :math:`T` of a trajectory, in units of
+            ``x / scale``; a quarter of a period where that is a standard normal.
+        scale: The diagonal of a diagonal :math:`S`, in the shape of the event; best
+            near the standard deviation of ``x``. Default: the identity.
+        scale_tril: A dense :math:`S` for vector events, shape ``(D, D)``; best where
+            :math:`S S^\top` is near the covariance of ``x``. Instead of ``scale``.
+        max_leapfrog: Most leapfrog steps in a trajectory.
+        fraction: The :math:`u` of the next transitions. Default: drawn uniformly at
+            each, which leaves the target invariant and needs no counter. The warm-up
+            sets it, and then finds a :class:`TrajectoryInfo` with the transition.
+        target_accept_prob: What step-size adaptation aims at.
+
+    Raises:
+        ValueError: If a setting is out of range.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        >>> kernel = ChEES(step_size=0.5)
+        >>> state, info = kernel.step(energy, kernel.init(energy, torch.zeros(64, 2)))
+        >>> state.x.shape
+        torch.Size([64, 2])
+    """
+
+    step_size: float | Tensor = 0.1
+    trajectory_length: float | Tensor = math.pi / 2
+    scale: Tensor | None = None
+    scale_tril: Tensor | None = None
+    max_leapfrog: int = 200
+    fraction: float | None = None
+    target_accept_prob: float = 0.8
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        self._check()
+        length = self.trajectory_length
+        if not isinstance(length, Tensor) and not 0 < length < math.inf:
+            raise ValueError(
+                f"trajectory_length must be positive and finite, got {length}."
+            )
+        require_one_scale(self.scale, self.scale_tril)
+        if self.max_leapfrog < 1:
+            raise ValueError(
+                f"max_leapfrog must be at least 1, got {self.max_leapfrog}."
+            )
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must be in (0, 1], got {self.fraction}.")
+
+    @property
+    def num_gradients(self) -> int:
+        """One a leapfrog step; of a trajectory of mean length if it is drawn."""
+        return self._num_leapfrog(0.5 if self.fraction is None else self.fraction)
+
+    @torch.no_grad()
+    def step(self, energy: Energy, state: ChainState) -> tuple[ChainState, StepInfo]:
+        """Move every chain once; ``state.x`` has shape ``(*chains, *event)``."""
+        check_scales(energy, self.scale, self.scale_tril)
+        u = torch.rand(()).item() if self.fraction is None else self.fraction
+        num_leapfrog = self._num_leapfrog(u)
+        eps = torch.as_tensor(self.step_size).to(state.x)
+        eps = eps if self.scale is None else eps * self.scale.to(state.x)
+        # In full: each leapfrog step multiplies by it twice, and broadcasting is slow.
+        eps = eps.expand_as(state.x).contiguous()
+        result = trajectory(energy, state, eps, num_leapfrog, self.scale_tril)
+        new, info = accept(result.log_ratio, state, result.end)
+        if self.fraction is None:
+            return new, info
+        full = TrajectoryInfo(*info)
+        full.start, full.trajectory = state, result
+        full.length = num_leapfrog * float(self.step_size)
+        return new, full
+
+    def probe(self) -> "ChEES":
+        """With one leapfrog step, for a cheap search of a step size."""
+        return dataclasses.replace(self, max_leapfrog=1, fraction=1.0)
+
+    def adaptation(self) -> "TrajectoryAdaptation":
+        """What learns the length of the trajectories."""
+        return TrajectoryAdaptation(self)
+
+    def _num_leapfrog(self, u: float) -> int:
+        # The one number that must be on the host, to know how often to call the energy;
+        # a frozen kernel holds numbers and waits for nothing.
+        steps = 2 * u * float(self.trajectory_length) / float(self.step_size)
+        return min(max(math.ceil(steps), 1), self.max_leapfrog)
+
+
+@final
+class TrajectoryAdaptation(KernelAdaptation[ChEES]):
+    """Ascent of the criterion (1) along (2) by Adam without momentum, on log T.
+
+    Args:
+        kernel: Whose length is where to begin.
+    """
+
+    log_length: Tensor
+    averaged_log_length: Tensor
+    square: Tensor
+
+    LEARNING_RATE = 0.05
+    DECAY = 0.95
+    MAX_UPDATE = 0.35
+    #: Least weight of the last iterate in the average that is frozen.
+    AVERAGING = 0.1
+
+    def __init__(self, kernel: ChEES) -> None:
+        super().__init__()
+        self._start = torch.as_tensor(kernel.trajectory_length).log()
+        for name in ("log_length", "averaged_log_length", "square"):
+            self.register_buffer(name, torch.tensor(0.0))
+        self._num_proposed = 0  # of the run, for the sequence of fractions
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew at the kernel's own length, in a new metric."""
+        self.log_length = self._start.to(self.log_length)
+        self.averaged_log_length = self.log_length
+        self.square = torch.zeros_like(self.square)
+        self._num_updates = 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        """The counters, which must be on the host."""
+        return {"proposed": self._num_proposed, "updates": self._num_updates}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Load the counters."""
+        self._num_proposed, self._num_updates = state["proposed"], state["updates"]
+
+    def current(self, kernel: ChEES) -> ChEES:
+        """The kernel of the next transition of the warm-up."""
+        return dataclasses.replace(
+            kernel,
+            trajectory_length=self.log_length.exp(),
+            fraction=van_der_corput(self._num_proposed + 1),
+        )
+
+    def frozen(self, kernel: ChEES) -> ChEES:
+        """The kernel after the warm-up."""
+        length = self.averaged_log_length.exp().item()
+        return dataclasses.replace(kernel, trajectory_length=length, fraction=None)
+
+    def update(self, kernel: ChEES, info: StepInfo) -> None:
+        """Learn from a transition by the kernel of :meth:`current`."""
+        self._num_proposed += 1
+        if not isinstance(info, TrajectoryInfo):
+            raise TypeError(
+                "info must be what the kernel of the warm-up returned, a "
+                f"TrajectoryInfo, got {type(info).__name__}."
+            )
+        grad = _criterion_grad(kernel, info).to(self.square)
+        is_known = (grad != 0) & grad.isfinite()
+        grad = torch.where(is_known, grad, 0.0)
+        self._num_updates += 1
+        self.square = self.DECAY * self.square + (1 - self.DECAY) * grad.square()
+        unbiased = self.square / (1 - self.DECAY**self._num_updates)
+        rate = self.LEARNING_RATE / unbiased.sqrt()
+        step = (rate * grad).nan_to_num(0.0).clamp(-self.MAX_UPDATE, self.MAX_UPDATE)
+        # With twice this length a trajectory reaches its largest number of steps.
+        limit = torch.as_tensor(kernel.step_size * kernel.max_leapfrog / 2).log()
+        self.log_length = torch.minimum(self.log_length + step, limit.to(step))
+        weight = max(self.AVERAGING, 1 / self._num_updates)
+        self.averaged_log_length = torch.lerp(
+            self.averaged_log_length, self.log_length, weight
+        )
+
+
+def _criterion_grad(kernel: ChEES, info: TrajectoryInfo) -> Tensor:
+    """The gradient (2), shape ``()``; not a number if every proposal is rejected."""
+    count = info.accept_prob.numel()
+    weights = info.accept_prob.flatten() / info.accept_prob.sum()
+    is_finite = info.is_finite.reshape(count, 1)
+
+    def rows(x: Tensor) -> Tensor:  # those of no weight may be anything
+        return torch.where(is_finite, x.reshape(count, -1), 0.0)
+
+    def centred(x: Tensor) -> Tensor:
+        z = whiten(rows(x), kernel.scale, kernel.scale_tril)
+        return z - weights @ z
+
+    end, start = centred(info.trajectory.end.x), centred(info.start.x)
+    change = end.square().sum(-1) - start.square().sum(-1)
+    outwards = (end * rows(info.trajectory.momentum)).sum(-1)
+    return info.length * (weights @ (change * outwards))  # (2)
+
+
+def van_der_corput(n: int) -> float:
+    """The ``n``-th number, from 1, of the sequence in base 2, in (0, 1).
+
+    Example:
+        >>> [van_der_corput(n) for n in (1, 2, 3, 4)]
+        [0.5, 0.25, 0.75, 0.125]
+    """
+    value, digit = 0.0, 0.5
+    while n:
+        value += digit * (n & 1)
+        n, digit = n >> 1, digit / 2
+    return value
