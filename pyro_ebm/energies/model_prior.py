@@ -47,14 +47,14 @@ def prior_model(model: Model, trace: Trace) -> Model:
         for number, (_, site) in enumerate(sites)
         if not site["is_observed"] and not site["fn"].support.is_discrete
     ]
-    # Discrete sites that no continuous one follows sum to one: nothing to enumerate.
-    hidden = {name for name, _ in sites[max(continuous) + 1 :]}
-
-    def is_hidden(site: dict[str, Any]) -> bool:
-        is_sample = site["type"] == "sample"
-        return is_sample and (site["is_observed"] or site["name"] in hidden)
-
-    return poutine.block(model, hide_fn=is_hidden)
+    # Discrete sites that no continuous one follows sum to one: any value will do.
+    ignored = {
+        name: site["value"]
+        for name, site in sites[max(continuous) + 1 :]
+        if not site["is_observed"]
+    }
+    conditioned = poutine.condition(model, ignored) if ignored else model
+    return poutine.block(conditioned, hide_fn=_is_observed)
 
 
 @final
@@ -131,7 +131,7 @@ class ModelPrior(dist.TorchDistribution):
     def _one(self) -> Tensor:
         with poutine.block():
             trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
-        values = {name: trace.nodes[name]["value"] for name in self._sites.shapes}
+        values = {name: site["value"] for name, site in samples(trace)}
         return self._sites.unconstrain(values)
 
     def _many(self, num_draws: int) -> Tensor | None:
@@ -165,6 +165,10 @@ class ModelPrior(dist.TorchDistribution):
             log_prob[checked], expected, rtol=1e-3, atol=1e-3, equal_nan=True
         )
         return u if is_same else None
+
+
+def _is_observed(site: Any) -> bool:
+    return site["type"] == "sample" and bool(site["is_observed"])
 
 
 def _require_normalized(name: str, site: dict[str, Any]) -> None:

@@ -2,21 +2,30 @@
 
 __all__ = ["ModelSites", "find_sites", "run_model", "samples"]
 
+import copy
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import pyro
+import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
 from pyro.infer.mcmc.util import initialize_model
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import Distribution, Transform, biject_to, transform_to
+from torch.distributions.constraints import Constraint
 
+from pyro_ebm.energies.graph_recording import LinAlgError
 from pyro_ebm.energies.unconstrained import same_support
 
 Model = Callable[..., Any]
+_T = TypeVar("_T")
+#: Runs of a model at random values before an error is taken as final.
+_MAX_TRIES = 20
 
 
 class ModelSites(NamedTuple):
@@ -82,8 +91,42 @@ class ModelSites(NamedTuple):
 
     def energy(self, u: Tensor) -> Tensor:
         """Pyro's potential at one ``u`` of shape ``(D,)``, shape ``()``."""
-        with poutine.block():
+        with poutine.block(), _WithoutValidation():
             return self.potential(self.split(u))
+
+
+class _WithoutValidation(Messenger):
+    """Lets a value outside of the support have a density of zero, or nan, unchecked.
+
+    Checks look into values, which tracing cannot, and would end a run whose chains
+    stray. Pyro's switch does not reach distributions that were expanded before.
+    """
+
+    def __enter__(self) -> Any:
+        self._switch = pyro.validation_enabled(is_validate=False)
+        self._switch.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        self._switch.__exit__(*error)
+        return super().__exit__(*error)
+
+    def _pyro_sample(self, site: Any) -> None:
+        site["fn"] = _unvalidated(site["fn"])
+
+
+def _unvalidated(fn: Any) -> Any:
+    """Copy of a distribution, and of those that it is made of, without checks."""
+    parts = {
+        name: _unvalidated(part)
+        for name, part in getattr(fn, "__dict__", {}).items()
+        if isinstance(part, Distribution)
+    }
+    if not parts and not getattr(fn, "_validate_args", False):
+        return fn
+    clone = copy.copy(fn)
+    vars(clone).update(parts, _validate_args=False)
+    return clone
 
 
 def run_model(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
@@ -91,9 +134,20 @@ def run_model(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
 
     Unlike a draw of the prior, it can be had from improper priors too.
     """
-    with poutine.block():
-        initialized = InitMessenger(_init_site)(model)
-        return poutine.trace(initialized).get_trace(*args, **kwargs)
+    initialized = poutine.trace(InitMessenger(_init_site)(model))
+    return _retried(lambda: initialized.get_trace(*args, **kwargs))
+
+
+def _retried(run: Callable[[], _T]) -> _T:
+    """Run a model that may fail at some values, as one that factorises a matrix."""
+    for attempt in range(_MAX_TRIES):
+        try:
+            with poutine.block():
+                return run()
+        except (ValueError, LinAlgError):
+            if attempt == _MAX_TRIES - 1:
+                raise
+    raise AssertionError
 
 
 def find_sites(
@@ -114,17 +168,24 @@ def find_sites(
     _check_same(first, run_model(model, args, kwargs))
     nesting = _max_plate_nesting(first)
     # Without initial values Pyro would look for them, 100 runs at most.
-    with poutine.block():
-        _, potential, transforms, _ = initialize_model(
-            model, args, kwargs, max_plate_nesting=nesting, initial_params={}
+    _, potential, transforms, enumerated = _retried(
+        lambda: initialize_model(
+            model,
+            args,
+            kwargs,
+            max_plate_nesting=nesting,
+            init_strategy=_init_site,
+            initial_params={},
         )
+    )
+    _check_supports(first, enumerated)
     if not transforms:
         raise ValueError(
             "model must have at least one continuous latent site; it has "
             + (f"only discrete ones, {latent}." if latent else "none that is latent.")
             + " Leave out the obs of what is to be inferred."
         )
-    values = {name: first.nodes[name]["value"].detach() for name in transforms}
+    values = {n: s["value"].detach() for n, s in samples(first) if n in transforms}
     flat = {name: transforms[name](value) for name, value in values.items()}
     example = torch.cat([value.reshape(-1) for value in flat.values()])
     return ModelSites(
@@ -137,7 +198,7 @@ def find_sites(
     )
 
 
-def samples(trace: Trace) -> list[tuple[str, dict[str, Any]]]:
+def samples(trace: Trace) -> list[tuple[str, Any]]:
     """Names and sample sites of a run, in order, without those of plates."""
     return [
         (name, site)
@@ -147,8 +208,14 @@ def samples(trace: Trace) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _init_site(site: dict[str, Any]) -> Tensor:
-    if site["fn"].has_enumerate_support or site["fn"].support.is_discrete:
-        return site["fn"].sample()
+    fn = site["fn"]
+    if fn.has_enumerate_support or fn.support.is_discrete:
+        return fn.sample()
+    if isinstance(fn, dist.ImproperUniform):
+        transform = transform_to(fn.support)
+        return transform(
+            torch.empty(transform.inverse_shape(fn.shape())).uniform_(-2, 2)
+        )
     return init_to_uniform(site)
 
 
@@ -189,7 +256,18 @@ def _check_site(name: str, site: dict[str, Any]) -> None:
                 "it by hand."
             )
     else:
-        biject_to(site["fn"].support)
+        _require_bijection(name, site["fn"].support)
+
+
+def _require_bijection(name: str, support: Constraint) -> None:
+    try:
+        biject_to(support)
+    except NotImplementedError:
+        raise NotImplementedError(
+            f"the support {support} of site {name!r} has no bijection from real space "
+            "in torch. Sample parameters that are free to vary and build the value "
+            "from them, as dist.LKJCholesky and scales do for a covariance."
+        ) from None
 
 
 def _check_same(first: Trace, second: Trace) -> None:
@@ -210,12 +288,18 @@ def _check_same(first: Trace, second: Trace) -> None:
                 f"{tuple(shape)} and {tuple(other)}. Sample the largest shape, and "
                 "mask what is not used."
             )
-        if not site["is_observed"] and not same_support(
-            site["fn"].support, others[name]["fn"].support
-        ):
+    _check_supports(first, second)
+
+
+def _check_supports(first: Trace, second: Trace) -> None:
+    for name, site in samples(first):
+        other: Any = second.nodes[name]["fn"]
+        if site["is_observed"] or site["fn"].support.is_discrete:
+            continue
+        if not same_support(site["fn"].support, other.support):
             raise NotImplementedError(
                 f"the support of site {name!r} depends on other sites: "
-                f"{site['fn'].support}, then {others[name]['fn'].support}. Sample a "
+                f"{site['fn'].support}, then {other.support}. Sample a "
                 "variable on a fixed support and map it to where it should be: "
                 "low + (high - low) * pyro.sample(name, dist.Beta(1.0, 1.0))."
             )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pyro_ebm.energies.base import Energy
-from pyro_ebm.energies.graph import UntraceableError
+from pyro_ebm.energies.graph_recording import UntraceableError
 from pyro_ebm.energies.model_prior import ModelPrior, prior_model
 from pyro_ebm.energies.model_sites import (
     ModelSites,
@@ -118,11 +118,10 @@ class PyroModelEnergy(Energy):
 
     def _traced(self) -> TracedFunction | LoopedFunction:
         root = self.model if isinstance(self.model, nn.Module) else None
-        traced = TracedFunction(self._potential, root, compile=self._compile)
-        looped = LoopedFunction(self._potential)
+        traced = TracedFunction(self._sites.energy, root, compile=self._compile)
+        looped = LoopedFunction(self._sites.energy)
         try:
             with torch.random.fork_rng(devices=[]):
-                traced.trace(self.origin)
                 _check(traced, looped, self.origin)
         except UntraceableError as error:
             warnings.warn(
@@ -133,11 +132,6 @@ class PyroModelEnergy(Energy):
             )
             return looped
         return traced
-
-    def _potential(self, u: Tensor) -> Tensor:
-        # Tracing cannot look into values; nor may a chain that strays raise an error.
-        with pyro.validation_enabled(is_validate=False):
-            return self._sites.energy(u)
 
     @property
     def is_traced(self) -> bool:
@@ -286,7 +280,10 @@ def _check(traced: TracedFunction, looped: LoopedFunction, origin: Tensor) -> No
     Raises:
         UntraceableError: If they differ.
     """
-    u = origin.new_empty((_NUM_CHECKED, *origin.shape)).uniform_(-2, 2)
+    for _ in range(_MAX_STARTS):
+        u = origin.new_empty((_NUM_CHECKED, *origin.shape)).uniform_(-2, 2)
+        if traced.value_and_grad(u)[0].isfinite().any():
+            break
     tolerance = max(1e-5, 1e3 * torch.finfo(u.dtype).eps)
     pairs = zip(traced.value_and_grad(u), looped.value_and_grad(u), strict=True)
     for mine, theirs in pairs:

@@ -5,7 +5,7 @@ its tensors. Here the model runs once; the operators that it applies to the poin
 kept as a graph, which is then batched and differentiated:
 
 #. ``make_fx`` records the value at one point, parameters being inputs of the graph;
-#. the graph is cleaned: see :mod:`pyro_ebm.energies.graph`;
+#. the graph is cleaned: see :mod:`pyro_ebm.energies.graph_cleaning`;
 #. ``make_fx(vmap(graph))`` gives the graph for a number of points, and ``make_fx`` of
    its autograd gradient the graph of value and gradient.
 """
@@ -20,15 +20,17 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
+import torch._inductor
 from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves
 
-from pyro_ebm.energies.graph import (
+from pyro_ebm.energies.graph_cleaning import clean
+from pyro_ebm.energies.graph_recording import (
+    LinAlgError,
     UntraceableError,
-    clean,
-    make_functional,
-    poison_failures,
+    first_line,
+    record,
     require_deterministic,
 )
 
@@ -50,7 +52,13 @@ class _OnePoint(NamedTuple):
     live: tuple[Callable[[], Tensor], ...]
 
     def inputs(self) -> list[Tensor]:
+        """The live tensors."""
         return [read() for read in self.live]
+
+    def batch(self, *, differentiable: bool) -> Callable[..., Any]:
+        """The value at many points, or value and gradient if not differentiable."""
+        values = torch.func.vmap(self.graph, in_dims=(0, *(None for _ in self.live)))
+        return values if differentiable else _with_gradient(values)
 
 
 class TracedFunction:
@@ -60,7 +68,7 @@ class TracedFunction:
         function: Maps shape ``(D,)`` to ``()``, by torch operators.
         root: A module whose parameters and buffers stay live, as do those of all
             modules called and Pyro's parameter store.
-        compile: Whether to pass graphs of value and gradient through ``torch.compile``.
+        compile: Whether torch's inductor compiles the graphs of value and gradient.
     """
 
     def __init__(
@@ -74,73 +82,91 @@ class TracedFunction:
         self.root = root
         self.compile = compile
         self._modules: list[nn.Module] = []
-        self._one_point: dict[Any, _OnePoint] = {}
-        self._batched: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+        self._one_points: dict[Any, _OnePoint] = {}
+        self._batches: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
         self._num_uses: Counter[Any] = Counter()
 
-    def trace(self, u: Tensor) -> None:
-        """Trace the function for points like ``u``, shape ``(D,)``.
+    def value(self, u: Tensor) -> Tensor:
+        """Values at ``u`` of shape ``(B, D)``, shape ``(B,)``, differentiable."""
+        key = ("value", *self._key(u))
+        one_point = self._traced(u, key[1:])
+        value: Tensor = self._batch(u, key, one_point)(u, *one_point.inputs())
+        return value
+
+    @torch.no_grad()
+    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and gradients at ``u`` of shape ``(B, D)``, without their graph.
 
         Raises:
             UntraceableError: If a graph of operators cannot hold the function.
             ValueError: If the function is random.
         """
-        self._trace(u, self._key(u))
-
-    def value(self, u: Tensor) -> Tensor:
-        """Values at ``u`` of shape ``(B, D)``, shape ``(B,)``, differentiable."""
-        one_point = self._trace(u[:1].squeeze(0), self._key(u))
-        graph = self._graph(u, one_point, "value")
-        return graph(u, *one_point.inputs())
-
-    @torch.no_grad()
-    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and gradients at ``u`` of shape ``(B, D)``, without their graph."""
-        u = u.detach()
-        one_point = self._trace(u[:1].squeeze(0), self._key(u))
-        graph = self._graph(u, one_point, "value_and_grad")
-        value, grad = graph(u, *(live.detach() for live in one_point.inputs()))
+        u = u.detach().contiguous()
+        key = ("value_and_grad", *self._key(u))
+        one_point = self._traced(u, key[1:])
+        live = [tensor.detach() for tensor in one_point.inputs()]
+        value, grad = self._batch(u, key, one_point)(u, *live)
         return value, grad
 
     def _key(self, u: Tensor) -> tuple[Any, ...]:
         training = tuple(module.training for module in self._modules)
         return u.dtype, u.device, training
 
-    def _graph(self, u: Tensor, one_point: _OnePoint, kind: str) -> Callable[..., Any]:
-        """The graph for as many points as ``u`` holds."""
-        key = (len(u), kind, *self._key(u))
-        if key in self._batched:
-            self._batched.move_to_end(key)
-            return self._batched[key]
-        in_dims = (0, *(None for _ in one_point.live))
-        batched = torch.func.vmap(one_point.graph, in_dims=in_dims)
-        if kind == "value_and_grad":
-            batched = _with_gradient(batched)
+    def _batch(
+        self, u: Tensor, key: tuple[Any, ...], one_point: _OnePoint
+    ) -> Callable[..., Any]:
+        """The function of as many points as ``u`` holds."""
+        key = (len(u), *key)
+        if key in self._batches:
+            self._batches.move_to_end(key)
+            return self._batches[key]
+        batch = one_point.batch(differentiable=key[1] == "value")
         self._num_uses[key] += 1
-        if self._num_uses[key] < 2:  # a size that may not come again
-            return batched
+        if self._num_uses[key] == 1:  # a number of points that may not come again
+            return batch
         live = [tensor.detach() for tensor in one_point.inputs()]
-        graph = _trace_batch(batched, u, live, differentiable=kind == "value")
-        if self.compile and kind == "value_and_grad":
-            graph = _compiled(graph, u, live)
-        self._batched[key] = graph
-        if len(self._batched) > _MAX_SIZES:
-            self._batched.popitem(last=False)
-        return graph
+        self._batches[key] = self._recorded(batch, key[1] == "value", u.detach(), live)
+        if len(self._batches) > _MAX_SIZES:
+            self._batches.popitem(last=False)
+        return self._batches[key]
 
-    def _trace(self, u: Tensor, key: tuple[Any, ...]) -> _OnePoint:
-        if key not in self._one_point:
-            one_point = self._trace_somewhere(u.detach())
-            self._one_point[self._key(u)] = one_point
+    def _traced(self, u: Tensor, key: tuple[Any, ...]) -> _OnePoint:
+        if key not in self._one_points:
+            one_point = self._trace_somewhere(u[0].detach())
+            # Only now are the modules known, whose modes are part of the key.
+            self._one_points[self._key(u)] = one_point
             return one_point
-        return self._one_point[key]
+        return self._one_points[key]
+
+    @torch.no_grad()
+    def _recorded(
+        self,
+        batch: Callable[..., Any],
+        differentiable: bool,  # noqa: FBT001
+        u: Tensor,
+        live: list[Tensor],
+    ) -> Callable[..., Any]:
+        """The graph of a batched function, or the function where that goes wrong."""
+        wanted = batch(u, *live)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                graph = record(lambda *args: batch(*args), u, *live)
+                graph = clean(graph, u, *live, differentiable=differentiable)
+        except UntraceableError:
+            return batch
+        if not _agree(graph(u, *live), wanted):
+            return batch
+        if differentiable or not self.compile:
+            return graph
+        return _compiled(graph, u, live)
 
     def _trace_somewhere(self, u: Tensor) -> _OnePoint:
         """Trace at a random point like ``u``, where no matrix is singular."""
         for attempt in range(1, _MAX_TRIES + 1):
             try:
                 return self._trace_at(torch.empty_like(u).uniform_(-2, 2))
-            except torch.linalg.LinAlgError:
+            except LinAlgError:
                 if attempt == _MAX_TRIES:
                     raise
         raise AssertionError
@@ -155,16 +181,9 @@ class TracedFunction:
             self._modules = list(dict.fromkeys(m for r in roots for m in r.modules()))
             live = _live_tensors(self._modules)
             tensors = [read() for read in live]
-            # Tensors are known by identity, so that the inputs need not be used here.
-            try:
-                graph = make_fx(lambda u, *live: self.function(u))(u, *tensors)
-            except torch.linalg.LinAlgError:
-                raise
-            except Exception as error:
-                raise UntraceableError(_first_line(error)) from error
+            graph = record(lambda u, *live: self.function(u), u, *tensors)
         inputs = (u, *(tensor.detach() for tensor in tensors))
-        poison_failures(graph, *inputs)
-        graph = clean(make_functional(graph, *inputs), *inputs, differentiable=True)
+        graph = clean(graph, *inputs, differentiable=True)
         require_deterministic(graph)
         _, *placeholders = graph.graph.find_nodes(op="placeholder")
         used = []
@@ -200,18 +219,8 @@ class LoopedFunction:
     def _value(self, u: Tensor) -> Tensor:
         try:
             return self.function(u)
-        except torch.linalg.LinAlgError:  # one chain must not stop the others
+        except LinAlgError:  # one chain must not stop the others
             return u.sum() * torch.nan
-
-
-def _trace_batch(
-    function: Callable[..., Any], u: Tensor, live: list[Tensor], *, differentiable: bool
-) -> fx.GraphModule:
-    inputs = (u.detach(), *live)
-    with torch.no_grad():
-        graph = make_fx(lambda *args: function(*args))(*inputs)
-        graph = make_functional(graph, *inputs)
-        return clean(graph, *inputs, differentiable=differentiable)
 
 
 def _with_gradient(values: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -233,22 +242,38 @@ def _compiled(
     graph: fx.GraphModule, u: Tensor, live: list[Tensor]
 ) -> Callable[..., Any]:
     """The graph through ``torch.compile``, or the graph itself where that fails."""
+    wanted = graph(u, *live)
     try:
-        compiled = torch.compile(graph, fullgraph=True, dynamic=False)
-        compiled(u, *live)
-    except Exception as error:  # noqa: BLE001 (compilers fail in many ways)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of no use to the caller
+            # torch.compile checks guards at each call, which takes as long as a graph.
+            compiled: Any = torch._inductor.compile(graph, [u, *live])
+            if not _agree(compiled(u, *live), wanted):
+                raise RuntimeError("the compiled graph gives other numbers")
+    except Exception as error:  # compilers fail in many ways
         warnings.warn(
-            f"the compiler failed ({type(error).__name__}: {_first_line(error)}); the "
+            f"the compiler failed ({type(error).__name__}: {first_line(error)}); the "
             "traced graph runs eagerly. Give compile=False, or see whether a C++ "
             "compiler works and its cache is intact (TORCHINDUCTOR_CACHE_DIR).",
             stacklevel=2,
         )
         return graph
-    return compiled
+    return lambda *inputs: compiled(*inputs)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _agree(first: Any, second: Any) -> bool:
+    """Whether two results are equal up to rounding, and finite in the same places."""
+    return all(map(_is_close, tree_leaves(first), tree_leaves(second)))
+
+
+def _is_close(first: Tensor, second: Tensor) -> bool:
+    is_finite = second.isfinite()
+    if first.shape != second.shape or not first.isfinite().equal(is_finite):
+        return False
+    tolerance = torch.finfo(second.dtype).eps ** 0.5
+    scale = second.where(is_finite, 0.0).abs().max().item()
+    difference = (first - second).where(is_finite, 0.0).abs().max().item()
+    return difference <= tolerance * (1 + scale)
 
 
 @contextlib.contextmanager

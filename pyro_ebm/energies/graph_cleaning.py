@@ -1,25 +1,22 @@
 """Clean an operator graph, so that it has few nodes and a batched form.
 
-A graph is what ``make_fx`` records: one node for each operator on plain tensors.
 Cleaning keeps its value at every input, and its gradient where that is asked for.
 """
 
-__all__ = [
-    "UntraceableError",
-    "clean",
-    "make_functional",
-    "poison_failures",
-    "require_deterministic",
-]
+__all__ = ["clean"]
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
-aten = torch.ops.aten
+from pyro_ebm.energies.graph_recording import (
+    Recorder,
+    UntraceableError,
+    aten,
+    is_random,
+    tags,
+)
 
 # The result follows from the shape of the argument alone.
 _SHAPE_ONLY = {
@@ -32,41 +29,13 @@ _SHAPE_ONLY = {
 }
 _IDENTITIES = {aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default}
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+_SCATTERS = {
+    aten.select_scatter.default,
+    aten.slice_scatter.default,
+    aten.diagonal_scatter.default,
+}
 # The identity where the result has the shape and type of the argument.
 _CASTS = _VIEWS | {aten.expand.default, aten.squeeze.dim, aten._to_copy.default}
-
-
-class UntraceableError(RuntimeError):
-    """The model does something that a fixed graph of operators cannot hold."""
-
-
-def make_functional(graph: fx.GraphModule, *inputs: Tensor) -> fx.GraphModule:
-    """The same graph without operators that write into their arguments."""
-    if not any(_is_mutating(node) for node in graph.graph.nodes):
-        return graph
-    functional = torch.func.functionalize(graph, remove="mutations")
-    clean_graph: fx.GraphModule = make_fx(lambda *args: functional(*args))(*inputs)
-    if any(_is_mutating(node) for node in clean_graph.graph.nodes):
-        raise UntraceableError(
-            "it writes into a tensor that outlives the call, such as the running mean "
-            "of a batch norm; put modules in eval() mode"
-        )
-    return clean_graph
-
-
-def require_deterministic(graph: fx.GraphModule) -> None:
-    """Refuse random numbers drawn outside of sample sites.
-
-    Raises:
-        ValueError: If there are any that the result depends on.
-    """
-    for node in graph.graph.nodes:
-        if torch.Tag.nondeterministic_seeded in _tags(node.target):
-            raise ValueError(
-                f"model draws random numbers ({node.target}) that are no sample site, "
-                "so its density is not a function of its sites. Draw them with "
-                "pyro.sample, or switch them off: dropout by module.eval()."
-            )
 
 
 def clean(
@@ -80,37 +49,8 @@ def clean(
         differentiable: Whether gradients through the graph must stay as they are.
     """
     _prune(graph.graph)
-    values = _Recorder(graph).record(*inputs)
+    values = Recorder(graph).record(*inputs)
     return _Cleaner(values, differentiable=differentiable)(graph)
-
-
-def poison_failures(graph: fx.GraphModule, *inputs: Tensor) -> None:
-    """Let a failed factorisation give nan, where the operators recorded would raise.
-
-    One chain at a singular matrix must not stop the others.
-    """
-    values = _Recorder(graph).record(*inputs)
-    nodes = graph.graph
-    for check in list(nodes.nodes):
-        if check.target is not aten._linalg_check_errors.default:
-            continue
-        info = check.args[0]
-        for part in list(info.args[0].users):
-            if part is info or not values[part].is_floating_point():
-                continue
-            trailing = [1] * (values[part].dim() - values[info].dim())
-            shape = [*values[info].shape, *trailing]
-            with nodes.inserting_after(max(part, info)):
-                wide = nodes.call_function(aten.reshape.default, (info, shape))
-            with nodes.inserting_after(wide):
-                failed = nodes.call_function(aten.ne.Scalar, (wide, 0))
-            with nodes.inserting_after(failed):
-                filled = nodes.call_function(
-                    aten.masked_fill.Scalar, (part, failed, torch.nan)
-                )
-            part.replace_all_uses_with(filled, lambda user, own=filled: user is not own)
-        nodes.erase_node(check)
-    graph.recompile()
 
 
 def _prune(graph: fx.Graph) -> None:
@@ -118,18 +58,6 @@ def _prune(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
         if not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the value of each node."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph, garbage_collect_values=False)
-
-    @torch.no_grad()
-    def record(self, *inputs: Tensor) -> dict[fx.Node, Any]:
-        self.run(*inputs, enable_io_processing=False)
-        return dict(self.env)
 
 
 class _Cleaner:
@@ -151,14 +79,23 @@ class _Cleaner:
             elif node.op == "get_attr":
                 self.new[node] = self.values[node]
             elif node.op == "output":
-                self.graph.output(self._mapped(node.args[0]))
+                self.graph.output(fx.node.map_arg(node.args[0], self._own))
             else:
                 self.new[node] = self._replace(node)
         _prune(self.graph)
         return fx.GraphModule(self._used_constants(), self.graph)
 
+    def _own(self, old: fx.Node) -> fx.Node:
+        """An output, in memory that neither the inputs nor the constants share."""
+        node = self._as_node(old)
+        is_new = node.op == "call_function" and not (
+            node.target is aten.reshape.default or node.target.is_view
+        )
+        contiguous = {"memory_format": torch.contiguous_format}
+        return node if is_new else self._call(aten.clone.default, (node,), contiguous)
+
     def _replace(self, node: fx.Node) -> Any:
-        if not _is_random(node.target) and self._is_constant(node):
+        if not is_random(node.target) and self._is_constant(node):
             return self.values[node]
         same = self._same_as_argument(node)
         if same is not None:
@@ -166,28 +103,62 @@ class _Cleaner:
         self._require_static_shape(node)
         if node.target in (aten.index.Tensor, aten.index_put.default):
             return self._index(node)
+        if node.target is aten.copy.default:
+            return self._copy(node)
+        if node.target in _SCATTERS:
+            return self._scatter(node)
         # Without clones and expansions a view may no longer be one of memory.
         target = aten.reshape.default if node.target in _VIEWS else node.target
         return self._call(target, self._mapped(node.args), self._mapped(node.kwargs))
 
     def _call(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        key = None if _is_random(target) else _key(target, args, kwargs)
+        key = None if is_random(target) else _key(target, args, kwargs)
         if key is None:
             return self.graph.call_function(target, args, kwargs)
         if key not in self.seen:
             self.seen[key] = self.graph.call_function(target, args, kwargs)
         return self.seen[key]
 
+    def _copy(self, node: fx.Node) -> fx.Node:
+        """What is left of writing a tensor into another, whose values are lost."""
+        value, written = self.values[node], node.all_input_nodes[-1]
+        source = self._mapped(written)
+        if self.values[written].dtype is not value.dtype:
+            dtype = {"dtype": value.dtype}
+            source = self._call(aten._to_copy.default, (source,), dtype)
+        return self._call(aten.expand.default, (source, list(value.shape)), {})
+
+    def _scatter(self, node: fx.Node) -> fx.Node:
+        """Writing into a part of a tensor, as a choice between two tensors.
+
+        Gradients through torch's own batched form are wrong.
+        """
+        source: Any
+        target, source, *where = node.args
+        value, shape = self.values[node], list(self.values[node].shape)
+        number = torch.arange(self.values[source].numel(), device=value.device)
+        nowhere = torch.full(shape, -1, device=value.device)
+        # For each entry, which one of the source it takes; -1 for none.
+        place: Any = node.target
+        taken = place(nowhere, number.reshape(self.values[source].shape), *where)
+        flat = self._call(aten.reshape.default, (self._mapped(source), [-1]), {})
+        order = self._constant(taken.flatten().clamp(min=0))
+        new = self._call(aten.index_select.default, (flat, 0, order), {})
+        new = self._call(aten.reshape.default, (new, shape), {})
+        args = (self._constant(taken >= 0), new, self._mapped(target))
+        return self._call(aten.where.self, args, {})
+
     def _require_static_shape(self, node: fx.Node) -> None:
         is_indexing = node.target is aten.index.Tensor  # tagged for the sake of masks
-        if torch.Tag.dynamic_output_shape in _tags(node.target) and not is_indexing:
+        if torch.Tag.dynamic_output_shape in tags(node.target) and not is_indexing:
             raise UntraceableError(f"a shape depends on latent values ({node.target})")
 
     def _index(self, node: fx.Node) -> fx.Node:
         """Indexing, with masks as indices where they are known."""
+        masks_and_indices: Any
         target, masks_and_indices, *rest = node.args
         indices: list[Any] = []
-        for index in masks_and_indices:  # type: ignore[union-attr]
+        for index in masks_and_indices:
             if index is None or self.values[index].dtype is not torch.bool:
                 indices.append(self._mapped(index))
             elif not isinstance(self.new[index], fx.Node):
@@ -202,7 +173,8 @@ class _Cleaner:
         """``target[mask] = number`` for a mask that depends on latent values."""
         if node.target is aten.index.Tensor:
             raise UntraceableError("a tensor is indexed by a mask of latent values")
-        target, (mask, *others), value, *accumulate = node.args
+        arguments: Any = node.args
+        target, (mask, *others), value, *accumulate = arguments
         if others or any(accumulate) or self.values[value].numel() != 1:
             raise UntraceableError("a tensor is filled through a mask of latent values")
         trailing = self.values[target].dim() - self.values[mask].dim()
@@ -327,16 +299,3 @@ def _key(target: Any, args: Any, kwargs: Any) -> Any:
     except TypeError:
         return None
     return key
-
-
-def _tags(target: Any) -> Sequence[torch.Tag]:
-    return getattr(target, "tags", ())
-
-
-def _is_random(target: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in _tags(target)
-
-
-def _is_mutating(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
