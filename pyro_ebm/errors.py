@@ -1,6 +1,15 @@
 """Exceptions and warnings that a caller may want to catch."""
 
-__all__ = ["DivergenceError", "UnregisteredParameterWarning", "UnreliableWarning"]
+__all__ = [
+    "CompilationWarning",
+    "DivergenceError",
+    "UnregisteredParameterWarning",
+    "UnreliableWarning",
+]
+
+
+class CompilationWarning(UserWarning):
+    """An energy could not be compiled and runs eagerly: right, but slower."""
 
 
 class DivergenceError(RuntimeError):

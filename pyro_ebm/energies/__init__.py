@@ -6,6 +6,7 @@ anything that can be called, :class:`NeuralEnergy` is the usual network for vect
 
 __all__ = [
     "ClosedForm",
+    "CompiledEnergy",
     "ConvolutionalEnergy",
     "DistributionEnergy",
     "Energy",
@@ -24,6 +25,7 @@ __all__ = [
 
 from pyro_ebm.energies.algebra import ExpEnergy, SumEnergy
 from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.compiled import CompiledEnergy
 from pyro_ebm.energies.convolutional import ConvolutionalEnergy
 from pyro_ebm.energies.distribution import DistributionEnergy
 from pyro_ebm.energies.function import FunctionEnergy

@@ -92,6 +92,7 @@ CASES = {
     ),
     "neural-relu": lambda: energies.NeuralEnergy((2,), activation=nn.ReLU),
     "neural-scalar": lambda: energies.NeuralEnergy((), (8,)),
+    "compiled": lambda: energies.CompiledEnergy(quadratic()),
     "convolutional": lambda: energies.ConvolutionalEnergy((1, 5, 4), (3, 4)),
     "convolutional-base": lambda: energies.ConvolutionalEnergy(
         (2, 4, 4), (3, 4, 4), base=normal(2, 4, 4)
