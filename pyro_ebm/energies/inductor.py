@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-import torch._inductor
 from pyro import validation_enabled
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -104,6 +103,7 @@ class CompiledFunction:
             with warnings.catch_warnings(), validation_enabled(is_validate=False):
                 warnings.simplefilter("ignore")  # torch's own, of no use to the caller
                 graph, constants = self._trace(inputs, num_tensors)
+                # Imported by this line only: that takes as long as torch itself.
                 compiled: Any = torch._inductor.compile(
                     graph, [*constants, *inputs], options=self.options
                 )
