@@ -1,17 +1,20 @@
-r"""Sequential Monte Carlo in two stages: find the target, then measure it.
+r"""Log Z in two stages: find the target, then measure it.
 
 1. A pilot run of waste-free SMC goes from the base to the target with few particles.
    Its particles are tested for signs that there is no partition function.
-2. The base is refitted to the particles (:mod:`pyro_ebm.partition.refit`). If the refit
-   is close to the target, so that few temperatures lead from one to the other, a second
-   run from there gives the estimate; otherwise the budget goes into a larger run from
-   the base itself.
+2. A proposal is fitted to the particles and refined by adaptive importance sampling
+   (:mod:`pyro_ebm.partition.adaptive`). If it comes close to the target, what is left
+   of the budget goes into independent draws of it: their weights give an unbiased
+   estimate of Z and an interval that needs no Markov chain to have mixed.
+3. Otherwise the second stage is a second SMC run along the temperatures: from a
+   base refitted to the particles (:mod:`pyro_ebm.partition.refit`) if few temperatures
+   lead from there to the target, or a larger one from the base itself; the value is
+   Bennett's ratio along the temperatures.
 
-The value is Bennett's ratio along the temperatures of the last run. What the islands
-cannot see by their spread, since all may miss the same tail, shows elsewhere:
-the run read forwards errs downwards and read backwards upwards; the weights from the
-refitted base have a heavy tail where its draws find mass that the particles have not;
-and the two stages disagree. Each of these makes the estimate unreliable.
+What the islands of SMC cannot see by their spread, since all may miss the same tail,
+shows elsewhere: the weights of a fitted proposal have a heavy tail where its draws find
+mass that the particles have not; the run read forwards errs downwards and read
+backwards upwards; and the stages disagree. Each of these makes the estimate unreliable.
 """
 
 __all__ = ["refined_smc"]
@@ -25,7 +28,9 @@ import torch
 from pyro_ebm.diagnostics import pareto_k
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.path import GeometricPath
+from pyro_ebm.partition.adaptive import Adaptation, adapt_proposal, log_target
 from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
+from pyro_ebm.partition.importance import chunks, estimate_from_weights
 from pyro_ebm.partition.normalizability import Normalizability, check_normalizability
 from pyro_ebm.partition.refit import RefittedBase
 from pyro_ebm.partition.smc import Islands, run_smc
@@ -33,6 +38,17 @@ from pyro_ebm.partition.smc import Islands, run_smc
 #: Smallest budget that lets the pilot run arrive on easy targets.
 MIN_BUDGET = 5_000
 _PILOT_PARTICLES = 64
+_PILOT_CHAIN_LENGTH = 4
+#: Budget for each doubling of the pilot run's particles.
+_PILOT_BUDGET = 75_000
+#: Beyond, families with a parameter or more a coordinate cost too many draws.
+_MAX_ADAPTIVE_DIM = 64
+_MAX_ROUNDS = 12
+_MIN_DRAWS = 1000
+#: Numbers drawn at once.
+_CHUNK = 2**22
+#: Effective fraction of the last round with which a proposal is worth measuring with.
+_MIN_FRACTION = 0.02
 _REFIT_PARTICLES = 128
 #: Temperatures from a refitted base that count as close.
 _CLOSE = 3
@@ -107,27 +123,67 @@ def refined_smc(
     rays = check_normalizability(path.target, path.start(_PILOT_PARTICLES).u)
     if not rays.is_normalizable:
         return _not_normalizable(rays)
-    pilot = _run(energy, base, num_replicates, _PILOT_PARTICLES)
+    particles = _PILOT_PARTICLES * 2 ** min(4, budget // _PILOT_BUDGET)
+    pilot = _run(energy, base, num_replicates, particles, _PILOT_CHAIN_LENGTH)
     u = pilot.islands.state.u.flatten(0, 1)
     rays = check_normalizability(path.target, u)
     if not rays.is_normalizable:
         return _not_normalizable(rays)
+    spent = 2 * rays.num_evaluations + pilot.cost
+    if u[0].numel() <= _MAX_ADAPTIVE_DIM:
+        ancestors = num_replicates * particles / _PILOT_CHAIN_LENGTH
+        num_draws = max(_MIN_DRAWS, budget // (2 * _MAX_ROUNDS))
+        rounds = max(1, min(_MAX_ROUNDS, (budget - spent) // (2 * num_draws)))
+        adapted = adapt_proposal(
+            path, u, ancestors, num_draws=num_draws, num_rounds=rounds
+        )
+        spent += adapted.num_evaluations
+        if adapted.fractions[-1] > _MIN_FRACTION:
+            return _measure(path, pilot, adapted, max(num_draws, budget - spent), spent)
     refitted = RefittedBase(u, path)
-    short = _run(path.target, refitted, num_replicates, _REFIT_PARTICLES)
-    spent = 2 * rays.num_evaluations + pilot.cost + short.cost
+    short = _run(path.target, refitted, num_replicates, _REFIT_PARTICLES, 8)
+    spent += short.cost
     close = short.num_temperatures <= _CLOSE
     final = short if close else pilot
     factor = (budget - spent) // final.cost
     if factor >= 1:
         particles = min(final.particles * factor, _MAX_PARTICLES)
         source = (path.target, refitted) if close else (energy, base)
-        final = _run(*source, num_replicates, particles)
+        final = _run(*source, num_replicates, particles, 8 if close else 16)
         spent += final.cost
     return _judge(pilot, final, spent)
 
 
+def _measure(
+    path: GeometricPath, pilot: _Run, adapted: Adaptation, num_draws: int, spent: int
+) -> LogPartitionEstimate:
+    """Importance sampling from a proposal that was fitted to other draws."""
+    log_weights = []
+    for count in chunks(num_draws, _CHUNK // path.event_shape.numel()):
+        u = adapted.proposal.sample(count)
+        log_weights.append(log_target(path, u) - adapted.proposal.log_prob(u))
+    rounds = len(adapted.fractions)
+    result = estimate_from_weights(
+        torch.cat(log_weights),
+        f"importance sampling from a proposal fitted to SMC in {rounds} rounds",
+        spent + num_draws,
+    )
+    first, first_error, _ = combine_replicates(pilot.islands.bennett)
+    more = first - result.value
+    # One-sided: with few particles SMC errs downwards, and that proves nothing.
+    if more > 3 * math.hypot(first_error, result.std_error) + 0.1:
+        reason = f"SMC found {more:.2g} nats more than the proposal fitted to it"
+        reasons = "; ".join(filter(None, (result.reason, reason)))
+        return result._replace(status="unreliable", reason=reasons)
+    return result
+
+
 def _run(
-    energy: Energy, base: dist.TorchDistribution, num_islands: int, particles: int
+    energy: Energy,
+    base: dist.TorchDistribution,
+    num_islands: int,
+    particles: int,
+    chain_length: int,
 ) -> _Run:
     is_refitted = isinstance(base, RefittedBase)
     islands = run_smc(
@@ -135,8 +191,7 @@ def _run(
         base,
         num_islands=num_islands,
         num_particles=particles,
-        # From a base that is close there is not far to go.
-        chain_length=8 if is_refitted else 16,
+        chain_length=chain_length,
     )
     return _Run(islands, particles, is_refitted)
 
