@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_ebm.energies.graph_recording import (
-    Recorder,
+    Recording,
     UntraceableError,
     aten,
     is_random,
@@ -38,19 +38,21 @@ _SCATTERS = {
 _CASTS = _VIEWS | {aten.expand.default, aten.squeeze.dim, aten._to_copy.default}
 
 
-def clean(
-    graph: fx.GraphModule, *inputs: Tensor, differentiable: bool
-) -> fx.GraphModule:
+def clean(recording: Recording, *, differentiable: bool) -> fx.GraphModule:
     """Fold constants, drop operators without effect, and share equal ones.
 
     Args:
-        graph: Without mutating operators; its placeholders are the inputs.
-        *inputs: An example of them.
+        recording: Without operators that write into their arguments.
         differentiable: Whether gradients through the graph must stay as they are.
+
+    Returns:
+        The graph, which takes the inputs that were recorded.
+
+    Raises:
+        UntraceableError: If a shape depends on the inputs.
     """
-    _prune(graph.graph)
-    values = Recorder(graph).record(*inputs)
-    return _Cleaner(values, differentiable=differentiable)(graph)
+    _prune(recording.graph)
+    return _Cleaner(recording, differentiable=differentiable).cleaned()
 
 
 def _prune(graph: fx.Graph) -> None:
@@ -63,25 +65,27 @@ def _prune(graph: fx.Graph) -> None:
 class _Cleaner:
     """One pass over a graph that builds the clean one node by node."""
 
-    def __init__(self, values: dict[fx.Node, Any], *, differentiable: bool) -> None:
-        self.values = values
+    def __init__(self, recording: Recording, *, differentiable: bool) -> None:
+        self.recording = recording
+        self.values = recording.values
         self.differentiable = differentiable
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
         # What stands for each old node: a node of the new graph, or a constant.
-        self.new: dict[fx.Node, Any] = {}
+        self.new: dict[fx.Node, Any] = {
+            node: self.graph.placeholder(node.name) for node in recording.inputs
+        }
         self.seen: dict[Any, fx.Node] = {}
 
-    def __call__(self, old: fx.GraphModule) -> fx.GraphModule:
-        for node in old.graph.nodes:
-            if node.op == "placeholder":
-                self.new[node] = self.graph.placeholder(node.name)
-            elif node.op == "get_attr":
-                self.new[node] = self.values[node]
+    def cleaned(self) -> fx.GraphModule:
+        """The clean graph."""
+        for node in self.recording.graph.nodes:
+            if node.op == "call_function":
+                self.new[node] = self._replace(node)
             elif node.op == "output":
                 self.graph.output(fx.node.map_arg(node.args[0], self._own))
-            else:
-                self.new[node] = self._replace(node)
+            elif node not in self.new:
+                self.new[node] = self.values[node]
         _prune(self.graph)
         return fx.GraphModule(self._used_constants(), self.graph)
 
@@ -95,8 +99,10 @@ class _Cleaner:
         return node if is_new else self._call(aten.clone.default, (node,), contiguous)
 
     def _replace(self, node: fx.Node) -> Any:
+        if node.target in _SHAPE_ONLY:
+            return self._evaluated(node, self.values)
         if not is_random(node.target) and self._is_constant(node):
-            return self.values[node]
+            return self._evaluated(node, self.new)
         same = self._same_as_argument(node)
         if same is not None:
             return self.new[same]
@@ -110,6 +116,12 @@ class _Cleaner:
         # Without clones and expansions a view may no longer be one of memory.
         target = aten.reshape.default if node.target in _VIEWS else node.target
         return self._call(target, self._mapped(node.args), self._mapped(node.kwargs))
+
+    @torch.no_grad()
+    def _evaluated(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        operator: Any = node.target
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        return operator(*args, **kwargs)
 
     def _call(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
         key = None if is_random(target) else _key(target, args, kwargs)
@@ -162,7 +174,7 @@ class _Cleaner:
             if index is None or self.values[index].dtype is not torch.bool:
                 indices.append(self._mapped(index))
             elif not isinstance(self.new[index], fx.Node):
-                known = self.values[index].nonzero(as_tuple=True)
+                known = self.new[index].nonzero(as_tuple=True)
                 indices.extend(self._constant(part) for part in known)
             else:
                 return self._masked_fill(node)
@@ -184,8 +196,6 @@ class _Cleaner:
         return self._call(aten.where.self, (wide, number, self._mapped(target)), {})
 
     def _is_constant(self, node: fx.Node) -> bool:
-        if node.target in _SHAPE_ONLY:
-            return True
         return not any(
             isinstance(self.new[argument], fx.Node) for argument in node.all_input_nodes
         )

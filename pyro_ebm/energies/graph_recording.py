@@ -1,48 +1,91 @@
 """Record the operators that a function applies to its tensors, as a graph.
 
-A graph is what ``make_fx`` makes of a function: one node for each operator on plain
-tensors, with everything else, effect handlers and branches, gone.
+One node for each operator on plain tensors; everything else, effect handlers and Python
+branches, is gone. Tensors are known by identity. It is what ``make_fx`` does with real
+tensors, without the metadata that it keeps of each node and that takes it longest.
 """
 
 __all__ = [
     "LinAlgError",
-    "Recorder",
+    "Recording",
     "UntraceableError",
     "aten",
     "first_line",
     "is_random",
     "record",
-    "require_deterministic",
     "tags",
 ]
 
-import contextlib
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import (
-    disable_proxy_modes_tracing,
-    make_fx,
-)
+from torch._decomp import get_decompositions
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 aten = torch.ops.aten
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+
+# Operators that vmap would run one by one.
+_DECOMPOSED: dict[Any, Callable[..., Any]] = get_decompositions(
+    [aten._native_batch_norm_legit_no_training, aten.native_batch_norm]
+)
 
 
 class UntraceableError(RuntimeError):
     """The function does something that a fixed graph of operators cannot hold."""
 
 
-def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
-    """The graph of a function, without operators that write into their arguments.
+class Recording(NamedTuple):
+    """What a function did.
+
+    Attributes:
+        graph: Its operators; the placeholders are inputs and constants.
+        inputs: The placeholders of the inputs.
+        values: What each constant was; of other nodes a tensor without memory, of the
+            same shape and type.
+    """
+
+    graph: fx.Graph
+    inputs: list[fx.Node]
+    values: dict[fx.Node, Any]
+
+    def constants(self) -> list[fx.Node]:
+        """The placeholders of tensors that came from elsewhere."""
+        is_input = set(self.inputs)
+        return [
+            node
+            for node in self.graph.nodes
+            if node.op == "placeholder" and node not in is_input
+        ]
+
+    def replay(self, *tensors: Tensor) -> Any:
+        """Apply the operators to inputs, and to constants after them."""
+        env: dict[fx.Node, Any] = dict(
+            zip([*self.inputs, *self.constants()], tensors, strict=True)
+        )
+        for node in self.graph.nodes:
+            if node.op == "output":
+                return fx.node.map_arg(node.args[0], env.__getitem__)
+            if node.op == "call_function":
+                args, kwargs = fx.node.map_arg(
+                    (node.args, node.kwargs), env.__getitem__
+                )
+                env[node] = node.target(*args, **kwargs)
+        return None
+
+
+def record(function: Callable[..., Any], *inputs: Tensor) -> Recording:
+    """The operators of a function, without any that write into their arguments.
 
     Args:
         function: Applies torch operators to its arguments, or to the same tensors
-            wherever it has them from: they are known by identity.
+            wherever it has them from.
         *inputs: Where it is recorded.
 
     Raises:
@@ -50,141 +93,126 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
         torch.linalg.LinAlgError: If a factorisation fails there.
     """
     try:
-        return _record(function, inputs, contextlib.nullcontext())
-    except UntraceableError as error:
-        # Constants may be looked into, and written into, when they are not recorded.
-        try:
-            return _record(function, inputs, _RunConstants(inputs))
-        except UntraceableError:
-            raise error from None
-
-
-def _record(
-    function: Callable[..., Any],
-    inputs: Sequence[Tensor],
-    mode: contextlib.AbstractContextManager[Any],
-) -> fx.GraphModule:
-    def run(*inputs: Tensor) -> Any:
-        with mode:
-            return function(*inputs)
-
-    try:
-        graph = make_fx(run)(*inputs)
+        recording = _record(function, inputs, [])
+        if not _is_mutating(recording):
+            return recording
+        constants = [recording.values[node] for node in recording.constants()]
+        pure = torch.func.functionalize(recording.replay, remove="mutations")
+        recording = _record(pure, [tensor.detach() for tensor in inputs], constants)
     except (LinAlgError, UntraceableError):
         raise
     except Exception as error:
-        reason = first_line(error)
-        if "get value out of a tracing tensor" in reason:
-            reason = (
-                "it branches on a value that depends on latent values or parameters, "
-                "or turns one into a number, as .item() does"
-            )
-        raise UntraceableError(reason) from error
-    example = tuple(tensor.detach() for tensor in inputs)
-    _poison_failures(graph, *example)
-    return _functional(graph, *example)
+        raise UntraceableError(first_line(error)) from error
+    if _is_mutating(recording):
+        raise UntraceableError(
+            "it writes into a tensor that outlives the call, such as the running mean "
+            "of a batch norm; put modules in eval() mode"
+        )
+    return recording
 
 
-class _RunConstants(TorchDispatchMode):
-    """Runs operators on constants for good, instead of having them recorded."""
+def _record(
+    function: Callable[..., Any], inputs: Sequence[Tensor], constants: Sequence[Tensor]
+) -> Recording:
+    tape = _Tape(inputs)
+    with tape:
+        result = function(*inputs, *constants)
+    tape.graph.output(tree_map_only(Tensor, tape.node_of, result))
+    return Recording(tape.graph, tape.inputs, tape.values)
+
+
+class _Tape(TorchDispatchMode):
+    """Sees every operator that is run, below autograd and vmap."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        # Tensors that depend on the inputs, by identity; held, so that it stays theirs.
-        self.dependent = {id(tensor): tensor for tensor in inputs}
+        self.graph = fx.Graph()
+        self.values: dict[fx.Node, Any] = {}
+        self.nodes = WeakTensorKeyDictionary()  # by identity
+        self.variable: set[fx.Node] = set()  # what depends on the inputs
+        self.written: dict[int, Tensor] = {}  # by the memory of tensors, held for that
+        self.inputs = [self._placeholder(tensor, is_variable=True) for tensor in inputs]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        depends = [id(a) in self.dependent for a in _tensors((args, kwargs))]
-        if not any(depends) and not is_random(func):
-            with disable_proxy_modes_tracing():
-                return func(*args, **kwargs)
-        if _is_mutating(func) and not depends[0]:
-            raise UntraceableError("it writes latent values into a constant tensor")
+        with self:
+            decomposed = _DECOMPOSED.get(func, func.decompose)
+            result = decomposed(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        is_variable = is_random(func) or any(map(self._is_variable, tensors))
+        if torch.Tag.data_dependent_output in tags(func):
+            if is_variable:
+                raise UntraceableError(
+                    "it branches on a value that depends on latent values or "
+                    "parameters, or turns one into a number, as .item() does"
+                )
+            return func(*args, **kwargs)
+        arguments = tree_map_only(Tensor, self.node_of, (args, kwargs))
         result = func(*args, **kwargs)
-        self.dependent.update((id(r), r) for r in _tensors(result))
+        if func is aten._linalg_check_errors.default:
+            self._poison(*tensors)
+        elif func is aten.detach.default and not is_variable:
+            # torch detaches new tensors; as a view it would detach what is written.
+            self.nodes[result] = self.node_of(*tensors)
+        else:
+            node = self.graph.call_function(func, *arguments)
+            self._note(node, result, is_variable=is_variable)
+            if is_variable and func._schema.is_mutable:
+                self.written[_memory(tensors[0])] = tensors[0]
         return result
 
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _functional(graph: fx.GraphModule, *inputs: Tensor) -> fx.GraphModule:
-    """The same graph without operators that write into their arguments."""
-    if not any(_is_mutating(node.target) for node in graph.graph.nodes):
-        return graph
-    functional = torch.func.functionalize(graph, remove="mutations")
-    pure: fx.GraphModule = make_fx(lambda *args: functional(*args))(*inputs)
-    if any(_is_mutating(node.target) for node in pure.graph.nodes):
-        raise UntraceableError(
-            "it writes into a tensor that outlives the call, such as the running mean "
-            "of a batch norm; put modules in eval() mode"
+    def _is_variable(self, tensor: Tensor) -> bool:
+        return (
+            self.nodes.get(tensor) in self.variable or _memory(tensor) in self.written
         )
-    return pure
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """The node that a tensor came from; a new placeholder if from elsewhere."""
+        node: fx.Node | None = self.nodes.get(tensor)
+        if node is not None:
+            return node
+        return self._placeholder(tensor, is_variable=False)
+
+    def _placeholder(self, tensor: Tensor, *, is_variable: bool) -> fx.Node:
+        node = self.graph.placeholder(f"tensor_{len(self.values)}")
+        self._note(node, tensor, is_variable=is_variable)
+        return node
+
+    def _note(self, node: fx.Node, value: Any, *, is_variable: bool) -> None:
+        """Remember what a node gave."""
+        if is_variable:
+            self.variable.add(node)
+        if isinstance(value, Tensor):
+            self.nodes[value] = node
+            is_constant = node.op == "placeholder" and not is_variable
+            like = value if is_constant else value.new_empty(()).expand(value.shape)
+            self.values[node] = like  # not to hold every tensor until the end
+        elif isinstance(value, tuple | list):
+            for number, part in enumerate(value):
+                item = self.graph.call_function(operator.getitem, (node, number))
+                self._note(item, part, is_variable=is_variable)
+
+    def _poison(self, info: Tensor) -> None:
+        """Let a factorisation give nan where it fails, instead of raising an error.
+
+        One chain at a singular matrix must not stop the others.
+        """
+        results: Any = self.nodes[info].args[0]
+        for factor, node in list(self.nodes.items()):
+            if node in results.users and factor.is_floating_point():
+                trailing = (1,) * (factor.dim() - info.dim())
+                with self:
+                    failed = (info != 0).reshape(info.shape + trailing)
+                    filled = factor.masked_fill(failed, torch.nan)
+                self.nodes[factor] = self.nodes[filled]
 
 
-def require_deterministic(graph: fx.GraphModule) -> None:
-    """Refuse random numbers drawn outside of sample sites.
-
-    Raises:
-        ValueError: If there are any that the result depends on.
-    """
-    for node in graph.graph.nodes:
-        if is_random(node.target):
-            raise ValueError(
-                f"model draws random numbers ({node.target}) that are no sample site, "
-                "so its density is not a function of its sites. Draw them with "
-                "pyro.sample, or switch them off: dropout by module.eval()."
-            )
-
-
-class Recorder(fx.Interpreter):
-    """Runs a graph and keeps the value of each node."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph, garbage_collect_values=False)
-
-    @torch.no_grad()
-    def record(self, *inputs: Tensor) -> dict[fx.Node, Any]:
-        """Run at ``inputs``; the value of each node."""
-        self.run(*inputs, enable_io_processing=False)
-        return dict(self.env)
-
-
-def _poison_failures(graph: fx.GraphModule, *inputs: Tensor) -> None:
-    """Let a failed factorisation give nan, where the operators recorded would raise.
-
-    One chain at a singular matrix must not stop the others.
-    """
-    nodes = graph.graph
-    if not nodes.find_nodes(
-        op="call_function", target=aten._linalg_check_errors.default
-    ):
-        return
-    values = Recorder(graph).record(*inputs)
-    for check in list(nodes.nodes):
-        if check.target is not aten._linalg_check_errors.default:
-            continue
-        info = check.args[0]
-        for part in list(info.args[0].users):
-            if part is info or not values[part].is_floating_point():
-                continue
-            trailing = [1] * (values[part].dim() - values[info].dim())
-            shape = [*values[info].shape, *trailing]
-            with nodes.inserting_after(max(part, info)):
-                wide = nodes.call_function(aten.reshape.default, (info, shape))
-            with nodes.inserting_after(wide):
-                failed = nodes.call_function(aten.ne.Scalar, (wide, 0))
-            with nodes.inserting_after(failed):
-                filled = nodes.call_function(
-                    aten.masked_fill.Scalar, (part, failed, torch.nan)
-                )
-            part.replace_all_uses_with(filled, lambda user, own=filled: user is not own)
-        nodes.erase_node(check)
-    graph.recompile()
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def first_line(error: Exception) -> str:
@@ -202,6 +230,6 @@ def is_random(operator: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in tags(operator)
 
 
-def _is_mutating(operator: Any) -> bool:
-    schema = getattr(operator, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
+def _is_mutating(recording: Recording) -> bool:
+    schemas = (getattr(n.target, "_schema", None) for n in recording.graph.nodes)
+    return any(schema is not None and schema.is_mutable for schema in schemas)

@@ -91,6 +91,7 @@ class ModelPrior(dist.TorchDistribution):
         self.energy = energy
         self._model, self._args, self._kwargs = model, args, kwargs
         self._sites = sites
+        self._is_vectorized: bool | None = None  # not known before the first draws
         super().__init__(torch.Size(), energy.event_shape, validate_args=False)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "ModelPrior":
@@ -123,7 +124,10 @@ class ModelPrior(dist.TorchDistribution):
         num_draws = shape[:-1].numel()
         if num_draws == 0:
             return self._sites.example.new_empty(shape)
-        u = self._many(num_draws) if num_draws > 1 else None
+        u = None
+        if num_draws > 1 and self._is_vectorized is not False:
+            u = self._many(num_draws)
+            self._is_vectorized = u is not None
         if u is None:
             u = torch.stack([self._one() for _ in range(num_draws)])
         return u.reshape(shape).to(**self.energy.tensor_options())
@@ -157,6 +161,8 @@ class ModelPrior(dist.TorchDistribution):
             site_log_prob = site["fn"].log_prob(site["value"])
             log_prob = log_prob + site_log_prob.reshape(num_draws, -1).sum(-1)
         u = self._sites.unconstrain(values)
+        if self._is_vectorized:
+            return u
         log_prob = log_prob + self._sites.log_abs_det(u, values)
         checked = slice(None, _NUM_CHECKED)
         options = self.energy.tensor_options()

@@ -4,10 +4,10 @@ Running a Pyro model costs some milliseconds in effect handlers, whatever the si
 its tensors. Here the model runs once; the operators that it applies to the point are
 kept as a graph, which is then batched and differentiated:
 
-#. ``make_fx`` records the value at one point, parameters being inputs of the graph;
-#. the graph is cleaned: see :mod:`pyro_ebm.energies.graph_cleaning`;
-#. ``make_fx(vmap(graph))`` gives the graph for a number of points, and ``make_fx`` of
-   its autograd gradient the graph of value and gradient.
+#. the value at one point is recorded, parameters being inputs of the graph, and
+   cleaned: see :mod:`pyro_ebm.energies.graph_cleaning`;
+#. that graph under ``vmap`` and ``autograd.grad`` is recorded and cleaned again: the
+   graph of value and gradient for a number of points, with no autograd left.
 """
 
 __all__ = ["LoopedFunction", "TracedFunction"]
@@ -30,8 +30,8 @@ from pyro_ebm.energies.graph_recording import (
     LinAlgError,
     UntraceableError,
     first_line,
+    is_random,
     record,
-    require_deterministic,
 )
 
 #: Numbers of points for which a graph is kept.
@@ -151,8 +151,8 @@ class TracedFunction:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                graph = record(lambda *args: batch(*args), u, *live)
-                graph = clean(graph, u, *live, differentiable=differentiable)
+                recording = record(batch, u, *live)
+                graph = clean(recording, differentiable=differentiable)
         except UntraceableError:
             return batch
         if not _agree(graph(u, *live), wanted):
@@ -181,10 +181,10 @@ class TracedFunction:
             self._modules = list(dict.fromkeys(m for r in roots for m in r.modules()))
             live = _live_tensors(self._modules)
             tensors = [read() for read in live]
-            graph = record(lambda u, *live: self.function(u), u, *tensors)
-        inputs = (u, *(tensor.detach() for tensor in tensors))
-        graph = clean(graph, *inputs, differentiable=True)
-        require_deterministic(graph)
+            # Tensors are known by identity, so the live ones need no passing.
+            recording = record(lambda u, *live: self.function(u), u, *tensors)
+        graph = clean(recording, differentiable=True)
+        _require_deterministic(graph)
         _, *placeholders = graph.graph.find_nodes(op="placeholder")
         used = []
         for node, read in zip(placeholders, live, strict=True):
@@ -194,6 +194,17 @@ class TracedFunction:
                 graph.graph.erase_node(node)
         graph.recompile()
         return _OnePoint(graph, tuple(used))
+
+
+def _require_deterministic(graph: fx.GraphModule) -> None:
+    """Refuse random numbers drawn outside of sample sites."""
+    for node in graph.graph.nodes:
+        if is_random(node.target):
+            raise ValueError(
+                f"model draws random numbers ({node.target}) that are no sample site, "
+                "so its density is not a function of its sites. Draw them with "
+                "pyro.sample, or switch them off: dropout by module.eval()."
+            )
 
 
 class LoopedFunction:
