@@ -14,7 +14,7 @@ from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
 from pyro_ebm.mcmc import IndependentChains, PersistentChains, Sampler
 from pyro_ebm.mcmc.path import GeometricPath
-from pyro_ebm.partition import LogPartition
+from pyro_ebm.partition import LogPartition, LogPartitionEstimate
 
 
 class EnergyModel(nn.Module):
@@ -119,6 +119,20 @@ class EnergyModel(nn.Module):
         distribution.log_partition_std_error = estimate.std_error
         distribution.owner = None
         return distribution
+
+    def set_log_partition(self, estimate: LogPartitionEstimate) -> None:
+        r"""Take over an estimate of :math:`\log Z` of the current parameters.
+
+        Its value and standard error hold from now on, and follow when learning goes on.
+
+        Args:
+            estimate: ``pyro_ebm.partition.estimate(model)``, say.
+
+        Raises:
+            DivergenceError: If no walkers arrive at the energy from the base.
+            ValueError: If the estimate is not reliable.
+        """
+        self.log_partition.calibrate(self.energy, estimate)
 
     def follow(self) -> None:
         r"""Let :math:`\log Z` follow, if the parameters have moved since last time."""

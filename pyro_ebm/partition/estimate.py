@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pyro.distributions as dist
 
-from pyro_ebm.energies import Energy
+from pyro_ebm.energies import Energy, PyroModelEnergy
 from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition.annealed import annealed_importance_sampling
@@ -16,6 +16,7 @@ from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.bridge import bridge_sampling
 from pyro_ebm.partition.exact import closed_form, quadrature
 from pyro_ebm.partition.importance import importance_sampling
+from pyro_ebm.partition.progress import WatchedEnergy
 from pyro_ebm.partition.refined import refined_smc
 from pyro_ebm.partition.smc import run_smc
 
@@ -29,15 +30,20 @@ def estimate(
     budget: int | None = None,
     *,
     num_replicates: int = 4,
+    progress_bar: bool = True,
 ) -> LogPartitionEstimate:
     r"""Estimate :math:`\log Z` of an energy, with an error bar and a verdict.
 
+    For a Pyro model it is the log evidence :math:`\log p(y)`, the path leads from the
+    prior to the posterior, and factors count as observations.
+
     Args:
-        target: An :class:`~pyro_ebm.energies.Energy`, or anything that has one as its
-            ``energy``: an ``EnergyDistribution``, an ``EnergyModel``.
+        target: An :class:`~pyro_ebm.energies.Energy`; anything that has one as its
+            ``energy``: an ``EnergyDistribution``, an ``EnergyModel``; or a Pyro model.
+            ``functools.partial(model, y)`` gives a model its arguments.
         base: A normalised Pyro distribution on the same event and support, wider than
-            the target; default: that of an ``EnergyModel``. Needed unless the answer is
-            exact.
+            the target; default: that of an ``EnergyModel``, the prior of a Pyro model.
+            Needed unless the answer is exact.
         method: ``"auto"`` takes the closed form where there is one, quadrature for
             events of one or two numbers, else ``"smc"``. ``"exact"`` is the first two
             alone, for up to three numbers. See :func:`refined_smc`,
@@ -45,13 +51,14 @@ def estimate(
             :func:`bridge_sampling` for the others.
         budget: Energy evaluations aimed at; default 50,000.
         num_replicates: Independent islands of SMC.
+        progress_bar: Whether to show the energy evaluations, if it takes more than a
+            second.
 
     Returns:
         The estimate; its ``method`` says what was done.
 
     Raises:
-        NotImplementedError: If ``target`` is a Pyro model.
-        TypeError: If ``target`` is no energy and has none.
+        TypeError: If ``target`` is no energy, has none and is no Pyro model.
         ValueError: If an argument is out of range, or a base is needed and missing.
 
     Warns:
@@ -78,14 +85,20 @@ def estimate(
                 f"method must be one of 'auto', 'exact', "
                 f"{', '.join(map(repr, _SAMPLERS))}; got {method!r}."
             )
-        base = getattr(target, "base", None) if base is None else base
+        if base is None:
+            base = _base_of(target, energy)
         if base is None:
             raise ValueError(
                 "base is None, and the energy has no exact log Z: give a normalised "
                 "Pyro distribution on its event and support, wider than the target."
             )
         sampler = _SAMPLERS["smc" if method == "auto" else method]
-        result = sampler(energy, base, budget, num_replicates)
+        watched = WatchedEnergy(energy, budget) if progress_bar else energy
+        try:
+            result = sampler(watched, base, budget, num_replicates)
+        finally:
+            if isinstance(watched, WatchedEnergy):
+                watched.bar.close()
     if not result.is_reliable:
         warnings.warn(str(result), UnreliableWarning, stacklevel=2)
     return result
@@ -95,17 +108,20 @@ def _energy_of(target: Any) -> Energy:
     energy = target if isinstance(target, Energy) else getattr(target, "energy", None)
     if isinstance(energy, Energy):
         return energy
-    if callable(target):
-        raise NotImplementedError(
-            "target is a Pyro model: its log evidence from prior to posterior is not "
-            "built yet. pyro_ebm.partition.importance_sampling_of_model estimates it "
-            "with a guide."
-        )
+    if callable(target) and not isinstance(target, type):
+        return PyroModelEnergy(target)
     raise TypeError(
-        "target must be an Energy or have one as .energy, got "
+        "target must be an Energy, have one as .energy or be a Pyro model, got "
         f"{type(target).__name__}. Wrap a callable: "
         "pyro_ebm.energies.FunctionEnergy(fn, event_shape)."
     )
+
+
+def _base_of(target: Any, energy: Energy) -> dist.TorchDistribution | None:
+    base: dist.TorchDistribution | None = getattr(target, "base", None)
+    if base is None and isinstance(energy, PyroModelEnergy):
+        return energy.prior
+    return base
 
 
 def _smc(

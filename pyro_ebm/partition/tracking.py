@@ -213,6 +213,36 @@ class LogPartition(StatefulModule):
         self.read(energy)
 
     @torch.no_grad()
+    def calibrate(self, energy: Energy, estimate: LogPartitionEstimate) -> None:
+        r"""Take over a better estimate of :math:`\log Z` of the current parameters.
+
+        The walkers begin anew at these parameters, as in :meth:`refresh`, but with the
+        value and the standard error of the estimate; they follow from there.
+
+        Args:
+            energy: With the parameters that the estimate belongs to.
+            estimate: From :func:`pyro_ebm.partition.estimate`, say.
+
+        Raises:
+            DivergenceError: If no walkers arrive at the energy from the base.
+            ValueError: If the estimate is not reliable.
+        """
+        if not estimate.is_reliable:
+            raise ValueError(
+                f"estimate must be reliable to stand for log Z, got {estimate}. Raise "
+                "its budget, or give it a base nearer to the energy."
+            )
+        self.refresh(energy)
+        if self.is_closed_form:
+            return
+        if not self.walkers.is_started:
+            raise DivergenceError(
+                f"no walkers arrive from the base to follow the estimate: {self.reason}"
+            )
+        self.walkers.anchor(estimate.value, estimate.std_error)
+        self.read(energy)
+
+    @torch.no_grad()
     def check(self) -> bool:
         """Compare the walkers with a fresh SMC run from the base.
 

@@ -12,6 +12,7 @@ where the offset :math:`o_i` takes in the mean weight at each resampling.
 __all__ = ["Walkers"]
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -79,6 +80,17 @@ class Walkers(StatefulModule):
     def log_partition(self) -> Tensor:
         """The estimate (1) of each island, shape ``(M,)``."""
         return self.log_offset + log_mean_exp(self.log_weights)
+
+    def anchor(self, value: float, std_error: float) -> None:
+        """Give the islands a mean and a standard error from elsewhere.
+
+        Their own deviations from the mean are kept, to scale.
+        """
+        own = self.log_partition()
+        scale = std_error * math.sqrt(len(own)) / own.std().clamp(min=1e-12)
+        deviations = (own - own.mean()) * scale
+        wanted = value + deviations - log_mean_exp(deviations)
+        self.log_offset = self.log_offset + wanted - own
 
     def ess(self) -> float:
         """Effective number of walkers."""

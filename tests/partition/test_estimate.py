@@ -1,7 +1,9 @@
 """The one door to all estimators."""
 
+import functools
 import math
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -52,6 +54,92 @@ def test_targets_that_have_an_energy():
     assert normalized.log_partition_std_error == found.std_error
 
 
+def test_an_energy_model_takes_the_estimate_over():
+    energy = FunctionEnergy(lambda x: (x**2).sum(-1) / 2, (4,))
+    model = pyro_ebm.EnergyModel(energy, BASE)
+    found = estimate(model, budget=20_000)
+    model.set_log_partition(found)
+    assert model().is_normalized
+    assert model.log_partition.value.item() == pytest.approx(found.value, abs=1e-5)
+    assert model.log_partition.std_error.item() == pytest.approx(found.std_error, rel=1e-4)
+    average = model.log_partition.averaged()  # the same parameters still
+    assert average.value == pytest.approx(found.value, abs=1e-5)
+    with pytest.raises(ValueError, match="must be reliable"):
+        model.set_log_partition(found._replace(status="unreliable"))
+
+
+def regression(x, y):
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 2.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ weight, 0.5), obs=y)
+
+
+def test_a_pyro_model_has_its_log_evidence():
+    """Linear regression: y is Gaussian with covariance 4 x x' + .25 I."""
+    x, y = torch.randn(12, 3), torch.randn(12)
+    covariance = 4 * x @ x.mT + 0.25 * torch.eye(12)
+    truth = dist.MultivariateNormal(torch.zeros(12), covariance).log_prob(y).item()
+    found = estimate(functools.partial(regression, x, y), budget=20_000)
+    assert found.status == "ok"
+    assert found.lower <= truth <= found.upper
+    assert found.std_error < 0.05
+    with_energy = estimate(
+        pyro_ebm.energies.PyroModelEnergy(regression, x, y), budget=20_000
+    )
+    assert abs(with_energy.value - truth) < 0.05
+
+
+def eight_schools():
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", 8):
+        eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu + tau * eta, sigma), obs=y)
+
+
+def test_the_evidence_of_eight_schools():
+    """Log evidence by nested quadrature: -31.31134735."""
+    found = estimate(eight_schools, budget=20_000)
+    assert found.status == "ok"
+    assert found.lower <= -31.31134735 <= found.upper
+    assert found.std_error < 0.03
+
+
+def test_few_latent_variables_are_integrated():
+    def model():
+        mean = pyro.sample("mean", dist.Normal(1.0, 2.0))
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.tensor(3.0))
+
+    found = estimate(model)
+    assert found.status == "exact"
+    truth = dist.Normal(torch.tensor(1.0), math.sqrt(5.0)).log_prob(torch.tensor(3.0))
+    assert abs(found.value - truth.item()) < 1e-6
+
+
+def test_the_progress_bar_counts_every_evaluation(monkeypatch):
+    class Bar:
+        count, is_closed = 0, False
+
+        def __init__(self, **settings):
+            assert settings["total"] == 6_000
+
+        def update(self, number):
+            Bar.count += number
+
+        def close(self):
+            Bar.is_closed = True
+
+    monkeypatch.setattr("pyro_ebm.partition.progress.tqdm", Bar)
+    found = estimate(GAUSSIAN, BASE, budget=6_000)
+    assert abs(Bar.count - found.num_evaluations) < 0.1 * found.num_evaluations
+    assert Bar.is_closed
+    Bar.count = 0
+    estimate(GAUSSIAN, BASE, budget=6_000, progress_bar=False)
+    assert Bar.count == 0
+
+
 def test_the_trap_is_no_trap():
     """30 temperatures with 64 chains and a delta-method error bar say -7.3 +- 0.8."""
     trap = targets.trap()
@@ -86,7 +174,7 @@ def test_unreliable_warns_and_is_not_normalized():
         ({"target": GAUSSIAN, "base": BASE, "budget": 100}, ValueError, "budget must"),
         ({"target": GAUSSIAN, "base": BASE, "method": "magic"}, ValueError, "magic"),
         ({"target": 3.0}, TypeError, "float"),
-        ({"target": lambda: None}, NotImplementedError, "Pyro model"),
+        ({"target": lambda: None}, ValueError, "latent"),
         (
             {"target": GAUSSIAN, "base": BASE, "num_replicates": 1},
             ValueError,
