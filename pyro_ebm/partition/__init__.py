@@ -8,6 +8,7 @@ __all__ = [
     "LogPartition",
     "LogPartitionEstimate",
     "LogRatioEstimate",
+    "ThermodynamicCurve",
     "annealed_importance_sampling",
     "bidirectional",
     "bridge_sampling",
@@ -20,6 +21,7 @@ __all__ = [
     "quadrature",
     "refined_smc",
     "smc",
+    "thermodynamic_integration",
 ]
 
 from pyro_ebm.partition.annealed import annealed_importance_sampling, bidirectional
@@ -33,4 +35,8 @@ from pyro_ebm.partition.normalizability import check_normalizability
 from pyro_ebm.partition.ratio import LogRatioEstimate, log_ratio
 from pyro_ebm.partition.refined import refined_smc
 from pyro_ebm.partition.smc import smc
+from pyro_ebm.partition.thermodynamic import (
+    ThermodynamicCurve,
+    thermodynamic_integration,
+)
 from pyro_ebm.partition.tracking import LogPartition

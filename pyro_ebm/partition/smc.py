@@ -55,9 +55,9 @@ class Islands(NamedTuple):
             neighbouring temperatures, shape ``(M,)``.
         reverse: Estimate of each island by (1) taken backwards, shape ``(M,)``; errs
             upwards.
-        curve: :math:`\mathbb{E}_\beta[f - f_0]` at each temperature, shape ``(K,)``:
-            the integrand of thermodynamic integration,
-            :math:`-\log Z = \int_0^1 \mathbb{E}_\beta[f - f_0]\, d\beta`.
+        curve: :math:`\mathbb{E}_\beta[f - f_0]` at each temperature, by island, shape
+            ``(K, M)``; see :mod:`pyro_ebm.partition.thermodynamic`.
+        curve_variance: :math:`\mathrm{Var}_\beta[f - f_0]`, shape ``(K, M)``.
         initial_log_weights: Log of :math:`e^{-f} / p_0` at the draws of the base, shape
             ``(M, N)``.
         kernel: The kernel as adapted to the target.
@@ -71,6 +71,7 @@ class Islands(NamedTuple):
     bennett: Tensor
     reverse: Tensor
     curve: Tensor
+    curve_variance: Tensor
     initial_log_weights: Tensor
     kernel: HMC
     inverse_temperatures: list[float]
@@ -189,7 +190,8 @@ class _Sums:
         zeros = state.target.new_zeros(len(state.target))
         self.forward, self.bennett, self.reverse = zeros, zeros, zeros
         self.initial = state.log_weight(1.0)
-        self.curve = [(state.target - state.base).mean()]
+        self.curve: list[tuple[Tensor, Tensor]] = []
+        self._look(state)
         self.ess = 1.0
 
     def add(self, log_weights: Tensor, new: PathState, step: float) -> None:
@@ -198,17 +200,23 @@ class _Sums:
         self.reverse = self.reverse - log_mean_exp(-back)
         self.bennett = self.bennett + bennett_of_islands(log_weights, back)
         self.ess = min(self.ess, effective_sample_fraction(log_weights).min().item())
-        self.curve.append((new.target - new.base).mean())
+        self._look(new)
+
+    def _look(self, state: PathState) -> None:
+        difference = state.target - state.base
+        self.curve.append((difference.mean(-1), difference.var(-1)))
 
     def result(
         self, state: PathState, kernel: HMC, betas: list[float], num_evaluations: int
     ) -> Islands:
+        curve, variance = zip(*self.curve, strict=True)
         return Islands(
             state,
             self.forward,
             self.bennett,
             self.reverse,
-            torch.stack(self.curve),
+            torch.stack(curve),
+            torch.stack(variance),
             self.initial,
             kernel,
             betas,

@@ -61,7 +61,9 @@ def test_an_energy_model_takes_the_estimate_over():
     model.set_log_partition(found)
     assert model().is_normalized
     assert model.log_partition.value.item() == pytest.approx(found.value, abs=1e-5)
-    assert model.log_partition.std_error.item() == pytest.approx(found.std_error, rel=1e-4)
+    assert model.log_partition.std_error.item() == pytest.approx(
+        found.std_error, rel=1e-4
+    )
     average = model.log_partition.averaged()  # the same parameters still
     assert average.value == pytest.approx(found.value, abs=1e-5)
     with pytest.raises(ValueError, match="must be reliable"):
