@@ -1,12 +1,13 @@
 """Targets of known truth, and what a test needs to hold a sampler to it.
 
 A leaf: nothing in the library imports it. Start with
-:mod:`~pyro_ebm.testing.targets`.
+:mod:`~pyro_ebm.testing.targets`; :mod:`~pyro_ebm.testing.held_out` has those on which
+nothing was tuned.
 """
 
-__all__ = ["CountingEnergy", "Target", "assert_moments", "targets"]
+__all__ = ["CountingEnergy", "Target", "assert_moments", "held_out", "targets"]
 
-from pyro_ebm.testing import targets
+from pyro_ebm.testing import held_out, targets
 from pyro_ebm.testing.counting import CountingEnergy
 from pyro_ebm.testing.moments import assert_moments
 from pyro_ebm.testing.targets import Target

@@ -29,6 +29,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pyro_ebm.energies import Energy, FunctionEnergy
+from pyro_ebm.testing.grid import GridDensity
 
 
 class Target(NamedTuple):
@@ -183,39 +184,32 @@ def many_well(num_pairs: int = 16) -> Target:
     r"""Independent double wells: a pair has :math:`-f = u/2 + 6u^2 - u^4 - v^2/2`.
 
     The coordinates are ``(u_1, v_1, u_2, v_2, ...)``, so there are ``2**num_pairs``
-    modes. The well's integral, moments and draws come from a grid of 20,001 points, on
-    which the trapezoidal rule is exact to rounding.
+    modes. The well's integral, moments and draws come from a grid.
     """
 
-    def well(u: Tensor) -> Tensor:
+    def negative_energy(u: Tensor) -> Tensor:
         return u / 2 + 6 * u**2 - u**4
 
     def energy(x: Tensor) -> Tensor:
         u, v = x[..., ::2], x[..., 1::2]
-        return (v**2 / 2 - well(u)).sum(-1)
+        return (v**2 / 2 - negative_energy(u)).sum(-1)
 
     def sample(shape: Sequence[int]) -> Tensor:
-        uniform = torch.rand(*shape, num_pairs).to(grid)
-        index = torch.searchsorted(cdf, uniform).clamp(1, len(grid) - 1)
-        fraction = (uniform - cdf[index - 1]) / (cdf[index] - cdf[index - 1])
-        u = grid[index - 1] + fraction * (grid[index] - grid[index - 1])
+        u = well.sample((*shape, num_pairs))
         v = torch.randn(*shape, num_pairs)
-        return torch.stack([u.to(v), v], -1).flatten(-2)
+        return torch.stack([u, v], -1).flatten(-2)
 
-    grid = torch.linspace(-5, 5, 20_001, dtype=torch.float64)
-    log_well = torch.logsumexp(well(grid), 0) + math.log(grid[1] - grid[0])
-    mass = well(grid).softmax(0)
-    cdf = torch.cat([mass.new_zeros(1), (mass[1:] + mass[:-1]).cumsum(0) / 2])
-    mean = (mass * grid).sum()
-    variance = (mass * (grid - mean) ** 2).sum()
+    well = GridDensity(negative_energy, -5.0, 5.0)
+    mean = well.mean(well.points)
+    variance = well.mean((well.points - mean).square())
     return Target(
         "many_well",
         FunctionEnergy(energy, event_shape=(2 * num_pairs,)),
-        num_pairs * (log_well.item() + math.log(2 * math.pi) / 2),
+        num_pairs * (well.log_integral + math.log(2 * math.pi) / 2),
         standard_normal(2 * num_pairs),
         sample,
-        torch.tensor([mean.item(), 0.0] * num_pairs),
-        torch.tensor([variance.item(), 1.0] * num_pairs),
+        torch.tensor([mean, 0.0] * num_pairs),
+        torch.tensor([variance, 1.0] * num_pairs),
     )
 
 
