@@ -22,6 +22,7 @@ from torch.distributions import Distribution, Transform
 from torch.distributions.transforms import _InverseTransform
 
 from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.model_prior import ModelPrior
 from pyro_ebm.energies.unconstrained import same_support
 
 
@@ -63,7 +64,9 @@ class DistributionEnergy(Energy):
         return energy.where(inside, torch.inf)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The closed form (1) for normals, else by autograd."""
+        """The closed form (1) for normals, a model's own graph, else by autograd."""
+        if isinstance(self.distribution, ModelPrior):
+            return self.distribution.energy.value_and_grad(x)
         normal = self.distribution
         while isinstance(normal, torch.distributions.Independent):
             normal = normal.base_dist

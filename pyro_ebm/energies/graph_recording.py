@@ -55,19 +55,18 @@ class Recording(NamedTuple):
     inputs: list[fx.Node]
     values: dict[fx.Node, Any]
 
-    def constants(self) -> list[fx.Node]:
-        """The placeholders of tensors that came from elsewhere."""
-        is_input = set(self.inputs)
-        return [
-            node
-            for node in self.graph.nodes
-            if node.op == "placeholder" and node not in is_input
-        ]
+    def constants(self) -> list[Tensor]:
+        """The tensors that came from elsewhere, in the order of their placeholders."""
+        return [self.values[node] for node in self._constants()]
+
+    def _constants(self) -> list[fx.Node]:
+        nodes = (node for node in self.graph.nodes if node.op == "placeholder")
+        return [node for node in nodes if node not in self.inputs]
 
     def replay(self, *tensors: Tensor) -> Any:
         """Apply the operators to inputs, and to constants after them."""
         env: dict[fx.Node, Any] = dict(
-            zip([*self.inputs, *self.constants()], tensors, strict=True)
+            zip([*self.inputs, *self._constants()], tensors, strict=True)
         )
         for node in self.graph.nodes:
             if node.op == "output":
@@ -96,9 +95,10 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> Recording:
         recording = _record(function, inputs, [])
         if not _is_mutating(recording):
             return recording
-        constants = [recording.values[node] for node in recording.constants()]
         pure = torch.func.functionalize(recording.replay, remove="mutations")
-        recording = _record(pure, [tensor.detach() for tensor in inputs], constants)
+        recording = _record(
+            pure, [tensor.detach() for tensor in inputs], recording.constants()
+        )
     except (LinAlgError, UntraceableError):
         raise
     except Exception as error:

@@ -13,6 +13,7 @@ kept as a graph, which is then batched and differentiated:
 __all__ = ["LoopedFunction", "TracedFunction"]
 
 import contextlib
+import functools
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
@@ -90,7 +91,12 @@ class TracedFunction:
         """Values at ``u`` of shape ``(B, D)``, shape ``(B,)``, differentiable."""
         key = ("value", *self._key(u))
         one_point = self._traced(u, key[1:])
-        value: Tensor = self._batch(u, key, one_point)(u, *one_point.inputs())
+        live = one_point.inputs()
+        try:
+            value: Tensor = self._batch(u, key, one_point)(u, *live)
+        except LinAlgError:
+            batch = one_point.batch(differentiable=True)
+            value = _apart(lambda u: (batch(u, *live),), u)[0]
         return value
 
     @torch.no_grad()
@@ -105,7 +111,11 @@ class TracedFunction:
         key = ("value_and_grad", *self._key(u))
         one_point = self._traced(u, key[1:])
         live = [tensor.detach() for tensor in one_point.inputs()]
-        value, grad = self._batch(u, key, one_point)(u, *live)
+        try:
+            value, grad = self._batch(u, key, one_point)(u, *live)
+        except LinAlgError:
+            batch = one_point.batch(differentiable=False)
+            value, grad = _apart(lambda u: batch(u, *live), u)
         return value, grad
 
     def _key(self, u: Tensor) -> tuple[Any, ...]:
@@ -183,9 +193,14 @@ class TracedFunction:
             tensors = [read() for read in live]
             # Tensors are known by identity, so the live ones need no passing.
             recording = record(lambda u, *live: self.function(u), u, *tensors)
+            learned = [c for c in recording.constants() if c.requires_grad]
+            if learned:  # tensors that are neither in a module nor in the store
+                live += [functools.partial(_itself, tensor) for tensor in learned]
+                tensors += learned
+                recording = record(lambda u, *live: self.function(u), u, *tensors)
         graph = clean(recording, differentiable=True)
         _require_deterministic(graph)
-        _, *placeholders = graph.graph.find_nodes(op="placeholder")
+        _, *placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
         used = []
         for node, read in zip(placeholders, live, strict=True):
             if node.users:
@@ -205,6 +220,23 @@ def _require_deterministic(graph: fx.GraphModule) -> None:
                 "so its density is not a function of its sites. Draw them with "
                 "pyro.sample, or switch them off: dropout by module.eval()."
             )
+
+
+def _apart(
+    function: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor
+) -> tuple[Tensor, ...]:
+    """A function of many points that fails at some: nan there, values elsewhere.
+
+    Where a decomposition does not converge at one point, torch gives up on all.
+    """
+    try:
+        return function(u)
+    except LinAlgError:
+        if len(u) == 1:
+            return u.sum(-1) * torch.nan, u * torch.nan
+        first, second = (_apart(function, half) for half in u.chunk(2))
+        # The function of a value only has no gradient to go with it.
+        return tuple(map(torch.cat, zip(first, second, strict=False)))
 
 
 class LoopedFunction:
@@ -311,6 +343,10 @@ def _live_tensors(modules: list[nn.Module]) -> list[Callable[[], Tensor]]:
     for name, tensor in store.named_parameters():
         readers.setdefault(id(tensor), _store_reader(store, name, tensor))
     return list(readers.values())
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _item_reader(tensors: Any, name: str) -> Callable[[], Tensor]:
