@@ -11,15 +11,20 @@ __all__ = [
     "DistributionEnergy",
     "Energy",
     "ExpEnergy",
+    "FiniteUniform",
     "FunctionEnergy",
+    "IsingEnergy",
     "MixtureEnergy",
     "NeuralEnergy",
+    "PottsEnergy",
     "PyroModelEnergy",
     "QuadraticEnergy",
+    "RBMEnergy",
     "SumEnergy",
     "UnconstrainedEnergy",
     "is_unconstrained",
     "same_support",
+    "spins",
     "unconstrained",
 ]
 
@@ -28,11 +33,14 @@ from pyro_ebm.energies.base import ClosedForm, Energy
 from pyro_ebm.energies.compiled import CompiledEnergy
 from pyro_ebm.energies.convolutional import ConvolutionalEnergy
 from pyro_ebm.energies.distribution import DistributionEnergy
+from pyro_ebm.energies.finite import FiniteUniform, spins
 from pyro_ebm.energies.function import FunctionEnergy
+from pyro_ebm.energies.lattice import IsingEnergy, PottsEnergy
 from pyro_ebm.energies.mixture import MixtureEnergy
 from pyro_ebm.energies.neural import NeuralEnergy
 from pyro_ebm.energies.pyro_model import PyroModelEnergy
 from pyro_ebm.energies.quadratic import QuadraticEnergy
+from pyro_ebm.energies.rbm import RBMEnergy
 from pyro_ebm.energies.unconstrained import (
     UnconstrainedEnergy,
     is_unconstrained,

@@ -5,6 +5,7 @@ Start with :mod:`~pyro_ebm.mcmc.base`, the contract ``init`` / ``step``.
 
 __all__ = [
     "ChainState",
+    "Gibbs",
     "HMC",
     "IndependentChains",
     "Kernel",
@@ -20,6 +21,7 @@ __all__ = [
 
 from pyro_ebm.mcmc.adaptation import StepSizeAdaptation, find_step_size
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
+from pyro_ebm.mcmc.gibbs import Gibbs
 from pyro_ebm.mcmc.hmc import HMC
 from pyro_ebm.mcmc.independent import IndependentChains
 from pyro_ebm.mcmc.langevin import MALA

@@ -14,7 +14,9 @@ __all__ = [
     "bridge_sampling",
     "check_normalizability",
     "closed_form",
+    "enumeration",
     "estimate",
+    "gibbs_annealing",
     "importance_sampling",
     "importance_sampling_of_model",
     "log_ratio",
@@ -27,9 +29,11 @@ __all__ = [
 from pyro_ebm.partition.annealed import annealed_importance_sampling, bidirectional
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.bridge import bridge_sampling
+from pyro_ebm.partition.enumeration import enumeration
 from pyro_ebm.partition.estimate import estimate
 from pyro_ebm.partition.evidence import importance_sampling_of_model
 from pyro_ebm.partition.exact import closed_form, quadrature
+from pyro_ebm.partition.gibbs_annealing import gibbs_annealing
 from pyro_ebm.partition.importance import importance_sampling
 from pyro_ebm.partition.normalizability import check_normalizability
 from pyro_ebm.partition.ratio import LogRatioEstimate, log_ratio

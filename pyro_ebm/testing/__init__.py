@@ -2,12 +2,19 @@
 
 A leaf: nothing in the library imports it. Start with
 :mod:`~pyro_ebm.testing.targets`; :mod:`~pyro_ebm.testing.held_out` has those on which
-nothing was tuned.
+nothing was tuned, :mod:`~pyro_ebm.testing.finite_targets` those over finite supports.
 """
 
-__all__ = ["CountingEnergy", "Target", "assert_moments", "held_out", "targets"]
+__all__ = [
+    "CountingEnergy",
+    "Target",
+    "assert_moments",
+    "finite_targets",
+    "held_out",
+    "targets",
+]
 
-from pyro_ebm.testing import held_out, targets
+from pyro_ebm.testing import finite_targets, held_out, targets
 from pyro_ebm.testing.counting import CountingEnergy
 from pyro_ebm.testing.moments import assert_moments
 from pyro_ebm.testing.targets import Target

@@ -105,6 +105,12 @@ CASES = {
     "sum-learned": lambda: nn.Parameter(torch.tensor(2.0)) * quadratic(),
     "sum-scalar": lambda: 2.0 * energies.DistributionEnergy(normal()),
     "exp": lambda: quadratic().exp(),
+    "ising": lambda: energies.IsingEnergy((2, 3), 0.4),
+    "ising-field-free": lambda: energies.IsingEnergy(
+        (2, 3, 2), 0.4, torch.randn(2, 3, 2), periodic=False
+    ),
+    "potts": lambda: energies.PottsEnergy((3, 2), 3, 0.4),
+    "rbm": lambda: energies.RBMEnergy(torch.randn(4, 3), torch.randn(4)),
     "unconstrained": lambda: energies.UnconstrainedEnergy(gamma()),
     "unconstrained-simplex": lambda: energies.UnconstrainedEnergy(
         energies.DistributionEnergy(dist.Dirichlet(2 * torch.ones(3)))
@@ -119,6 +125,9 @@ def energy(request):
 
 def draw(energy, *batch, dtype=None):
     """Points inside the support, shape ``(*batch, *event)``."""
+    if energy.support.is_discrete:
+        uniform = energies.FiniteUniform(energy.support, energy.event_shape)
+        return uniform.sample(batch).to(dtype or torch.get_default_dtype())
     to_support = biject_to(energy.support)
     return to_support(
         torch.randn(batch + to_support.inverse_shape(energy.event_shape), dtype=dtype)
