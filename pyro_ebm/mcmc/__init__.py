@@ -12,6 +12,7 @@ __all__ = [
     "MALA",
     "PersistentChains",
     "PyroKernel",
+    "ReplicaExchange",
     "Sampler",
     "StepInfo",
     "StepSizeAdaptation",
@@ -28,4 +29,5 @@ from pyro_ebm.mcmc.langevin import MALA
 from pyro_ebm.mcmc.persistent import PersistentChains
 from pyro_ebm.mcmc.pyro_kernel import PyroKernel
 from pyro_ebm.mcmc.sampler import Sampler
+from pyro_ebm.mcmc.tempering import ReplicaExchange
 from pyro_ebm.mcmc.unadjusted import ULA

@@ -39,9 +39,17 @@ class PathState(NamedTuple):
     target: Tensor
     target_grad: Tensor
 
-    def select(self, chains: tuple[Tensor, ...]) -> "PathState":
+    def select(self, chains: tuple[Tensor | slice, ...]) -> "PathState":
         """The states of the chains that an index tuple selects."""
         return PathState(*(part[chains] for part in self))
+
+    def replaced(self, accepted: Tensor, new: "PathState") -> "PathState":
+        """These states, but the new ones of the chains in ``accepted``."""
+        moved = []
+        for new_part, part in zip(new, self, strict=True):
+            shape = accepted.shape + (1,) * (part.dim() - accepted.dim())
+            moved.append(torch.where(accepted.reshape(shape), new_part, part))
+        return PathState(*moved)
 
     def chains(self) -> ChainState:
         """The chains as a kernel sees them at the end of the path."""
@@ -167,8 +175,4 @@ class GeometricPath(Energy):
         _, info = kernel.step(self, self.at_temperature(state))
         if self._last is None:
             raise RuntimeError(f"{type(kernel).__name__} evaluated no gradient.")
-        moved = []
-        for new, old in zip(self._last, state, strict=True):
-            shape = info.accepted.shape + (1,) * (new.dim() - info.accepted.dim())
-            moved.append(torch.where(info.accepted.reshape(shape), new, old))
-        return PathState(*moved), info
+        return state.replaced(info.accepted, self._last), info
