@@ -9,9 +9,10 @@ not positive, at ``k = K``,
     \mathrm{ESS} = \frac{C N}{\tau}, \qquad
     \tau = -1 + 2 \sum_{k < K} P_k + \max(\hat\rho_{2K}, 0)                 \tag{1}
 
-which is Geyer's initial monotone sequence. The *bulk* ESS is that of the normal scores
-of the draws; the *tail* ESS the smaller one of the events that a draw is below the 5 %
-or the 95 % quantile; a standard error takes the ESS of what is averaged,
+which is Geyer's initial monotone sequence. From ten draws a chain on this is what ArviZ
+computes; of fewer all lags count, where ArviZ lets none. The *bulk* ESS is that of the
+normal scores of the draws; the *tail* ESS the smaller one of the events that a draw is
+below the 5 % or the 95 % quantile; a standard error takes the ESS of what is averaged,
 
 .. math::
     \mathrm{se}(\bar x)^2 = \frac{\mathrm{Var}\, x}{\mathrm{ESS}(x)},
@@ -124,7 +125,7 @@ def effective_size(rows: Tensor) -> Tensor:
     total = num_chains * length
     rho = torch.nn.functional.pad(_autocorrelation(rows), (0, 2 + length % 2))
     pairs = rho.unflatten(-1, (-1, 2)).sum(-1)
-    # Of so few lags all count, else the last pair only ends the sum.
+    # The last pair only ends the sum, unless there are so few of them.
     limit = length // 2 if length < 5 else (length - 3) // 2
     index = torch.arange(pairs.shape[-1], device=rows.device)
     stop = torch.where(pairs > 0, limit, index).amin(-1, keepdim=True).clamp(max=limit)
@@ -144,8 +145,8 @@ def _autocorrelation(rows: Tensor) -> Tensor:
     mean = rows.mean(-1, keepdim=True)
     size = next_fast_len(2 * length)
     # The transform is linear: average the chains first, and go back once.
-    power = torch.view_as_real(torch.fft.rfft(rows - mean, size)).square()
-    covariance = torch.fft.irfft(power.sum(-1).mean(-2), size)[:, :length] / length
+    power = torch.view_as_real(torch.fft.rfft(rows - mean, size)).square().mean(-3)
+    covariance = torch.fft.irfft(power.sum(-1), size)[:, :length] / length
     variance = covariance[:, :1]
     if rows.shape[-2] > 1:
         variance = variance + mean.squeeze(-1).var(-1, keepdim=True)

@@ -10,6 +10,7 @@ __all__ = [
     "IndependentChains",
     "Kernel",
     "MALA",
+    "MCMC",
     "PersistentChains",
     "PyroKernel",
     "ReplicaExchange",
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 from pyro_ebm.mcmc.adaptation import StepSizeAdaptation, find_step_size
+from pyro_ebm.mcmc.api import MCMC
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
 from pyro_ebm.mcmc.gibbs import Gibbs
 from pyro_ebm.mcmc.hmc import HMC

@@ -4,9 +4,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import MCMC
+from pyro.infer import MCMC, NUTS
 from pyro.ops.stats import effective_sample_size
 
+import pyro_ebm
+from pyro_ebm.diagnostics import mean_std_error
 from pyro_ebm.energies import QuadraticEnergy
 from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc import HMC, MALA, PyroKernel, hmc, langevin
@@ -70,6 +72,30 @@ def test_conjugate_gamma_on_a_constrained_site(kernel):
     assert_chain_moments(draws, concentration / rate, concentration / rate**2)
 
 
+def test_agrees_with_nuts_and_with_many_chains():
+    """Pyro's NUTS, a kernel of ours in its place, and 256 chains of that kernel.
+
+    First and second moments of each pair, ``|z| < 4``; planted fault below.
+    """
+    center = (2 + len(DATA)) / (1 + DATA.sum())
+    nuts = MCMC(NUTS(gamma_model), 800, 150, disable_progbar=True)
+    nuts.run(DATA)
+    many = pyro_ebm.mcmc.MCMC(KERNELS["hmc"], 50, 100, 256, progress_bar=False)
+    many.run(gamma_model, DATA)
+    ours = run(KERNELS["hmc"], gamma_model, DATA, num_samples=500)
+    draws = [
+        nuts.get_samples(group_by_chain=True)["rate"],
+        ours.get_samples(group_by_chain=True)["rate"],
+        many.get_samples(group_by_chain=True)["rate"],
+    ]
+    for power in (1, 2):
+        values = [(draw - center) ** power for draw in draws]
+        means = torch.stack([value.mean() for value in values])
+        errors = torch.stack([mean_std_error(value) for value in values])
+        z = (means - means[:, None]) / (errors**2 + errors[:, None] ** 2).sqrt()
+        assert z.abs().max() < 4
+
+
 def no_jacobian(monkeypatch):
     monkeypatch.setattr(
         "torch.distributions.transforms.ExpTransform.log_abs_det_jacobian",
@@ -98,6 +124,17 @@ def test_planted_faults_are_caught(plant, check, kernel, monkeypatch):
     plant(monkeypatch)
     with pytest.raises(AssertionError):
         check(kernel)
+
+
+def test_disagreement_with_nuts_is_caught(monkeypatch):
+    """The difference of the energies counted twice."""
+
+    def faulty(log_ratio, old, new):
+        return accept(log_ratio + old.energy - new.energy, old, new)
+
+    monkeypatch.setattr(hmc, "accept", faulty)
+    with pytest.raises(AssertionError):
+        test_agrees_with_nuts_and_with_many_chains()
 
 
 def many_sites():

@@ -1,0 +1,155 @@
+"""What a run says of itself, with a verdict."""
+
+__all__ = ["Diagnostics", "Moments", "verdict"]
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.diagnostics import Convergence
+
+#: Above it the chains have not mixed, in the words of Vehtari et al. (2021).
+_MAX_R_HAT = 1.01
+#: Below it neither R-hat nor errors can be trusted (ibid.).
+_MIN_ESS = 400
+#: Share of hopeless proposals above which a region may have been missed.
+_MAX_DIVERGENT = 0.01
+#: Betancourt's limit for the fraction of missing information.
+_MIN_BFMI = 0.3
+
+
+class Moments(NamedTuple):
+    """Mean and variance of the draws of one site, a number a coordinate.
+
+    Attributes:
+        mean: Mean of all draws.
+        variance: Variance of all draws.
+        mean_std_error: Monte Carlo standard error of the mean.
+        sd_std_error: Monte Carlo standard error of the standard deviation.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    mean_std_error: Tensor
+    sd_std_error: Tensor
+
+
+class Diagnostics(NamedTuple):
+    r"""Whether a run can be relied on.
+
+    Attributes:
+        sites: Convergence of each site, tensors of the site's shape; the one site of an
+            energy is called ``"x"``.
+        accept_prob: Mean acceptance probability after the warmup.
+        step_size: That the kernel was left with by the warmup; ``nan`` without one.
+        num_divergences: Proposals after the warmup whose probability was 0 in floating
+            point: their energy was not finite, or wrong by more than 745 nats in double
+            precision, 103 in single.
+        num_stuck: Chains that took fewer than 5 % of their proposals, or ended where
+            they began; none before 20 transitions.
+        energy_bfmi: Energy fraction of missing information of each chain, shape
+            ``(C,)``; ``nan`` for kernels without momenta.
+        num_chains: ``C``.
+        num_draws: Of each chain.
+        num_superchains: Groups of chains that started at the same point; where these
+            are fewer than the chains, ``nested_r_hat`` decides.
+        status: ``"ok"`` or ``"unreliable"``.
+        reason: Why it is not ``"ok"``; empty otherwise.
+    """
+
+    sites: dict[str, Convergence]
+    accept_prob: float
+    step_size: float
+    num_divergences: int
+    num_stuck: int
+    energy_bfmi: Tensor
+    num_chains: int
+    num_draws: int
+    num_superchains: int
+    status: Literal["ok", "unreliable"] = "unreliable"
+    reason: str = ""
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether the status is ``"ok"``."""
+        return self.status == "ok"
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether superchains, not single chains, are compared."""
+        return self.num_superchains < self.num_chains
+
+    def r_hat(self, site: str) -> Tensor:
+        """The R-hat of a site that decides: nested where there are superchains."""
+        found = self.sites[site]
+        return found.nested_r_hat if self.is_nested else found.r_hat
+
+    def __str__(self) -> str:
+        reason = f": {self.reason}" if self.reason else ""
+        step = "" if math.isnan(self.step_size) else f"step size {self.step_size:.3g}, "
+        return (
+            f"{self.num_chains:,} chains of {self.num_draws:,} draws [{self.status}"
+            f"{reason}], acceptance {self.accept_prob:.2f}, {step}"
+            f"{self.num_divergences:,} divergences"
+        )
+
+
+def verdict(found: Diagnostics, num_transitions: int) -> Diagnostics:
+    """Fill in status and reason.
+
+    Args:
+        found: All the rest.
+        num_transitions: Of each chain, after the warmup.
+    """
+    reasons = [*_site_reasons(found), *_chain_reasons(found, num_transitions)]
+    status: Literal["ok", "unreliable"] = "unreliable" if reasons else "ok"
+    return found._replace(status=status, reason="; ".join(reasons))
+
+
+def _site_reasons(found: Diagnostics) -> list[str]:
+    errors = {site: c.mean_std_error.isnan() for site, c in found.sites.items()}
+    if all(nan.all() for nan in errors.values()):
+        return [f"{found.num_draws} draws of each chain are too few to judge"]
+    reasons = [
+        f"draws of {site!r} are not finite" for site, nan in errors.items() if nan.any()
+    ]
+    # A constant, such as the zeros of a triangular matrix, has no R-hat.
+    r_hats = {site: _largest(found.r_hat(site)) for site in found.sites}
+    worst = max(r_hats, key=r_hats.__getitem__)
+    if r_hats[worst] > _MAX_R_HAT:
+        name = "nested R-hat" if found.is_nested else "R-hat"
+        reasons.append(f"{name} of {worst!r} is {r_hats[worst]:.3f} > {_MAX_R_HAT}")
+    for kind in ("bulk", "tail"):
+        sizes = {
+            site: -_largest(-getattr(c, f"{kind}_ess"))
+            for site, c in found.sites.items()
+        }
+        least = min(sizes, key=sizes.__getitem__)
+        if sizes[least] < _MIN_ESS:
+            reasons.append(
+                f"{kind} ESS of {least!r} is {sizes[least]:.0f} < {_MIN_ESS}"
+            )
+    return reasons
+
+
+def _largest(values: Tensor) -> float:
+    known = values[~values.isnan()]
+    return known.max().item() if len(known) else -torch.inf
+
+
+def _chain_reasons(found: Diagnostics, num_transitions: int) -> list[str]:
+    reasons = []
+    share = found.num_divergences / (found.num_chains * num_transitions)
+    if share > _MAX_DIVERGENT:
+        reasons.append(f"{share:.2%} of the transitions diverged")
+    if found.num_stuck:
+        reasons.append(f"{found.num_stuck:,} of {found.num_chains:,} chains are stuck")
+    bfmi = found.energy_bfmi.nanmedian().item()
+    if bfmi < _MIN_BFMI:
+        reasons.append(
+            f"the energy fraction of missing information is {bfmi:.2f}, below "
+            f"{_MIN_BFMI}: chains are slow to reach the tails"
+        )
+    return reasons

@@ -1,0 +1,148 @@
+"""What chains can be run on: energies, distributions that have one, Pyro models."""
+
+__all__ = ["ChainKernel", "ChainTarget", "SITE", "resolve_target"]
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform
+
+from pyro_ebm.energies import Energy, PyroModelEnergy, unconstrained
+from pyro_ebm.energies.compiled import CompiledEnergy
+from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
+from pyro_ebm.mcmc.independent import IndependentChains
+
+#: The one site of a target that is no Pyro model.
+SITE = "x"
+
+
+@runtime_checkable
+class ChainKernel(Protocol):
+    """What moves chains: a :class:`Kernel`, or for discrete spaces less than that."""
+
+    def init(self, energy: Energy, x: Tensor) -> ChainState:
+        """See :meth:`Kernel.init`."""
+
+    def step(self, energy: Energy, state: ChainState) -> tuple[ChainState, StepInfo]:
+        """See :meth:`Kernel.step`."""
+
+
+class ChainTarget(NamedTuple):
+    """An energy where the chains move, and the way to and from there.
+
+    Attributes:
+        energy: Over unconstrained or discrete space.
+        constrain: From points ``(*batch, *flat_event)`` to the value of each site.
+        unconstrain: The inverse, for starting points.
+        start: Starting points for a number of chains.
+        is_model: Whether the target is a Pyro model, with sites that have names.
+    """
+
+    energy: Energy
+    constrain: Callable[[Tensor], dict[str, Tensor]]
+    unconstrain: Callable[[Any], Tensor]
+    start: Callable[[int], Tensor]
+    is_model: bool
+
+
+def resolve_target(
+    target: Any,
+    kernel: ChainKernel,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    compile: bool,
+) -> ChainTarget:
+    """Find the energy behind ``target``.
+
+    Args:
+        target: An energy, ``EnergyDistribution``, ``EnergyModel`` or a Pyro model.
+        kernel: That is to move the chains.
+        args: Of the model.
+        kwargs: Of the model.
+        compile: Whether to compile the energy's gradient.
+
+    Raises:
+        TypeError: If ``target`` is none of these, or arguments are given to an energy.
+        ValueError: If the support is discrete and the kernel is not.
+    """
+    found = _find(target, kernel, args, kwargs)
+    if compile:
+        return found._replace(energy=CompiledEnergy(found.energy))
+    return found
+
+
+def _find(
+    target: Any, kernel: ChainKernel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ChainTarget:
+    if isinstance(target, PyroModelEnergy):
+        return _model_target(_without_arguments(target, args, kwargs))
+    # A Pyro model may have an energy too; what has a log Z of it is its distribution.
+    is_energy = isinstance(target, Energy) or hasattr(target, "log_partition")
+    energy = target if isinstance(target, Energy) else getattr(target, "energy", None)
+    if is_energy and isinstance(energy, Energy):
+        return _energy_target(_without_arguments(energy, args, kwargs), target, kernel)
+    if isinstance(target, torch.distributions.Distribution) or not callable(target):
+        raise TypeError(
+            "target must be an Energy, an EnergyDistribution, an EnergyModel or a Pyro "
+            f"model, got {type(target).__name__}. Wrap a callable f(x) as "
+            "pyro_ebm.energies.FunctionEnergy(fn, event_shape), a Pyro distribution as "
+            "DistributionEnergy(distribution)."
+        )
+    return _model_target(PyroModelEnergy(target, *args, **kwargs))
+
+
+def _without_arguments(
+    energy: Energy, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if args or kwargs:
+        raise TypeError(
+            f"{type(energy).__name__} takes no arguments, got {len(args)} positional "
+            f"ones and {list(kwargs)}. Only a Pyro model is run with arguments."
+        )
+    return energy
+
+
+def _model_target(energy: PyroModelEnergy) -> ChainTarget:
+    def unconstrain(initial: Any) -> Tensor:
+        if isinstance(initial, Mapping):
+            initial = energy.unconstrain(initial)
+        return initial
+
+    return ChainTarget(
+        energy, energy.constrain, unconstrain, energy.initial_points, is_model=True
+    )
+
+
+def _energy_target(energy: Energy, target: Any, kernel: ChainKernel) -> ChainTarget:
+    flat: Energy = energy
+    to_support: Transform = torch.distributions.transforms.identity_transform
+    if not energy.support.is_discrete:
+        flat, to_support = unconstrained(energy)
+    elif getattr(type(kernel), "init", None) is Kernel.init:
+        raise ValueError(
+            f"{type(kernel).__name__} moves through real space, and the support of the "
+            f"target is discrete: {energy.support}. Take a kernel for discrete spaces."
+        )
+
+    def start(num_chains: int) -> Tensor:
+        return to_support.inv(_points(energy, target, num_chains))
+
+    return ChainTarget(
+        flat, lambda u: {SITE: to_support(u)}, to_support.inv, start, is_model=False
+    )
+
+
+def _points(energy: Energy, target: Any, num_chains: int) -> Tensor:
+    """Points of the support: of the target's sampler or base, else standard normal."""
+    sampler, base = getattr(target, "sampler", None), getattr(target, "base", None)
+    if sampler is None and base is None and energy.support.is_discrete:
+        raise ValueError(
+            f"initial is None, and there is no default on {energy.support}: give "
+            "points of the support, shape (K, *event)."
+        )
+    if sampler is None:
+        sampler = IndependentChains(base=base)
+    return sampler.start(energy, num_chains)
