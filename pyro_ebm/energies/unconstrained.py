@@ -34,10 +34,17 @@ class UnconstrainedEnergy(Energy):
         energy: An energy on any continuous support that ``biject_to`` knows.
 
     Raises:
-        NotImplementedError: If the support has no bijection from real space.
+        NotImplementedError: If the support has no bijection from real space; a discrete
+            one has none.
     """
 
     def __init__(self, energy: Energy) -> None:
+        if energy.support.is_discrete:
+            raise NotImplementedError(
+                "energy must have a continuous support to be seen from real space, got "
+                f"the discrete {energy.support}. Take what works on it as it is, such "
+                "as the kernel pyro_ebm.mcmc.Gibbs."
+            )
         transform = biject_to(energy.support)
         super().__init__(transform.inverse_shape(energy.event_shape))
         self.energy = energy

@@ -4,6 +4,7 @@ Start with :mod:`~pyro_ebm.mcmc.base`, the contract ``init`` / ``step``.
 """
 
 __all__ = [
+    "ChEES",
     "ChainState",
     "Gibbs",
     "HMC",
@@ -18,12 +19,14 @@ __all__ = [
     "StepInfo",
     "StepSizeAdaptation",
     "ULA",
+    "Warmup",
     "find_step_size",
 ]
 
 from pyro_ebm.mcmc.adaptation import StepSizeAdaptation, find_step_size
 from pyro_ebm.mcmc.api import MCMC
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
+from pyro_ebm.mcmc.chees import ChEES
 from pyro_ebm.mcmc.gibbs import Gibbs
 from pyro_ebm.mcmc.hmc import HMC
 from pyro_ebm.mcmc.independent import IndependentChains
@@ -33,3 +36,4 @@ from pyro_ebm.mcmc.pyro_kernel import PyroKernel
 from pyro_ebm.mcmc.sampler import Sampler
 from pyro_ebm.mcmc.tempering import ReplicaExchange
 from pyro_ebm.mcmc.unadjusted import ULA
+from pyro_ebm.mcmc.warmup import Warmup

@@ -87,8 +87,14 @@ class Kernel(ABC):
             x: Points, shape ``(*chains, *event)``.
 
         Raises:
-            ValueError: If the energy has a constrained support.
+            ValueError: If the energy has a constrained or a discrete support.
         """
+        if energy.support.is_discrete:
+            raise ValueError(
+                f"energy must have a continuous support for {type(self).__name__}, got "
+                f"the discrete {energy.support}: it has no gradient there. Take a "
+                "kernel for discrete spaces, such as pyro_ebm.mcmc.Gibbs."
+            )
         if not is_unconstrained(energy.support):
             raise ValueError(
                 f"energy must have an unconstrained support for {type(self).__name__}, "

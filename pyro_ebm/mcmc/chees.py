@@ -1,18 +1,30 @@
 r"""ChEES-HMC: Hamiltonian Monte Carlo with a trajectory length that adapts.
 
-All chains follow trajectories of one length, of :math:`L = \lceil 2 u T / \epsilon
-\rceil` leapfrog steps, with one :math:`u \in (0, 1]` a transition. :math:`T` maximises
-the change in the estimator of the expected square: in whitened coordinates
-:math:`z = S^{-1} x`, with the end :math:`z'` and the momentum :math:`r'` there,
+All chains follow trajectories of one length, which is drawn for each transition:
 
 .. math::
-    \mathrm{ChEES}(T) &= \tfrac14\, \mathbb{E}\left[
-        \left(|z' - \mathbb{E} z'|^2 - |z - \mathbb{E} z|^2\right)^2\right] \tag{1} \\
-    \frac{\partial\, \mathrm{ChEES}}{\partial \log T} &\approx \mathbb{E}\left[
-        t \left(|z' - \mathbb{E} z'|^2 - |z - \mathbb{E} z|^2\right)
-        (z' - \mathbb{E} z')^\top r'\right], \quad t = \epsilon L           \tag{2}
+    L = \left\lceil (1 + j (2u - 1))\, T / \epsilon \right\rceil,
+    \quad u \sim \mathcal{U}(0, 1)                                        \tag{1}
 
-where the expectations run over the chains, weighted by their acceptance probabilities.
+leapfrog steps, with jitter :math:`j`. The mean length :math:`T` maximises the change in
+an estimator of the expected square: in whitened coordinates :math:`z = S^{-1} x`, with
+the end :math:`z'` and the momentum :math:`r'` there,
+
+.. math::
+    \mathrm{C}(T) &= \mathbb{E}\left[(g(z') - g(z))^2\right], \quad
+        g(z) = \log(m + |z - \mathbb{E} z|^2)                              \tag{2} \\
+    \frac{\partial\, \mathrm{C}}{\partial \log T} &\propto \mathbb{E}\left[
+        \epsilon L\, (g(z') - g(z))\,
+        \frac{(z' - \mathbb{E} z')^\top r'}{m + |z' - \mathbb{E} z'|^2}\right] \tag{3}
+
+where the expectations run over the chains, weighted by their acceptance probabilities,
+and :math:`m` is the median of :math:`|z - \mathbb{E} z|^2`.
+
+Two things differ from the paper, where :math:`j = 1` and :math:`g` is the square
+itself. With :math:`j = \tfrac12` ill-conditioned Gaussians give a fifth more effective
+draws of the means for each gradient, and not fewer of the squares. The logarithm
+changes nothing for them, but where tails are heavy it keeps a few far chains from
+asking for ever longer trajectories.
 
 References:
     Hoffman, Radul & Sountsov (2021), AISTATS, PMLR 130, 3907-3915.
@@ -65,10 +77,12 @@ class ChEES(Kernel):
             near the standard deviation of ``x``. Default: the identity.
         scale_tril: A dense :math:`S` for vector events, shape ``(D, D)``; best where
             :math:`S S^\top` is near the covariance of ``x``. Instead of ``scale``.
+        jitter: :math:`j` in (1), at most 1: lengths are drawn from
+            ``T * [1 - jitter, 1 + jitter]``, so that no trajectory closes on itself.
         max_leapfrog: Most leapfrog steps in a trajectory.
-        fraction: The :math:`u` of the next transitions. Default: drawn uniformly at
-            each, which leaves the target invariant and needs no counter. The warm-up
-            sets it, and then finds a :class:`TrajectoryInfo` with the transition.
+        quantile: The :math:`u` in (1). Default: drawn at each transition. The warm-up
+            sets it, to go evenly through the lengths, and then finds in the info what
+            it needs of the trajectories.
         target_accept_prob: What step-size adaptation aims at.
 
     Raises:
@@ -86,8 +100,9 @@ class ChEES(Kernel):
     trajectory_length: float | Tensor = math.pi / 2
     scale: Tensor | None = None
     scale_tril: Tensor | None = None
+    jitter: float = 0.5
     max_leapfrog: int = 200
-    fraction: float | None = None
+    quantile: float | None = None
     target_accept_prob: float = 0.8
 
     def __post_init__(self) -> None:
@@ -99,31 +114,33 @@ class ChEES(Kernel):
                 f"trajectory_length must be positive and finite, got {length}."
             )
         require_one_scale(self.scale, self.scale_tril)
+        if not 0 <= self.jitter <= 1:
+            raise ValueError(f"jitter must be in [0, 1], got {self.jitter}.")
         if self.max_leapfrog < 1:
             raise ValueError(
                 f"max_leapfrog must be at least 1, got {self.max_leapfrog}."
             )
-        if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction must be in (0, 1], got {self.fraction}.")
+        if self.quantile is not None and not 0 <= self.quantile <= 1:
+            raise ValueError(f"quantile must be in [0, 1], got {self.quantile}.")
 
     @property
     def num_gradients(self) -> int:
-        """One a leapfrog step; of a trajectory of mean length if it is drawn."""
-        return self._num_leapfrog(0.5 if self.fraction is None else self.fraction)
+        """One a leapfrog step; those of the mean length where that is drawn."""
+        return self._num_leapfrog(0.5 if self.quantile is None else self.quantile)
 
     @torch.no_grad()
     def step(self, energy: Energy, state: ChainState) -> tuple[ChainState, StepInfo]:
         """Move every chain once; ``state.x`` has shape ``(*chains, *event)``."""
         check_scales(energy, self.scale, self.scale_tril)
-        u = torch.rand(()).item() if self.fraction is None else self.fraction
+        u = torch.rand(()).item() if self.quantile is None else self.quantile
         num_leapfrog = self._num_leapfrog(u)
         eps = torch.as_tensor(self.step_size).to(state.x)
-        eps = eps if self.scale is None else eps * self.scale.to(state.x)
+        eps = eps if self.scale is None else eps * self.scale
         # In full: each leapfrog step multiplies by it twice, and broadcasting is slow.
         eps = eps.expand_as(state.x).contiguous()
         result = trajectory(energy, state, eps, num_leapfrog, self.scale_tril)
         new, info = accept(result.log_ratio, state, result.end)
-        if self.fraction is None:
+        if self.quantile is None:
             return new, info
         full = TrajectoryInfo(*info)
         full.start, full.trajectory = state, result
@@ -132,22 +149,25 @@ class ChEES(Kernel):
 
     def probe(self) -> "ChEES":
         """With one leapfrog step, for a cheap search of a step size."""
-        return dataclasses.replace(self, max_leapfrog=1, fraction=1.0)
+        return dataclasses.replace(self, max_leapfrog=1)
 
     def adaptation(self) -> "TrajectoryAdaptation":
         """What learns the length of the trajectories."""
         return TrajectoryAdaptation(self)
 
     def _num_leapfrog(self, u: float) -> int:
-        # The one number that must be on the host, to know how often to call the energy;
-        # a frozen kernel holds numbers and waits for nothing.
-        steps = 2 * u * float(self.trajectory_length) / float(self.step_size)
-        return min(max(math.ceil(steps), 1), self.max_leapfrog)
+        # The one number that must be on the host, to know how often to call the energy.
+        # A frozen kernel holds plain numbers, and so waits for no device.
+        length = (1 + self.jitter * (2 * u - 1)) * float(self.trajectory_length)
+        step_size = float(self.step_size)
+        if not length < self.max_leapfrog * step_size:  # also for a step size of zero
+            return self.max_leapfrog
+        return max(math.ceil(length / step_size), 1)  # (1)
 
 
 @final
 class TrajectoryAdaptation(KernelAdaptation[ChEES]):
-    """Ascent of the criterion (1) along (2) by Adam without momentum, on log T.
+    """Ascent of (2) along (3) by Adam without momentum, on the log of the length.
 
     Args:
         kernel: Whose length is where to begin.
@@ -168,13 +188,14 @@ class TrajectoryAdaptation(KernelAdaptation[ChEES]):
         self._start = torch.as_tensor(kernel.trajectory_length).log()
         for name in ("log_length", "averaged_log_length", "square"):
             self.register_buffer(name, torch.tensor(0.0))
-        self._num_proposed = 0  # of the run, for the sequence of fractions
+        self._num_proposed = 0  # of the run, for the sequence of quantiles
         self.reset()
 
     def reset(self) -> None:
         """Begin anew at the kernel's own length, in a new metric."""
-        self.log_length = self._start.to(self.log_length)
-        self.averaged_log_length = self.log_length
+        self.log_length = self._start.to(self.log_length, copy=True)
+        # Of its own memory, into which a saved value may be loaded.
+        self.averaged_log_length = self.log_length.clone()
         self.square = torch.zeros_like(self.square)
         self._num_updates = 0
 
@@ -191,13 +212,13 @@ class TrajectoryAdaptation(KernelAdaptation[ChEES]):
         return dataclasses.replace(
             kernel,
             trajectory_length=self.log_length.exp(),
-            fraction=van_der_corput(self._num_proposed + 1),
+            quantile=van_der_corput(self._num_proposed + 1),
         )
 
     def frozen(self, kernel: ChEES) -> ChEES:
         """The kernel after the warm-up."""
         length = self.averaged_log_length.exp().item()
-        return dataclasses.replace(kernel, trajectory_length=length, fraction=None)
+        return dataclasses.replace(kernel, trajectory_length=length, quantile=None)
 
     def update(self, kernel: ChEES, info: StepInfo) -> None:
         """Learn from a transition by the kernel of :meth:`current`."""
@@ -207,17 +228,17 @@ class TrajectoryAdaptation(KernelAdaptation[ChEES]):
                 "info must be what the kernel of the warm-up returned, a "
                 f"TrajectoryInfo, got {type(info).__name__}."
             )
-        grad = _criterion_grad(kernel, info).to(self.square)
-        is_known = (grad != 0) & grad.isfinite()
-        grad = torch.where(is_known, grad, 0.0)
+        # Not a number where every proposal was rejected: nothing is learned from that.
+        grad = _criterion_grad(kernel, info).to(self.square).nan_to_num(0.0, 0.0, 0.0)
         self._num_updates += 1
         self.square = self.DECAY * self.square + (1 - self.DECAY) * grad.square()
         unbiased = self.square / (1 - self.DECAY**self._num_updates)
-        rate = self.LEARNING_RATE / unbiased.sqrt()
-        step = (rate * grad).nan_to_num(0.0).clamp(-self.MAX_UPDATE, self.MAX_UPDATE)
-        # With twice this length a trajectory reaches its largest number of steps.
-        limit = torch.as_tensor(kernel.step_size * kernel.max_leapfrog / 2).log()
-        self.log_length = torch.minimum(self.log_length + step, limit.to(step))
+        step = (self.LEARNING_RATE * grad / unbiased.sqrt()).nan_to_num(0.0)
+        step = step.clamp(-self.MAX_UPDATE, self.MAX_UPDATE)
+        # With twice this length a trajectory has as many steps as it may have.
+        limit = torch.as_tensor(kernel.step_size * kernel.max_leapfrog / 2).to(step)
+        limit = limit.clamp(min=torch.finfo(limit.dtype).tiny).log()
+        self.log_length = torch.minimum(self.log_length + step, limit)
         weight = max(self.AVERAGING, 1 / self._num_updates)
         self.averaged_log_length = torch.lerp(
             self.averaged_log_length, self.log_length, weight
@@ -225,7 +246,7 @@ class TrajectoryAdaptation(KernelAdaptation[ChEES]):
 
 
 def _criterion_grad(kernel: ChEES, info: TrajectoryInfo) -> Tensor:
-    """The gradient (2), shape ``()``; not a number if every proposal is rejected."""
+    """The gradient (3), shape ``()``; not a number if every proposal is rejected."""
     count = info.accept_prob.numel()
     weights = info.accept_prob.flatten() / info.accept_prob.sum()
     is_finite = info.is_finite.reshape(count, 1)
@@ -238,9 +259,11 @@ def _criterion_grad(kernel: ChEES, info: TrajectoryInfo) -> Tensor:
         return z - weights @ z
 
     end, start = centred(info.trajectory.end.x), centred(info.start.x)
-    change = end.square().sum(-1) - start.square().sum(-1)
-    outwards = (end * rows(info.trajectory.momentum)).sum(-1)
-    return info.length * (weights @ (change * outwards))  # (2)
+    end_square, start_square = end.square().sum(-1), start.square().sum(-1)
+    median = start_square.median()
+    slope = (end * rows(info.trajectory.momentum)).sum(-1) / (median + end_square)
+    change = ((median + end_square) / (median + start_square)).log()  # (2)
+    return info.length * (weights @ (change * slope))  # (3)
 
 
 def van_der_corput(n: int) -> float:

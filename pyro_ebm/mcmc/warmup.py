@@ -62,8 +62,9 @@ class Warmup(nn.Module):
 
     #: Where the windows end, in parts of the warm-up.
     WINDOW_ENDS = (0.2, 0.4, 0.7)
-    #: Draws that the previous scale counts for in the next.
-    PRIOR_WEIGHT = 5.0
+    #: Draws that a scale must come from: in all, and for each column of a dense one.
+    MIN_DRAWS = 10
+    MIN_DRAWS_DENSE = 5
     #: Mean acceptance of a chain, relative to the target, below which it is stuck.
     STUCK = 0.1
 
@@ -108,15 +109,18 @@ class Warmup(nn.Module):
                 f"that are not vectors; got {type(self._given).__name__} and "
                 f"event_shape {tuple(event_shape)}."
             )
-        given: Any = self._given
         self._has_scale = "scale" in names
-        scale = given.scale if self._has_scale else None
-        scale = state.x.new_ones(event_shape) if scale is None else scale
+        self._is_dense = is_dense
+        if not self._has_scale:
+            return
+        given: Any = self._given
+        ones = state.x.new_ones(event_shape)
+        scale = ones if given.scale is None else given.scale.to(state.x)
         tril = given.scale_tril if "scale_tril" in names else None
         self._is_dense = is_dense or tril is not None
         if self._is_dense:
-            scale = scale.diag_embed() if tril is None else tril
-        self.register_buffer("scale", scale.detach().to(state.x))
+            scale = scale.diag_embed() if tril is None else tril.to(state.x)
+        self.register_buffer("scale", scale.detach().clone())
         self.moments = PooledMoments(event_shape, is_dense=self._is_dense).to(state.x)
 
     @property
@@ -166,7 +170,8 @@ class Warmup(nn.Module):
         window_end = next(e for e in self._window_ends if e > self._num_updates)
         self._num_updates += 1
         # The draws of the first half come from a worse kernel, and remember the start.
-        if 2 * self._num_updates > self._window_start + window_end:
+        half_time = (self._window_start + window_end) / 2
+        if self._has_scale and self._num_updates > half_time:
             self.moments.update(state.x)
         return self._end_window(state) if self._num_updates == window_end else state
 
@@ -180,38 +185,44 @@ class Warmup(nn.Module):
         self._window_start = state["window_start"]
 
     def _end_window(self, state: ChainState) -> ChainState:
-        target = self._given.target_accept_prob if self._has_step_size else 1.0
         count = self._num_updates - self._window_start
-        is_stuck = self.accept_sum < self.STUCK * target * count
+        least = self.STUCK * (
+            self._given.target_accept_prob if self._has_step_size else 1
+        )
+        is_stuck = self.accept_sum < least * count
         self.num_stuck = is_stuck.sum()
         self.accept_sum = torch.zeros_like(self.accept_sum)
         self._window_start = self._num_updates
         if self.is_done:
             return state
-        if is_stuck.dim() == 1:
+        if self._has_step_size and is_stuck.dim() == 1:
             state = move_to_others(state, is_stuck)
-        self._update_scale()
+        if self._has_scale:
+            self._update_scale()
         self._restart(state)
         return state
 
     def _update_scale(self) -> None:
-        """Take the deviations of the window's draws, where there are enough."""
-        if not self._has_scale:
-            return
+        """Take that of the window's draws, where there are enough of them."""
         covariance, count = self.moments.covariance(), self.moments.count
+        variance = covariance.diagonal() if self._is_dense else covariance
+        old = self.scale.diagonal() if self._is_dense else self.scale.flatten()
+        # A coordinate in which no chain has moved has no scale yet.
+        is_known = (variance > 0) & variance.isfinite() & (count >= self.MIN_DRAWS)
+        scale = torch.where(is_known, variance.sqrt(), old)
         if self._is_dense:
             factor, failed = torch.linalg.cholesky_ex(covariance)
-            enough = (count > 5 * len(factor)) & (failed == 0)
-            self.scale = torch.where(enough, factor, self.scale)
+            is_enough = (count >= self.MIN_DRAWS_DENSE * len(factor)) & (failed == 0)
+            # A factor comes column by column, but is loaded row by row, and a product
+            # with it would not be the same to the last bit.
+            dense = torch.where(is_enough, factor, scale.diag_embed())
+            self.scale = dense.contiguous()
         else:
-            known = (covariance > 0) & covariance.isfinite() & (count >= 10)
-            scale = covariance.sqrt().reshape(self.scale.shape)
-            known = known.reshape(self.scale.shape)
-            self.scale = torch.where(known, scale, self.scale)
+            self.scale = scale.reshape(self.scale.shape)
+        self.moments.reset()
 
     def _restart(self, state: ChainState) -> None:
         """Find the step size in the current scale; begin anew with everything else."""
-        self.moments.reset()
         if self._has_step_size:
             kernel = self._with_scale()
             step_size = find_step_size(kernel, self._energy[0], state)

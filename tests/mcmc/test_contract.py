@@ -8,8 +8,13 @@ import torch
 from torch import nn
 
 from pyro_ebm import mcmc
-from pyro_ebm.energies import DistributionEnergy, Energy, FunctionEnergy
-from pyro_ebm.mcmc import HMC, MALA, ULA, Kernel
+from pyro_ebm.energies import (
+    DistributionEnergy,
+    Energy,
+    FunctionEnergy,
+    unconstrained,
+)
+from pyro_ebm.mcmc import HMC, MALA, ULA, ChEES, Kernel
 from pyro_ebm.testing import CountingEnergy
 
 KERNELS = {
@@ -20,6 +25,8 @@ KERNELS = {
     "ula-unbounded": ULA(step_size=0.05, max_drift=None),
     "hmc": HMC(step_size=0.4, num_leapfrog=3),
     "hmc-one-leapfrog": HMC(step_size=0.4, num_leapfrog=1, jitter=0.0),
+    "chees": ChEES(step_size=0.4, trajectory_length=0.8),
+    "chees-in-warm-up": ChEES(step_size=0.4, trajectory_length=1.2, quantile=0.3),
 }
 CHAINS = [(5,), (2, 3), ()]
 EVENTS = [(), (2,), (2, 3)]
@@ -131,7 +138,10 @@ def test_cost(kernel, chains):
     assert (energy.num_gradients, energy.num_values) == (num_chains, 0)
     energy.reset()
     kernel.step(energy, state)
-    assert energy.num_gradients == kernel.num_gradients * num_chains
+    if kernel == KERNELS["chees"]:  # of drawn length; for the mean see test_chees
+        assert num_chains <= energy.num_gradients <= 3 * num_chains
+    else:
+        assert energy.num_gradients == kernel.num_gradients * num_chains
     assert energy.num_values == 0
 
 
@@ -193,7 +203,7 @@ def test_nonfinite_proposals_do_not_touch_other_chains(kernel):
     ("build", "settings", "argument"),
     [
         (kind, {name: value}, name)
-        for kind in (MALA, ULA, HMC)
+        for kind in (MALA, ULA, HMC, ChEES)
         for name, values in {
             "step_size": [0.0, -1.0, NAN, INF],
             "target_accept_prob": [0.0, 1.0, NAN],
@@ -209,7 +219,7 @@ def test_nonfinite_proposals_do_not_touch_other_chains(kernel):
     ]
     + [
         (kind, {"scale": torch.ones(2), "scale_tril": torch.eye(2)}, "scale_tril")
-        for kind in (MALA, ULA, HMC)
+        for kind in (MALA, ULA, HMC, ChEES)
     ],
 )
 def test_invalid_settings(build, settings, argument):
@@ -223,6 +233,18 @@ def test_constrained_support_is_refused_with_the_way_out(kernel):
         kernel.init(energy, torch.ones(5))
 
 
+@pytest.mark.parametrize(
+    "discrete",
+    [dist.Bernoulli(0.5), dist.Poisson(3.0), dist.Bernoulli(torch.ones(3)).to_event(1)],
+)
+def test_discrete_support_is_refused_with_the_way_out(kernel, discrete):
+    energy = DistributionEnergy(discrete)
+    with pytest.raises(ValueError, match=r"discrete .* pyro_ebm\.mcmc\.Gibbs"):
+        kernel.init(energy, torch.ones(5, *energy.event_shape))
+    with pytest.raises(NotImplementedError, match=r"discrete .* pyro_ebm\.mcmc\.Gibbs"):
+        unconstrained(energy)
+
+
 def test_settings_are_frozen(kernel):
     with pytest.raises(dataclasses.FrozenInstanceError):
         kernel.step_size = 1.0
@@ -234,6 +256,7 @@ PRECONDITIONED = {
     "mala-unbounded": MALA(0.1, max_drift=None),
     "ula": ULA(0.1),
     "hmc": HMC(0.3),
+    "chees": ChEES(0.3),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pyro_ebm.energies import DistributionEnergy, Energy, QuadraticEnergy, unconstrained
-from pyro_ebm.mcmc import HMC, MALA, ULA, hmc, langevin, leapfrog
+from pyro_ebm.mcmc import HMC, MALA, ULA, ChEES, chees, hmc, langevin, leapfrog
 from pyro_ebm.mcmc.base import accept
 from pyro_ebm.testing import assert_moments
 
@@ -71,11 +71,14 @@ KERNELS = {
     "hmc": HMC(0.85, num_leapfrog=3),
     "hmc-no-jitter": HMC(0.85, num_leapfrog=3, jitter=0.0),
     "hmc-much-jitter": HMC(0.85, num_leapfrog=3, jitter=0.9),
+    "chees": ChEES(0.85, trajectory_length=2.0),
 }
 SCALED = {
     "mala-scale": MALA(0.5, scale=FACTOR.diagonal()),
     "mala-scale-tril": MALA(1.0, scale_tril=FACTOR),
     "mala-scale-tril-tight": MALA(0.7, max_drift=0.3, scale_tril=FACTOR),
+    "chees-scale": ChEES(0.9, trajectory_length=1.8, scale=FACTOR.diagonal()),
+    "chees-scale-tril": ChEES(1.2, trajectory_length=2.0, scale_tril=FACTOR),
     "hmc-scale": HMC(0.9, num_leapfrog=2, scale=FACTOR.diagonal()),
     "hmc-scale-tril": HMC(1.2, num_leapfrog=2, scale_tril=FACTOR),
     "hmc-scale-tril-poor": HMC(0.4, num_leapfrog=2, scale_tril=FACTOR.inverse()),
@@ -115,13 +118,13 @@ def test_exact_draws_stay(kernel, target):
 
 
 def change_ratio(monkeypatch, change):
-    """Let both kernels accept with ``change(log_ratio, energy difference)``."""
+    """Let the kernels accept with ``change(log_ratio, energy difference)``."""
 
     def faulty(log_ratio, old, new):
         return accept(change(log_ratio, old.energy - new.energy), old, new)
 
-    monkeypatch.setattr(langevin, "accept", faulty)
-    monkeypatch.setattr(hmc, "accept", faulty)
+    for module in (langevin, hmc, chees):
+        monkeypatch.setattr(module, "accept", faulty)
 
 
 def no_correction(monkeypatch):
@@ -149,8 +152,8 @@ def stale_gradient(monkeypatch):
         state, info = accept(log_ratio, old, new)
         return state._replace(grad=old.grad), info
 
-    monkeypatch.setattr(langevin, "accept", faulty)
-    monkeypatch.setattr(hmc, "accept", faulty)
+    for module in (langevin, hmc, chees):
+        monkeypatch.setattr(module, "accept", faulty)
 
 
 def stale_energy(monkeypatch):
@@ -158,8 +161,8 @@ def stale_energy(monkeypatch):
         state, info = accept(log_ratio, old, new)
         return state._replace(energy=old.energy), info
 
-    monkeypatch.setattr(langevin, "accept", faulty)
-    monkeypatch.setattr(hmc, "accept", faulty)
+    for module in (langevin, hmc, chees):
+        monkeypatch.setattr(module, "accept", faulty)
 
 
 def change_first_half_step(factor):
@@ -220,6 +223,10 @@ FAULTS = {
         for target in TARGETS
     },
     **{f"{k}-no-jacobian": (k, "gamma", no_jacobian) for k in ("mala", "hmc")},
+    **{
+        f"chees-{name}": ("chees", "gumbel", plant)
+        for name, plant in ACCEPTANCE_FAULTS.items()
+    },
 }
 
 
