@@ -40,7 +40,7 @@ class MCMC:
             a divisor of ``num_chains``; of a Pyro model a dict of values of all sites,
             shape ``(K, *site)``, or unconstrained vectors. Default: the base of an
             ``EnergyModel``, uniform in (-2, 2) for a Pyro model, else a standard
-            normal, both in unconstrained space.
+            normal, both in unconstrained space; uniform on a finite support.
         progress_bar: Whether to show acceptance, divergences and a rough R-hat.
         compile: Whether to compile the energy's gradient with ``torch.compile``:
             several times faster, after some seconds.

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_ebm.energies import Energy, PyroModelEnergy, unconstrained
+from pyro_ebm.energies import (
+    Energy,
+    FiniteUniform,
+    PyroModelEnergy,
+    unconstrained,
+)
 from pyro_ebm.energies.compiled import CompiledEnergy
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
 from pyro_ebm.mcmc.independent import IndependentChains
@@ -124,7 +129,8 @@ def _energy_target(energy: Energy, target: Any, kernel: ChainKernel) -> ChainTar
     elif getattr(type(kernel), "init", None) is Kernel.init:
         raise ValueError(
             f"{type(kernel).__name__} moves through real space, and the support of the "
-            f"target is discrete: {energy.support}. Take a kernel for discrete spaces."
+            f"target is discrete: {energy.support}. Take Gibbs(), or another kernel "
+            "for discrete spaces."
         )
 
     def start(num_chains: int) -> Tensor:
@@ -136,13 +142,10 @@ def _energy_target(energy: Energy, target: Any, kernel: ChainKernel) -> ChainTar
 
 
 def _points(energy: Energy, target: Any, num_chains: int) -> Tensor:
-    """Points of the support: of the target's sampler or base, else standard normal."""
+    """Points of the target's sampler or base, else standard normal or uniform ones."""
     sampler, base = getattr(target, "sampler", None), getattr(target, "base", None)
     if sampler is None and base is None and energy.support.is_discrete:
-        raise ValueError(
-            f"initial is None, and there is no default on {energy.support}: give "
-            "points of the support, shape (K, *event)."
-        )
+        base = FiniteUniform(energy.support, energy.event_shape)
     if sampler is None:
         sampler = IndependentChains(base=base)
     return sampler.start(energy, num_chains)

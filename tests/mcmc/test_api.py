@@ -17,11 +17,12 @@ import pyro_ebm
 from pyro_ebm.energies import (
     DistributionEnergy,
     FunctionEnergy,
+    IsingEnergy,
     PyroModelEnergy,
     QuadraticEnergy,
 )
 from pyro_ebm.errors import DivergenceError, UnreliableWarning
-from pyro_ebm.mcmc import HMC, MALA, MCMC, hmc
+from pyro_ebm.mcmc import HMC, MALA, MCMC, Gibbs, hmc
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, accept
 from pyro_ebm.mcmc.chees import ChEES
 from pyro_ebm.testing import assert_moments
@@ -96,6 +97,7 @@ def test_planted_fault_is_caught(monkeypatch):
 
 
 def test_constrained_support():
+    """Planted fault: no Jacobian."""
     chains = sampler(num_samples=4, warmup_steps=100, num_chains=2000)
     chains.run(DistributionEnergy(dist.Gamma(torch.tensor(3.0), 2.0)))
     draws = chains.get_samples(group_by_chain=True)[:, -1]
@@ -431,20 +433,41 @@ class Flip(Kernel):
 
 
 def test_discrete_support():
-    """Independent bits of log odds w; and the error of a continuous kernel."""
+    """Independent bits of log odds w; and the error of a continuous kernel.
+
+    Planted fault: half the log ratio.
+    """
     w = torch.tensor([-1.0, 0.5, 1.0])
     boolean = constraints.independent(constraints.boolean, 1)
     energy = FunctionEnergy(lambda x: -(w * x).sum(-1), (3,), boolean)
-    with pytest.raises(ValueError, match="initial is None.*give points"):
-        sampler(Flip()).run(energy)
-    initial = torch.bernoulli(torch.full((16, 3), 0.5))
-    chains = sampler(Flip(), 60, 50, 512, initial=initial)
+    chains = sampler(Flip(), 60, 50, 512)
     chains.run(energy)
     draws = chains.get_samples(group_by_chain=True)[:, -1]
     assert_moments(draws, w.sigmoid(), w.sigmoid() * (1 - w.sigmoid()))
     assert chains.diagnostics().energy_bfmi.isnan().all()
     with pytest.raises(ValueError, match="HMC moves through real space.*discrete"):
         sampler().run(energy)
+
+
+@pytest.mark.parametrize("keep_draws", [True, False])
+def test_gibbs(keep_draws):
+    """The mean energy of four spins, by enumeration; nothing is adapted.
+
+    Planted fault: logits halved.
+    """
+    energy = IsingEnergy((2, 2), coupling=0.4)
+    states = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=4)))
+    values = energy(states.reshape(16, 2, 2))
+    chains = sampler(Gibbs(), 40, 20, 512, keep_draws=keep_draws)
+    chains.run(energy)
+    if keep_draws:
+        last = energy(chains.get_samples(group_by_chain=True)[:, -1])
+        weights = (-values).softmax(0)
+        mean = weights @ values
+        assert_moments(last, mean, weights @ (values - mean) ** 2)
+    assert chains.moments().mean.abs().max() < 0.05
+    assert chains.diagnostics().is_reliable
+    assert "step size" not in str(chains.diagnostics())
 
 
 def regression(x, y=None):
