@@ -7,7 +7,7 @@ A sweep visits blocks of sites and draws each block from its conditional distrib
 
 The blocks are those that the energy knows to be independent inside: the colours of a
 lattice, the hidden and the visible layer of a restricted Boltzmann machine. Of any
-other energy they are the single sites, at one evaluation for each value of each.
+other energy they are the single sites, at one evaluation for each other value of each.
 
 Visiting the blocks from last to first is the time reversal of (1), which annealing in
 both directions needs. Alternating the layers of a machine is its own reversal.
@@ -120,7 +120,8 @@ class Gibbs:
         """
         if isinstance(energy, LatticeEnergy | RBMEnergy):
             return self.num_sweeps
-        return self.num_sweeps * energy.event_shape.numel() * len(_values(energy))
+        num_others = len(_values(energy)) - 1
+        return self.num_sweeps * (energy.event_shape.numel() * num_others + 1)
 
 
 def _sweep_lattice(energy: LatticeEnergy, x: Tensor, *, is_reversed: bool) -> Tensor:
@@ -132,17 +133,21 @@ def _sweep_lattice(energy: LatticeEnergy, x: Tensor, *, is_reversed: bool) -> Te
 def _sweep_sites(energy: Energy, x: Tensor, *, is_reversed: bool) -> Tensor:
     batch_shape = energy.batch_shape_of(x)
     values = torch.tensor(_values(energy), dtype=x.dtype, device=x.device)
-    x = x.reshape(*batch_shape, -1).clone()
+    shifts = torch.arange(1, len(values), device=x.device)
+    shifts = shifts.reshape(-1, *(1,) * len(batch_shape))
+    current, x = energy(x), x.reshape(*batch_shape, -1).clone()
     sites = range(x.shape[-1])
     for site in reversed(sites) if is_reversed else sites:
-        options = x.expand(len(values), *x.shape).clone()
-        options[..., site] = values.reshape(-1, *(1,) * len(batch_shape))
-        value = energy(options.reshape(len(values), *batch_shape, *energy.event_shape))
-        is_finite = value.isfinite()
-        logits = (-value).where(is_finite, -torch.inf).movedim(0, -1)
-        # Where no value has a finite energy the site stays as it is.
-        drawn = values[_draw(logits)].where(is_finite.any(0), x[..., site])
-        x[..., site] = drawn  # (1)
+        index = (x[..., site, None] == values).long().argmax(-1)
+        others = x.expand(len(shifts), *x.shape).clone()
+        others[..., site] = values[(index + shifts) % len(values)]
+        other = energy(others.reshape(len(shifts), *batch_shape, *energy.event_shape))
+        options = torch.cat([current[None], other])
+        # Where no value has a finite energy nothing is drawn but the first, the old.
+        logits = (-options).where(options.isfinite(), -torch.inf).movedim(0, -1)
+        drawn = _draw(logits)
+        x[..., site] = values[(index + drawn) % len(values)]  # (1)
+        current = options.gather(0, drawn[None])[0]
     return x.reshape(*batch_shape, *energy.event_shape)
 
 

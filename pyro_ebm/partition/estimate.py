@@ -14,13 +14,18 @@ from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition.annealed import annealed_importance_sampling
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.bridge import bridge_sampling
+from pyro_ebm.partition.enumeration import enumeration, num_states
 from pyro_ebm.partition.exact import closed_form, quadrature
+from pyro_ebm.partition.gibbs_annealing import gibbs_annealing
 from pyro_ebm.partition.importance import importance_sampling
 from pyro_ebm.partition.progress import WatchedEnergy
 from pyro_ebm.partition.refined import refined_smc
 from pyro_ebm.partition.smc import run_smc
 
-Method = Literal["auto", "exact", "smc", "importance", "ais", "bridge"]
+Method = Literal["auto", "exact", "smc", "importance", "ais", "bridge", "gibbs"]
+
+#: States that ``"auto"`` enumerates rather than samples.
+_MAX_STATES = 2**18
 
 
 def estimate(
@@ -46,10 +51,13 @@ def estimate(
             Needed unless the answer is exact.
         method: ``"auto"`` takes the closed form where there is one, quadrature for
             events of one or two numbers, else ``"smc"``. ``"exact"`` is the first two
-            alone, for up to three numbers. See :func:`refined_smc`,
-            :func:`importance_sampling`, :func:`annealed_importance_sampling` and
-            :func:`bridge_sampling` for the others.
-        budget: Energy evaluations aimed at; default 50,000.
+            alone, for up to three numbers. Over a finite support they are
+            :func:`enumeration` of up to 2^18 states (``"exact"``: 2^22), else
+            ``"gibbs"``, which needs no base. See :func:`refined_smc`,
+            :func:`importance_sampling`, :func:`annealed_importance_sampling`,
+            :func:`bridge_sampling` and :func:`gibbs_annealing` for the others.
+        budget: Energy evaluations aimed at; default 50,000, see :func:`gibbs_annealing`
+            for its own.
         num_replicates: Independent islands of SMC.
         progress_bar: Whether to show the energy evaluations, if it takes more than a
             second.
@@ -70,10 +78,12 @@ def estimate(
         exact 0.5949
     """
     energy = _energy_of(target)
-    budget = 50_000 if budget is None else budget
-    if budget < 1:
+    if budget is not None and budget < 1:
         raise ValueError(f"budget must be positive, got {budget}.")
     result = closed_form(energy) if method in ("auto", "exact") else None
+    if result is None:
+        result = _over_finite(energy, base, method, budget, num_replicates)
+    budget = 50_000 if budget is None else budget
     dim = energy.event_shape.numel()
     if result is None and (method == "exact" or (method == "auto" and dim <= 2)):
         result = quadrature(energy)
@@ -82,7 +92,7 @@ def estimate(
     if result is None:
         if method != "auto" and method not in _SAMPLERS:
             raise ValueError(
-                f"method must be one of 'auto', 'exact', "
+                f"method must be one of 'auto', 'exact', 'gibbs', "
                 f"{', '.join(map(repr, _SAMPLERS))}; got {method!r}."
             )
         if base is None:
@@ -115,6 +125,24 @@ def _energy_of(target: Any) -> Energy:
         f"{type(target).__name__}. Wrap a callable: "
         "pyro_ebm.energies.FunctionEnergy(fn, event_shape)."
     )
+
+
+def _over_finite(
+    energy: Energy,
+    base: dist.TorchDistribution | None,
+    method: Method,
+    budget: int | None,
+    num_replicates: int,
+) -> LogPartitionEstimate | None:
+    """What only a finite support allows, or ``None``."""
+    states = num_states(energy)
+    if states is not None and method in ("auto", "exact"):
+        if method == "exact" or states <= _MAX_STATES:
+            return enumeration(energy)
+        method = "gibbs"
+    if method != "gibbs":
+        return None
+    return gibbs_annealing(energy, base, budget=budget, num_islands=num_replicates)
 
 
 def _base_of(target: Any, energy: Energy) -> dist.TorchDistribution | None:

@@ -59,7 +59,7 @@ def gibbs_annealing(
     energy: Energy,
     base: dist.TorchDistribution | None = None,
     *,
-    budget: int = 50_000,
+    budget: int | None = None,
     num_islands: int = 4,
 ) -> LogPartitionEstimate:
     r"""Estimate :math:`\log Z` over a finite support by (1).
@@ -73,6 +73,7 @@ def gibbs_annealing(
         base: A normalised distribution over the same support, to start from. A lattice
             or a machine then moves site by site too, at many times the cost.
         budget: Evaluations aimed at. A sweep by blocks, with its weight, counts as one.
+            Default: 50,000, and enough for 10,000 sweeps site by site.
         num_islands: Independent sets of chains, at least 4.
 
     Returns:
@@ -151,15 +152,15 @@ class _Sizes(NamedTuple):
     num_temperatures: int
 
 
-def _sizes(path: AnnealingPath, budget: int, num_islands: int) -> _Sizes:
+def _sizes(path: AnnealingPath, budget: int | None, num_islands: int) -> _Sizes:
     if num_islands < 4:
         raise ValueError(
             f"num_islands must be at least 4 for an error bar, got {num_islands}."
         )
-    target = path.at(1.0)
-    cost = Gibbs().num_evaluations(target)
+    cost = Gibbs().num_evaluations(path.at(1.0))
     if cost > 1:
         cost += 2  # site by site a weight is two evaluations more, not a small part
+    budget = max(50_000, 10_000 * cost) if budget is None else budget
     num_pilot = max(
         _MIN_TEMPERATURES, int(_PILOT_SHARE * budget / _PILOT_CHAINS / cost)
     )
