@@ -3,7 +3,8 @@
 Start with :class:`EnergyDistribution`; :class:`EnergyModel` is the module that learns.
 """
 
-__all__ = ["EnergyDistribution", "EnergyModel"]
+__all__ = ["Conditional", "EnergyDistribution", "EnergyModel"]
 
+from pyro_ebm.distributions.conditional import Conditional
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.model import EnergyModel

@@ -8,8 +8,8 @@ __all__ = ["EnergyDistribution", "leaves"]
 
 import math
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -169,6 +169,18 @@ class EnergyDistribution(dist.TorchDistribution):
     def closed_form(self) -> ClosedForm | None:
         """What is known of the energy without sampling, or ``None``."""
         return self.energy.closed_form()
+
+    # Filled in by pyro_ebm.distributions.conditional, which builds on this class.
+    _condition: ClassVar[Callable[..., "EnergyDistribution"]]
+
+    def condition(self, observed: Any, **settings: Any) -> "EnergyDistribution":
+        """The distribution of the rest of the event, given a part of it.
+
+        Args:
+            observed: Indices and values, such as ``{0: 1.0}``.
+            **settings: See :class:`~pyro_ebm.distributions.Conditional`.
+        """
+        return EnergyDistribution._condition(self, observed, **settings)
 
     def to_event(
         self, reinterpreted_batch_ndims: int | None = None

@@ -5,6 +5,7 @@ anything that can be called, :class:`NeuralEnergy` is the usual network for vect
 """
 
 __all__ = [
+    "ClampedEnergy",
     "ClosedForm",
     "CompiledEnergy",
     "ConvolutionalEnergy",
@@ -23,6 +24,7 @@ __all__ = [
     "SumEnergy",
     "UnconstrainedEnergy",
     "is_unconstrained",
+    "marginal",
     "same_support",
     "spins",
     "unconstrained",
@@ -30,6 +32,7 @@ __all__ = [
 
 from pyro_ebm.energies.algebra import ExpEnergy, SumEnergy
 from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.clamped import ClampedEnergy, marginal
 from pyro_ebm.energies.compiled import CompiledEnergy
 from pyro_ebm.energies.convolutional import ConvolutionalEnergy
 from pyro_ebm.energies.distribution import DistributionEnergy

@@ -92,6 +92,11 @@ CASES = {
     ),
     "neural-relu": lambda: energies.NeuralEnergy((2,), activation=nn.ReLU),
     "neural-scalar": lambda: energies.NeuralEnergy((), (8,)),
+    "clamped": lambda: energies.ClampedEnergy(quadratic(3), {1: 0.5}),
+    "clamped-gamma": lambda: energies.ClampedEnergy(
+        energies.DistributionEnergy(dist.Gamma(2.0, torch.ones(2, 2)).to_event(2)),
+        {(0, 1): 0.5},
+    ),
     "compiled": lambda: energies.CompiledEnergy(quadratic()),
     "convolutional": lambda: energies.ConvolutionalEnergy((1, 5, 4), (3, 4)),
     "convolutional-base": lambda: energies.ConvolutionalEnergy(
