@@ -4,7 +4,7 @@ __all__ = ["estimate"]
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import pyro.distributions as dist
 
@@ -83,32 +83,16 @@ def estimate(
     result = closed_form(energy) if method in ("auto", "exact") else None
     if result is None:
         result = _over_finite(energy, base, method, budget, num_replicates)
-    budget = 50_000 if budget is None else budget
     dim = energy.event_shape.numel()
     if result is None and (method == "exact" or (method == "auto" and dim <= 2)):
         result = quadrature(energy)
         if method == "auto" and result.status == "unreliable":
             result = None
     if result is None:
-        if method != "auto" and method not in _SAMPLERS:
-            raise ValueError(
-                f"method must be one of 'auto', 'exact', 'gibbs', "
-                f"{', '.join(map(repr, _SAMPLERS))}; got {method!r}."
-            )
-        if base is None:
-            base = _base_of(target, energy)
-        if base is None:
-            raise ValueError(
-                "base is None, and the energy has no exact log Z: give a normalised "
-                "Pyro distribution on its event and support, wider than the target."
-            )
-        sampler = _SAMPLERS["smc" if method == "auto" else method]
-        watched = WatchedEnergy(energy, budget) if progress_bar else energy
-        try:
-            result = sampler(watched, base, budget, num_replicates)
-        finally:
-            if isinstance(watched, WatchedEnergy):
-                watched.bar.close()
+        base = _base_of(target, energy) if base is None else base
+        budget = 50_000 if budget is None else budget
+        sampler = _sampler_of(method)
+        result = _watched(sampler, energy, base, budget, num_replicates, progress_bar)
     if not result.is_reliable:
         warnings.warn(str(result), UnreliableWarning, stacklevel=2)
     return result
@@ -152,6 +136,38 @@ def _base_of(target: Any, energy: Energy) -> dist.TorchDistribution | None:
     return base
 
 
+def _sampler_of(method: Method) -> "_Sampler":
+    if method != "auto" and method not in _SAMPLERS:
+        raise ValueError(
+            f"method must be one of 'auto', 'exact', 'gibbs', "
+            f"{', '.join(map(repr, _SAMPLERS))}; got {method!r}."
+        )
+    return _SAMPLERS["smc" if method == "auto" else method]
+
+
+def _watched(
+    sampler: "_Sampler",
+    energy: Energy,
+    base: dist.TorchDistribution | None,
+    budget: int,
+    num_replicates: int,
+    progress_bar: bool,  # noqa: FBT001
+) -> LogPartitionEstimate:
+    """Run a sampler under a progress bar."""
+    if base is None:
+        raise ValueError(
+            "base is None, and the energy has no exact log Z: give a normalised "
+            "Pyro distribution on its event and support, wider than the target."
+        )
+    if not progress_bar:
+        return sampler(energy, base, budget, num_replicates)
+    watched = WatchedEnergy(energy, budget)
+    try:
+        return sampler(watched, base, budget, num_replicates)
+    finally:
+        watched.bar.close()
+
+
 def _smc(
     energy: Energy, base: dist.TorchDistribution, budget: int, num_replicates: int
 ) -> LogPartitionEstimate:
@@ -189,7 +205,10 @@ def _bridge(
     return result._replace(num_evaluations=spent)
 
 
-_SAMPLERS: dict[str, Callable[..., LogPartitionEstimate]] = {
+_Sampler: TypeAlias = Callable[
+    [Energy, dist.TorchDistribution, int, int], LogPartitionEstimate
+]
+_SAMPLERS: dict[str, _Sampler] = {
     "smc": _smc,
     "importance": _importance,
     "ais": _ais,
