@@ -15,8 +15,10 @@ __all__ = [
     "FiniteUniform",
     "FunctionEnergy",
     "IsingEnergy",
+    "LinearMapEnergy",
     "MixtureEnergy",
     "NeuralEnergy",
+    "PartEnergy",
     "PottsEnergy",
     "PyroModelEnergy",
     "QuadraticEnergy",
@@ -25,6 +27,7 @@ __all__ = [
     "UnconstrainedEnergy",
     "is_unconstrained",
     "marginal",
+    "register_product",
     "same_support",
     "spins",
     "unconstrained",
@@ -34,13 +37,16 @@ from pyro_ebm.energies.algebra import ExpEnergy, SumEnergy
 from pyro_ebm.energies.base import ClosedForm, Energy
 from pyro_ebm.energies.clamped import ClampedEnergy, marginal
 from pyro_ebm.energies.compiled import CompiledEnergy
+from pyro_ebm.energies.conjugate import register_product
 from pyro_ebm.energies.convolutional import ConvolutionalEnergy
 from pyro_ebm.energies.distribution import DistributionEnergy
 from pyro_ebm.energies.finite import FiniteUniform, spins
 from pyro_ebm.energies.function import FunctionEnergy
 from pyro_ebm.energies.lattice import IsingEnergy, PottsEnergy
+from pyro_ebm.energies.linear_map import LinearMapEnergy
 from pyro_ebm.energies.mixture import MixtureEnergy
 from pyro_ebm.energies.neural import NeuralEnergy
+from pyro_ebm.energies.part import PartEnergy
 from pyro_ebm.energies.pyro_model import PyroModelEnergy
 from pyro_ebm.energies.quadratic import QuadraticEnergy
 from pyro_ebm.energies.rbm import RBMEnergy

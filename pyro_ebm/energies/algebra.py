@@ -7,7 +7,9 @@ A sum of energies is a product of distributions, up to a constant (eq. (1.3) to 
     e^{-f(x)} \propto \prod_k q_k(x)^{w_k}                                 \tag{1}
 
 The constant, the partition function of the product, is not the product of the
-constants: :mod:`pyro_ebm.partition` estimates it.
+constants. Of Gaussian and of conjugate parts it is known
+(:mod:`pyro_ebm.energies.gaussian`, :mod:`pyro_ebm.energies.conjugate`); otherwise
+:mod:`pyro_ebm.partition` estimates it.
 """
 
 __all__ = ["ExpEnergy", "SumEnergy", "require_same_space"]
@@ -18,8 +20,16 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.conjugate import product_closed_form
+from pyro_ebm.energies.gaussian import (
+    GaussianForm,
+    ImproperProductError,
+    gaussian_form,
+    product_form,
+)
 from pyro_ebm.energies.unconstrained import same_support
 
 
@@ -75,34 +85,54 @@ class SumEnergy(Energy):
         """The weight of each part."""
         return [getattr(self, f"weight_{k}") for k in range(len(self.energies))]
 
+    @property
+    def terms(self) -> list[tuple[Energy, float | Tensor]]:
+        """The parts, each with its weight."""
+        return list(zip(self.energies, self.weights, strict=True))
+
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate (1) at ``x`` of shape ``(*batch, *event)``."""
-        parts = zip(self.weights, self.energies, strict=True)
-        total: Any = sum(w * f(x) for w, f in parts)
+        total: Any = sum(w * f(x) for f, w in self.terms)
         return total + self.offset  # (1)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Sum the parts' own gradients, so that closed forms are kept."""
         value: Any = 0.0
         grad: Any = 0.0
-        for weight, part in zip(self.weights, self.energies, strict=True):
+        for part, weight in self.terms:
             part_value, part_grad = part.value_and_grad(x)
             value = value + _detach(weight) * part_value
             grad = grad + _detach(weight) * part_grad
         return value + _detach(self.offset), grad
 
     def closed_form(self) -> ClosedForm | None:
-        r"""That of a single part of weight 1, with ``c`` taken from :math:`\log Z`.
+        r"""Of parts that are Gaussian, or conjugate, and of a single part.
+
+        ``None`` also where the closed form shows that there is no partition function.
 
         Exactness: *exact* where it is not ``None``.
         """
-        weight, *more = self.weights
+        try:
+            return self.proper_closed_form()
+        except ImproperProductError:
+            return None
+
+    def proper_closed_form(self) -> ClosedForm | None:
+        """The same, but an error where there is no partition function.
+
+        Raises:
+            ImproperProductError: A ``ValueError`` that says why.
+
+        Exactness: *exact* where it is not ``None``.
+        """
+        (part, weight), *more = self.terms
         if more or isinstance(weight, Tensor) or weight != 1:
+            known = product_closed_form(self.terms)
+        else:
+            known = part.closed_form()
+        if known is None:
             return None
-        inner = self.energies[0].closed_form()
-        if inner is None:
-            return None
-        return ClosedForm(inner.log_partition - self.offset, inner.distribution)
+        return known._replace(log_partition=known.log_partition - self.offset)
 
     def extra_repr(self) -> str:
         """Weights and offset, for ``repr``."""
@@ -139,12 +169,26 @@ class ExpEnergy(Energy):
         return value, grad * value.reshape(value.shape + (1,) * self.event_dim)
 
 
-def _linear(*terms: tuple[Energy | float | Tensor, float | Tensor]) -> Energy:
+@gaussian_form.register
+def _(energy: SumEnergy) -> GaussianForm | None:
+    forms = []
+    for part in energy.energies:
+        form = gaussian_form(part)
+        if form is None:
+            return None
+        forms.append(form)
+    product = product_form(forms, energy.weights)
+    return product and product._replace(constant=product.constant - energy.offset)
+
+
+def _linear(*terms: tuple[Energy | float | Tensor, float | Tensor]) -> Any:
     """Sum of ``weight * term``, flattened; plain numbers go into the offset."""
     energies: list[Energy] = []
     weights: list[float | Tensor] = []
     offset: float | Tensor = 0.0
     for term, scale in terms:
+        if _is_distribution(scale):
+            return NotImplemented  # its own operator makes the product
         if not isinstance(scale, numbers.Real | Tensor):
             raise TypeError(
                 f"an energy can be multiplied by a number, got {type(scale).__name__}. "
@@ -170,6 +214,14 @@ def _linear(*terms: tuple[Energy | float | Tensor, float | Tensor]) -> Energy:
 # The product or sum of a parameter and anything else is no parameter, and not learned:
 # so multiply by one and add zero without arithmetic, and keep a sum as it is where its
 # learned scalars would have to change.
+
+
+def _is_distribution(factor: Any) -> bool:
+    """Whether it is a distribution, or a model that gives one when called."""
+    has_energy = isinstance(getattr(factor, "energy", None), Energy)
+    return isinstance(factor, Distribution) or (
+        has_energy and not isinstance(factor, Energy)
+    )
 
 
 def _can_flatten(term: SumEnergy, scale: float | Tensor) -> bool:
@@ -222,9 +274,14 @@ def require_same_space(first: Energy, *others: Energy) -> None:
         if first.event_shape != energy.event_shape:
             raise ValueError(
                 "energies must share one event_shape, got "
-                f"{tuple(first.event_shape)} and {tuple(energy.event_shape)}. Energies "
-                "of different parts of a larger event need a FunctionEnergy that "
-                "selects the part."
+                f"{tuple(first.event_shape)} and {tuple(energy.event_shape)}. Make an "
+                "energy of a part of a larger event one of all of it by PartEnergy."
+            )
+        if first.support.is_discrete != energy.support.is_discrete:
+            raise ValueError(
+                "energies must be all discrete or all continuous to share one support, "
+                f"got {first.support} and {energy.support}. A discrete variable beside "
+                "a continuous one is a site of its own in a Pyro model."
             )
         if not same_support(first.support, energy.support):
             raise ValueError(

@@ -81,8 +81,7 @@ def test_a_constant_moves_log_z_by_minus_itself(f):
     shifted, closed = (f + 3.0).closed_form(), f.closed_form()
     torch.testing.assert_close(shifted.log_partition, closed.log_partition - 3.0)
     assert torch.equal(shifted.distribution.loc, closed.distribution.loc)
-    assert (f + f).closed_form() is None
-    assert (2.0 * f).closed_form() is None
+    assert (f + f.exp()).closed_form() is None
     assert FunctionEnergy(torch.sum, ()).closed_form() is None
 
 
@@ -95,6 +94,24 @@ def test_product_of_gaussians_is_its_closed_form(f):
     torch.testing.assert_close(difference, difference[:1].expand(7))
     grad = (f + other).value_and_grad(X)[1]
     torch.testing.assert_close(grad, product.value_and_grad(X)[1])
+    closed = (f + other - 1.0).closed_form()
+    torch.testing.assert_close(closed.distribution.loc, loc)
+    torch.testing.assert_close(closed.distribution.precision_matrix, precision)
+    log_partition = product.closed_form().log_partition - difference[0] + 1.0
+    torch.testing.assert_close(closed.log_partition, log_partition)
+
+
+def test_learned_weights_have_a_closed_form_with_their_gradient(f):
+    w = nn.Parameter(torch.tensor(2.0))
+    log_partition = (2.0 * (w * f) + 1.0).closed_form().log_partition
+    (grad,) = torch.autograd.grad(log_partition, w)
+    torch.testing.assert_close(grad, torch.tensor(-0.5))  # log Z = ... - log w
+
+
+def test_no_closed_form_where_there_is_no_partition_function(f):
+    assert (f - 2.0 * f).closed_form() is None
+    with pytest.raises(ValueError, match=r"no partition function: its precision has"):
+        (f - 2.0 * f).proper_closed_form()
 
 
 @pytest.mark.parametrize(
@@ -143,6 +160,12 @@ def test_support_mismatch_is_an_error(f):
     positive = constraints.independent(constraints.positive, 1)
     with pytest.raises(ValueError, match=r"one support, got .*Real.* and .*Greater"):
         f + FunctionEnergy(lambda x: x.sum(-1), (2,), positive)
+
+
+def test_discrete_and_continuous_do_not_mix(f):
+    bits = DistributionEnergy(dist.Bernoulli(torch.full((2,), 0.5)).to_event(1))
+    with pytest.raises(ValueError, match=r"all discrete or all continuous.*Boolean"):
+        f + bits
 
 
 def test_supports_that_differ_on_their_boundary_are_one(f):

@@ -106,6 +106,16 @@ CASES = {
     "mixture-learned": lambda: energies.MixtureEnergy(
         [quadratic(), energies.NeuralEnergy((2,), (8,))], nn.Parameter(torch.randn(2))
     ),
+    "part": lambda: energies.PartEnergy(quadratic(), (2, 2), (0,), (slice(None), 1)),
+    "part-positive": lambda: energies.PartEnergy(
+        energies.DistributionEnergy(dist.Gamma(torch.tensor(3.0), 2.0)), (2,), 0, 1
+    ),
+    "linear-map": lambda: energies.LinearMapEnergy(
+        quadratic(3), nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(3))
+    ),
+    "linear-map-scalar": lambda: energies.LinearMapEnergy(
+        energies.FunctionEnergy(lambda y: y**2, ()), torch.randn(2, 3)
+    ),
     "sum": lambda: quadratic() + energies.FunctionEnergy(Ring(), (2,)) - 1.0,
     "sum-learned": lambda: nn.Parameter(torch.tensor(2.0)) * quadratic(),
     "sum-scalar": lambda: 2.0 * energies.DistributionEnergy(normal()),
