@@ -23,7 +23,7 @@ References:
     Roberts & Tweedie (1996), Bernoulli 2(4), 341-363 (MALA, and its truncation MALTA).
 """
 
-__all__ = ["MALA", "LangevinKernel"]
+__all__ = ["LangevinKernel", "MALA"]
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,28 +73,32 @@ class LangevinKernel(Kernel):
     def propose(self, energy: Energy, state: ChainState) -> tuple[ChainState, Tensor]:
         """The proposal, and its log ratio (5), not finite where the proposal is not."""
         check_scales(energy, self.scale, self.scale_tril)
-        kick = self._kick.to(state.x)
+        kick, move = (factor.to(state.x) for factor in self._factors)
         noise = torch.randn_like(state.x)
         r = noise - self._bounded(state.grad, kick)  # (2)
-        x = state.x.addcmul(2 * kick, times_scale(r, self.scale_tril))  # (3)
+        x = state.x.addcmul(move, times_scale(r, self.scale_tril))  # (3)
         new = ChainState(x, *energy.value_and_grad(x))
         r = r.sub_(self._bounded(new.grad, kick))  # (4)
+        if self.max_drift is not None:
+            # The bound hides an infinite gradient, but zero times it is nan.
+            r = r.add_(new.grad, alpha=0)
         twice_kinetic = noise.square().addcmul_(r, r, value=-1)
         twice_kinetic = flat_event(twice_kinetic, state.energy.dim()).sum(-1)
         return new, (state.energy - new.energy).add_(twice_kinetic, alpha=0.5)  # (5)
 
     @cached_property
-    def _kick(self) -> Tensor:
-        """Root of half the step times the diagonal: of a kernel, not of each step."""
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Of (1) and (3), with the diagonal: once for a kernel, not at each step."""
         kick = (torch.as_tensor(self.step_size) / 2).sqrt()
-        return kick if self.scale is None else self.scale * kick.to(self.scale)
+        if self.scale is not None:
+            kick = self.scale * kick.to(self.scale)
+        return kick, 2 * kick
 
     def _bounded(self, grad: Tensor, kick: Tensor) -> Tensor:
         k = kick * times_transposed(grad, self.scale_tril)
         if self.max_drift is None:
             return k
-        # Zero times an infinite gradient is nan, and so the proposal is rejected.
-        return k.clamp_(-self.max_drift, self.max_drift).add_(grad, alpha=0)  # (1)
+        return k.clamp_(-self.max_drift, self.max_drift)  # (1)
 
 
 @final

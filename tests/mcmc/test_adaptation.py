@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
-from pyro_ebm.mcmc import HMC, MALA, StepInfo, StepSizeAdaptation, find_step_size
+from pyro_ebm.mcmc import (
+    HMC,
+    MALA,
+    ChEES,
+    StepInfo,
+    StepSizeAdaptation,
+    find_step_size,
+)
 from pyro_ebm.testing import CountingEnergy
 
 KERNELS = {"mala": MALA(), "hmc": HMC(num_leapfrog=3)}
@@ -147,6 +154,16 @@ def test_find_step_size_costs_a_transition_a_doubling(kernel):
     far = dataclasses.replace(kernel, step_size=1e12)
     find_step_size(far, counting, state, max_doublings=5)
     assert counting.num_gradients == 5 * kernel.num_gradients * len(state.x)
+
+
+def test_find_step_size_probes_long_trajectories_by_one_step():
+    kernel = ChEES(step_size=1e-9)
+    energy, state = start(kernel)
+    counting = CountingEnergy(energy)
+    step_size = find_step_size(kernel, counting, state)
+    assert counting.num_gradients <= 30 * len(state.x)
+    one = dataclasses.replace(kernel, max_leapfrog=1)
+    assert mean_acceptance(one, step_size / 2, energy, state) > 0.8
 
 
 def test_find_step_size_leaves_the_chains(kernel):

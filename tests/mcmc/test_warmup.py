@@ -378,3 +378,13 @@ def test_a_kernel_without_settings_passes_through():
     warmup = Warmup(kernel, energy, state, 10)
     assert run(warmup, energy, state, 10) is state
     assert warmup.kernel is kernel
+
+
+@pytest.mark.gpu
+def test_on_cuda(kernel):
+    energy = QuadraticEnergy(torch.zeros(3)).cuda()
+    state = kernel.init(energy, torch.randn(64, 3, device="cuda"))
+    warmup = Warmup(kernel, energy, state, 30)
+    state = run(warmup, energy, state, 40)
+    assert state.x.is_cuda
+    assert warmup.kernel.scale.is_cuda
