@@ -105,7 +105,7 @@ class _Cleaner:
             return self._evaluated(node, self.new)
         same = self._same_as_argument(node)
         if same is not None:
-            return self.new[same]
+            return same
         self._require_static_shape(node)
         if node.target in (aten.index.Tensor, aten.index_put.default):
             return self._index(node)
@@ -200,23 +200,26 @@ class _Cleaner:
             isinstance(self.new[argument], fx.Node) for argument in node.all_input_nodes
         )
 
-    def _same_as_argument(self, node: fx.Node) -> fx.Node | None:
-        """An argument that the result equals, if there is one."""
+    def _same_as_argument(self, node: fx.Node) -> Any:
+        """What stands for an argument that the result equals, or ``None``."""
         first = node.args[0] if node.args else None
         if not isinstance(first, fx.Node):
             return None
+        new: Any = self.new[first]
         if node.target is aten.detach.default:
-            return None if self.differentiable else first
+            return None if self.differentiable else new
         if node.target in _IDENTITIES:
-            return first
+            return new
         if node.target in _CASTS:
             is_same = _layout(self.values[node]) == _layout(self.values[first])
-            return first if is_same else None
+            return new if is_same else None
         if node.target is aten.pow.Tensor_Scalar and node.args[1] == 1:
-            return first
-        if node.target is aten.neg.default and first.target is aten.neg.default:
-            return first.args[0]  # type: ignore[return-value]
-        return self._neutral(node)
+            return new
+        if node.target is aten.neg.default:
+            is_negated = isinstance(new, fx.Node) and new.target is aten.neg.default
+            return new.args[0] if is_negated else None
+        neutral = self._neutral(node)
+        return None if neutral is None else self.new[neutral]
 
     def _neutral(self, node: fx.Node) -> fx.Node | None:
         """The other argument, where one is added 0 or multiplied by 1."""

@@ -276,7 +276,7 @@ def _with_gradient(values: Callable[..., Tensor]) -> Callable[..., Any]:
             if not value.requires_grad:  # a flat density
                 return value, torch.zeros_like(u)
             (grad,) = torch.autograd.grad(value.sum(), u)
-        return value.detach(), grad
+        return value.detach(), grad.contiguous()  # autograd may expand it
 
     return value_and_grad
 

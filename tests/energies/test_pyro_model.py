@@ -248,9 +248,8 @@ def pyro_value_and_grad(model, energy, u):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_values_and_gradients_are_pyros(name):
-    """Faults planted, and seen to fail: the Jacobian left out of ``constrain``'s
-    density, the sum of two sites' order swapped in ``ModelSites.split``, ``-`` for
-    ``+`` among the neutral operators of the cleaner."""
+    """Faults planted, and seen to fail: two sites swapped in ``ModelSites.split``,
+    validation left on, ``select_scatter`` left to vmap."""
     model = MODELS[name]()
     energy = PyroModelEnergy(model)
     assert energy.is_traced
@@ -303,7 +302,8 @@ def trace_log_prior(model, energy, point):
 def test_eight_schools_evidence():
     """Direct Monte Carlo over the prior; the truth is from quadrature, -31.31134735.
 
-    Seen to fail with the Jacobian of one side only, by 1.2 nats."""
+    Seen to fail with ``mu`` and ``tau`` shared between the draws, and with the standard
+    deviation of ``eta`` doubled."""
     energy = PyroModelEnergy(noncentred)
     u = energy.prior.sample((20_000,))
     log_weight = energy.prior.energy(u) - energy(u)
@@ -334,7 +334,7 @@ def test_conjugate_evidence_is_the_closed_form():
 
 
 def test_moments_of_the_priors_draws():
-    """Seen to fail with the plate's draws shared between the chains, and with the
+    """Seen to fail with ``mu`` and ``tau`` shared between the draws, and with the
     standard deviation of ``eta`` doubled."""
     u = PyroModelEnergy(noncentred).prior.sample((4000,))
     normal = u[:, [0, 2, 5, 9]] / torch.tensor([5.0, 1.0, 1.0, 1.0])
@@ -346,6 +346,20 @@ def test_moments_of_the_priors_draws():
     log_tau = (u[:, 1] - math.log(5.0)) / (math.pi / 2)
     assert log_tau.mean().abs() * math.sqrt(4000) < 4
     assert (log_tau.square().mean() - 1).abs() * math.sqrt(4000 / 4) < 4
+
+
+def test_many_draws_are_one_run():
+    runs = []
+
+    def counted():
+        runs.append(1)
+        noncentred()
+
+    prior = PyroModelEnergy(counted).prior
+    prior.sample((7,))
+    runs.clear()
+    assert prior.sample((1000,)).shape == (1000, 10)
+    assert len(runs) == 1
 
 
 @pytest.mark.parametrize("vectorized", [True, False])
@@ -443,7 +457,7 @@ def learned_models():
 
 @pytest.mark.parametrize("number", range(2))
 def test_parameters_stay_live(number):
-    """Seen to fail with live tensors folded into the graph as constants."""
+    """Seen to fail with all tensors folded into the graph as constants."""
     model, parameters = list(learned_models())[number]
     energy = PyroModelEnergy(model)
     store = pyro.get_param_store()
@@ -596,7 +610,7 @@ def test_random_numbers_outside_of_sites_are_an_error():
 
 @pytest.mark.parametrize("is_traced", [True, False])
 def test_one_singular_matrix_does_not_stop_the_others(is_traced):
-    """Cholesky factors that fail would raise an error, or worse, give a number."""
+    """A Cholesky factor that fails would raise an error, or worse, give a number."""
 
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
