@@ -3,8 +3,9 @@
 Start with :class:`EnergyDistribution`; :class:`EnergyModel` is the module that learns.
 """
 
-__all__ = ["Conditional", "EnergyDistribution", "EnergyModel"]
+__all__ = ["Conditional", "EnergyDistribution", "EnergyModel", "MixtureOfExperts"]
 
 from pyro_ebm.distributions.conditional import Conditional
 from pyro_ebm.distributions.energy import EnergyDistribution
+from pyro_ebm.distributions.mixture import MixtureOfExperts
 from pyro_ebm.distributions.model import EnergyModel

@@ -18,7 +18,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.distributions import EnergyDistribution, MixtureOfExperts
 from pyro_ebm.infer.checks import require_learnable
 from pyro_ebm.infer.maximum_likelihood import MaximumLikelihood
 from pyro_ebm.infer.objective import Objective, Surrogate
@@ -136,6 +136,14 @@ class _ObjectiveMessenger(Messenger):
     def _with_objective(
         self, name: str, distribution: EnergyDistribution
     ) -> EnergyDistribution:
+        if isinstance(distribution, MixtureOfExperts) and isinstance(
+            self.owner.objective, MaximumLikelihood
+        ):  # each expert with its own log Z, hence with chains of its own
+            return distribution.map_experts(
+                lambda k, expert: _map_energy(
+                    expert, lambda found: self._with_objective(f"{name}.{k}", found)
+                )
+            )
         key = id(distribution.energy)
         if key not in self.surrogates:
             self.owner.check(name, distribution, self.latents)
