@@ -68,14 +68,16 @@ class Recording(NamedTuple):
         env: dict[fx.Node, Any] = dict(
             zip([*self.inputs, *self._constants()], tensors, strict=True)
         )
+        last_use = {a: node for node in self.graph.nodes for a in node.all_input_nodes}
         for node in self.graph.nodes:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.get)
             if node.op == "output":
-                return fx.node.map_arg(node.args[0], env.__getitem__)
+                return args[0]
             if node.op == "call_function":
-                args, kwargs = fx.node.map_arg(
-                    (node.args, node.kwargs), env.__getitem__
-                )
                 env[node] = node.target(*args, **kwargs)
+            for argument in node.all_input_nodes:
+                if last_use[argument] is node:
+                    del env[argument]
         return None
 
 

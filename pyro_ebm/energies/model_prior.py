@@ -22,7 +22,9 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_ebm.energies.base import Energy
-from pyro_ebm.energies.model_sites import Model, ModelSites, samples
+from pyro_ebm.energies.model_checks import is_masked
+from pyro_ebm.energies.model_runs import Model, samples
+from pyro_ebm.energies.model_sites import ModelSites
 
 #: Draws of a vectorised run whose densities are compared with those of the energy.
 _NUM_CHECKED = 4
@@ -187,7 +189,7 @@ def _require_normalized(name: str, site: dict[str, Any]) -> None:
         reason = "is improper"
     elif torch.as_tensor(site["scale"] != 1).any():
         reason = "is scaled"
-    elif site["mask"] is not None or _is_masked(fn):
+    elif is_masked(site):
         reason = "is masked"
     if reason:
         raise NotImplementedError(
@@ -195,9 +197,3 @@ def _require_normalized(name: str, site: dict[str, Any]) -> None:
             f"{reason}. Without a prior there is no path from it to the posterior; "
             "give another normalised base over energy.event_shape."
         )
-
-
-def _is_masked(fn: Any) -> bool:
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return isinstance(fn, dist.MaskedDistribution)

@@ -27,14 +27,10 @@ from torch.utils._pytree import tree_map_only
 from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.graph_recording import UntraceableError
 from pyro_ebm.energies.model_prior import ModelPrior, prior_model
-from pyro_ebm.energies.model_sites import (
-    ModelSites,
-    find_sites,
-    run_model,
-    samples,
-)
+from pyro_ebm.energies.model_runs import run_model, samples
+from pyro_ebm.energies.model_sites import ModelSites, find_sites
 from pyro_ebm.energies.tracing import LoopedFunction, TracedFunction
-from pyro_ebm.errors import DivergenceError
+from pyro_ebm.errors import CompilationWarning, DivergenceError
 
 #: Points at which the traced energy is compared with Pyro's.
 _NUM_CHECKED = 3
@@ -132,6 +128,7 @@ class PyroModelEnergy(Energy):
                 f"the model cannot be traced: {error}. It is evaluated by Pyro, one "
                 "chain at a time, which is slow; for a few chains "
                 "pyro.infer.NUTS(model) serves as well.",
+                CompilationWarning,
                 stacklevel=4,
             )
             return looped

@@ -34,6 +34,7 @@ from pyro_ebm.energies.graph_recording import (
     is_random,
     record,
 )
+from pyro_ebm.errors import CompilationWarning
 
 #: Numbers of points for which a graph is kept.
 _MAX_SIZES = 8
@@ -131,6 +132,8 @@ class TracedFunction:
             self._batches.move_to_end(key)
             return self._batches[key]
         batch = one_point.batch(differentiable=key[1] == "value")
+        if torch._C._functorch.is_functorch_wrapped_tensor(u):  # has no one value
+            return batch
         self._num_uses[key] += 1
         if self._num_uses[key] == 1:  # a number of points that may not come again
             return batch
@@ -298,6 +301,7 @@ def _compiled(
             f"the compiler failed ({type(error).__name__}: {first_line(error)}); the "
             "traced graph runs eagerly. Give compile=False, or see whether a C++ "
             "compiler works and its cache is intact (TORCHINDUCTOR_CACHE_DIR).",
+            CompilationWarning,
             stacklevel=2,
         )
         return graph

@@ -1,0 +1,115 @@
+"""Which Pyro models have a density that an energy can hold."""
+
+__all__ = ["check_same", "check_site", "check_supports", "is_masked"]
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine import Trace
+from torch.distributions import biject_to
+from torch.distributions.constraints import Constraint
+
+from pyro_ebm.energies.model_runs import samples, unwrapped
+from pyro_ebm.energies.unconstrained import same_support
+
+
+def is_masked(site: Any) -> bool:
+    """Whether a mask hides a part of a site's density."""
+    fn = site["fn"]
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return site["mask"] is not None or isinstance(fn, dist.MaskedDistribution)
+
+
+def check_site(name: str, site: Any) -> None:
+    """Check that a site is continuous, observed, or can be enumerated.
+
+    Raises:
+        ValueError: If it is observed to be nan.
+        NotImplementedError: If it cannot, has no bijection from real space, or is in a
+            plate that is subsampled.
+    """
+    for frame in site["cond_indep_stack"]:
+        if frame.full_size is not None and frame.size < frame.full_size:
+            raise NotImplementedError(
+                f"plate {frame.name!r} subsamples {frame.size} of {frame.full_size}; "
+                "an energy is that of all the data. Build the plate without "
+                "subsample_size and subsample: let the model take the size as an "
+                "argument, and give None here."
+            )
+    if site["is_observed"]:
+        value = torch.as_tensor(site["value"])
+        if value.is_floating_point() and value.isnan().any() and not is_masked(site):
+            raise ValueError(
+                f"obs of site {name!r} must not contain nan, got "
+                f"{int(value.isnan().sum())} in {value.numel()} numbers. Drop them, or "
+                "fill them with any number of the support and mask them with "
+                "poutine.mask."
+            )
+    elif site["fn"].support.is_discrete:
+        if not site["fn"].has_enumerate_support:
+            raise NotImplementedError(
+                f"site {name!r} is discrete and cannot be enumerated "
+                f"({type(site['fn']).__name__}), so it cannot be summed out. Observe "
+                "it, replace it by a distribution with finite support, or marginalise "
+                "it by hand."
+            )
+    else:
+        _require_bijection(name, site["fn"].support)
+
+
+def _require_bijection(name: str, support: Constraint) -> None:
+    try:
+        biject_to(unwrapped(support))
+    except NotImplementedError:
+        raise NotImplementedError(
+            f"the support {support} of site {name!r} has no bijection from real space "
+            "in torch. Sample parameters that are free to vary and build the value "
+            "from them, as dist.LKJCholesky and scales do for a covariance."
+        ) from None
+
+
+def check_same(first: Trace, second: Trace) -> None:
+    """Check that two runs have the same sites.
+
+    Raises:
+        ValueError: If they do not.
+        NotImplementedError: If a support is not the same in both.
+    """
+    sites, others = dict(samples(first)), dict(samples(second))
+    if list(sites) != list(others):
+        only = sorted(set(sites) ^ set(others)) or list(sites)
+        raise ValueError(
+            f"model must have the same sites at each run; {only} are not in every run "
+            "or in another order. Sample them always, and let the values decide by "
+            "poutine.mask or torch.where."
+        )
+    for name, site in sites.items():
+        shape, other = site["value"].shape, others[name]["value"].shape
+        if shape != other:
+            raise ValueError(
+                f"site {name!r} must have the same shape at each run, got "
+                f"{tuple(shape)} and {tuple(other)}. Sample the largest shape, and "
+                "mask what is not used."
+            )
+    check_supports(first, second)
+
+
+def check_supports(first: Trace, second: Trace) -> None:
+    """Check that the latent sites have the same supports in two runs.
+
+    Raises:
+        NotImplementedError: If they do not.
+    """
+    for name, site in samples(first):
+        other: Any = second.nodes[name]["fn"]
+        if site["is_observed"] or site["fn"].support.is_discrete:
+            continue
+        if not same_support(unwrapped(site["fn"].support), unwrapped(other.support)):
+            raise NotImplementedError(
+                f"the support of site {name!r} depends on other sites: "
+                f"{site['fn'].support}, then {other.support}. Sample a "
+                "variable on a fixed support and map it to where it should be: "
+                "low + (high - low) * pyro.sample(name, dist.Beta(1.0, 1.0))."
+            )

@@ -1,0 +1,112 @@
+"""Runs of a Pyro model, for what its sites are."""
+
+__all__ = [
+    "Model",
+    "WithoutValidation",
+    "initial_value",
+    "retried",
+    "run_model",
+    "samples",
+    "unwrapped",
+]
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import torch
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+from torch.distributions import Distribution, transform_to
+
+from pyro_ebm.energies.base import _unwrap_mixture as unwrapped
+from pyro_ebm.energies.graph_recording import LinAlgError
+
+Model = Callable[..., Any]
+_T = TypeVar("_T")
+#: Runs of a model at random values before an error is taken as final.
+_MAX_TRIES = 20
+
+
+def run_model(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    """Trace of a run in which latent values are uniform in unconstrained space.
+
+    Unlike a draw of the prior, it can be had from improper priors too.
+    """
+    initialized = poutine.trace(InitMessenger(initial_value)(model))
+    return retried(lambda: initialized.get_trace(*args, **kwargs))
+
+
+def retried(run: Callable[[], _T]) -> _T:
+    """Run a model again if it fails at some values, as at a singular matrix."""
+    for attempt in range(_MAX_TRIES):
+        try:
+            with poutine.block():
+                return run()
+        except (ValueError, LinAlgError):
+            if attempt == _MAX_TRIES - 1:
+                raise
+    raise AssertionError
+
+
+def samples(trace: Trace) -> list[tuple[str, Any]]:
+    """Names and sample sites of a run, in order, without those of plates."""
+    return [
+        (name, site)
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not isinstance(site["fn"], _Subsample)
+    ]
+
+
+@torch.no_grad()
+def initial_value(site: dict[str, Any]) -> Tensor:
+    """A value of a site, uniform in (-2, 2) in unconstrained space if continuous."""
+    fn = site["fn"]
+    if fn.has_enumerate_support or fn.support.is_discrete:
+        return fn.sample()
+    # Pyro's own strategy knows neither improper priors nor the support of a mixture.
+    like = torch.empty(0) if isinstance(fn, dist.ImproperUniform) else fn.sample()
+    transform = transform_to(unwrapped(fn.support))
+    shape = transform.inverse_shape(fn.shape())
+    value: Tensor = transform(like.new_empty(shape).uniform_(-2, 2))
+    return value
+
+
+class WithoutValidation(Messenger):
+    """Lets a value outside of the support have a density of zero, or nan, unchecked.
+
+    Checks look into values, which tracing cannot, and would end a run whose chains
+    stray. Pyro's switch does not reach distributions that were expanded before.
+    """
+
+    def __enter__(self) -> Any:
+        self._switch = pyro.validation_enabled(is_validate=False)
+        self._switch.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        self._switch.__exit__(*error)
+        return super().__exit__(*error)
+
+    def _pyro_sample(self, site: Any) -> None:
+        site["fn"] = _unvalidated(site["fn"])
+
+
+def _unvalidated(fn: Any) -> Any:
+    """Copy of a distribution, and of those that it is made of, without checks."""
+    parts = {
+        name: _unvalidated(part)
+        for name, part in getattr(fn, "__dict__", {}).items()
+        if isinstance(part, Distribution)
+    }
+    if not parts and not getattr(fn, "_validate_args", False):
+        return fn
+    clone = copy.copy(fn)
+    vars(clone).update(parts, _validate_args=False)
+    return clone
