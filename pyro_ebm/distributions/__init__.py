@@ -3,9 +3,18 @@
 Start with :class:`EnergyDistribution`; :class:`EnergyModel` is the module that learns.
 """
 
-__all__ = ["Conditional", "EnergyDistribution", "EnergyModel", "MixtureOfExperts"]
+__all__ = [
+    "Conditional",
+    "EnergyDistribution",
+    "EnergyModel",
+    "LogPartitionBound",
+    "MixtureOfExperts",
+    "ProductOfExperts",
+]
 
+from pyro_ebm.distributions.bound import LogPartitionBound
 from pyro_ebm.distributions.conditional import Conditional
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.mixture import MixtureOfExperts
 from pyro_ebm.distributions.model import EnergyModel
+from pyro_ebm.distributions.product import ProductOfExperts

@@ -21,13 +21,14 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.energies import ClosedForm, Energy
 from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.mcmc import IndependentChains, Sampler
 from pyro_ebm.partition import LogPartitionEstimate
 
 
-class EnergyDistribution(dist.TorchDistribution):
+class EnergyDistribution(Factor, dist.TorchDistribution):
     r"""The distribution :math:`q(x) = e^{-f(x)} / Z` at a ``pyro.sample`` site.
 
     It is a throw-away view: parameters live in the energy, and :math:`\log Z` with its

@@ -1,6 +1,6 @@
 r"""The module that owns an energy, its chains and its :math:`\log Z`."""
 
-__all__ = ["EnergyModel"]
+__all__ = ["EnergyModel", "standard_base"]
 
 import math
 from typing import Any
@@ -11,13 +11,14 @@ from torch import nn
 from torch.distributions import constraints
 
 from pyro_ebm.distributions.energy import EnergyDistribution
+from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
 from pyro_ebm.mcmc import IndependentChains, PersistentChains, Sampler
 from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition import LogPartition, LogPartitionEstimate
 
 
-class EnergyModel(nn.Module):
+class EnergyModel(Factor, nn.Module):
     r"""An energy that is learned, with all that learning leaves behind.
 
     Calling it gives the distribution of the current parameters, to be used at a
@@ -59,7 +60,7 @@ class EnergyModel(nn.Module):
                 f"energy must be an Energy, got {type(energy).__name__}. Wrap a "
                 "callable: pyro_ebm.energies.FunctionEnergy(fn, event_shape)."
             )
-        base = _standard_base(energy) if base is None else base
+        base = standard_base(energy) if base is None else base
         GeometricPath(energy, base)  # checks that they fit
         self.energy = energy
         self._base = DistributionEnergy(base)  # a module, so that .to() moves it
@@ -172,7 +173,8 @@ class EnergyModel(nn.Module):
         )
 
 
-def _standard_base(energy: Energy) -> dist.TorchDistribution:
+def standard_base(energy: Energy) -> dist.TorchDistribution:
+    """Standard normal in unconstrained space, on the energy's support."""
     flat, to_support = unconstrained(energy)
     zeros = torch.zeros(flat.event_shape, **flat.tensor_options())
     normal = dist.Normal(zeros, 1.0).to_event(zeros.dim())

@@ -1,0 +1,225 @@
+r"""The factors of a product: what each stands for, and how they simplify.
+
+.. math::
+    \prod_k e^{-w_k f_k(x)}                                                \tag{1}
+
+Equal factors are collected, :math:`p^a p^b = p^{a + b}`, so that each is evaluated
+once, and those whose powers cancel are left out.
+"""
+
+__all__ = ["Term", "default_base", "normalised_experts", "terms_of"]
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyro_ebm.distributions.energy import EnergyDistribution
+from pyro_ebm.distributions.mixture import MixtureOfExperts
+from pyro_ebm.distributions.model import EnergyModel, standard_base
+from pyro_ebm.energies import DistributionEnergy, Energy, SumEnergy
+from pyro_ebm.energies.distribution import require_single
+
+#: What is left of powers that cancel is rounding below this part of them.
+_ROUNDING = 1e-15
+#: Characters of a distribution in a formula.
+_MAX_NAME = 50
+
+
+class Term(NamedTuple):
+    """One factor of (1).
+
+    Attributes:
+        expert: As it was given.
+        energy: What is multiplied by the weight; of a Pyro distribution minus its log
+            density, of all others the energy as it is.
+        weight: The power.
+    """
+
+    expert: Any
+    energy: Energy
+    weight: float | Tensor
+
+    @property
+    def key(self) -> int:
+        """Equal for views of the same energy, and for the same Pyro distribution."""
+        is_own = isinstance(self.expert, Energy | EnergyDistribution | EnergyModel)
+        return id(self.energy if is_own else self.expert)
+
+    @property
+    def name(self) -> str:
+        """The expert in a formula."""
+        expert = self.expert
+        if isinstance(expert, EnergyDistribution | EnergyModel):
+            return f"{type(expert).__name__}({type(expert.energy).__name__})"
+        while isinstance(expert, torch.distributions.Independent):
+            expert = expert.base_dist
+        full = "" if isinstance(expert, Energy) else repr(expert)
+        is_short = 0 < len(full) <= _MAX_NAME and "\n" not in full
+        return full if is_short else f"{type(expert).__name__}(...)"
+
+    @property
+    def is_positive(self) -> bool:
+        """Whether the power is."""
+        return float(self.weight) > 0
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the power is, and no optimiser can change that."""
+        return not isinstance(self.weight, Tensor) and self.weight == 0
+
+
+def terms_of(experts: Sequence[Any], weights: Sequence[float | Tensor]) -> list[Term]:
+    """The factors of a product, flattened and simplified.
+
+    Args:
+        experts: At least one.
+        weights: As many.
+
+    Returns:
+        At least one term; one of weight zero where all cancel.
+
+    Raises:
+        TypeError: If an expert is neither distribution nor energy.
+        ValueError: If an expert has a batch of its own, or a weight is not finite.
+    """
+    if not experts:
+        raise ValueError("experts must hold at least one distribution, got none.")
+    if len(weights) != len(experts):
+        raise ValueError(
+            f"weights must hold one number for each of the {len(experts)} experts, got "
+            f"{len(weights)}."
+        )
+    terms: dict[int, Term] = {}
+    for k, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
+        _require_number(weight, k)
+        for term in _flattened(expert, weight, k):
+            same = terms.get(term.key)
+            if same is None:
+                terms[term.key] = term
+            elif _is_learned(same.weight) or _is_learned(term.weight):
+                terms[-len(terms)] = term  # a sum would no longer be a parameter
+            else:
+                total = _plus(same.weight, term.weight)
+                terms[term.key] = same._replace(weight=total)
+    kept = [term for term in terms.values() if not term.is_zero]
+    return kept or list(terms.values())[:1]
+
+
+def normalised_experts(terms: Sequence[Term]) -> list[dist.TorchDistribution]:
+    """Normalised distributions that the experts of positive power are or bring along.
+
+    The power itself where its closed form is known, else the expert, else its base.
+    """
+    found = (_normalised(term) for term in terms if term.is_positive)
+    return [distribution for distribution in found if distribution is not None]
+
+
+def default_base(
+    terms: Sequence[Term], energy: Energy
+) -> dist.TorchDistribution | None:
+    """The widest normalised expert, or a mixture of them where that is not known.
+
+    Without any it is standard normal in unconstrained space, or ``None`` for discrete
+    energies.
+    """
+    known = normalised_experts(terms)
+    if not known:
+        return None if energy.support.is_discrete else standard_base(energy)
+    volumes = [_log_volume(distribution) for distribution in known]
+    if len(known) > 1 and not all(map(math.isfinite, volumes)):
+        return MixtureOfExperts(known)
+    return known[max(range(len(known)), key=volumes.__getitem__)]
+
+
+def _flattened(expert: Any, weight: float | Tensor, number: int) -> list[Term]:
+    inner: Sequence[Term] | None = getattr(expert, "terms", None)
+    if inner is not None and isinstance(expert, EnergyDistribution):
+        learned = any(_is_learned(w) for w in (weight, *(t.weight for t in inner)))
+        if not learned or (not isinstance(weight, Tensor) and weight == 1):
+            return [t._replace(weight=_times(weight, t.weight)) for t in inner]
+    return [Term(expert, _energy_of(expert, number), weight)]
+
+
+def _energy_of(expert: Any, number: int) -> Energy:
+    if isinstance(expert, EnergyDistribution | EnergyModel):
+        return expert.energy
+    if isinstance(expert, Energy):
+        return expert
+    name = f"experts[{number}]"
+    if not isinstance(expert, Distribution):
+        raise TypeError(
+            f"{name} must be a distribution, an energy or an EnergyModel, got "
+            f"{type(expert).__name__}. A number is a power: p ** 2.0."
+        )
+    inner: Any = expert
+    while hasattr(inner, "base_dist"):
+        inner = inner.base_dist
+        if isinstance(inner, EnergyDistribution):
+            raise TypeError(
+                f"{name} must be an EnergyDistribution itself, not one inside of "
+                f"{type(expert).__name__}, whose log Z is that of several. Multiply "
+                "first and call .to_event or .mask on the product; copies of an "
+                "energy on parts of an event are a pyro_ebm.energies.PartEnergy."
+            )
+    require_single(expert, name)
+    return DistributionEnergy(expert)
+
+
+def _normalised(term: Term) -> dist.TorchDistribution | None:
+    energy, expert = term.energy, term.expert
+    power = SumEnergy([energy], [term.weight]).closed_form() or energy.closed_form()
+    if power is not None:
+        return power.distribution
+    holders = (
+        expert,
+        getattr(expert, "owner", None),
+        getattr(expert, "sampler", None),
+        energy,
+    )
+    bases = (getattr(holder, "base", None) for holder in holders)
+    return next((base for base in bases if isinstance(base, Distribution)), None)
+
+
+def _log_volume(distribution: Any) -> float:
+    """Log of the product of all variances, infinite where it is not known."""
+    try:
+        volume = float(distribution.variance.double().log().sum())
+    except NotImplementedError:
+        return math.inf
+    return math.inf if math.isnan(volume) else volume
+
+
+def _require_number(weight: Any, number: int) -> None:
+    name = f"weights[{number}]"
+    if not isinstance(weight, numbers.Real | Tensor):
+        raise TypeError(
+            f"{name}, a power, must be a number, got {type(weight).__name__}."
+        )
+    value = torch.as_tensor(weight).detach()
+    if value.dim() or not value.isfinite():
+        raise ValueError(
+            f"{name}, a power, must be one finite number or a tensor of shape (), got "
+            f"{weight}."
+        )
+
+
+def _is_learned(weight: float | Tensor) -> bool:
+    return isinstance(weight, nn.Parameter)
+
+
+def _times(scale: float | Tensor, weight: float | Tensor) -> float | Tensor:
+    # One times a parameter would no longer be learned.
+    return weight if not isinstance(scale, Tensor) and scale == 1 else scale * weight
+
+
+def _plus(first: float | Tensor, second: float | Tensor) -> float | Tensor:
+    total = first + second
+    if isinstance(total, Tensor):
+        return total
+    return 0.0 if abs(total) <= _ROUNDING * (abs(first) + abs(second)) else total
