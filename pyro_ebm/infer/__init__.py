@@ -9,8 +9,10 @@ __all__ = [
     "LogLikelihood",
     "MaximumLikelihood",
     "Objective",
+    "ObjectiveLoss",
     "ObjectiveModel",
     "Surrogate",
+    "Terms",
     "fit",
     "log_likelihood",
     "log_likelihood_difference",
@@ -24,5 +26,6 @@ from pyro_ebm.infer.likelihood import (
     log_likelihood,
     log_likelihood_difference,
 )
+from pyro_ebm.infer.loss import ObjectiveLoss
 from pyro_ebm.infer.maximum_likelihood import MaximumLikelihood
-from pyro_ebm.infer.objective import Objective, Surrogate
+from pyro_ebm.infer.objective import Objective, Surrogate, Terms

@@ -1,8 +1,11 @@
 """What would fail silently while an energy is learned, found at its first step."""
 
-__all__ = ["require_learnable"]
+__all__ = ["points_of", "require_learnable", "require_objective"]
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import pyro.nn.module
@@ -11,12 +14,51 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.energy import leaves
+from pyro_ebm.energies import FiniteUniform
+from pyro_ebm.energies.finite import finite_values
 from pyro_ebm.errors import UnregisteredParameterWarning
+from pyro_ebm.infer.objective import Objective
 from pyro_ebm.mcmc import IndependentChains
 
 
+def require_objective(objective: Any) -> None:
+    """Check the type.
+
+    Raises:
+        TypeError: If it is no :class:`Objective`.
+    """
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            "objective must be an Objective such as MaximumLikelihood(), got "
+            f"{objective!r}."
+        )
+
+
+@contextmanager
+def points_of(distribution: EnergyDistribution, count: int = 64) -> Iterator[Tensor]:
+    """Some points of the support, where chains would start, shape ``(N, *event)``.
+
+    In the block gradients are on, and random numbers are those of a fork: a run that
+    goes on from a ``state_dict`` checks again, and then draws what the first did.
+    """
+    energy = distribution.energy
+    device = energy.tensor_options()["device"]
+    devices = [device] if device.type == "cuda" else []
+    with torch.enable_grad(), torch.random.fork_rng(devices):
+        if finite_values(energy.support) is not None:
+            like = torch.empty(0, **energy.tensor_options())
+            uniform = FiniteUniform(energy.support, energy.event_shape, like)
+            yield uniform.sample(torch.Size((count,)))
+        else:
+            sampler = distribution.sampler or IndependentChains()
+            yield sampler.start(energy, count)
+
+
 def require_learnable(
-    name: str, distribution: EnergyDistribution, latents: list[Tensor]
+    name: str,
+    distribution: EnergyDistribution,
+    latents: list[Tensor],
+    objective: Objective,
 ) -> None:
     """Check the energy at a site.
 
@@ -24,6 +66,7 @@ def require_learnable(
         name: The site.
         distribution: What stands there.
         latents: Values of the latent sites that the model has drawn before.
+        objective: What is put there; it makes checks of its own.
 
     Raises:
         NotImplementedError: If the energy depends on a latent variable.
@@ -33,12 +76,8 @@ def require_learnable(
             the one in Pyro's parameter store.
     """
     energy = distribution.energy
-    sampler = distribution.sampler or IndependentChains()
-    # A run that goes on from a state_dict checks again, and draws what the first did.
-    device = energy.tensor_options()["device"]
-    devices = [device] if device.type == "cuda" else []
-    with torch.enable_grad(), torch.random.fork_rng(devices):
-        x = sampler.start(energy, 1)
+    with points_of(distribution) as x:
+        objective.check(distribution, x)
         value = energy(x).sum()
     if not value.requires_grad:
         return
@@ -49,7 +88,7 @@ def require_learnable(
         if any(grad is not None for grad in grads):
             raise NotImplementedError(
                 f"the energy at site {name!r} depends on a latent variable, so its log "
-                "Z does too: the chains of maximum_likelihood follow one energy only. "
+                "Z does too: an objective is for one energy only. "
                 "Make the energy a function of the pair (an energy of a larger event), "
                 "or give an exact or amortised log_partition and no handler."
             )

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_ebm.distributions import EnergyDistribution, EnergyModel
 from pyro_ebm.errors import DivergenceError
+from pyro_ebm.infer.checks import require_objective
 from pyro_ebm.infer.handler import ObjectiveModel
 from pyro_ebm.infer.likelihood import LogLikelihood, log_likelihood
 from pyro_ebm.infer.maximum_likelihood import MaximumLikelihood
@@ -53,6 +54,8 @@ class FitResult(NamedTuple):
         num_steps: Parameter steps taken.
         stopped: Why it ended: ``"finished"``, ``"early stopping"``, ``"interrupted"``,
             or ``"loss not finite"``.
+        state: What the objective has learned beside the energy, such as the log Z of
+            noise contrast, for the last parameters before averaging.
     """
 
     distribution: EnergyDistribution
@@ -60,6 +63,7 @@ class FitResult(NamedTuple):
     history: list[FitRecord]
     num_steps: int
     stopped: str
+    state: nn.Module
 
 
 def fit(
@@ -78,7 +82,8 @@ def fit(
     r"""Fit an energy model to data.
 
     The model is trained in place; at the end its parameters are the averaged ones, to
-    which the returned :math:`\log Z` belongs. Pyro's parameter store is left as it was.
+    which the returned :math:`\log Z` belongs: walkers follow the parameters whatever
+    the objective is. Pyro's parameter store is left as it was.
 
     Args:
         energy_model: What is fitted.
@@ -86,9 +91,9 @@ def fit(
         objective: The estimator; default: ``MaximumLikelihood()``.
         num_steps: Parameter steps.
         batch_size: Points a step, drawn without replacement within an epoch.
-        optim: A Pyro optimiser, or a torch optimiser of the model's parameters; a Pyro
-            learning-rate scheduler advances at each step. Default: Adam with learning
-            rate 1e-3.
+        optim: A Pyro optimiser, or a torch optimiser of the model's parameters, to
+            which those that the objective learns are added; a Pyro learning-rate
+            scheduler advances at each step. Default: Adam with learning rate 1e-3.
         validation_data: Held-out points; their log-likelihood is recorded.
         record_interval: Steps between two records of the history.
         patience: Records without a better validation log-likelihood after which the
@@ -123,7 +128,8 @@ def fit(
     run = _Fit(energy_model, data, validation_data, patience)
     with pyro.get_param_store().scope():
         learn = ObjectiveModel(_as_pyro_model(energy_model), objective)
-        optim = _as_pyro_optim(optim, energy_model)
+        state = run.state = learn.state_of("x", energy_model())
+        optim = _as_pyro_optim(optim, energy_model, state)
         svi = SVI(learn, lambda batch: None, optim, Trace_ELBO())
         batches = _batches(data, batch_size)
         bar = tqdm(range(1, num_steps + 1), disable=not progress_bar, desc="fit")
@@ -131,11 +137,20 @@ def fit(
     energy_model.adopt_average()
     return FitResult(
         copy.deepcopy(energy_model.averaged()),  # another fit is not to change it
-        energy_model.log_partition.averaged(),
+        _with_advice(energy_model.log_partition.averaged()),
         run.history,
         run.num_steps,
         stopped,
+        copy.deepcopy(state),
     )
+
+
+def _with_advice(estimate: LogPartitionEstimate) -> LogPartitionEstimate:
+    """Say how to find a log Z that the walkers have not found."""
+    if estimate.is_reliable:
+        return estimate
+    advice = "; log Z is unknown: run pyro_ebm.partition.estimate(model)"
+    return estimate._replace(reason=estimate.reason + advice)
 
 
 class _Fit:
@@ -160,38 +175,47 @@ class _Fit:
         # The training curve is read off at most 2,000 points, always the same.
         self.train_data = data[torch.randperm(len(data))[:2000]]
         self.patience = math.inf if patience is None else patience
+        self.state = nn.Module()
         self.history: list[FitRecord] = []
         self.num_steps = 0
         self.best, self.num_worse = -math.inf, 0
-        self.best_state: dict[str, Any] | None = None
+        self.best_state: tuple[Any, Any] | None = None
 
     def loop(
         self, svi: SVI, batches: Iterator[Tensor], bar: Any, record_interval: int
     ) -> str:
         """Take the steps; return why they ended."""
-        last_good = copy.deepcopy(self.model.state_dict())
+        last_good = self._saved()
         try:
             for step in bar:
                 loss = svi.step(next(batches))
                 if not math.isfinite(loss):
                     _LOG.warning("loss is %s at step %d; the fit stops", loss, step)
-                    self.model.load_state_dict(last_good)
+                    self._go_back(last_good)
                     return "loss not finite"
                 if isinstance(svi.optim, pyro.optim.PyroLRScheduler):
                     svi.optim.step()
                 self.num_steps = step
                 if step % record_interval == 0:
                     self._record(step, loss, bar)
-                    last_good = copy.deepcopy(self.model.state_dict())
+                    last_good = self._saved()
                     if self.num_worse >= self.patience:
-                        self.model.load_state_dict(self.best_state or last_good)
+                        self._go_back(self.best_state or last_good)
                         return "early stopping"
         except KeyboardInterrupt:
             return "interrupted"
         except DivergenceError:
-            self.model.load_state_dict(last_good)
+            self._go_back(last_good)
             raise
         return "finished"
+
+    def _saved(self) -> tuple[Any, Any]:
+        return copy.deepcopy((self.model.state_dict(), self.state.state_dict()))
+
+    def _go_back(self, saved: tuple[Any, Any]) -> None:
+        self.model.load_state_dict(saved[0])
+        if self.state is not self.model.chains:
+            self.state.load_state_dict(saved[1])
 
     def _record(self, step: int, loss: float, bar: Any) -> None:
         averaged = self.model.averaged()
@@ -215,7 +239,7 @@ class _Fit:
         if value > self.best:
             self.best, self.num_worse = value, 0
             if self.patience < math.inf:
-                self.best_state = copy.deepcopy(self.model.state_dict())
+                self.best_state = self._saved()
 
 
 def _as_pyro_model(energy_model: EnergyModel) -> Any:
@@ -232,14 +256,21 @@ def _as_pyro_model(energy_model: EnergyModel) -> Any:
 class _TorchOptim(pyro.optim.PyroOptim):
     """A torch optimiser where Pyro expects one of its own."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, state: nn.Module) -> None:
         self.optimizer = optimizer
+        groups = optimizer.param_groups
+        held = {id(p) for group in groups for p in group["params"]}
+        added = [p for p in state.parameters() if id(p) not in held]
+        if added:
+            optimizer.add_param_group({"params": added})
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         self.optimizer.step()
 
 
-def _as_pyro_optim(optim: Any, energy_model: EnergyModel) -> pyro.optim.PyroOptim:
+def _as_pyro_optim(
+    optim: Any, energy_model: EnergyModel, state: nn.Module
+) -> pyro.optim.PyroOptim:
     if isinstance(optim, pyro.optim.PyroOptim):
         return optim
     if optim is None:
@@ -261,7 +292,7 @@ def _as_pyro_optim(optim: Any, energy_model: EnergyModel) -> pyro.optim.PyroOpti
             "optim must hold parameters of energy_model, and holds none of them. Build "
             "it as torch.optim.Adam(energy_model.parameters())."
         )
-    return _TorchOptim(optim)
+    return _TorchOptim(optim, state)
 
 
 def _batches(data: Tensor, batch_size: int) -> Iterator[Tensor]:
@@ -278,11 +309,7 @@ def _require_types(energy_model: EnergyModel, objective: Objective) -> None:
             f"energy_model must be an EnergyModel, got {type(energy_model).__name__}. "
             "Wrap an energy: EnergyModel(energy, base)."
         )
-    if not isinstance(objective, Objective):
-        raise TypeError(
-            f"objective must be an Objective such as MaximumLikelihood(), got "
-            f"{objective!r}."
-        )
+    require_objective(objective)
 
 
 def _require_counts(**counts: int) -> None:

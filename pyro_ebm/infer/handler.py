@@ -2,24 +2,26 @@
 
 ``log_prob`` of an energy is pure, and has no gradient of ``log Z``. While parameters
 are learned, the handler replaces the distribution at each energy site by one whose
-``log_prob`` has the same value and the gradient of the objective. Because it stands
-where the distribution stood, inside its ``.mask``, ``.to_event`` and ``.expand``, both
-terms of eq. (1.16) see the same plates, scales, masks and subsampling, under any ELBO.
+``log_prob`` has the same value, the same gradient in the point, and in the parameters
+the gradient of the objective. Because it stands where the distribution stood, inside
+its ``.mask``, ``.to_event`` and ``.expand``, both terms of eq. (1.16) see the same
+plates, scales, masks and subsampling, under any ELBO.
 """
 
 __all__ = ["ObjectiveModel", "maximum_likelihood"]
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution, MixtureOfExperts
-from pyro_ebm.infer.checks import require_learnable
+from pyro_ebm.infer.checks import require_learnable, require_objective
 from pyro_ebm.infer.maximum_likelihood import MaximumLikelihood
 from pyro_ebm.infer.objective import Objective, Surrogate
 from pyro_ebm.mcmc import PersistentChains
@@ -58,22 +60,28 @@ def maximum_likelihood(model: Callable[..., Any], **settings: Any) -> "Objective
 class ObjectiveModel(nn.Module):
     """A Pyro model whose energy sites carry an objective.
 
-    Chains of an energy that belongs to no :class:`~pyro_ebm.distributions.EnergyModel`
-    are kept here, by site, and are in the ``state_dict``.
+    What the objective learns or remembers beside the energy is kept here, by site, and
+    is in the ``state_dict``; chains of an energy that belongs to an
+    :class:`~pyro_ebm.distributions.EnergyModel` are kept there. Pyro's parameter store
+    knows what is learned as ``"<site>.objective$$$<name>"``, so ``SVI`` trains it.
 
     Args:
         model: A Pyro model.
         objective: What is put at the energy sites while gradients are on. Under
             ``torch.no_grad`` the model is left as it is.
+
+    Raises:
+        TypeError: If the model cannot be called, or ``objective`` is none.
     """
 
     def __init__(self, model: Callable[..., Any], objective: Objective) -> None:
         super().__init__()
         if not callable(model):
             raise TypeError(f"model must be callable, got {type(model).__name__}.")
+        require_objective(objective)
         self.model = model
         self.objective = objective
-        self.chains = nn.ModuleDict()
+        self.states = nn.ModuleDict()
         self._checked: set[str] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,16 +89,25 @@ class ObjectiveModel(nn.Module):
         with _ObjectiveMessenger(self):
             return self.model(*args, **kwargs)
 
-    def chains_of(
-        self, name: str, distribution: EnergyDistribution
-    ) -> PersistentChains:
-        """The persistent chains for a site."""
-        if distribution.owner is not None:
-            return distribution.owner.chains
+    @property
+    def chains(self) -> dict[str, PersistentChains]:
+        """The chains among the states, by site."""
+        states = self.states.items()
+        return {k: s for k, s in states if isinstance(s, PersistentChains)}
+
+    def state_of(self, name: str, distribution: EnergyDistribution) -> nn.Module:
+        """What the objective learns or remembers at a site, known to Pyro."""
         key = name.replace(".", "/")
-        chains = self.chains[key] if key in self.chains else PersistentChains()
-        self.chains[key] = chains
-        return cast(PersistentChains, chains)
+        if key not in self.states:
+            state = self.objective.make_state()
+            if isinstance(state, PersistentChains) and distribution.owner is not None:
+                chains: PersistentChains = distribution.owner.chains
+                return chains
+            self.states[key] = state.to(**distribution.energy.tensor_options())
+        if any(True for _ in self.states[key].parameters()):
+            # What the store knows by this name is what the optimiser moves.
+            pyro.module(f"{key}.objective", self.states[key], update_module_params=True)
+        return self.states[key]
 
     def check(
         self, name: str, distribution: EnergyDistribution, latents: list[Tensor]
@@ -98,18 +115,18 @@ class ObjectiveModel(nn.Module):
         """Refuse or warn, once a site, where learning would fail silently."""
         if name not in self._checked:
             self._checked.add(name)
-            require_learnable(name, distribution, latents)
+            require_learnable(name, distribution, latents, self.objective)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any
     ) -> None:
-        # Chains are made at a site's first use: make those that were saved.
-        start = f"{prefix}chains."
+        # States are made at a site's first use: make those that were saved.
+        start = f"{prefix}states."
         for key in state_dict:
             if key.startswith(start):
                 site = key[len(start) :].split(".")[0]
-                if site not in self.chains:
-                    self.chains[site] = PersistentChains()
+                if site not in self.states:
+                    self.states[site] = self.objective.make_state()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -136,9 +153,15 @@ class _ObjectiveMessenger(Messenger):
     def _with_objective(
         self, name: str, distribution: EnergyDistribution
     ) -> EnergyDistribution:
-        if isinstance(distribution, MixtureOfExperts) and isinstance(
-            self.owner.objective, MaximumLikelihood
-        ):  # each expert with its own log Z, hence with chains of its own
+        objective = self.owner.objective
+        if isinstance(distribution, MixtureOfExperts):
+            # Each expert has its own log Z, hence chains of its own.
+            if not objective.is_pointwise:
+                raise NotImplementedError(
+                    f"{type(objective).__name__} has no gradient of log q(x) at each "
+                    f"point, which the mixture at site {name!r} needs of its experts. "
+                    "MaximumLikelihood has it."
+                )
             return distribution.map_experts(
                 lambda k, expert: _map_energy(
                     expert, lambda found: self._with_objective(f"{name}.{k}", found)
@@ -149,10 +172,10 @@ class _ObjectiveMessenger(Messenger):
             self.owner.check(name, distribution, self.latents)
             if distribution.owner is not None:
                 distribution.owner.follow()
-            chains = self.owner.chains_of(name, distribution)
+            state = self.owner.state_of(name, distribution)
             # What the sampler does inside is no part of the model.
             with pyro.poutine.block():
-                surrogate = self.owner.objective.surrogate(distribution, chains)
+                surrogate = objective.surrogate(distribution, state)
             self.surrogates[key] = surrogate
         return _SurrogateDistribution.of(distribution, self.surrogates[key])
 
@@ -170,7 +193,16 @@ class _SurrogateDistribution(EnergyDistribution):
         return new
 
     def log_prob(self, x: Tensor) -> Tensor:
-        return self.surrogate(self._expanded(x))
+        x = self._expanded(x)
+        objective, energy = self.surrogate(x.detach())
+        value = -energy.detach() - self.log_partition.detach()
+        if objective.requires_grad:
+            value = value + (objective - objective.detach())
+        if x.requires_grad:  # a latent variable: its gradient is that of -f(x)
+            _, grad = self.energy.value_and_grad(x)
+            moved = grad * (x - x.detach())
+            value = value - sum_rightmost(moved, self.energy.event_dim)
+        return value
 
 
 def _map_energy(
@@ -193,5 +225,5 @@ def _map_energy(
         return new.expand(fn.batch_shape)
     raise NotImplementedError(
         f"an EnergyDistribution inside {type(fn).__name__} cannot be learned by "
-        "maximum likelihood. Independent (.to_event), .mask and .expand can."
+        "an objective. Independent (.to_event), .mask and .expand can."
     )

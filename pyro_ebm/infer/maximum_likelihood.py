@@ -14,12 +14,12 @@ References:
 __all__ = ["MaximumLikelihood"]
 
 from dataclasses import dataclass, field
-from typing import final
+from typing import ClassVar, cast, final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.infer.objective import Objective, Surrogate
+from pyro_ebm.infer.objective import Need, Objective, Surrogate, Terms
 from pyro_ebm.mcmc import MALA, IndependentChains, Kernel, PersistentChains
 
 
@@ -37,11 +37,17 @@ class MaximumLikelihood(Objective):
             chains take a while to arrive and bias the gradient: keep it small.
 
     Exactness: the gradient is *consistent* as the parameters settle and the chains
-    catch up (Younes 1989); its value is that of ``log_prob``.
+    catch up (Younes 1989). It leaves no log Z.
+
+    Cost: ``num_steps * kernel.num_gradients + 1`` gradients and one value a chain, and
+    one value a data point.
 
     Raises:
         ValueError: If a count is not positive.
     """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"gradient", "chains"})
+    is_pointwise: ClassVar[bool] = True
 
     num_chains: int = 256
     num_steps: int = 10
@@ -64,8 +70,12 @@ class MaximumLikelihood(Objective):
                 f"restart_fraction must be in [0, 1), got {self.restart_fraction}."
             )
 
+    def make_state(self) -> PersistentChains:
+        """Chains that have not started."""
+        return PersistentChains()
+
     def surrogate(
-        self, distribution: EnergyDistribution, chains: PersistentChains
+        self, distribution: EnergyDistribution, state: nn.Module
     ) -> Surrogate:
         r"""See :meth:`Objective.surrogate`.
 
@@ -74,6 +84,7 @@ class MaximumLikelihood(Objective):
                 :meth:`EnergyDistribution.require_no_free_log_partition`.
         """
         distribution.require_no_free_log_partition()
+        chains = cast(PersistentChains, state)
         energy, log_partition = distribution.energy, distribution.log_partition.detach()
         sampler = distribution.sampler or IndependentChains()
         num_restarts = round(self.restart_fraction * self.num_chains)
@@ -86,9 +97,9 @@ class MaximumLikelihood(Objective):
         x_model = chains.advance(energy, self.kernel, self.num_steps)
         second_term = energy(x_model).mean()  # E_q[f], whose gradient is E_q[df]
 
-        def surrogate(x: Tensor) -> Tensor:
-            return (
-                -energy(x) - log_partition + second_term - second_term.detach()
-            )  # (1.16)
+        def surrogate(x: Tensor) -> Terms:
+            value = energy(x)
+            gap = second_term - second_term.detach()
+            return Terms(-value - log_partition + gap, value)  # (1.16)
 
         return surrogate

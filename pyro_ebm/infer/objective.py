@@ -2,38 +2,170 @@ r"""The contract of an estimator of the parameters of an energy.
 
 An objective gives, for each example, a surrogate of :math:`\log q_\theta(x)` whose
 gradient in :math:`\theta` estimates that of eq. (1.8),
-:math:`L(\theta) = \sum_i \log q_\theta(x^{(i)})`. One effect handler
-(:mod:`pyro_ebm.infer.handler`) puts any objective at the energy sites of a model.
+:math:`L(\theta) = \sum_i \log q_\theta(x^{(i)})`, or leads to the same parameters. One
+effect handler (:mod:`pyro_ebm.infer.handler`) puts any objective at the energy sites of
+a model; :class:`~pyro_ebm.infer.ObjectiveLoss` makes any a loss of plain torch.
 """
 
-__all__ = ["Objective", "Surrogate"]
+__all__ = ["Need", "Objective", "Surrogate", "Terms"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar, Literal, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.mcmc import PersistentChains
+from pyro_ebm.distributions import EnergyDistribution, EnergyModel
+from pyro_ebm.energies import Energy
 
-#: Maps points ``(*batch, *event)`` to values ``(*batch,)`` in nats.
-Surrogate = Callable[[Tensor], Tensor]
+#: What an objective may ask of an energy, or of whoever uses it.
+Need = Literal["gradient", "second derivatives", "noise", "chains", "grid", "generator"]
+
+
+class Terms(NamedTuple):
+    r"""What an objective says of a batch of points.
+
+    Attributes:
+        objective: What is maximised, with its gradient in the parameters; shape
+            ``(*batch,)``.
+        energy: :math:`f_\theta(x)`, computed on the way, in nats; shape ``(*batch,)``.
+    """
+
+    objective: Tensor
+    energy: Tensor
+
+
+#: Maps points ``(*batch, *event)`` to :class:`Terms`.
+Surrogate = Callable[[Tensor], Terms]
 
 
 class Objective(ABC):
-    """An estimator: only settings; what it remembers is in the chains given to it."""
+    """An estimator: only settings. What it learns or remembers is in a module.
+
+    Attributes:
+        needs: What it needs of the energy, or of whoever uses it.
+        log_partition: How exact the log Z is that it leaves in its state, or ``None``
+            where it leaves none.
+        is_pointwise: Whether the gradient at each point estimates that of the
+            log-likelihood there, and not only its sum over the data.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    log_partition: ClassVar[Literal["exact", "consistent"] | None] = None
+    is_pointwise: ClassVar[bool] = False
+
+    def make_state(self) -> nn.Module:
+        """A new module for what is learned or remembered beside the energy.
+
+        It takes its sizes at its first use, so that a saved one can be loaded before.
+        """
+        return nn.Module()
+
+    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
+        """Refuse, or warn of, what would fail silently; called once.
+
+        Args:
+            distribution: At the current parameters.
+            x: Some points of its support, shape ``(N, *event)``.
+
+        Raises:
+            NotImplementedError: If a gradient is needed and the support is discrete.
+            ValueError: If a gradient is needed and the energy has none.
+        """
+        if "gradient" in self.needs:
+            require_differentiable(distribution.energy, x, type(self).__name__)
 
     @abstractmethod
     def surrogate(
-        self, distribution: EnergyDistribution, chains: PersistentChains
+        self, distribution: EnergyDistribution, state: nn.Module
     ) -> Surrogate:
         """Do the work of one parameter step that does not depend on the data.
 
         Args:
             distribution: At the current parameters.
-            chains: Chains that persist from step to step.
+            state: From :meth:`make_state`; the chains of an
+                :class:`~pyro_ebm.distributions.EnergyModel` where that is its kind.
 
         Returns:
-            A function of the data with the value of ``log_prob`` and the gradient of
-            the objective.
+            A function of the data, which have no gradient.
         """
+
+    def loss(
+        self,
+        model: Energy | EnergyModel | EnergyDistribution,
+        x: Tensor,
+        state: nn.Module | None = None,
+    ) -> Tensor:
+        """Minus the mean objective, a function for any training loop.
+
+        :class:`~pyro_ebm.infer.ObjectiveLoss` keeps the state, checks what would fail
+        silently, and lets log Z follow; this function does none of that.
+
+        Args:
+            model: An energy, or what has one.
+            x: Data of shape ``(*batch, *event)``.
+            state: From :meth:`make_state`; its parameters are for the optimiser too.
+                May be left out where the objective remembers nothing.
+
+        Raises:
+            ValueError: If the objective needs a state and there is none.
+        """
+        if state is None:
+            state = self.make_state()
+            if any(True for _ in state.state_dict()):
+                raise ValueError(
+                    f"{type(self).__name__} remembers something from step to step: "
+                    "make state = objective.make_state() once, give it to each call, "
+                    "and its parameters to the optimiser. ObjectiveLoss does so."
+                )
+        terms = self.surrogate(as_distribution(model), state)(x.detach())
+        return -terms.objective.mean()
+
+
+def as_distribution(
+    model: Energy | EnergyModel | EnergyDistribution,
+) -> EnergyDistribution:
+    """The distribution of the current parameters.
+
+    Raises:
+        TypeError: If it is none of the three.
+    """
+    if isinstance(model, EnergyDistribution):
+        return model
+    if isinstance(model, EnergyModel):
+        distribution: EnergyDistribution = model()
+        return distribution
+    if isinstance(model, Energy):
+        return EnergyDistribution(model)
+    raise TypeError(
+        "model must be an Energy, EnergyModel or EnergyDistribution, got "
+        f"{type(model).__name__}. Wrap a callable in pyro_ebm.energies.FunctionEnergy."
+    )
+
+
+def require_differentiable(energy: Energy, x: Tensor, objective: str) -> None:
+    """Refuse an energy without a gradient in ``x``.
+
+    Raises:
+        NotImplementedError: If the support is discrete.
+        ValueError: If the energy does not depend on ``x`` by differentiable operations.
+    """
+    if energy.support.is_discrete:
+        raise NotImplementedError(
+            f"{objective} differentiates the energy in x, and the support "
+            f"{energy.support} is discrete. Take NoiseContrastive with noise on that "
+            "support, or ExactMaximumLikelihood if it has few points."
+        )
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = energy(x).sum()
+        grad = None
+        if value.requires_grad:
+            (grad,) = torch.autograd.grad(value, x, allow_unused=True)
+    if grad is None:
+        raise ValueError(
+            f"{objective} needs the gradient of the energy in x, and "
+            f"{type(energy).__name__} has none: it detaches x, or compares or rounds "
+            "it. Build it from differentiable operations."
+        )

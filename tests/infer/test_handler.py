@@ -23,7 +23,7 @@ from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
 from pyro_ebm.errors import UnregisteredParameterWarning
 from pyro_ebm.infer import MaximumLikelihood, ObjectiveModel
 from pyro_ebm.infer.handler import maximum_likelihood
-from pyro_ebm.infer.objective import Objective
+from pyro_ebm.infer.objective import Objective, Terms
 from pyro_ebm.testing import CountingEnergy
 
 ELBOS = {
@@ -243,10 +243,17 @@ class Miscounted(Objective):
     def __init__(self, factor):
         self.factor = factor
 
-    def surrogate(self, distribution, chains):
-        right = OBJECTIVE.surrogate(distribution, chains)
-        second = (self.factor - 1) * distribution.energy(chains.u).mean()
-        return lambda x: right(x) + second - second.detach()
+    make_state = OBJECTIVE.make_state
+
+    def surrogate(self, distribution, state):
+        right = OBJECTIVE.surrogate(distribution, state)
+        second = (self.factor - 1) * distribution.energy(state.u).mean()
+
+        def surrogate(x):
+            objective, energy = right(x)
+            return Terms(objective + second - second.detach(), energy)
+
+        return surrogate
 
 
 @pytest.mark.parametrize(("site", "elbo"), CASES)
