@@ -286,13 +286,13 @@ def _layout(value: Tensor) -> tuple[Any, ...]:
 
 
 def _lean(constant: Tensor) -> Tensor:
-    """A constant that repeats itself along the first axis needs no memory there."""
-    constant = constant.detach()
-    if constant.dim() and constant.shape[0] > 1:
-        first = constant[:1]
-        if constant.equal(first.expand_as(constant)):
-            return first.clone().expand_as(constant)
-    return constant
+    """A constant that repeats itself along an axis needs no memory there."""
+    constant = lean = constant.detach()
+    for axis, size in enumerate(constant.shape):
+        first = lean.narrow(axis, 0, min(size, 1))
+        if size > 1 and lean.equal(first.expand_as(lean)):
+            lean = first
+    return lean.clone().expand_as(constant)
 
 
 def _key(target: Any, args: Any, kwargs: Any) -> Any:

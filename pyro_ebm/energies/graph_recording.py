@@ -33,7 +33,11 @@ LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 # Operators that vmap would run one by one.
 _DECOMPOSED: dict[Any, Callable[..., Any]] = get_decompositions(
-    [aten._native_batch_norm_legit_no_training, aten.native_batch_norm]
+    [
+        aten._native_batch_norm_legit_no_training,
+        aten.binary_cross_entropy_with_logits,
+        aten.native_batch_norm,
+    ]
 )
 
 
