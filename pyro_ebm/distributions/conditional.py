@@ -31,9 +31,9 @@ class Conditional(EnergyDistribution):
     coordinates, in the order of the flattened event. Parameters of ``p`` stay live.
 
     Where ``p`` is Gaussian, a mixture of Gaussians or independent, :math:`\log Z_v` is
-    exact. Otherwise it is unknown until it is given: ``partition.estimate`` of the
-    conditional finds it. Then :math:`\log Z_v - \log Z` is :math:`\log q(v)`, the log
-    marginal density of what is observed.
+    exact. Otherwise it is unknown until it is given (``partition.estimate`` of the
+    conditional, and :meth:`with_log_partition`). :math:`\log Z_v - \log Z` is
+    :math:`\log q(v)`, the log marginal density of what is observed.
 
     Args:
         distribution: What is conditioned, with an empty batch shape.
@@ -116,6 +116,29 @@ class Conditional(EnergyDistribution):
             ``(*sample, *batch, *event)``.
         """
         return self.energy.expand_event(u)
+
+    def with_log_partition(
+        self, log_partition: "float | Tensor | LogPartitionEstimate"
+    ) -> "Conditional":
+        r"""The same conditional, normalised.
+
+        Args:
+            log_partition: :math:`\log Z_v`; see :class:`EnergyDistribution`.
+
+        Example:
+            >>> ring = pyro_ebm.energies.FunctionEnergy(
+            ...     lambda x: 8 * (x.norm(dim=-1) - 2) ** 2, (2,)
+            ... )
+            >>> given = pyro_ebm.EnergyDistribution(ring).condition({0: 1.0})
+            >>> estimate = pyro_ebm.partition.estimate(given)
+            >>> given.with_log_partition(estimate).is_normalized
+            True
+        """
+        known = EnergyDistribution(self.energy, log_partition)
+        new: Any = self.expand(self.batch_shape)
+        for name in ("log_partition", "log_partition_std_error", "is_normalized"):
+            setattr(new, name, getattr(known, name))
+        return new
 
     def __repr__(self) -> str:
         energy = self.energy

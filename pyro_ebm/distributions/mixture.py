@@ -29,6 +29,11 @@ from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.model import EnergyModel
 from pyro_ebm.energies import ClosedForm, DistributionEnergy, Energy, MixtureEnergy
 from pyro_ebm.energies.distribution import require_single
+from pyro_ebm.energies.gaussian import (
+    GaussianForm,
+    gaussian_closed_form,
+    gaussian_form,
+)
 from pyro_ebm.errors import UnreliableWarning
 
 
@@ -198,7 +203,7 @@ class _NormalisedMixture(Energy):
 
     def closed_form(self) -> ClosedForm | None:
         """Known where every expert is: draws are exact then. Exactness: *exact*."""
-        gaussian = self.mixture.closed_form()
+        gaussian = gaussian_closed_form(self)
         if gaussian is not None:
             return gaussian
         known = [energy.closed_form() for energy in self.mixture.energies]
@@ -212,6 +217,18 @@ class _NormalisedMixture(Energy):
             [form.distribution for form in closed], log_weights.softmax(-1)
         )
         return ClosedForm(torch.logsumexp(log_weights, -1), mixture)
+
+
+@gaussian_form.register
+def _(energy: _NormalisedMixture) -> GaussianForm | None:
+    forms = []
+    logits = energy.mixture.logits.double()
+    for part, logit in zip(energy.mixture.energies, logits, strict=True):
+        form = gaussian_form(part)
+        if form is None:
+            return None
+        forms.append(form._replace(constant=form.constant + logit))
+    return GaussianForm(*map(torch.cat, zip(*forms, strict=True)))
 
 
 def _refuse(_: Tensor) -> None:

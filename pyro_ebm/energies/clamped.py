@@ -6,15 +6,16 @@ With the event split into free and observed coordinates, :math:`x = (u, v)`,
     f_v(u) = f(u, v), \qquad e^{-f_v(u)} / Z_v = q(u \mid v)                \tag{1}
 
 is the conditional distribution of what is free: only :math:`Z_v = Z\, q(v)` changes.
-Where :math:`q` is Gaussian with mean :math:`m` and precision :math:`A`, so is (1):
+Where :math:`f` is quadratic with precision :math:`\Lambda` and linear term
+:math:`-\eta^\top x`, so is :math:`f_v`, with
 
 .. math::
-    q(u \mid v) = \mathcal{N}\!\left(m_u - A_{uu}^{-1} A_{uv}\, (v - m_v),\;
-        A_{uu}^{-1}\right), \qquad
-    q(v) = q(u, v) / q(u \mid v)                                            \tag{2}
+    \Lambda_v = \Lambda_{uu}, \qquad \eta_v = \eta_u - \Lambda_{uv} v, \qquad
+    c_v = c + (\tilde\eta - \tfrac12 \Lambda_{vv} v)^\top v             \tag{2}
 
-with the second at any :math:`u`. :math:`A_{uu}^{-1}` is the Schur complement
-:math:`\Sigma_{uu} - \Sigma_{uv} \Sigma_{vv}^{-1} \Sigma_{vu}` of the covariance.
+and constant :math:`-c_v`; :math:`\tilde\eta` is the observed part of :math:`\eta`, and
+:math:`\Lambda_{uu}^{-1}` the Schur complement :math:`\Sigma_{uu} - \Sigma_{uv}
+\Sigma_{vv}^{-1} \Sigma_{vu}` of the covariance.
 """
 
 __all__ = ["ClampedEnergy", "Index", "marginal"]
@@ -32,6 +33,11 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.gaussian import (
+    GaussianForm,
+    gaussian_closed_form,
+    gaussian_form,
+)
 
 #: What chooses coordinates of an event, as in ``x[index]``.
 Index: TypeAlias = (
@@ -149,57 +155,39 @@ class ClampedEnergy(Energy):
         return value, self.free_part(grad)
 
     def closed_form(self) -> ClosedForm | None:
-        r"""The conditional (2) of Gaussians, of mixtures of them, of independent parts.
+        r"""By (2), also of mixtures of Gaussians, and of independent coordinates.
 
         Exactness: *exact* where it is not ``None``.
         """
         whole = self.energy.closed_form()
-        if whole is None:
-            return None
-        joint: Any = whole.distribution
-        conditional: Any
-        if isinstance(joint, torch_dist.MultivariateNormal):
-            conditional = self._gaussian(joint)
-            log_evidence = self._log_evidence(joint, conditional)
-        elif isinstance(joint, torch_dist.MixtureSameFamily) and isinstance(
-            joint.component_distribution, torch_dist.MultivariateNormal
-        ):
-            parts = self._gaussian(joint.component_distribution)
-            log_evidence = self._log_evidence(joint.component_distribution, parts)
-            logits = joint.mixture_distribution.logits + log_evidence
-            weights = dist.Categorical(logits=logits, validate_args=False)
-            conditional = dist.MixtureSameFamily(weights, parts, validate_args=False)
-            log_evidence = torch.logsumexp(logits, -1)
-        else:
-            conditional, observed = (
-                _independent_marginal(joint, numbers)
+        if whole is not None:
+            free, observed = (
+                _independent_marginal(whole.distribution, numbers)
                 for numbers in (self.free, self.fixed)
             )
-            if conditional is None or observed is None:
-                return None
-            log_evidence = observed.log_prob(self.value)
-        return ClosedForm(whole.log_partition + log_evidence, conditional)
-
-    def _gaussian(self, joint: Any) -> dist.MultivariateNormal:
-        """The conditional of (2), of each of a batch of joint normals."""
-        rows = joint.precision_matrix[..., self.free, :]
-        precision = rows[..., self.free]
-        residual = (self.value - joint.loc[..., self.fixed]).unsqueeze(-1)
-        shift = torch.linalg.solve(precision, rows[..., self.fixed] @ residual)
-        return dist.MultivariateNormal(
-            joint.loc[..., self.free] - shift.squeeze(-1),
-            precision_matrix=precision,
-            validate_args=False,
-        )
-
-    def _log_evidence(self, joint: Any, conditional: Any) -> Tensor:
-        """Logarithm of the ``q(v)`` of (2), at the conditional mean."""
-        u = conditional.loc.detach()
-        return joint.log_prob(self.expand_event(u)) - conditional.log_prob(u)  # (2)
+            if free is not None and observed is not None:
+                log_density = observed.log_prob(self.value)
+                return ClosedForm(whole.log_partition + log_density, free)
+        return gaussian_closed_form(self)
 
     def extra_repr(self) -> str:
         """How much is observed, for ``repr``."""
         return f"observed={len(self.fixed)} of {len(self.order)} numbers"
+
+
+@gaussian_form.register
+def _(energy: ClampedEnergy) -> GaussianForm | None:
+    form = gaussian_form(energy.energy)
+    if form is None:
+        return None
+    v, u_rows = energy.value.double(), form.precision[:, energy.free]
+    v_square = form.precision[:, energy.fixed][..., energy.fixed] @ v
+    return GaussianForm(
+        form.constant + (form.information[:, energy.fixed] - v_square / 2) @ v,
+        form.information[:, energy.free] - u_rows[..., energy.fixed] @ v,
+        u_rows[..., energy.free],
+        form.magnitude[:, energy.free],
+    )  # (2)
 
 
 def marginal(distribution: Any, numbers: Tensor) -> dist.TorchDistribution | None:

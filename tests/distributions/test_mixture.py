@@ -23,7 +23,7 @@ from pyro_ebm.energies import (
     QuadraticEnergy,
 )
 from pyro_ebm.errors import UnreliableWarning
-from pyro_ebm.infer import MaximumLikelihood, handler, maximum_likelihood
+from pyro_ebm.infer import handler, maximum_likelihood
 from pyro_ebm.mcmc import IndependentChains
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.testing import CountingEnergy
@@ -478,22 +478,6 @@ def test_without_gradient_of_log_z_the_energy_cannot_be_learned():
         score.square().sum().backward()
     for energy in (two_wells().energy, gaussians().energy):
         energy(torch.randn(5, *energy.event_shape).requires_grad_()).sum().backward()
-
-
-def test_score_matching_like_objectives_see_one_energy():
-    """Only likelihoods are taken apart into experts."""
-
-    class Plain(MaximumLikelihood.__base__):
-        def surrogate(self, distribution, chains):
-            assert isinstance(distribution, MixtureOfExperts)
-            return distribution.log_prob
-
-    q = MixtureOfExperts([wide(), wide()])
-    learn = handler.ObjectiveModel(
-        lambda: pyro.sample("x", q, obs=torch.zeros(2)), Plain()
-    )
-    trace = pyro.poutine.trace(learn).get_trace()
-    torch.testing.assert_close(trace.log_prob_sum(), q.log_prob(torch.zeros(2)))
 
 
 # Copies and refusals -----------------------------------------------------------------
