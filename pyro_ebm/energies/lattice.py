@@ -95,7 +95,7 @@ class LatticeEnergy(Energy):
 
     @abstractmethod
     def site_logits(self, x: Tensor) -> Tensor:
-        """Logits of each site given all others, shape ``(*batch, *shape, q)``."""
+        """Logits of each site given all others, shape ``(q, *batch, *shape)``."""
 
     @abstractmethod
     def annealing_path(self) -> AnnealingPath:
@@ -177,11 +177,11 @@ class IsingEnergy(LatticeEnergy):
         return energy - sum_rightmost(self.field * x, dims)
 
     def site_logits(self, x: Tensor) -> Tensor:
-        """Logits of -1 and +1 given all other sites, shape ``(*batch, *shape, 2)``."""
+        """Logits of -1 and +1 given all other sites, shape ``(2, *batch, *shape)``."""
         up = self.coupling * self._neighbours(x)
         if self.field is not None:
             up = up + self.field
-        return torch.stack([-up, up], -1)
+        return torch.stack([-up, up])
 
     def annealing_path(self) -> AnnealingPath:
         """From fair spins to this energy, by scaling coupling and field."""
@@ -240,9 +240,9 @@ class PottsEnergy(LatticeEnergy):
         return -self.coupling * equal + 0 * sum_rightmost(x, dims)  # (2)
 
     def site_logits(self, x: Tensor) -> Tensor:
-        """Logits of the categories of each site, shape ``(*batch, *shape, q)``."""
+        """Logits of the categories of each site, shape ``(q, *batch, *shape)``."""
         one_hot = (x == self.values.reshape(-1, *(1,) * x.dim())).to(self.coupling)
-        return (self.coupling * self._neighbours(one_hot)).movedim(0, -1)
+        return self.coupling * self._neighbours(one_hot)
 
     def annealing_path(self) -> AnnealingPath:
         """From uniform categories to this energy, by scaling the coupling."""

@@ -125,40 +125,53 @@ class Gibbs:
 
 
 def _sweep_lattice(energy: LatticeEnergy, x: Tensor, *, is_reversed: bool) -> Tensor:
+    values = _values(energy)
+    noise = _noise(len(values), x)  # each site is drawn once a sweep
     for block in energy.blocks.flip(0) if is_reversed else energy.blocks:
-        x = torch.where(block, energy.values[_draw(energy.site_logits(x))], x)  # (1)
+        drawn = _pick(values, _draw(energy.site_logits(x), noise))
+        x = torch.where(block, drawn, x)  # (1)
     return x
 
 
 def _sweep_sites(energy: Energy, x: Tensor, *, is_reversed: bool) -> Tensor:
-    batch_shape = energy.batch_shape_of(x)
-    values = torch.tensor(_values(energy), dtype=x.dtype, device=x.device)
+    shape, batch_shape = x.shape, energy.batch_shape_of(x)
+    values = _values(energy)
     shifts = torch.arange(1, len(values), device=x.device)
     shifts = shifts.reshape(-1, *(1,) * len(batch_shape))
     current, x = energy(x), x.reshape(*batch_shape, -1).clone()
     sites = range(x.shape[-1])
     for site in reversed(sites) if is_reversed else sites:
-        index = (x[..., site, None] == values).long().argmax(-1)
+        index = sum((x[..., site] > value).long() for value in values[:-1])
         others = x.expand(len(shifts), *x.shape).clone()
-        others[..., site] = values[(index + shifts) % len(values)]
-        other = energy(others.reshape(len(shifts), *batch_shape, *energy.event_shape))
-        options = torch.cat([current[None], other])
+        others[..., site] = _pick(values, (index + shifts) % len(values))
+        options = torch.cat([current[None], energy(others.reshape(-1, *shape))])
         # Where no value has a finite energy nothing is drawn but the first, the old.
-        logits = (-options).where(options.isfinite(), -torch.inf).movedim(0, -1)
-        drawn = _draw(logits)
-        x[..., site] = values[(index + drawn) % len(values)]  # (1)
+        logits = (-options).where(options.isfinite(), -torch.inf)
+        drawn = _draw(logits, _noise(len(values), current)).long()
+        x[..., site] = _pick(values, (index + drawn) % len(values))  # (1)
         current = options.gather(0, drawn[None])[0]
-    return x.reshape(*batch_shape, *energy.event_shape)
+    return x.reshape(shape)
 
 
-def _draw(logits: Tensor) -> Tensor:
-    """Indices drawn with these logits, shape of ``logits`` without its last axis."""
-    if logits.shape[-1] == 2:
-        probability = (logits[..., 1] - logits[..., 0]).sigmoid()
-        return (torch.rand_like(probability) < probability).long()
+def _noise(num_values: int, like: Tensor) -> Tensor:
+    """What :func:`_draw` needs for one draw at each entry of ``like``."""
+    if num_values == 2:
+        return torch.rand_like(like)
+    return like.new_empty(num_values, *like.shape).exponential_()
+
+
+def _draw(logits: Tensor, noise: Tensor) -> Tensor:
+    """Indices along the first axis, drawn with these logits."""
+    if len(logits) == 2:
+        return noise < (logits[1] - logits[0]).sigmoid()
     # The first of exponential clocks to ring; a value of no probability never does.
-    clocks = torch.empty_like(logits).exponential_()
-    return (logits.softmax(-1) / clocks).argmax(-1)
+    return (logits.softmax(0) / noise).argmax(0)
+
+
+def _pick(values: tuple[float, ...], index: Tensor) -> Tensor:
+    """The values at these indices; they are equally far from each other."""
+    step = values[1] - values[0] if len(values) > 1 else 1.0
+    return values[0] + step * index
 
 
 def _flip(logits: Tensor) -> Tensor:

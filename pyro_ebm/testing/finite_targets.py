@@ -52,7 +52,7 @@ def potts(
     return Target(
         "potts",
         energy,
-        transfer_matrix(side, side, coupling * torch.eye(num_categories)),
+        transfer_matrix(side, side, coupling * torch.eye(num_categories).double()),
         FiniteUniform(energy.support, energy.event_shape),
         mean=torch.full((side, side), (num_categories - 1) / 2),
         variance=torch.full((side, side), (num_categories**2 - 1) / 12),
@@ -63,8 +63,7 @@ def rbm(num_visible: int = 60, num_hidden: int = 16, scale: float = 0.5) -> Targ
     """A machine with normal weights of the given scale and biases of scale 0.5.
 
     The constants are the same at every call. At the default size and scale annealing
-    from zero weights and no biases is an order of magnitude worse than from the mean
-    field.
+    from the visible biases errs four times as much as from the mean field.
     """
     generator = torch.Generator().manual_seed(0)
     size = num_visible * num_hidden + num_visible + num_hidden

@@ -1,0 +1,69 @@
+"""The restricted Boltzmann machine against sums over its hidden units."""
+
+import itertools
+
+import pytest
+import torch
+
+from pyro_ebm.energies import RBMEnergy
+from pyro_ebm.partition import enumeration
+
+
+def machine(num_visible=5, num_hidden=3, scale=1.0):
+    weight = scale * torch.randn(num_visible, num_hidden)
+    return RBMEnergy(weight, torch.randn(num_visible), torch.randn(num_hidden))
+
+
+def corners(dim):
+    return torch.tensor(list(itertools.product([0.0, 1.0], repeat=dim)))
+
+
+def joint(energy, v, h):
+    """Minus the joint energy, shape ``(N_v, N_h)``."""
+    return (
+        (v @ energy.visible_bias)[:, None] + h @ energy.hidden_bias
+        + v @ energy.weight @ h.mT
+    )  # fmt: skip
+
+
+def test_free_energy_and_conditionals_are_those_of_the_joint():
+    energy = machine()
+    v, h = corners(5), corners(3)
+    log_joint = joint(energy, v, h)
+    torch.testing.assert_close(energy(v), -torch.logsumexp(log_joint, 1))
+    mean_h = log_joint.softmax(1) @ h
+    torch.testing.assert_close(energy.hidden_logits(v).sigmoid(), mean_h)
+    mean_v = log_joint.softmax(0).mT @ v
+    torch.testing.assert_close(energy.visible_logits(h).sigmoid(), mean_v)
+
+
+def test_the_transposed_has_the_same_partition_function():
+    energy = machine()
+    other = energy.transposed()
+    assert other.event_shape == (3,)
+    log_z = torch.logsumexp(-energy(corners(5)), 0)
+    torch.testing.assert_close(torch.logsumexp(-other(corners(3)), 0), log_z)
+
+
+def test_annealing_path():
+    energy = machine(scale=0.5)
+    path = energy.annealing_path()
+    v = corners(5)
+    torch.testing.assert_close(path.at(1.0)(v), energy(v))
+    start = path.at(0.0)
+    log_prob = path.start.distribution.log_prob(v)
+    torch.testing.assert_close(-start(v) - path.start.log_partition, log_prob)
+    assert enumeration(start).value == pytest.approx(path.start.log_partition.item())
+    # The mean field is nearer to the truth than the biases alone.
+    truth = (-energy(v)).softmax(0) @ v
+    off = (path.start.distribution.mean - truth).abs().max()
+    assert off < (energy.visible_bias.sigmoid() - truth).abs().max() / 2
+
+
+def test_wrong_shapes():
+    with pytest.raises(ValueError, match=r"weight must have shape \(V, H\).*got \(3,"):
+        RBMEnergy(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"visible_bias must have shape \(3,\).*\(2,"):
+        RBMEnergy(torch.zeros(3, 2), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"hidden_bias must have shape \(2,\).*\(3,"):
+        RBMEnergy(torch.zeros(3, 2), None, torch.zeros(3))
