@@ -97,10 +97,11 @@ def test_weights_are_those_of_normalised_densities():
 
 def test_draws_fill_the_bins():
     """Chi-square with 11 degrees of freedom, of which 33 is the 0.9995 quantile.
-    Draws with the weights exchanged, or of either expert alone, are seen to fail."""
+    Draws with the weights exchanged, of either expert alone, or expert by expert are
+    seen to fail."""
 
     def chi_square(q):
-        draws = q.sample((3000,))
+        draws = q.sample((6000,))[:3000]  # in no order
         truth = GridDensity(two_wells().log_prob, -8, 8)
         levels = truth.mass.cumsum(0)
         edges = [truth.points[(levels < k / 12).sum()] for k in range(1, 12)]
@@ -247,7 +248,7 @@ def test_plates_expand_it():
     assert trace.nodes["x"]["log_prob"].shape == (3, 4)
 
 
-def nuts(model, site, num_samples=500):
+def nuts(model, site, num_samples=300):
     mcmc = MCMC(NUTS(model), num_samples, 100, disable_progbar=True)
     mcmc.run()
     return mcmc.get_samples()[site]
@@ -302,7 +303,7 @@ def test_weights_may_be_latent():
         return w.log() + (-w).log1p() + parts.logsumexp(0).sum(-1)
 
     grid = GridDensity(log_joint, 0, 1, 2001)
-    assert_moments_by_ess(nuts(model, "weights", 300)[:, 0], grid)
+    assert_moments_by_ess(nuts(model, "weights", 200)[:, 0], grid)
 
 
 def test_an_energy_of_a_latent_is_still_refused():
