@@ -173,11 +173,10 @@ def _point_of(distribution: Any) -> Tensor:
         for transform in distribution.transforms:
             x = transform(x)
         return x
-    if distribution.support.is_discrete:
-        point: Tensor = distribution.mode
-        return point
-    mean: Tensor = distribution.mean
-    return mean
+    point: Tensor = distribution.mean
+    if distribution.support.is_discrete or not point.isfinite().all():
+        point = distribution.mode
+    return point
 
 
 def _exponential_family(

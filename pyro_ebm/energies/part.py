@@ -138,8 +138,9 @@ class PartEnergy(Energy):
             if not self.energy.support.check(self.parts(x)).all():
                 raise ValueError(
                     "support must lie within that of the expert at each part, "
-                    f"{self.energy.support}; {self.support} does not. Supports that "
-                    "differ along a vector are written as constraints.cat([...])."
+                    f"{self.energy.support}; {self.support} does not. Where it differs "
+                    "along a vector, write constraints.cat of independent(support, 1), "
+                    "with dim=-1 and the lengths."
                 )
 
     def extra_repr(self) -> str:
@@ -152,7 +153,7 @@ class PartEnergy(Energy):
 def _(energy: PartEnergy) -> GaussianForm | None:
     form = gaussian_form(energy.energy)
     dim = energy.event_shape.numel()
-    positions = energy.positions.flatten(1)
+    positions = energy.positions.reshape(len(energy.positions), -1)
     if form is None or not form.is_mixture:
         return form and form.scattered(positions, dim)
     whole: GaussianForm | None = None
