@@ -86,7 +86,8 @@ def check_same(first: Trace, second: Trace) -> None:
             "poutine.mask or torch.where."
         )
     for name, site in sites.items():
-        shape, other = site["value"].shape, others[name]["value"].shape
+        values = site["value"], others[name]["value"]
+        shape, other = (torch.as_tensor(value).shape for value in values)
         if shape != other:
             raise ValueError(
                 f"site {name!r} must have the same shape at each run, got "

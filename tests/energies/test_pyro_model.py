@@ -17,7 +17,7 @@ from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
-from pyro_ebm.energies import DistributionEnergy, FunctionEnergy, PyroModelEnergy
+from pyro_ebm.energies import PyroModelEnergy
 from pyro_ebm.errors import DivergenceError
 
 DOUBLE = {"dtype": torch.float64}
@@ -202,11 +202,6 @@ def data_dependent():
             observe(f"y{i}", dist.Normal(x, 1.0), X[i, 0])
 
 
-def improper():
-    x = pyro.sample("x", dist.ImproperUniform(constraints.positive, (), ()))
-    observe("y", dist.Normal(x, 1.0), 1.0)
-
-
 # Built in each test, in its dtype.
 MODELS = {
     "eight schools": lambda: noncentred,
@@ -297,97 +292,6 @@ def trace_log_prior(model, energy, point):
         volume = transforms[name].inv.log_abs_det_jacobian(flat, value).sum()
         total = total + volume
     return total
-
-
-def test_eight_schools_evidence():
-    """Direct Monte Carlo over the prior; the truth is from quadrature, -31.31134735.
-
-    Seen to fail with ``mu`` and ``tau`` shared between the draws, and with the standard
-    deviation of ``eta`` doubled."""
-    energy = PyroModelEnergy(noncentred)
-    u = energy.prior.sample((20_000,))
-    log_weight = energy.prior.energy(u) - energy(u)
-    weight = (log_weight - log_weight.max()).exp()
-    value = weight.mean().log() + log_weight.max()
-    std_error = weight.std() / weight.mean() / math.sqrt(len(u))
-    assert abs(value + 31.31134735) < 4 * std_error < 0.1
-
-
-def normal_normal(y):
-    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
-    z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    observe("y", dist.Normal(z, 1.0), y)
-    observe("w", dist.LogNormal(scale.log(), 1.0), 1.0)
-
-
-def test_conjugate_evidence_is_the_closed_form():
-    """Both are Gaussian in u: the log evidence is a sum of two log densities."""
-    energy = PyroModelEnergy(normal_normal, torch.tensor(0.7))
-    expected = dist.Normal(0.0, math.sqrt(2.0)).log_prob(torch.tensor(0.7))
-    expected = expected + dist.Normal(0.0, math.sqrt(1.25)).log_prob(torch.tensor(0.0))
-    line = torch.linspace(-8, 8, 201)
-    u = torch.cartesian_prod(line, line)
-    cell = (line[1] - line[0]).log() * 2
-    torch.testing.assert_close((-energy(u)).logsumexp(0) + cell, expected)
-    zero = energy.prior.log_prob(u).logsumexp(0) + cell
-    torch.testing.assert_close(zero, torch.zeros(()), atol=1e-9, rtol=0)
-
-
-def test_moments_of_the_priors_draws():
-    """Seen to fail with ``mu`` and ``tau`` shared between the draws, and with the
-    standard deviation of ``eta`` doubled."""
-    u = PyroModelEnergy(noncentred).prior.sample((4000,))
-    normal = u[:, [0, 2, 5, 9]] / torch.tensor([5.0, 1.0, 1.0, 1.0])
-    assert (normal.mean(0).abs() * math.sqrt(4000) < 4).all()
-    assert ((normal.square().mean(0) - 1).abs() * math.sqrt(4000 / 2) < 4).all()
-    off_diagonal = (normal.mT @ normal / 4000).triu(1)
-    assert (off_diagonal.abs() * math.sqrt(4000) < 4).all()
-    # log(tau / 5) of a half-Cauchy tau: mean 0, variance (pi / 2)^2, kurtosis 5.
-    log_tau = (u[:, 1] - math.log(5.0)) / (math.pi / 2)
-    assert log_tau.mean().abs() * math.sqrt(4000) < 4
-    assert (log_tau.square().mean() - 1).abs() * math.sqrt(4000 / 4) < 4
-
-
-def test_many_draws_are_one_run():
-    runs = []
-
-    def counted():
-        runs.append(1)
-        noncentred()
-
-    prior = PyroModelEnergy(counted).prior
-    prior.sample((7,))
-    runs.clear()
-    assert prior.sample((1000,)).shape == (1000, 10)
-    assert len(runs) == 1
-
-
-@pytest.mark.parametrize("vectorized", [True, False])
-def test_draws_of_a_model_for_single_values_are_right(vectorized):
-    """A model that mixes its draws when they come many at a time is run one by one."""
-
-    def single():
-        x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-        mean = x[..., 0] if vectorized else x[0].mean()
-        pyro.sample("y", dist.Normal(mean, 0.1))
-        pyro.factor("likelihood", -x.sum())
-
-    u = PyroModelEnergy(single).prior.sample((50,))
-    assert (u[:, 3] - u[:, 0]).abs().max() < 0.5
-    assert u[:, 3].std() > 0.5
-
-
-def test_prior_and_joint_meet_on_a_path():
-    energy = PyroModelEnergy(noncentred)
-    base = DistributionEnergy(energy.prior)
-    u = energy.initial_points(4)
-    for got, expected in zip(
-        base.value_and_grad(u), energy.prior.energy.value_and_grad(u), strict=True
-    ):
-        torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(base(u), base.value_and_grad(u)[0])
-    assert energy.prior.expand([3]).sample().shape == (3, 10)
-    assert energy.prior.expand([3]).log_prob(u[0]).shape == (3,)
 
 
 def test_shapes_of_batches():
@@ -683,118 +587,6 @@ def test_a_compiler_that_fails_is_no_error(monkeypatch):
     torch.testing.assert_close(energy.value_and_grad(u), expected)
 
 
-def test_improper_prior_is_no_path():
-    energy = PyroModelEnergy(improper)
-    u = torch.linspace(-1, 1, 5).unsqueeze(-1)
-    expected = -dist.Normal(u.exp(), 1.0).log_prob(torch.tensor(1.0)) - u
-    torch.testing.assert_close(energy(u), expected.squeeze(-1))
-    with pytest.raises(NotImplementedError, match="site 'x' is improper"):
-        energy.prior.sample()
-
-
-@pytest.mark.parametrize(
-    ("handler", "reason"),
-    [
-        (poutine.scale(scale=2.0), "is scaled"),
-        (poutine.mask(mask=torch.tensor(False)), "is masked"),
-    ],
-)
-def test_a_prior_that_is_not_normalised_is_refused(handler, reason):
-    def model():
-        with handler:
-            x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        observe("y", dist.Normal(x, 1.0), 1.0)
-
-    with pytest.raises(NotImplementedError, match=reason):
-        PyroModelEnergy(model).prior.sample()
-
-
-def test_full_plates_pass_and_subsampled_ones_are_refused():
-    def model(subsample_size):
-        x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", 4, subsample_size=subsample_size) as index:
-            pyro.sample("y", dist.Normal(x, 1.0), obs=Y[index])
-
-    energy = PyroModelEnergy(model, None)
-    expected = 0.5 * (Y.square().sum() + 5 * math.log(2 * math.pi))
-    torch.testing.assert_close(energy(torch.zeros(1)), expected)
-    with pytest.raises(NotImplementedError, match="'data' subsamples 2 of 4"):
-        PyroModelEnergy(model, 2)
-
-
-def no_latent():
-    observe("y", dist.Normal(0.0, 1.0), 1.0)
-
-
-def only_discrete():
-    z = pyro.sample("z", dist.Bernoulli(0.5))
-    observe("y", dist.Normal(z, 1.0), 1.0)
-
-
-def poisson():
-    z = pyro.sample("z", dist.Poisson(2.0))
-    x = pyro.sample("x", dist.Normal(z, 1.0))
-    observe("y", dist.Normal(x, 1.0), 1.0)
-
-
-def changing_sites():
-    x = pyro.sample("x", dist.Normal(0.0, 1.0))
-    for i in range(int((8 + 3 * x).clamp(0, 20))):
-        pyro.sample(f"y{i}", dist.Normal(0.0, 1.0))
-
-
-def changing_shape():
-    x = pyro.sample("x", dist.Normal(0.0, 1.0))
-    size = int((50 + 20 * x).clamp(1, 100))
-    pyro.sample("y", dist.Normal(torch.zeros(size), 1.0).to_event(1))
-
-
-def changing_support():
-    x = pyro.sample("x", dist.HalfNormal(1.0))
-    pyro.sample("y", dist.Uniform(0.0, x))
-
-
-def support_of_a_discrete_site():
-    z = pyro.sample("z", dist.Bernoulli(0.5))
-    pyro.sample("y", dist.Uniform(0.0, 1.0 + z))
-
-
-def nan_data():
-    x = pyro.sample("x", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", 3):
-        observe("y", dist.Normal(x, 1.0), [0.0, torch.nan, 1.0])
-
-
-def no_bijection():
-    support = constraints.positive_definite
-    pyro.sample("precision", dist.ImproperUniform(support, (), (2, 2)))
-
-
-@pytest.mark.parametrize(
-    ("model", "error", "message"),
-    [
-        (3.0, TypeError, "model must be a Pyro model, got float"),
-        (FunctionEnergy(torch.sum, (2,)), TypeError, "got FunctionEnergy"),
-        (no_latent, ValueError, "at least one continuous latent site"),
-        (only_discrete, ValueError, r"only discrete ones, \['z'\]"),
-        (poisson, NotImplementedError, "'z' is discrete and cannot be enumerated"),
-        (changing_sites, ValueError, "the same sites at each run"),
-        (changing_shape, ValueError, "'y' must have the same shape at each run"),
-        (changing_support, NotImplementedError, "support of site 'y' depends"),
-        (
-            support_of_a_discrete_site,
-            NotImplementedError,
-            "support of site 'y' depends",
-        ),
-        (nan_data, ValueError, "site 'y' must not contain nan, got 1 in 3"),
-        (no_bijection, NotImplementedError, "'precision' has no bijection"),
-    ],
-)
-def test_models_that_are_no_energies(model, error, message):
-    with pytest.raises(error, match=message):
-        PyroModelEnergy(model)
-
-
 def test_no_finite_start_is_an_error_that_names_the_site():
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -813,18 +605,6 @@ def test_some_finite_starts_are_enough():
 
     u = PyroModelEnergy(model).initial_points(50)
     assert ((u > 1) & (u < 2)).all()
-
-
-def test_unconstrain_names_what_is_wrong():
-    energy = PyroModelEnergy(noncentred)
-    sites = energy.constrain(torch.zeros(4, 10))
-    with pytest.raises(
-        ValueError, match=r"site 'eta' must have shape \(\*batch, \*\(8,"
-    ):
-        energy.unconstrain({**sites, "eta": torch.zeros(4, 7)})
-    del sites["tau"]
-    with pytest.raises(ValueError, match="'tau' is missing"):
-        energy.unconstrain(sites)
 
 
 @pytest.mark.gpu

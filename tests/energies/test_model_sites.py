@@ -1,0 +1,153 @@
+"""Which models are energies, and how their sites lie in a vector."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+
+from pyro_ebm.energies import FunctionEnergy, PyroModelEnergy
+
+
+def observe(name, fn, value):
+    return pyro.sample(name, fn, obs=torch.as_tensor(value))
+
+
+def no_latent():
+    observe("y", dist.Normal(0.0, 1.0), 1.0)
+
+
+def only_discrete():
+    z = pyro.sample("z", dist.Bernoulli(0.5))
+    observe("y", dist.Normal(z, 1.0), 1.0)
+
+
+def poisson():
+    z = pyro.sample("z", dist.Poisson(2.0))
+    x = pyro.sample("x", dist.Normal(z, 1.0))
+    observe("y", dist.Normal(x, 1.0), 1.0)
+
+
+def changing_sites():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    for i in range(int((8 + 3 * x).clamp(0, 20))):
+        pyro.sample(f"y{i}", dist.Normal(0.0, 1.0))
+
+
+def changing_shape():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    size = int((50 + 20 * x).clamp(1, 100))
+    pyro.sample("y", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+
+
+def changing_support():
+    x = pyro.sample("x", dist.HalfNormal(1.0))
+    pyro.sample("y", dist.Uniform(0.0, x))
+
+
+def support_of_a_discrete_site():
+    z = pyro.sample("z", dist.Bernoulli(0.5))
+    pyro.sample("y", dist.Uniform(0.0, 1.0 + z))
+
+
+def nan_data():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 3):
+        observe("y", dist.Normal(x, 1.0), [0.0, torch.nan, 1.0])
+
+
+def no_bijection():
+    support = constraints.positive_definite
+    pyro.sample("precision", dist.ImproperUniform(support, (), (2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (3.0, TypeError, "model must be a Pyro model, got float"),
+        (FunctionEnergy(torch.sum, (2,)), TypeError, "got FunctionEnergy"),
+        (no_latent, ValueError, "at least one continuous latent site"),
+        (only_discrete, ValueError, r"only discrete ones, \['z'\]"),
+        (poisson, NotImplementedError, "'z' is discrete and cannot be enumerated"),
+        (changing_sites, ValueError, "the same sites at each run"),
+        (changing_shape, ValueError, "'y' must have the same shape at each run"),
+        (changing_support, NotImplementedError, "support of site 'y' depends"),
+        (
+            support_of_a_discrete_site,
+            NotImplementedError,
+            "support of site 'y' depends",
+        ),
+        (nan_data, ValueError, "site 'y' must not contain nan, got 1 in 3"),
+        (no_bijection, NotImplementedError, "'precision' has no bijection"),
+    ],
+)
+def test_models_that_are_no_energies(model, error, message):
+    with pytest.raises(error, match=message):
+        PyroModelEnergy(model)
+
+
+def latent_mixture():
+    gammas = dist.Gamma(torch.tensor([1.0, 5.0]), 1.0)
+    weights = dist.Categorical(logits=torch.zeros(2))
+    pyro.sample("x", dist.MixtureSameFamily(weights, gammas))
+
+
+def test_a_latent_mixture_has_the_support_of_its_components():
+    """torch has no bijection for it, and Pyro's HMC refuses it."""
+    energy = PyroModelEnergy(latent_mixture)
+    u = torch.linspace(-8, 4, 2001).unsqueeze(-1)
+    x = energy.constrain(u)["x"]
+    torch.testing.assert_close(x, u.squeeze(-1).exp())
+    total = (-energy(u)).logsumexp(0) + (u[1] - u[0]).log()
+    torch.testing.assert_close(total, torch.zeros(1), atol=2e-3, rtol=0)
+
+
+def test_what_is_masked_may_be_nan_and_obs_may_be_a_number():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        fn = (
+            dist.Normal(torch.zeros(2), 1.0)
+            .mask(torch.tensor([True, False]))
+            .to_event(1)
+        )
+        pyro.sample("y", fn, obs=torch.tensor([1.0, torch.nan]))
+        pyro.sample("z", dist.Normal(x, 1.0), obs=0.0)  # a number, not a tensor
+
+    with pyro.validation_enabled(is_validate=False):
+        energy = PyroModelEnergy(model)
+    assert energy(torch.zeros(1)).isfinite()
+
+
+def test_full_plates_pass_and_subsampled_ones_are_refused():
+    y = torch.arange(4.0).cos()
+
+    def model(subsample_size):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 4, subsample_size=subsample_size) as index:
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y[index])
+
+    energy = PyroModelEnergy(model, None)
+    expected = 0.5 * (y.square().sum() + 5 * math.log(2 * math.pi))
+    torch.testing.assert_close(energy(torch.zeros(1)), expected)
+    with pytest.raises(NotImplementedError, match="'data' subsamples 2 of 4"):
+        PyroModelEnergy(model, 2)
+
+
+def two_sites():
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", 8):
+        pyro.sample("eta", dist.Normal(0.0, tau))
+
+
+def test_unconstrain_names_what_is_wrong():
+    energy = PyroModelEnergy(two_sites)
+    sites = energy.constrain(torch.zeros(4, 9))
+    with pytest.raises(
+        ValueError, match=r"site 'eta' must have shape \(\*batch, \*\(8,"
+    ):
+        energy.unconstrain({**sites, "eta": torch.zeros(4, 7)})
+    del sites["tau"]
+    with pytest.raises(ValueError, match="'tau' is missing"):
+        energy.unconstrain(sites)
