@@ -109,7 +109,7 @@ def test_draws_fill_the_bins():
         return ((counts - 250) ** 2 / 250).sum()
 
     assert chi_square(two_wells()) < 33
-    assert chi_square(two_wells((0.3, 0.7))) > 33  # planted
+    assert chi_square(two_wells((0.35, 0.65))) > 33  # planted
     assert chi_square(two_wells().experts[1]) > 33
 
 
