@@ -39,7 +39,7 @@ def check_site(name: str, site: Any) -> None:
                 "argument, and give None here."
             )
     if site["is_observed"]:
-        value = torch.as_tensor(site["value"])
+        value = site["value"]
         if value.is_floating_point() and value.isnan().any() and not is_masked(site):
             raise ValueError(
                 f"obs of site {name!r} must not contain nan, got "
@@ -86,8 +86,7 @@ def check_same(first: Trace, second: Trace) -> None:
             "poutine.mask or torch.where."
         )
     for name, site in sites.items():
-        values = site["value"], others[name]["value"]
-        shape, other = (torch.as_tensor(value).shape for value in values)
+        shape, other = site["value"].shape, others[name]["value"].shape
         if shape != other:
             raise ValueError(
                 f"site {name!r} must have the same shape at each run, got "

@@ -44,25 +44,34 @@ _MAX_STARTS = 100
 class PyroModelEnergy(Energy):
     r"""The energy (1) of a Pyro model, for many chains at once.
 
-    The model is run a few times when the energy is built, and once more under a tracer;
-    from then on no effect handler runs. Discrete latent sites are summed out as Pyro's
-    HMC does. Points are vectors: the unconstrained values of the continuous latent
-    sites, end to end in the order of the model.
+    Points are vectors: the unconstrained values of the continuous latent sites, end to
+    end in the order of the model. Discrete latent sites are summed out, as in Pyro's
+    own HMC.
+
+    The model is run a few times when the energy is built, once of them under a tracer;
+    no effect handler runs afterwards. A number of chains that comes for the second time
+    gets a graph of its own, in some tenths of a second. Measured on one core for eight
+    schools: value and gradient at 1,024 points take about a third of the time that
+    Pyro's potential takes at one, compiled a tenth. What was traced is compared with
+    Pyro's potential at a few points.
 
     Parameters stay live: those of modules and of Pyro's parameter store are read at
-    each evaluation, and :meth:`forward` gives them gradients. So are the buffers of
-    modules. Everything else is fixed as it was: arguments, tensors in closures, plain
-    numbers, the arguments' shapes. A model that is a module, or a method of one, brings
-    its parameters with it; others stay where they are.
+    each evaluation, and :meth:`forward` gives them gradients; so do the buffers and
+    modes of modules. Everything else is fixed as it was when the energy was built: the
+    arguments and their shapes, tensors in closures, plain numbers. A model that is a
+    module, or a method of one, brings its parameters with it; others stay where they
+    are, and ``.to()`` moves the arguments but no closure.
 
-    A model that no fixed sequence of operators computes (branches on latent values,
-    ``.item()``) is evaluated by Pyro, a chain at a time, with a warning.
+    A model that no fixed sequence of operators computes, as it branches on latent
+    values or makes numbers of them by ``.item()``, is evaluated by Pyro, a chain at a
+    time; a :class:`~pyro_ebm.errors.CompilationWarning` says so.
 
     Args:
         model: A Pyro model, whose data are given by ``obs``, factors or conditioning.
         *args: Its arguments.
-        compile: Whether to compile gradients with ``torch.compile``: several times
-            faster, after some seconds for each new number of chains. (A model with an
+        compile: Whether torch's inductor compiles value and gradient, in some seconds
+            for each number of chains. :class:`~pyro_ebm.energies.CompiledEnergy` round
+            the energy compiles the leapfrog step of a kernel besides. (A model with an
             argument of this name is given by ``functools.partial``.)
         **kwargs: Its arguments.
 
@@ -196,27 +205,26 @@ class PyroModelEnergy(Energy):
         """Starting points: uniform in (-2, 2), where energy and gradient are finite.
 
         Args:
-            num_chains: How many.
+            num_chains: How many. If that many were not found, some come repeatedly.
 
         Returns:
             Shape ``(num_chains, D)``.
 
         Raises:
-            DivergenceError: If 100 draws found no such point for some chain.
+            DivergenceError: If 100 draws of that many points found none.
         """
-        shape = (num_chains, *self.event_shape)
-        u = torch.zeros(shape, **self.tensor_options())
-        missing = torch.ones(num_chains, dtype=torch.bool, device=u.device)
+        found = self.origin.new_empty(0, *self.event_shape)
         for _ in range(_MAX_STARTS):
-            # All are drawn again, so that the number of points stays the same.
-            proposal = torch.empty_like(u).uniform_(-2, 2)
-            value, grad = self.value_and_grad(proposal)
+            u = self.origin.new_empty(num_chains, *self.event_shape).uniform_(-2, 2)
+            value, grad = self.value_and_grad(u)
             is_finite = (value + grad.sum(-1)).isfinite()
-            u = torch.where((missing & is_finite).unsqueeze(-1), proposal, u)
-            missing &= ~is_finite
-            if not missing.any():
-                return u
-        raise DivergenceError(self._why_not_finite(proposal[0]))
+            found = torch.cat([found, u[is_finite]])
+            if len(found) >= num_chains:
+                return found[:num_chains]
+        if not len(found):
+            raise DivergenceError(self._why_not_finite(u[0]))
+        again = torch.randint(len(found), (num_chains - len(found),))
+        return torch.cat([found, found[again.to(found.device)]])
 
     def _why_not_finite(self, u: Tensor) -> str:
         with pyro.validation_enabled(is_validate=False), poutine.block():

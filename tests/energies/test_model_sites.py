@@ -104,7 +104,7 @@ def test_a_latent_mixture_has_the_support_of_its_components():
     torch.testing.assert_close(total, torch.zeros(1), atol=2e-3, rtol=0)
 
 
-def test_what_is_masked_may_be_nan_and_obs_may_be_a_number():
+def test_what_is_masked_may_be_nan():
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         fn = (
@@ -113,7 +113,7 @@ def test_what_is_masked_may_be_nan_and_obs_may_be_a_number():
             .to_event(1)
         )
         pyro.sample("y", fn, obs=torch.tensor([1.0, torch.nan]))
-        pyro.sample("z", dist.Normal(x, 1.0), obs=0.0)  # a number, not a tensor
+        observe("z", dist.Normal(x, 1.0), 0.0)
 
     with pyro.validation_enabled(is_validate=False):
         energy = PyroModelEnergy(model)

@@ -603,8 +603,23 @@ def test_some_finite_starts_are_enough():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.factor("half", torch.where(x > 1, 0.0, -torch.inf))
 
-    u = PyroModelEnergy(model).initial_points(50)
-    assert ((u > 1) & (u < 2)).all()
+    energy = PyroModelEnergy(model)
+    for num_chains in (1, 50):
+        u = energy.initial_points(num_chains)
+        assert u.shape == (num_chains, 1)
+        assert ((u > 1) & (u < 2)).all()
+    assert len(u.unique()) == 50
+
+
+def test_starts_that_are_rare_are_repeated():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("rare", torch.where(x > 1.999, 0.0, -torch.inf))
+
+    u = PyroModelEnergy(model).initial_points(200)
+    assert u.shape == (200, 1)
+    assert (u > 1.999).all()
+    assert 1 < len(u.unique()) < 100
 
 
 @pytest.mark.gpu
