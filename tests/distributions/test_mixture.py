@@ -61,9 +61,9 @@ def known(energy, **settings):
 def two_wells(weights=WEIGHTS):
     """Chains of each start around it."""
     experts = []
-    for energy, centre in zip(wells(), (-3.0, 1.0), strict=True):
+    for energy, loc, scale in zip(wells(), (-3.0, 1.0), (0.1, 0.7), strict=True):
         energy.requires_grad_(False)
-        base = dist.Normal(torch.tensor(centre), 0.3)
+        base = dist.Normal(torch.tensor(loc), scale)
         experts.append(known(energy, sampler=IndependentChains(base, num_steps=50)))
     return MixtureOfExperts(experts, weights)
 
