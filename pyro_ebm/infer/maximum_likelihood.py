@@ -11,10 +11,10 @@ References:
     Tieleman (2008), ICML.
 """
 
-__all__ = ["MaximumLikelihood"]
+__all__ = ["MaximumLikelihood", "require_kernel"]
 
 from dataclasses import dataclass, field
-from typing import ClassVar, cast, final
+from typing import Any, ClassVar, cast, final
 
 from torch import Tensor, nn
 
@@ -60,11 +60,7 @@ class MaximumLikelihood(Objective):
                 raise ValueError(
                     f"{name} must be at least 1, got {getattr(self, name)}."
                 )
-        if not isinstance(self.kernel, Kernel):
-            raise TypeError(
-                f"kernel must be a pyro_ebm.mcmc.Kernel, got "
-                f"{type(self.kernel).__name__}. For instance pyro_ebm.mcmc.HMC()."
-            )
+        require_kernel(self.kernel)
         if not 0 <= self.restart_fraction < 1:
             raise ValueError(
                 f"restart_fraction must be in [0, 1), got {self.restart_fraction}."
@@ -103,3 +99,16 @@ class MaximumLikelihood(Objective):
             return Terms(-value - log_partition + gap, value)  # (1.16)
 
         return surrogate
+
+
+def require_kernel(kernel: Any) -> None:
+    """Check the type.
+
+    Raises:
+        TypeError: If it is no :class:`~pyro_ebm.mcmc.Kernel`.
+    """
+    if not isinstance(kernel, Kernel):
+        raise TypeError(
+            f"kernel must be a pyro_ebm.mcmc.Kernel, got {type(kernel).__name__}. For "
+            "instance pyro_ebm.mcmc.HMC()."
+        )

@@ -134,8 +134,7 @@ def as_distribution(
     if isinstance(model, EnergyDistribution):
         return model
     if isinstance(model, EnergyModel):
-        distribution: EnergyDistribution = model()
-        return distribution
+        return model.forward()
     if isinstance(model, Energy):
         return EnergyDistribution(model)
     raise TypeError(
