@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-import torch._inductor
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
