@@ -29,11 +29,7 @@ from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.model import EnergyModel
 from pyro_ebm.energies import ClosedForm, DistributionEnergy, Energy, MixtureEnergy
 from pyro_ebm.energies.distribution import require_single
-from pyro_ebm.energies.gaussian import (
-    GaussianForm,
-    gaussian_closed_form,
-    gaussian_form,
-)
+from pyro_ebm.energies.gaussian import GaussianForm, gaussian_form
 from pyro_ebm.errors import UnreliableWarning
 
 
@@ -203,9 +199,6 @@ class _NormalisedMixture(Energy):
 
     def closed_form(self) -> ClosedForm | None:
         """Known where every expert is: draws are exact then. Exactness: *exact*."""
-        gaussian = gaussian_closed_form(self)
-        if gaussian is not None:
-            return gaussian
         known = [energy.closed_form() for energy in self.mixture.energies]
         closed = [form for form in known if form is not None]
         if len(closed) < len(known):
