@@ -130,7 +130,7 @@ class _Verdict(NamedTuple):
 
 
 def estimate_from_weights(
-    log_weights: Tensor, method: str, num_evaluations: int
+    log_weights: Tensor, method: str, num_evaluations: int, num_errors: float = 2.0
 ) -> LogPartitionEstimate:
     r"""Log of the mean weight with the interval (2) and a verdict.
 
@@ -139,6 +139,7 @@ def estimate_from_weights(
             ``nan`` is taken for one and held against the estimate.
         method: Name of the estimator.
         num_evaluations: What the draws have cost.
+        num_errors: Standard errors to each side in (2).
 
     Returns:
         The estimate, as :func:`importance_sampling` describes it.
@@ -151,8 +152,9 @@ def estimate_from_weights(
     std_error, lower, upper = math.inf, -math.inf, math.inf
     if math.isfinite(value):
         std_error = pareto_std_error(log_weights)
-        lower = value - math.log1p(2 * std_error)  # (2)
-        upper = value - math.log1p(-2 * std_error) if std_error < 0.5 else math.inf
+        half = num_errors * std_error
+        lower = value - math.log1p(half)  # (2)
+        upper = value - math.log1p(-half) if half < 1 else math.inf
     return LogPartitionEstimate(
         value,
         std_error,

@@ -5,7 +5,9 @@ r"""Log Z in two stages: find the target, then measure it.
 2. A proposal is fitted to the particles and refined by adaptive importance sampling
    (:mod:`pyro_ebm.partition.adaptive`). If it comes close to the target, what is left
    of the budget goes into independent draws of it: their weights give an unbiased
-   estimate of Z and an interval that needs no Markov chain to have mixed.
+   estimate of Z and an interval that needs no Markov chain to have mixed. It is as wide
+   as that of four replicates, 3.18 standard errors to each side: two were too few
+   where the weights have a heavy tail (on a Rosenbrock they covered 40 of 43 times).
 3. Otherwise the second stage is a second SMC run along the temperatures: from a
    base refitted to the particles (:mod:`pyro_ebm.partition.refit`) if few temperatures
    lead from there to the target, or a larger one from the base itself; the value is
@@ -27,7 +29,11 @@ import torch
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition.adaptive import Adaptation, adapt_proposal, log_target
-from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
+from pyro_ebm.partition.base import (
+    LogPartitionEstimate,
+    combine_replicates,
+    student_t_quantile,
+)
 from pyro_ebm.partition.importance import chunks, estimate_from_weights
 from pyro_ebm.partition.normalizability import Normalizability, check_normalizability
 from pyro_ebm.partition.second_run import Run, run_islands, second_run
@@ -135,6 +141,7 @@ def _measure(
         torch.cat(log_weights),
         f"importance sampling from a proposal fitted to SMC in {rounds} rounds",
         spent + num_draws,
+        student_t_quantile(3),
     )
     first, first_error, _ = combine_replicates(pilot.islands.bennett)
     more = first - result.value
