@@ -70,13 +70,15 @@ class Proposal:
         """Independent draws, sorted by component, shape ``(num, D)``."""
         chosen = self.weights.multinomial(num, replacement=True)
         counts = torch.bincount(chosen, minlength=len(self.weights)).tolist()
-        base = self.path.distribution.sample(torch.Size((counts[-1],)))
-        base = self.path.transform.inv(base).reshape(counts[-1], -1)
+        # A mixture of torch cannot draw nothing.
         draws = [
             component.sample(torch.Size((count,)))
             for component, count in zip(self.components, counts[:-1], strict=True)
+            if count
         ]
-        return torch.cat([*draws, base]).to(self.dtype)
+        if counts[-1]:
+            draws.append(_base_draws(self.path, counts[-1]))
+        return torch.cat(draws).to(self.dtype)
 
     def log_prob(self, u: Tensor) -> Tensor:
         """Log of (1), shape ``(N,)`` for ``u`` of shape ``(N, D)``."""
@@ -124,7 +126,7 @@ def fit_proposal(
         weights = u.new_tensor(_FIRST_WEIGHTS)
     wide = None
     if explore:
-        wide = path.sample_base(_NUM_WIDE).u.reshape(_NUM_WIDE, dim).double()
+        wide = _base_draws(path, _NUM_WIDE).double()
     # On average half a coordinate of a draw is wide, whatever the dimension.
     step = max(1, len(u) // (_NUM_EXPLORING if explore else _NUM_MEASURING))
     marginals = fit_marginals(u[::step], wide, wide_weight=min(0.05, 0.5 / dim))
@@ -134,3 +136,9 @@ def fit_proposal(
     residuals = fit_marginals(z, 4 * z, wide_weight=share)
     bent = dist.TransformedDistribution(residuals, [triangular], validate_args=False)
     return Proposal([marginals, bent, fit_student_t(u)], path, weights, dtype)
+
+
+def _base_draws(path: GeometricPath, num: int) -> Tensor:
+    """Draws of the base in unconstrained space, not evaluated, shape ``(num, D)``."""
+    draws = path.distribution.sample(torch.Size((num,)))
+    return path.transform.inv(draws).reshape(num, path.event_shape.numel())
