@@ -19,7 +19,7 @@ import torch
 
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.model import EnergyModel
-from pyro_ebm.distributions.terms import Term
+from pyro_ebm.distributions.terms import Term, number_of
 
 
 class LogPartitionBound(NamedTuple):
@@ -50,7 +50,7 @@ def hoelder_bound(terms: Sequence[Term]) -> LogPartitionBound:
 
     Exactness: *upper bound*, given exact :math:`\log Z_k`.
     """
-    weights = [float(term.weight) for term in terms]
+    weights = [number_of(term.weight) for term in terms]
     if min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
         raise ValueError(
             "weights must be positive and add up to 1 for Hoelder's bound, got "
@@ -67,7 +67,7 @@ def _log_partition_of(term: Term) -> tuple[float, float]:
     """Log Z of an expert and its standard error."""
     closed = term.energy.closed_form()
     if closed is not None:
-        return float(closed.log_partition), 0.0
+        return number_of(closed.log_partition), 0.0
     expert = term.expert
     if isinstance(expert, EnergyModel):
         with torch.no_grad():
@@ -78,4 +78,5 @@ def _log_partition_of(term: Term) -> tuple[float, float]:
             f"{term.name} is not. Estimate it: EnergyDistribution(energy, "
             "pyro_ebm.partition.estimate(energy, base))."
         )
-    return float(expert.log_partition), float(expert.log_partition_std_error)
+    error = expert.log_partition_std_error
+    return number_of(expert.log_partition), number_of(error)

@@ -42,6 +42,7 @@ from pyro_ebm.distributions.terms import (
     Term,
     default_base,
     normalised_experts,
+    number_of,
     terms_of,
 )
 from pyro_ebm.energies import ClosedForm, SumEnergy
@@ -257,9 +258,9 @@ class ProductOfExperts(EnergyDistribution):
             return result
         budget = _BUDGET if budget is None else budget
         if settings.get("method", "auto") == "auto" and self._needs_draws():
-            result, spent = self._from_experts(budget)
-            if result is not None:
-                return result
+            measured, spent = self._from_experts(budget)
+            if measured is not None:
+                return measured
             budget = max(budget - spent, budget // 2)
         return estimate(self, self.base, budget=budget, **settings)
 
@@ -314,9 +315,7 @@ class ProductOfExperts(EnergyDistribution):
         formula = ""
         for term in self.terms:
             sign = " * " if formula else ""
-            weight = term.weight
-            if isinstance(weight, Tensor):
-                weight = weight.item()
+            weight = number_of(term.weight)
             if formula and weight == -1:
                 sign, weight = " / ", 1
             power = "" if weight == 1 else f" ** {weight:.6g}"

@@ -7,7 +7,7 @@ Equal factors are collected, :math:`p^a p^b = p^{a + b}`, so that each is evalua
 once, and those whose powers cancel are left out.
 """
 
-__all__ = ["Term", "default_base", "normalised_experts", "terms_of"]
+__all__ = ["Term", "default_base", "normalised_experts", "number_of", "terms_of"]
 
 import math
 import numbers
@@ -66,7 +66,7 @@ class Term(NamedTuple):
     @property
     def is_positive(self) -> bool:
         """Whether the power is."""
-        return float(self.weight) > 0
+        return number_of(self.weight) > 0
 
     @property
     def is_zero(self) -> bool:
@@ -137,6 +137,11 @@ def default_base(
     return known[max(range(len(known)), key=volumes.__getitem__)]
 
 
+def number_of(value: float | Tensor) -> float:
+    """A number, without the gradient that it may have."""
+    return float(value.detach() if isinstance(value, Tensor) else value)
+
+
 def _flattened(expert: Any, weight: float | Tensor, number: int) -> list[Term]:
     inner: Sequence[Term] | None = getattr(expert, "terms", None)
     if inner is not None and isinstance(expert, EnergyDistribution):
@@ -157,7 +162,8 @@ def _energy_of(expert: Any, number: int) -> Energy:
             f"{name} must be a distribution, an energy or an EnergyModel, got "
             f"{type(expert).__name__}. A number is a power: p ** 2.0."
         )
-    inner: Any = expert
+    distribution: Any = expert
+    inner = distribution
     while hasattr(inner, "base_dist"):
         inner = inner.base_dist
         if isinstance(inner, EnergyDistribution):
@@ -167,29 +173,30 @@ def _energy_of(expert: Any, number: int) -> Energy:
                 "first and call .to_event or .mask on the product; copies of an "
                 "energy on parts of an event are a pyro_ebm.energies.PartEnergy."
             )
-    require_single(expert, name)
-    return DistributionEnergy(expert)
+    require_single(distribution, name)
+    return DistributionEnergy(distribution)
 
 
 def _normalised(term: Term) -> dist.TorchDistribution | None:
     energy, expert = term.energy, term.expert
-    power = SumEnergy([energy], [term.weight]).closed_form() or energy.closed_form()
-    if power is not None:
-        return power.distribution
+    known = energy.closed_form()
+    if known is not None:
+        power = SumEnergy([energy], [term.weight]).closed_form()
+        return (power or known).distribution
     holders = (
         expert,
         getattr(expert, "owner", None),
         getattr(expert, "sampler", None),
         energy,
     )
-    bases = (getattr(holder, "base", None) for holder in holders)
-    return next((base for base in bases if isinstance(base, Distribution)), None)
+    bases: list[Any] = [getattr(holder, "base", None) for holder in holders]
+    return next((base for base in bases if hasattr(base, "log_prob")), None)
 
 
 def _log_volume(distribution: Any) -> float:
     """Log of the product of all variances, infinite where it is not known."""
     try:
-        volume = float(distribution.variance.double().log().sum())
+        volume = number_of(distribution.variance.double().log().sum())
     except NotImplementedError:
         return math.inf
     return math.inf if math.isnan(volume) else volume
@@ -218,8 +225,8 @@ def _times(scale: float | Tensor, weight: float | Tensor) -> float | Tensor:
     return weight if not isinstance(scale, Tensor) and scale == 1 else scale * weight
 
 
-def _plus(first: float | Tensor, second: float | Tensor) -> float | Tensor:
-    total = first + second
+def _plus(first: Any, second: Any) -> float | Tensor:
+    total: float | Tensor = first + second
     if isinstance(total, Tensor):
         return total
     return 0.0 if abs(total) <= _ROUNDING * (abs(first) + abs(second)) else total

@@ -199,7 +199,8 @@ def _exponential_family(
     def rule(
         experts: Sequence[Any], weights: Sequence[Weight]
     ) -> dist.TorchDistribution | None:
-        if unit_weight and abs(float(sum(weights)) - 1) > 1e-9:
+        total = torch.as_tensor(sum(weights)).detach()
+        if unit_weight and abs(total - 1) > 1e-6:
             return None
         parameters = zip(*map(natural, experts), strict=True)
         return build(*(_weighted_sum(eta, weights) for eta in parameters))  # (1)

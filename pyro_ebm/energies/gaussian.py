@@ -65,7 +65,7 @@ class GaussianForm(NamedTuple):
         """The form of a power; of a mixture a natural number, or there is none."""
         if not self.is_mixture:
             c, eta, precision, magnitude = self
-            size = abs(weight)
+            size: Any = abs(weight)
             return GaussianForm(
                 weight * c, weight * eta, weight * precision, size * magnitude
             )
@@ -222,9 +222,9 @@ def _form_of(distribution: Any) -> GaussianForm | None:
     """The form of a normalised distribution with an empty batch shape."""
     if distribution.event_shape.numel() ** 2 > _MAX_NUMBERS:
         return None
+    log_weights: Any = 0.0
     if not isinstance(distribution, torch.distributions.MixtureSameFamily):
         form = _unnormalised_form_of(distribution, 1)
-        log_weights = 0.0
     else:
         log_weights = distribution.mixture_distribution.logits.double()
         components = distribution.component_distribution

@@ -55,6 +55,7 @@ class LinearMapEnergy(Energy):
         torch.Size([5])
     """
 
+    matrix: Tensor
     offset: Tensor | None
 
     def __init__(

@@ -171,15 +171,16 @@ def as_expert(expert: Any) -> Energy:
     Raises:
         TypeError: If it is neither.
     """
-    if isinstance(expert, Distribution) and not hasattr(expert, "energy"):
-        return DistributionEnergy(expert)
-    if not isinstance(expert, Energy):
+    if isinstance(expert, Energy):
+        return expert
+    if not isinstance(expert, Distribution) or hasattr(expert, "energy"):
         raise TypeError(
             "energy must be an Energy or a Pyro distribution, got "
             f"{type(expert).__name__}. Of an EnergyDistribution or EnergyModel, give "
             "its .energy."
         )
-    return expert
+    distribution: Any = expert
+    return DistributionEnergy(distribution)
 
 
 def _part(numbers: Tensor, index: Any, part_shape: torch.Size) -> Tensor:
