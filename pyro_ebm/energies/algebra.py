@@ -92,6 +92,8 @@ class SumEnergy(Energy):
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate (1) at ``x`` of shape ``(*batch, *event)``."""
+        # One after the other: networks of one architecture stacked for one call by vmap
+        # took 0.85 to 3 times as long on a CPU, with 4 to 16 of them.
         total: Any = sum(w * f(x) for f, w in self.terms)
         return total + self.offset  # (1)
 
@@ -187,8 +189,8 @@ def _linear(*terms: tuple[Energy | float | Tensor, float | Tensor]) -> Any:
     weights: list[float | Tensor] = []
     offset: float | Tensor = 0.0
     for term, scale in terms:
-        if _is_distribution(scale):
-            return NotImplemented  # its own operator makes the product
+        if _is_distribution(scale):  # its own operator makes the product
+            return NotImplemented
         if not isinstance(scale, numbers.Real | Tensor):
             raise TypeError(
                 f"an energy can be multiplied by a number, got {type(scale).__name__}. "

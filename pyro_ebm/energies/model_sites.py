@@ -130,14 +130,13 @@ def find_sites(
     check_supports(first, enumerated)
     values = {name: site["value"].detach() for name, site in sites.items()}
     flat = {name: transforms[name].inv(value) for name, value in values.items()}
-    example = torch.cat([value.reshape(-1) for value in flat.values()])
     return ModelSites(
         {name: value.shape for name, value in values.items()},
         {name: value.shape for name, value in flat.items()},
         transforms,
         potential,
         nesting,
-        torch.zeros_like(example),
+        torch.zeros_like(torch.cat([value.reshape(-1) for value in flat.values()])),
     )
 
 

@@ -33,9 +33,8 @@ def to_arviz(run: ChainRun, samples: dict[str, Tensor]) -> Any:
     try:
         import arviz
     except ImportError as error:
-        raise ImportError(
-            "to_arviz needs ArviZ: pip install 'pyro-ebm[arviz]'."
-        ) from error
+        message = "to_arviz needs ArviZ: pip install 'pyro-ebm[arviz]'."
+        raise ImportError(message) from error
     if not isinstance(run.draws, KeptDraws):
         raise RuntimeError(
             "to_arviz needs the draws, and keep_draws is False. Use summary(), or run "
