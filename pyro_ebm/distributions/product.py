@@ -18,8 +18,9 @@ of expert:
 So :math:`\log Z` of ``Normal(0, 1) * Normal(2, 1)`` is :math:`\log \mathcal{N}(2; 0, 2)
 = -2.2655`, and that of the product of :math:`e^{-x^2/2}` and :math:`e^{-(x-2)^2/2}` is
 :math:`\tfrac12 \log \pi - 1 = -0.4276`. The product is the same distribution. With
-normalised experts and :math:`w_k = 1` it is the log of the overlap of the experts; in
-no case is it the sum of their :math:`\log Z_k`.
+normalised experts and :math:`w_k = 1` it is the log of the overlap of the experts. It
+is the sum of their :math:`\log Z_k` only where the experts are on separate parts of the
+event.
 """
 
 __all__ = ["ProductOfExperts"]
@@ -81,8 +82,8 @@ class ProductOfExperts(EnergyDistribution):
     :class:`~pyro_ebm.energies.LinearMapEnergy`) make a Markov random field.
 
     Parameters of all experts are learned by
-    :func:`pyro_ebm.infer.maximum_likelihood`. To track :math:`\log Z` meanwhile, learn
-    ``EnergyModel(product.energy, product.base)``.
+    :func:`pyro_ebm.infer.maximum_likelihood`; no :math:`\log Z` is tracked then. To
+    track that of the product, learn ``EnergyModel(product.energy, product.base)``.
 
     Args:
         experts: At least one; their batch shapes are broadcast.
