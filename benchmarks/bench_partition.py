@@ -101,12 +101,13 @@ def summarise_goal(name, runs):
     return {key: row[key] for key in kept}
 
 
-def wrong_but_ok(name, runs):
+def wrong_but_ok(name, budget, runs):
     """A row for each interval that misses the truth without a warning."""
     truth = build(name).log_partition
     return [
         {
             "target": name,
+            "budget": budget,
             "seed": FIRST_SEED + index,
             "error": found.value - truth,
             "half-width": (found.upper - found.lower) / 2,
@@ -152,7 +153,7 @@ def run(args, map_jobs):
         runs = list(map_jobs(functools.partial(measure, name, budget), seeds))
         row = summarise_goal if title == goals else summarise
         tables[title].append(row(name, runs))
-        tables[wrong] += wrong_but_ok(name, runs)
+        tables[wrong] += wrong_but_ok(name, budget, runs)
         text = report(tables, args)
     return text
 
