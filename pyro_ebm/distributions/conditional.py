@@ -18,6 +18,7 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from pyro_ebm.distributions.energy import EnergyDistribution
+from pyro_ebm.distributions.mixture import MixtureOfExperts
 from pyro_ebm.energies import ClampedEnergy, marginal
 from pyro_ebm.mcmc import IndependentChains, Sampler
 from pyro_ebm.partition import LogPartitionEstimate
@@ -41,8 +42,8 @@ class Conditional(EnergyDistribution):
         log_partition: :math:`\log Z_v`; see :class:`EnergyDistribution`.
         base: Normalised, over the free coordinates: start of chains, reference for
             :math:`\log Z_v`. Default: the marginal of the base that ``distribution``
-            has, where that is normal or independent, else none: then chains start
-            standard normal, and ``partition.estimate`` asks for one.
+            has, where that is normal, independent or a mixture of such, else none:
+            then chains start standard normal, and ``partition.estimate`` asks for one.
         sampler: How to draw; default: as ``distribution`` does, but from ``base``, or
             exactly where :math:`q(u \mid v)` is known.
         validate_args: Whether ``log_prob`` checks its argument; Pyro's default.
@@ -153,7 +154,11 @@ def _derived_base(
     holders = (distribution, distribution.owner, distribution.sampler)
     bases = (getattr(holder, "base", None) for holder in holders)
     whole = next((base for base in bases if base is not None), None)
-    return None if whole is None else marginal(whole, energy.free)
+    if not isinstance(whole, MixtureOfExperts):
+        return None if whole is None else marginal(whole, energy.free)
+    parts = [marginal(expert, energy.free) for expert in whole.experts]
+    known = [part for part in parts if part is not None]
+    return MixtureOfExperts(known, whole.weights) if len(known) == len(parts) else None
 
 
 def _sampler_from(sampler: Any, base: dist.TorchDistribution | None) -> Sampler:

@@ -15,7 +15,7 @@ by the delta method. It is the error of :math:`\log q` averaged over :math:`q`; 
 one point has the responsibilities of the experts there in the place of :math:`w_k`.
 """
 
-__all__ = ["MixtureOfExperts"]
+__all__ = ["ExpertsEnergy", "MixtureOfExperts"]
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -93,7 +93,7 @@ class MixtureOfExperts(EnergyDistribution):
         energies = [_energy_of(part) for part in parts]
         weights = _checked(weights, energies)
         log_partitions = _stacked(parts, "log_partition", like=weights)
-        energy = _NormalisedMixture(
+        energy = ExpertsEnergy(
             energies,
             weights.log() - log_partitions,
             [part.energy for part in own if not part.log_partition.requires_grad],
@@ -114,6 +114,15 @@ class MixtureOfExperts(EnergyDistribution):
     def _set_experts(self, experts: Sequence[dist.TorchDistribution]) -> None:
         # One attribute each: what switches validation off looks for parts there.
         self.__dict__.update({f"expert_{k}": part for k, part in enumerate(experts)})
+
+    @property
+    def base(self) -> "MixtureOfExperts | None":
+        """The mixture of what the experts are compared with: known and normalised."""
+        bases = [_base_of(expert) for expert in self.experts]
+        known = [base for base in bases if base is not None]
+        if len(known) < len(bases):
+            return None
+        return MixtureOfExperts(known, self.weights.detach())
 
     def map_experts(
         self, replace: Callable[[int, dist.TorchDistribution], dist.TorchDistribution]
@@ -160,7 +169,8 @@ class MixtureOfExperts(EnergyDistribution):
         return super().__repr__().replace(type(self.energy).__name__, formula, 1)
 
 
-class _NormalisedMixture(Energy):
+@final
+class ExpertsEnergy(Energy):
     """The energy of (1): a :class:`MixtureEnergy` that knows more closed forms.
 
     Args:
@@ -213,7 +223,7 @@ class _NormalisedMixture(Energy):
 
 
 @gaussian_form.register
-def _(energy: _NormalisedMixture) -> GaussianForm | None:
+def _(energy: ExpertsEnergy) -> GaussianForm | None:
     forms = []
     logits = energy.mixture.logits.double()
     for part, logit in zip(energy.mixture.energies, logits, strict=True):
@@ -326,6 +336,18 @@ def _energy_of(expert: Any) -> Energy:
     if isinstance(expert, EnergyDistribution):
         return expert.energy
     return DistributionEnergy(expert)
+
+
+def _base_of(expert: Any) -> dist.TorchDistribution | None:
+    """A Pyro distribution itself, of an energy its closed form or its base."""
+    if not isinstance(expert, EnergyDistribution):
+        return expert
+    known = expert.closed_form()
+    if known is not None:
+        return known.distribution
+    holders = (expert, expert.owner, expert.sampler)
+    bases = (getattr(holder, "base", None) for holder in holders)
+    return next((base for base in bases if base is not None), None)
 
 
 def _checked(

@@ -193,6 +193,17 @@ def test_base_and_sampler_are_derived():
     assert q.condition({1: 0.0}, sampler=sampler).sampler is sampler
 
 
+def test_the_base_of_a_mixture_is_a_mixture():
+    ring = FunctionEnergy(lambda x: 8 * (x.norm(dim=-1) - 2) ** 2, (2,))
+    ring = EnergyDistribution(
+        ring, partition.quadrature(ring), sampler=IndependentChains(normal(0.0, 0.0))
+    )
+    given = MixtureOfExperts([ring, normal(3.0, 4.0)], [0.6, 0.4]).condition({0: 1.0})
+    assert given.base.weights.tolist() == [0.6, 0.4]
+    assert [part.mean.item() for part in given.base.experts] == [0.0, 4.0]
+    assert given.sampler.base is given.base
+
+
 def test_without_a_base_one_is_asked_for_where_it_is_needed():
     energy = FunctionEnergy(lambda x: (x**2).sum(-1) + x.prod(-1).sin(), (4,))
     given = EnergyDistribution(energy).condition({1: 0.0})

@@ -167,7 +167,7 @@ def test_experts_of_all_kinds():
     assert q.sample((3,)).shape == (3, 2)
     assert repr(q).startswith(
         "MixtureOfExperts(0.25 NeuralEnergy + 0.25 StudentT + 0.25 QuadraticEnergy + "
-        "0.25 _NormalisedMixture, batch_shape: (), event_shape: (2,), log Z: 0.0"
+        "0.25 ExpertsEnergy, batch_shape: (), event_shape: (2,), log Z: 0.0"
     )
 
 
@@ -205,6 +205,19 @@ def test_starting_points_are_cheap_and_in_the_wells():
     assert ((start - 1).abs() < 1).any()
     InitMessenger(init_to_sample)(lambda: pyro.sample("x", q))()
     assert all(f.num_values + f.num_gradients == 0 for f in energies)
+
+
+def test_its_base_is_a_mixture_so_that_a_product_finds_all_wells():
+    """From a standard normal all draws are in the nearer well."""
+    q = two_wells()
+    assert q.base.log_prob(torch.tensor(-3.0)) > -1
+    assert gaussians().base.closed_form().distribution is not None
+    product = q * FunctionEnergy(lambda x: x.square() / 20, ())
+    assert product.base.weights.tolist() == list(WEIGHTS)
+    share = (product.sample((200,)) < -2).double().mean()
+    assert 0.1 < share < 0.4
+    ring = known(FunctionEnergy(lambda x: (x.norm(dim=-1) - 1) ** 2, (2,)))
+    assert MixtureOfExperts([ring, wide()]).base is None
 
 
 def test_gradients_of_the_experts_and_weights():
@@ -408,7 +421,7 @@ def test_gradient_of_the_likelihood_is_that_of_quadrature(monkeypatch):
     monkeypatch.setattr(handler, "MixtureOfExperts", type(None))
     monkeypatch.setattr(handler, "require_learnable", lambda *_: None)
     monkeypatch.setattr(
-        "pyro_ebm.distributions.mixture._NormalisedMixture.forward",
+        "pyro_ebm.distributions.mixture.ExpertsEnergy.forward",
         lambda self, x: self.mixture(x),
     )
     assert worst() > 4  # planted
