@@ -5,11 +5,16 @@ Start with :mod:`~pyro_ebm.infer.objective`, the contract of all estimators, and
 """
 
 __all__ = [
+    "AmortizedSampler",
+    "BoundedLikelihood",
     "ContrastiveDivergence",
     "DenoisingScoreMatching",
+    "EnergyDiscrepancy",
     "ExactMaximumLikelihood",
     "FitRecord",
     "FitResult",
+    "FlowContrastive",
+    "ImportanceSampledLikelihood",
     "LogLikelihood",
     "MaximumLikelihood",
     "NoiseContrastive",
@@ -20,11 +25,17 @@ __all__ = [
     "ScoreMatching",
     "SlicedScoreMatching",
     "Surrogate",
+    "TemperedMaximumLikelihood",
     "Terms",
+    "amortized_sampler",
+    "bounded_likelihood",
     "contrastive_divergence",
     "denoising_score_matching",
+    "energy_discrepancy",
     "exact_maximum_likelihood",
     "fit",
+    "flow_contrastive",
+    "importance_sampled_likelihood",
     "log_likelihood",
     "log_likelihood_difference",
     "maximum_likelihood",
@@ -32,13 +43,18 @@ __all__ = [
     "ranking_noise_contrastive",
     "score_matching",
     "sliced_score_matching",
+    "tempered_maximum_likelihood",
 ]
 
 from pyro_ebm.infer.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.infer.denoising import DenoisingScoreMatching
+from pyro_ebm.infer.energy_discrepancy import EnergyDiscrepancy
 from pyro_ebm.infer.exact_likelihood import ExactMaximumLikelihood
 from pyro_ebm.infer.fit import FitRecord, FitResult, fit
+from pyro_ebm.infer.flow_contrastive import FlowContrastive
+from pyro_ebm.infer.generator import AmortizedSampler
 from pyro_ebm.infer.handler import ObjectiveModel, maximum_likelihood
+from pyro_ebm.infer.importance import BoundedLikelihood, ImportanceSampledLikelihood
 from pyro_ebm.infer.likelihood import (
     LogLikelihood,
     log_likelihood,
@@ -51,11 +67,18 @@ from pyro_ebm.infer.objective import Objective, Surrogate, Terms
 from pyro_ebm.infer.ranking import RankingNoiseContrastive
 from pyro_ebm.infer.score_matching import ScoreMatching, SlicedScoreMatching
 from pyro_ebm.infer.sugar import (
+    amortized_sampler,
+    bounded_likelihood,
     contrastive_divergence,
     denoising_score_matching,
+    energy_discrepancy,
     exact_maximum_likelihood,
+    flow_contrastive,
+    importance_sampled_likelihood,
     noise_contrastive,
     ranking_noise_contrastive,
     score_matching,
     sliced_score_matching,
+    tempered_maximum_likelihood,
 )
+from pyro_ebm.infer.tempered import TemperedMaximumLikelihood

@@ -103,11 +103,21 @@ class ObjectiveModel(nn.Module):
             if isinstance(state, PersistentChains) and distribution.owner is not None:
                 chains: PersistentChains = distribution.owner.chains
                 return chains
+            self._require_unshared(name, state)
             self.states[key] = state.to(**distribution.energy.tensor_options())
         if any(True for _ in self.states[key].parameters()):
             # What the store knows by this name is what the optimiser moves.
             pyro.module(f"{key}.objective", self.states[key], update_module_params=True)
         return self.states[key]
+
+    def _require_unshared(self, name: str, state: nn.Module) -> None:
+        used = {id(parameter) for parameter in self.states.parameters()}
+        if any(id(parameter) in used for parameter in state.parameters()):
+            raise ValueError(
+                f"{type(self.objective).__name__} trains one module for one energy, "
+                f"and site {name!r} has another energy than {[*self.states]}. Fit the "
+                "energies one by one."
+            )
 
     def check(
         self, name: str, distribution: EnergyDistribution, latents: list[Tensor]

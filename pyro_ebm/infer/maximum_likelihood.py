@@ -11,7 +11,7 @@ References:
     Tieleman (2008), ICML.
 """
 
-__all__ = ["MaximumLikelihood", "require_kernel"]
+__all__ = ["MaximumLikelihood", "likelihood_surrogate", "require_kernel"]
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast, final
@@ -81,7 +81,7 @@ class MaximumLikelihood(Objective):
         """
         distribution.require_no_free_log_partition()
         chains = cast(PersistentChains, state)
-        energy, log_partition = distribution.energy, distribution.log_partition.detach()
+        energy = distribution.energy
         sampler = distribution.sampler or IndependentChains()
         num_restarts = round(self.restart_fraction * self.num_chains)
         if not chains.is_started:
@@ -91,14 +91,27 @@ class MaximumLikelihood(Objective):
         elif num_restarts:
             chains.restart(energy, sampler.start(energy, num_restarts))
         x_model = chains.advance(energy, self.kernel, self.num_steps)
-        second_term = energy(x_model).mean()  # E_q[f], whose gradient is E_q[df]
+        return likelihood_surrogate(distribution, x_model)
 
-        def surrogate(x: Tensor) -> Terms:
-            value = energy(x)
-            gap = second_term - second_term.detach()
-            return Terms(-value - log_partition + gap, value)  # (1.16)
 
-        return surrogate
+def likelihood_surrogate(
+    distribution: EnergyDistribution, x_model: Tensor
+) -> Surrogate:
+    """The surrogate of the likelihood with given draws of the model.
+
+    Args:
+        distribution: At the current parameters.
+        x_model: About draws of it, shape ``(C, *event)``.
+    """
+    energy, log_partition = distribution.energy, distribution.log_partition.detach()
+    second_term = energy(x_model).mean()  # E_q[f], whose gradient is E_q[df]
+
+    def surrogate(x: Tensor) -> Terms:
+        value = energy(x)
+        gap = second_term - second_term.detach()
+        return Terms(-value - log_partition + gap, value)  # (1.16)
+
+    return surrogate
 
 
 def require_kernel(kernel: Any) -> None:

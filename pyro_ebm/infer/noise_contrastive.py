@@ -94,7 +94,7 @@ class NoiseContrastive(Objective):
             points, log_noise = with_noise(x, noise, self.num_noise, energy.event_dim)
             values = energy(points)
             log_ratio = -values - log_noise
-            learned.start(log_ratio[1:])
+            learned.observe(log_ratio[1:])
             return Terms(contrast(log_ratio - learned.log_partition), values[0])
 
         return surrogate

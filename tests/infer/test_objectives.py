@@ -5,6 +5,7 @@ objectives do not use.
 """
 
 import copy
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -17,9 +18,14 @@ from pyro_ebm import EnergyModel, fit, infer
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy
 from pyro_ebm.infer import (
+    AmortizedSampler,
+    BoundedLikelihood,
     ContrastiveDivergence,
     DenoisingScoreMatching,
+    EnergyDiscrepancy,
     ExactMaximumLikelihood,
+    FlowContrastive,
+    ImportanceSampledLikelihood,
     MaximumLikelihood,
     NoiseContrastive,
     Objective,
@@ -28,8 +34,10 @@ from pyro_ebm.infer import (
     RankingNoiseContrastive,
     ScoreMatching,
     SlicedScoreMatching,
+    TemperedMaximumLikelihood,
 )
-from pyro_ebm.mcmc import HMC
+from pyro_ebm.infer.noise import LearnedLogPartition
+from pyro_ebm.mcmc import HMC, MALA
 from pyro_ebm.testing import CountingEnergy
 
 LOC = torch.tensor([0.4, -0.3], dtype=torch.float64)
@@ -37,8 +45,31 @@ PRECISION = torch.tensor([[1.6, 0.5], [0.5, 1.1]], dtype=torch.float64)
 SIGMA = 0.3
 
 
-def base():
-    return dist.Normal(torch.zeros(2), 1.5).to_event(1)
+def base(event=(2,)):
+    return dist.Normal(torch.zeros(event), 1.5).to_event(len(event))
+
+
+class Affine(nn.Module):
+    """The least of all flows."""
+
+    def __init__(self, event=(2,)):
+        super().__init__()
+        self.loc = nn.Parameter(torch.randn(event))
+        self.log_scale = nn.Parameter(torch.zeros(event))
+
+    def forward(self):
+        normal = dist.Normal(self.loc, self.log_scale.exp())
+        return normal.to_event(self.loc.dim())
+
+
+class Generator(nn.Module):
+    def __init__(self, event=(2,)):
+        super().__init__()
+        self.event = event
+        self.linear = nn.Linear(3, math.prod(event))
+
+    def forward(self, z):
+        return self.linear(z).reshape(len(z), *self.event)
 
 
 class ExactStart:
@@ -50,31 +81,54 @@ class ExactStart:
     __call__ = start
 
 
+# Each for events of a given shape.
 OBJECTIVES = {
-    "maximum-likelihood": lambda: MaximumLikelihood(num_chains=200, num_steps=5),
-    "exact": lambda: ExactMaximumLikelihood(num_nodes=61),
-    "contrastive-divergence": lambda: ContrastiveDivergence(num_steps=2),
-    "noise-contrastive": lambda: NoiseContrastive(base()),
-    "ranking": lambda: RankingNoiseContrastive(base(), num_noise=5),
-    "score-matching": lambda: ScoreMatching(),
-    "sliced": lambda: SlicedScoreMatching(),
-    "denoising": lambda: DenoisingScoreMatching(SIGMA),
-    "denoising-levels": lambda: DenoisingScoreMatching((0.1, 1.0)),
+    "maximum-likelihood": lambda event: MaximumLikelihood(num_chains=200, num_steps=5),
+    "tempered": lambda event: TemperedMaximumLikelihood(base(event), num_chains=100),
+    "exact": lambda event: ExactMaximumLikelihood(num_nodes=61),
+    "contrastive-divergence": lambda event: ContrastiveDivergence(num_steps=2),
+    "noise-contrastive": lambda event: NoiseContrastive(base(event)),
+    "ranking": lambda event: RankingNoiseContrastive(base(event), num_noise=5),
+    "flow-contrastive": lambda event: FlowContrastive(Affine(event)),
+    "importance": lambda event: ImportanceSampledLikelihood(base(event)),
+    "bounded": lambda event: BoundedLikelihood(base(event)),
+    "score-matching": lambda event: ScoreMatching(),
+    "sliced": lambda event: SlicedScoreMatching(),
+    "denoising": lambda event: DenoisingScoreMatching(SIGMA),
+    "denoising-levels": lambda event: DenoisingScoreMatching((0.1, 1.0)),
+    "discrepancy": lambda event: EnergyDiscrepancy(num_copies=64),
+    "generator": lambda event: AmortizedSampler(Generator(event), (3,), num_draws=50),
 }
-# At what parameters the mean gradient is nil: those of the data, or of noisy data.
-UNBIASED = [name for name in OBJECTIVES if name != "denoising-levels"]
+# At what parameters the mean gradient is nil: those of the data, or of noisy data. Not
+# so of energy discrepancy at finite M, and of a generator that is not the model.
+UNBIASED = [
+    name
+    for name in OBJECTIVES
+    if name not in ("denoising-levels", "discrepancy", "generator")
+]
 # Values and gradients of the energy that a data point costs, and those besides.
 COSTS = {
     "maximum-likelihood": ((1, 0), (200, 200 * 6)),
+    "tempered": ((1, 0), (100, 100 * (6 + 3 * (5 * 3 + 1)))),
     "exact": ((1, 0), None),
     "contrastive-divergence": ((2, 3), (0, 0)),
     "noise-contrastive": ((5, 0), (0, 0)),
     "ranking": ((6, 0), (0, 0)),
+    "flow-contrastive": ((1, 1), (0, 0)),
+    "importance": ((1, 0), (1024, 0)),
+    "bounded": ((1, 0), (1024, 0)),
     "score-matching": ((0, 1), (0, 0)),
     "sliced": ((0, 1), (0, 0)),
     "denoising": ((1, 1), (0, 0)),
     "denoising-levels": ((1, 1), (0, 0)),
+    "discrepancy": ((65, 0), (0, 0)),
+    "generator": ((1, 0), (50, 50)),
 }
+
+
+def objective_of(name, event=(2,)):
+    torch.manual_seed(7)  # some have a module of their own
+    return OBJECTIVES[name](event)
 
 
 @pytest.fixture(params=OBJECTIVES)
@@ -85,12 +139,12 @@ def name(request):
 def test_every_public_objective_is_covered():
     public = [getattr(infer, name) for name in infer.__all__]
     classes = {c for c in public if isinstance(c, type) and issubclass(c, Objective)}
-    assert {type(make()) for make in OBJECTIVES.values()} == classes - {Objective}
+    assert {type(objective_of(name)) for name in OBJECTIVES} == classes - {Objective}
     assert COSTS.keys() == OBJECTIVES.keys()
 
 
 def test_what_it_says_of_itself(name):
-    objective = OBJECTIVES[name]()
+    objective = objective_of(name)
     state = objective.make_state()
     assert objective.log_partition in (None, "exact", "consistent")
     assert (objective.log_partition is not None) == hasattr(state, "log_partition")
@@ -106,10 +160,10 @@ def gaussian(loc=LOC, precision=PRECISION):
 
 def gradients(name, energy, batches):
     """Of the loss at fixed parameters, one a batch, shape ``(len(batches), P)``."""
-    objective = OBJECTIVES[name]()
+    objective = objective_of(name)
     state = objective.make_state()
     known = energy.closed_form().log_partition
-    if isinstance(objective, NoiseContrastive):
+    if isinstance(state, LearnedLogPartition):
         state.log_partition.data.copy_(known)
         state.is_started.fill_(True)
     q = EnergyDistribution(energy, sampler=ExactStart())
@@ -177,11 +231,11 @@ def trained_by_torch(objective, energy_model, data, num_steps=6):
 
 
 def test_svi_and_a_loop_of_torch_give_the_same(name):
-    objective, data = OBJECTIVES[name](), torch.randn(50, 2)
+    data = torch.randn(50, 2)
     first, second = network(), network()
     before = copy.deepcopy(first.energy.state_dict())
-    learn, losses = trained_by_svi(objective, first, data)
-    loss = trained_by_torch(objective, second, data)
+    learn, losses = trained_by_svi(objective_of(name), first, data)
+    loss = trained_by_torch(objective_of(name), second, data)
     for key, value in first.state_dict().items():
         torch.testing.assert_close(value, second.state_dict()[key], equal_nan=True)
     for key, value in learn.states.state_dict().items():
@@ -194,13 +248,13 @@ def test_svi_and_a_loop_of_torch_give_the_same(name):
 
 def test_the_value_under_svi_is_that_of_log_prob(name):
     energy_model, data = network(), torch.randn(20, 2)
-    _, losses = trained_by_svi(OBJECTIVES[name](), energy_model, data, 1)
+    _, losses = trained_by_svi(objective_of(name), energy_model, data, 1)
     fresh = network()
     assert losses[0] == pytest.approx(fresh.energy(data).mean().item(), abs=1e-9)
 
 
 def test_what_is_learned_beside_the_energy_is_saved(name):
-    objective, data = OBJECTIVES[name](), torch.randn(30, 2)
+    objective, data = objective_of(name), torch.randn(30, 2)
     learn, _ = trained_by_svi(objective, network(), data, 2)
     fresh = ObjectiveModel(lambda: None, objective)
     fresh.load_state_dict(learn.state_dict())
@@ -214,7 +268,7 @@ def test_what_is_learned_beside_the_energy_is_saved(name):
 def test_fit_takes_it_and_log_partition_follows(name):
     energy_model = network()
     result = fit(
-        energy_model, torch.randn(60, 2), OBJECTIVES[name](), num_steps=12,
+        energy_model, torch.randn(60, 2), objective_of(name), num_steps=12,
         record_interval=6, progress_bar=False,
     )  # fmt: skip
     assert result.stopped == "finished"
@@ -223,7 +277,7 @@ def test_fit_takes_it_and_log_partition_follows(name):
     state = exact.make_state()
     exact.loss(result.distribution, torch.randn(60, 2), state)
     assert abs(result.log_partition.value - state.log_partition) < 0.1
-    if OBJECTIVES[name]().log_partition is not None:
+    if objective_of(name).log_partition is not None:
         assert abs(result.state.log_partition - state.log_partition) < 0.2
 
 
@@ -239,11 +293,7 @@ def test_shapes_and_dtype(name, event, dtype):
         terms = weight * x**4 + x**2 / 2
         return terms.sum(tuple(range(-len(event), 0))) if event else terms
 
-    objective = OBJECTIVES[name]()
-    if hasattr(objective, "noise"):
-        zeros = torch.zeros(event)
-        noise = dist.Normal(zeros, 1.5).to_event(len(event))
-        objective = type(objective)(noise)
+    objective = objective_of(name, event)
     q = EnergyDistribution(FunctionEnergy(value, event))
     state = objective.make_state().to(dtype)
     terms = objective.surrogate(q, state)(torch.randn((4, 3, *event)))
@@ -255,7 +305,7 @@ def test_shapes_and_dtype(name, event, dtype):
 
 
 def test_cost_of_a_step(name):
-    objective, data = OBJECTIVES[name](), torch.randn(30, 2)
+    objective, data = objective_of(name), torch.randn(30, 2)
     counting = CountingEnergy(FunctionEnergy(gaussian(), (2,)))
     loss = ObjectiveLoss(counting, objective)
     for _ in range(2):
@@ -291,26 +341,28 @@ class GammaEnergy(nn.Module):
         SlicedScoreMatching(),
         NoiseContrastive(dist.LogNormal(torch.tensor(0.5), 1.0), num_noise=10),
         RankingNoiseContrastive(dist.LogNormal(torch.tensor(0.5), 1.0)),
+        BoundedLikelihood(dist.LogNormal(torch.tensor(0.5), 1.0)),
+        EnergyDiscrepancy(num_copies=16),
     ],
     ids=lambda objective: type(objective).__name__,
 )
 def test_positive_data(objective):
     """A Gamma distribution of concentration 3 and rate 2, to 4 standard errors of
-    maximum likelihood at 4,000 points (0.07, 0.05), twice that for the others."""
+    maximum likelihood at 2,000 points (0.1, 0.07), twice that for the others."""
     pyro.set_rng_seed(3)
-    data = dist.Gamma(3.0, 2.0).sample((4000,))
+    data = dist.Gamma(3.0, 2.0).sample((2000,))
     energy = FunctionEnergy(GammaEnergy(2.0, 1.5), (), dist.constraints.positive)
     loss = ObjectiveLoss(energy, objective)
     optim = torch.optim.Adam(loss.parameters(), lr=0.05)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optim, 0.98)
-    for _ in range(250):
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optim, 0.97)
+    for _ in range(150):
         optim.zero_grad()
         loss(data).backward()
         optim.step()
         schedule.step()
     factor = 1 if isinstance(objective, ExactMaximumLikelihood) else 2
-    assert abs(energy.fn.concentration - 3) < factor * 4 * 0.07
-    assert abs(energy.fn.rate - 2) < factor * 4 * 0.05
+    assert abs(energy.fn.concentration - 3) < factor * 4 * 0.1
+    assert abs(energy.fn.rate - 2) < factor * 4 * 0.07
 
 
 @pytest.mark.parametrize("name", [n for n in OBJECTIVES if "nois" not in n])
@@ -320,7 +372,7 @@ def test_discrete_supports(name):
     support = dist.constraints.independent(dist.constraints.boolean, 1)
     energy = FunctionEnergy(lambda x: -(x * logits).sum(-1), (3,), support)
     x = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
-    objective = OBJECTIVES[name]()
+    objective = objective_of(name)
     loss = ObjectiveLoss(energy, objective)
     if name == "exact":
         bernoulli = dist.Bernoulli(logits=logits).to_event(1)
@@ -329,8 +381,8 @@ def test_discrete_supports(name):
         torch.testing.assert_close(
             *(torch.autograd.grad(value, logits) for value in (loss(x), expected))
         )
-    elif name == "ranking":
-        with pytest.raises(ValueError, match="noise must have event_shape|noise must"):
+    elif name in ("ranking", "importance", "bounded"):
+        with pytest.raises(ValueError, match=r"must be one distribution with event_sh"):
             loss(x)
     else:
         with pytest.raises(NotImplementedError, match=r"discrete.*NoiseContrastive"):
@@ -388,13 +440,13 @@ def test_noise_is_the_base_by_default():
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, make in OBJECTIVES.items() if "gradient" in make().needs]
+    "name", [n for n in OBJECTIVES if "gradient" in objective_of(n).needs]
 )
 def test_an_energy_that_is_not_differentiable(name):
     weight = nn.Parameter(torch.tensor(1.0))
     energy = FunctionEnergy(lambda x: weight * (x > 0).to(x).sum(-1), (2,))
     with pytest.raises(ValueError, match=r"needs the gradient.*detaches x"):
-        ObjectiveLoss(energy, OBJECTIVES[name]())(torch.randn(5, 2))
+        ObjectiveLoss(energy, objective_of(name))(torch.randn(5, 2))
 
 
 def test_an_objective_with_a_state_needs_it():
@@ -414,6 +466,22 @@ def test_an_objective_with_a_state_needs_it():
         ),
         (lambda: DenoisingScoreMatching(()), "noise_scale must be positive and finite"),
         (lambda: ContrastiveDivergence(0), "num_steps must be at least 1, got 0"),
+        (
+            lambda: ImportanceSampledLikelihood(num_draws=1),
+            "num_draws must be at least",
+        ),
+        (lambda: BoundedLikelihood(num_draws=1), "num_draws must be at least 2, got 1"),
+        (lambda: EnergyDiscrepancy(0.0), "time must be positive and finite, got 0.0"),
+        (lambda: EnergyDiscrepancy(num_copies=0), "num_copies must be at least 1"),
+        (
+            lambda: EnergyDiscrepancy(stabilizer=-1.0),
+            "stabilizer must be finite",
+        ),
+        (lambda: TemperedMaximumLikelihood(num_temperatures=1), "must be at least 2"),
+        (lambda: FlowContrastive(Affine(), 0), "num_noise must be at least 1, got 0"),
+        (lambda: AmortizedSampler(Affine(), (2,), 0.0), "noise_scale must be positive"),
+        (lambda: AmortizedSampler(Affine(), (2,), num_draws=0), "num_draws must be at"),
+        (lambda: AmortizedSampler(Affine(), (2,), num_posterior=6), "multiple of 4"),
         (lambda: ExactMaximumLikelihood(num_nodes=2), "num_nodes must be at least 5"),
         (lambda: ExactMaximumLikelihood(max_states=0), "max_states must be at least 1"),
     ],
@@ -436,6 +504,29 @@ def test_wrong_types():
             take("ml")
     with pytest.raises(TypeError, match="kernel must be a pyro_ebm.mcmc.Kernel"):
         ContrastiveDivergence(kernel=HMC)
+    with pytest.raises(TypeError, match="kernel must be HMC.*got MALA"):
+        TemperedMaximumLikelihood(kernel=MALA())
+    with pytest.raises(TypeError, match="flow must be a module .*NoiseContrastive"):
+        FlowContrastive(base())
+    with pytest.raises(TypeError, match="generator must be a module"):
+        AmortizedSampler(torch.tanh, (2,))
+    loss = ObjectiveLoss(gaussian(), AmortizedSampler(nn.Linear(2, 3), (2,)))
+    with pytest.raises(ValueError, match=r"of shape \(256, 2\), got \(256, 3\)"):
+        loss(torch.zeros(5, 2))
+
+
+def test_one_generator_is_for_one_energy():
+    energies = nn.ModuleList([gaussian(), gaussian(-LOC)])
+
+    def model():
+        pyro.module("energies", energies)
+        for k, energy in enumerate(energies):
+            with pyro.plate(f"data {k}", 5):
+                pyro.sample(f"x {k}", EnergyDistribution(energy), obs=torch.zeros(5, 2))
+
+    learn = ObjectiveModel(model, objective_of("generator"))
+    with pytest.raises(ValueError, match="one module for one energy.*one by one"):
+        Trace_ELBO().loss(learn, lambda: None)
 
 
 def test_a_mixture_needs_the_gradient_at_each_point():
@@ -451,3 +542,23 @@ def test_a_mixture_needs_the_gradient_at_each_point():
 
     with pytest.raises(NotImplementedError, match="no gradient of log q"):
         Trace_ELBO().loss(infer.score_matching(model), lambda: None)
+
+
+class Slope(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_an_unknown_log_partition_says_what_to_do():
+    """Score matching does not mind an energy without a partition function."""
+    energy = FunctionEnergy(Slope(), (2,))
+    objective, settings = DenoisingScoreMatching(0.5), {"progress_bar": False}
+    result = fit(
+        EnergyModel(energy), torch.randn(50, 2), objective, num_steps=5, **settings
+    )
+    assert result.log_partition.status == "unreliable"
+    assert "run pyro_ebm.partition.estimate" in result.log_partition.reason
