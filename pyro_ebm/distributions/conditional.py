@@ -5,7 +5,9 @@ r"""A distribution given a part of its event: inpainting.
 
 Conditioning is easy for an energy: what is observed is put in, and only the partition
 function is another one. (Marginals are easy for draws: ``p.sample(shape)[..., index]``
-has the distribution of the coordinates ``index``, the others integrated out.)
+has the distribution of the coordinates ``index``, the others integrated out.) An
+observation with noise is no part of the event, and needs no operator: it is a second
+``pyro.sample`` site, with ``obs``, after that of the energy.
 """
 
 __all__ = ["Conditional"]
@@ -29,7 +31,8 @@ class Conditional(EnergyDistribution):
     r"""The distribution (1) of the coordinates that are free, given the others.
 
     Usually written ``p.condition({index: value})``. The event is one vector of the free
-    coordinates, in the order of the flattened event. Parameters of ``p`` stay live.
+    coordinates, in the order of the flattened event; one value holds for all draws.
+    Parameters of ``p`` stay live.
 
     Where ``p`` is Gaussian, a mixture of Gaussians or independent, :math:`\log Z_v` is
     exact. Otherwise it is unknown until it is given (``partition.estimate`` of the
