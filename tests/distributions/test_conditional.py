@@ -146,7 +146,7 @@ def test_a_latent_prior_and_its_observation_need_no_operator_of_their_own():
     mass = (-joint(points)).softmax(0).detach()
     mean = mass @ points
     variance = mass @ (points - mean) ** 2
-    mcmc = MCMC(NUTS(model), 300, 80, disable_progbar=True)
+    mcmc = MCMC(NUTS(model), 250, 60, disable_progbar=True)
     mcmc.run()
     x = mcmc.get_samples()["x"]
 
@@ -186,7 +186,7 @@ def test_base_and_sampler_are_derived():
         assert q.condition({1: 0.0}).sampler.start(given.energy, 4).shape == (4, 2)
     assert given.sample((3,)).shape == (3, 2)
     exact = partition.quadrature(given.energy).value
-    found = partition.estimate(given, method="smc", budget=20_000)
+    found = partition.estimate(given, method="smc", budget=8_000)
     assert abs(found.value - exact) < 4 * found.std_error + 0.01
     own = normal(0.0, 0.0)
     assert q.condition({1: 0.0}, base=own).sampler.base is own
@@ -282,7 +282,7 @@ def test_gradient_of_the_likelihood_is_that_of_quadrature():
 
     def worst(given):
         grads = []
-        for _ in range(25):
+        for _ in range(15):
             learned = maximum_likelihood(model, num_chains=200, num_steps=40)
             loss = Trace_ELBO().differentiable_loss(learned, lambda _: None, given)
             grads += torch.autograd.grad(-loss, list(q.energy.parameters()))

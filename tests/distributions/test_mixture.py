@@ -261,8 +261,8 @@ def test_plates_expand_it():
     assert trace.nodes["x"]["log_prob"].shape == (3, 4)
 
 
-def nuts(model, site, num_samples=300):
-    mcmc = MCMC(NUTS(model), num_samples, 100, disable_progbar=True)
+def nuts(model, site, num_samples=200):
+    mcmc = MCMC(NUTS(model), num_samples, 60, disable_progbar=True)
     mcmc.run()
     return mcmc.get_samples()[site]
 
@@ -316,7 +316,7 @@ def test_weights_may_be_latent():
         return w.log() + (-w).log1p() + parts.logsumexp(0).sum(-1)
 
     grid = GridDensity(log_joint, 0, 1, 2001)
-    assert_moments_by_ess(nuts(model, "weights", 200)[:, 0], grid)
+    assert_moments_by_ess(nuts(model, "weights", 120)[:, 0], grid)
 
 
 def test_an_energy_of_a_latent_is_still_refused():
@@ -375,7 +375,7 @@ def parameters_of(energies, logits):
     return [logits, *(p for f in energies for p in f.parameters())]
 
 
-def stochastic_gradients(energies, logits, count=25):
+def stochastic_gradients(energies, logits, count=15):
     """Of the loss under ``maximum_likelihood``, each with new chains."""
     modules = nn.ModuleList(energies)
     bases = [dist.Normal(torch.tensor(m), 0.6) for m in (-3.2, 0.6)]
@@ -446,9 +446,9 @@ def test_svi_learns_models_and_weights_together():
             pyro.sample("x", q, obs=data)
 
     learn = maximum_likelihood(model, num_chains=200, num_steps=3)
-    optim = pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.02 ** (1 / 300)})
+    optim = pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.02 ** (1 / 200)})
     svi = SVI(learn, lambda: None, optim, Trace_ELBO())
-    for _ in range(300):
+    for _ in range(200):
         svi.step()
     assert set(learn.chains) == set()  # the models' own serve
     left, right = data[:150], data[150:]
