@@ -35,7 +35,7 @@ __all__ = [
 
 from pyro_ebm.energies.algebra import ExpEnergy, SumEnergy
 from pyro_ebm.energies.base import ClosedForm, Energy
-from pyro_ebm.energies.clamped import ClampedEnergy, marginal
+from pyro_ebm.energies.clamped import ClampedEnergy
 from pyro_ebm.energies.compiled import CompiledEnergy
 from pyro_ebm.energies.conjugate import register_product
 from pyro_ebm.energies.convolutional import ConvolutionalEnergy
@@ -44,6 +44,7 @@ from pyro_ebm.energies.finite import FiniteUniform, spins
 from pyro_ebm.energies.function import FunctionEnergy
 from pyro_ebm.energies.lattice import IsingEnergy, PottsEnergy
 from pyro_ebm.energies.linear_map import LinearMapEnergy
+from pyro_ebm.energies.marginal import marginal
 from pyro_ebm.energies.mixture import MixtureEnergy
 from pyro_ebm.energies.neural import NeuralEnergy
 from pyro_ebm.energies.part import PartEnergy

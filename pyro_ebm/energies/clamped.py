@@ -18,16 +18,14 @@ and constant :math:`-c_v`; :math:`\tilde\eta` is the observed part of :math:`\et
 \Sigma_{vv}^{-1} \Sigma_{vu}` of the covariance.
 """
 
-__all__ = ["ClampedEnergy", "Index", "marginal"]
+__all__ = ["ClampedEnergy", "Index"]
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any, TypeAlias, final
 
-import pyro.distributions as dist
 import torch
-import torch.distributions as torch_dist
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions.constraints import Constraint
@@ -38,24 +36,11 @@ from pyro_ebm.energies.gaussian import (
     gaussian_closed_form,
     gaussian_form,
 )
+from pyro_ebm.energies.marginal import independent_marginal
 
 #: What chooses coordinates of an event, as in ``x[index]``.
 Index: TypeAlias = (
     "int | slice | EllipsisType | Tensor | tuple[int | slice | EllipsisType, ...]"
-)
-#: Families of one number that are built from just their ``arg_constraints``.
-_UNIVARIATE = (
-    torch_dist.Beta,
-    torch_dist.Cauchy,
-    torch_dist.Exponential,
-    torch_dist.Gamma,
-    torch_dist.HalfCauchy,
-    torch_dist.HalfNormal,
-    torch_dist.Laplace,
-    torch_dist.LogNormal,
-    torch_dist.Normal,
-    torch_dist.StudentT,
-    torch_dist.Uniform,
 )
 
 
@@ -162,7 +147,7 @@ class ClampedEnergy(Energy):
         whole = self.energy.closed_form()
         if whole is not None:
             free, observed = (
-                _independent_marginal(whole.distribution, numbers)
+                independent_marginal(whole.distribution, numbers)
                 for numbers in (self.free, self.fixed)
             )
             if free is not None and observed is not None:
@@ -188,43 +173,6 @@ def _(energy: ClampedEnergy) -> GaussianForm | None:
         u_rows[..., energy.free],
         form.magnitude[:, energy.free],
     )  # (2)
-
-
-def marginal(distribution: Any, numbers: Tensor) -> dist.TorchDistribution | None:
-    """The distribution of some coordinates of a normal or of independent ones.
-
-    Args:
-        distribution: Over one event.
-        numbers: Of the coordinates in the flattened event, shape ``(U,)``.
-
-    Returns:
-        A distribution over vectors of shape ``(U,)``; ``None`` for other families.
-
-    Example:
-        >>> whole = dist.Normal(torch.arange(3.0), 1.0).to_event(1)
-        >>> marginal(whole, torch.tensor([2])).mean
-        tensor([2.])
-    """
-    if isinstance(distribution, torch_dist.MultivariateNormal):
-        covariance = distribution.covariance_matrix[numbers][:, numbers]
-        return dist.MultivariateNormal(distribution.loc[numbers], covariance)
-    return _independent_marginal(distribution, numbers)
-
-
-def _independent_marginal(
-    distribution: Any, numbers: Tensor
-) -> dist.TorchDistribution | None:
-    event_shape = distribution.event_shape
-    while isinstance(distribution, torch_dist.Independent):
-        distribution = distribution.base_dist
-    if not isinstance(distribution, _UNIVARIATE):
-        return None
-    parameters = {
-        name: getattr(distribution, name).expand(event_shape).reshape(-1)[numbers]
-        for name in distribution.arg_constraints
-    }
-    family: Any = type(distribution)
-    return family(**parameters, validate_args=False).to_event(1)
 
 
 def _scalar_support(energy: Energy) -> Constraint:

@@ -1,0 +1,62 @@
+"""Distributions of some coordinates of an event, where they are known."""
+
+__all__ = ["independent_marginal", "marginal"]
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch.distributions as torch_dist
+from torch import Tensor
+
+#: Families of one number that are built from just their ``arg_constraints``.
+_UNIVARIATE = (
+    torch_dist.Beta,
+    torch_dist.Cauchy,
+    torch_dist.Exponential,
+    torch_dist.Gamma,
+    torch_dist.HalfCauchy,
+    torch_dist.HalfNormal,
+    torch_dist.Laplace,
+    torch_dist.LogNormal,
+    torch_dist.Normal,
+    torch_dist.StudentT,
+    torch_dist.Uniform,
+)
+
+
+def marginal(distribution: Any, numbers: Tensor) -> dist.TorchDistribution | None:
+    """The distribution of some coordinates of a normal or of independent ones.
+
+    Args:
+        distribution: Over one event.
+        numbers: Of the coordinates in the flattened event, shape ``(U,)``.
+
+    Returns:
+        A distribution over vectors of shape ``(U,)``; ``None`` for other families.
+
+    Example:
+        >>> whole = dist.Normal(torch.arange(3.0), 1.0).to_event(1)
+        >>> marginal(whole, torch.tensor([2])).mean
+        tensor([2.])
+    """
+    if isinstance(distribution, torch_dist.MultivariateNormal):
+        covariance = distribution.covariance_matrix[numbers][:, numbers]
+        return dist.MultivariateNormal(distribution.loc[numbers], covariance)
+    return independent_marginal(distribution, numbers)
+
+
+def independent_marginal(
+    distribution: Any, numbers: Tensor
+) -> dist.TorchDistribution | None:
+    """The same of independent coordinates alone."""
+    event_shape = distribution.event_shape
+    while isinstance(distribution, torch_dist.Independent):
+        distribution = distribution.base_dist
+    if not isinstance(distribution, _UNIVARIATE):
+        return None
+    parameters = {
+        name: getattr(distribution, name).expand(event_shape).reshape(-1)[numbers]
+        for name in distribution.arg_constraints
+    }
+    family: Any = type(distribution)
+    return family(**parameters, validate_args=False).to_event(1)
