@@ -38,6 +38,7 @@ from torch.distributions.constraints import Constraint
 from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
 from pyro_ebm.diagnostics.pareto import pareto_k, pareto_std_error
 from pyro_ebm.energies import Energy, is_unconstrained, same_support
+from pyro_ebm.energies.model_runs import unwrapped
 from pyro_ebm.partition.base import LogPartitionEstimate
 
 #: Numbers drawn at once.
@@ -237,7 +238,9 @@ def support_of(proposal: dist.TorchDistribution) -> Constraint | None:
         support: Constraint | None = proposal.support
     except NotImplementedError:
         return None
-    return None if support is constraints.dependent else support
+    if support is None or support is constraints.dependent:
+        return None
+    return unwrapped(support)
 
 
 def chunks(total: int, size: int) -> list[int]:

@@ -238,3 +238,13 @@ def test_float32():
     estimate = importance_sampling(QuadraticEnergy(torch.zeros(2)), normal(2, 1.3))
     assert estimate.status == "ok"
     assert estimate.lower <= math.log(2 * math.pi) <= estimate.upper
+
+
+def test_a_mixture_is_a_proposal():
+    components = dist.Normal(torch.tensor([[-1.0], [1.0]]), 2.0).to_event(1)
+    weights = dist.Categorical(logits=torch.zeros(2))
+    mixture = dist.MixtureSameFamily(weights, components)
+    energy = FunctionEnergy(lambda x: x.square().sum(-1) / 2, (1,))
+    found = importance_sampling(energy, mixture, num_samples=20_000)
+    assert found.lower < math.log(2 * math.pi) / 2 < found.upper
+    assert found.std_error < 0.02
