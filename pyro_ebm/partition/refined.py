@@ -80,7 +80,10 @@ def refined_smc(
         DivergenceError: If no draw of the base has a finite energy.
         ValueError: If the budget is too small to do anything, or the base does not fit.
 
-    Exactness: *consistent*.
+    Exactness: *consistent*. The verdict was measured at the default budget. With a
+    third of it a curved or funnel-shaped target may be called ``"ok"`` while a tail is
+    still missed, by up to some tenths of a nat: of runs with 15,000 evaluations called
+    ok, 6 of 20 missed on a Rosenbrock, 1 of 20 on Neal's funnel.
 
     Example:
         >>> _ = torch.manual_seed(0)
