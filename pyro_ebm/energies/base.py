@@ -163,7 +163,8 @@ class Energy(nn.Module, ABC):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             energy = self(x)
-            (grad,) = torch.autograd.grad(energy.sum(), x)
+            # Ones instead of a sum: one operation less, forward and backward.
+            (grad,) = torch.autograd.grad(energy, x, torch.ones_like(energy))
         return energy.detach(), grad
 
     def closed_form(self) -> ClosedForm | None:
