@@ -21,6 +21,7 @@ __all__ = [
     "Objective",
     "ObjectiveLoss",
     "ObjectiveModel",
+    "ParameterErrors",
     "RankingNoiseContrastive",
     "ScoreMatching",
     "SlicedScoreMatching",
@@ -40,6 +41,7 @@ __all__ = [
     "log_likelihood_difference",
     "maximum_likelihood",
     "noise_contrastive",
+    "parameter_errors",
     "ranking_noise_contrastive",
     "score_matching",
     "sliced_score_matching",
@@ -65,7 +67,9 @@ from pyro_ebm.infer.maximum_likelihood import MaximumLikelihood
 from pyro_ebm.infer.noise_contrastive import NoiseContrastive
 from pyro_ebm.infer.objective import Objective, Surrogate, Terms
 from pyro_ebm.infer.ranking import RankingNoiseContrastive
+from pyro_ebm.infer.sandwich import ParameterErrors
 from pyro_ebm.infer.score_matching import ScoreMatching, SlicedScoreMatching
+from pyro_ebm.infer.standard_errors import parameter_errors
 from pyro_ebm.infer.sugar import (
     amortized_sampler,
     bounded_likelihood,

@@ -1,0 +1,181 @@
+r"""Standard errors of the parameters of an energy.
+
+With slope :math:`A` and spread :math:`B` of the equation that the fit has solved
+(:mod:`~pyro_ebm.infer.estimating_equations`), the parameters are in the limit of many
+data normal about what the estimator tends to, with the covariance
+
+.. math::
+    \Sigma = \frac1n A^{-1} B A^{-\top}                                    \tag{1}
+
+called the sandwich, whether or not the energy can be that of the data. If it can, the
+likelihood has :math:`B = A`, and :math:`\Sigma = A^{-1} / n` is what the information
+says.
+
+References:
+    Huber (1967), Proc. Fifth Berkeley Symposium 1, 221-233. White (1982), Econometrica
+    50, 1-25. Gutmann & Hyvarinen (2012), JMLR 13, 307-361 (noise contrast).
+"""
+
+__all__ = ["ParameterErrors", "Solved"]
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.infer.estimating_equations import Equation
+
+Status = Literal["ok", "biased", "unreliable"]
+
+#: Half-width of a 95 % interval, in standard errors.
+_NORMAL_QUANTILE = 1.959963984540054
+#: Distance from the solution, in standard errors, that an interval can bear.
+_MAX_DISTANCE = 0.5
+#: Error in that distance beyond which nothing can be said of it.
+_MAX_NOISE = 2.0
+
+
+class ParameterErrors(NamedTuple):
+    r"""Parameters with their errors, ``P`` numbers.
+
+    Attributes:
+        names: Of each, such as ``"loc[0]"``. Entries that the energy does not depend on
+            are left out.
+        estimate: Shape ``(P,)``, in double precision as all that follows.
+        covariance: (1), shape ``(P, P)``.
+        std_error: Shape ``(P,)``.
+        lower: Lower ends of the 95 % intervals, shape ``(P,)``.
+        upper: Upper ends.
+        method: What the covariance is, and how expectations under the model were taken.
+        status: ``"ok"``; ``"biased"`` where the estimator does not tend to the truth
+            and the intervals are about what it tends to; ``"unreliable"``.
+        reason: Why the status is not ``"ok"``; empty otherwise.
+    """
+
+    names: tuple[str, ...]
+    estimate: Tensor
+    covariance: Tensor
+    std_error: Tensor
+    lower: Tensor
+    upper: Tensor
+    method: str
+    status: Status
+    reason: str = ""
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether the status is ``"ok"``."""
+        return self.status == "ok"
+
+    def __str__(self) -> str:
+        width = max(map(len, self.names))
+        columns = zip(self.names, self.estimate, self.std_error, strict=True)
+        lines = [
+            f"{name:{width}}  {x:.4f} +- {error:.4f}" for name, x, error in columns
+        ]
+        reason = f": {self.reason}" if self.reason else ""
+        return "\n".join([*lines, f"[{self.status}{reason}] by the {self.method}"])
+
+
+class Solved(NamedTuple):
+    """An equation, with names for what it is in."""
+
+    names: list[str]
+    estimate: Tensor
+    equation: Equation
+    num_points: int
+
+    def require_identified(self, eps: float) -> None:
+        """Refuse a direction in which the equation does not change.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        values, vectors = torch.linalg.eigh(self._scaled_curvature())
+        flattest = values.abs().argmin()
+        if values[flattest].abs() > eps**0.75 * values.abs().max():
+            return
+        direction = vectors[:, flattest] / self._scale()
+        raise ValueError(
+            "the parameters of model cannot be told from data: the objective does not "
+            f"change along {_combination(self.names, direction)}, so no error is "
+            "finite. Hold a parameter in it by requires_grad_(False), or write the "
+            "energy without it. (log Z cancels a constant of the energy; noise "
+            "contrast knows it, if its own log_partition is held.)"
+        )
+
+    def errors(self, kind: str, biases: list[str]) -> ParameterErrors:
+        """Evaluate (1), and judge it."""
+        scale, equation = self._scale(), self.equation
+        inverse = torch.linalg.inv(self._scaled_curvature()) / scale.outer(scale)
+        matrix = inverse @ equation.spread @ inverse / self.num_points  # (1)
+        std_error = matrix.diagonal().sqrt()
+        half_width = _NORMAL_QUANTILE * std_error
+        unreliable = [
+            *self._doubts_of_curvature(),
+            *self._doubts_of_place(inverse, std_error),
+        ]
+        status: Status = "unreliable" if unreliable else "biased" if biases else "ok"
+        return ParameterErrors(
+            tuple(self.names),
+            self.estimate,
+            matrix,
+            std_error,
+            self.estimate - half_width,
+            self.estimate + half_width,
+            f"{kind} {equation.how}",
+            status,
+            "; ".join([*unreliable, *biases]),
+        )
+
+    def _scale(self) -> Tensor:
+        scale = self.equation.scale
+        return torch.where(scale > 0, scale, 1.0)
+
+    def _scaled_curvature(self) -> Tensor:
+        scale = self._scale()
+        return self.equation.curvature / scale.outer(scale)
+
+    def _doubts_of_curvature(self) -> list[str]:
+        doubts, count = [], len(self.names)
+        values, vectors = torch.linalg.eigh(self._scaled_curvature())
+        if values[0] < 0:
+            direction = _combination(self.names, vectors[:, 0] / self._scale())
+            doubts.append(
+                "the parameters are at no maximum, the objective curves upwards along "
+                f"{direction}: fit on from elsewhere"
+            )
+        if self.num_points < 10 * count:
+            doubts.append(
+                f"{self.num_points} points are few for {count} parameters: hold some "
+                "parameters, or take the bootstrap"
+            )
+        return doubts
+
+    def _doubts_of_place(self, inverse: Tensor, std_error: Tensor) -> list[str]:
+        step = (inverse @ self.equation.mean).abs()
+        noise = inverse @ self.equation.noise @ inverse
+        noise = noise.diagonal().clamp(min=0.0).sqrt()
+        if (noise > _MAX_NOISE * std_error).any():
+            return [self.equation.too_noisy]
+        excess = (step - 3 * noise) / std_error
+        worst = int(excess.argmax())
+        if excess[worst] <= _MAX_DISTANCE:
+            return []
+        distance = (step / std_error)[worst].item()
+        return [
+            f"{self.names[worst]} is {distance:.2g} standard errors from the solution: "
+            "fit longer, by smaller steps or on more chains, and average; if the "
+            "objective's own noise was drawn once and held, say num_redraws=1"
+        ]
+
+
+def _combination(names: list[str], direction: Tensor) -> str:
+    """A direction in words, its largest coefficient 1."""
+    direction = direction / direction[direction.abs().argmax()]
+    terms = [
+        f"{share:+.2g} {name}".replace("+1 ", "+ ").replace("-1 ", "- ")
+        for name, share in zip(names, direction.tolist(), strict=True)
+        if abs(share) > 1e-3
+    ]
+    return " ".join(terms).removeprefix("+ ")
