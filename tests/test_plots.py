@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import pyro.distributions as dist
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 
 import pyro_ebm
 from pyro_ebm import plots
@@ -56,6 +57,47 @@ def test_density_shows_points_over_the_image(ax):
     assert [len(line.get_xdata()) for line in ax.lines] == [3, 4]
     assert ax.get_xlim() == (-3, 3)
     assert ax.get_ylim() == (-2, 4)
+
+
+def test_density_says_what_it_shows(ax):
+    normal = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    plots.density(normal, BOUNDS, ax, log=True, colorbar=True)
+    assert ax.get_title() == r"log density $\log q(x)$"
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("$x_1$", "$x_2$")
+    assert ax.figure.axes[-1].get_ylabel() == r"$\log q(x)$ (nats)"
+
+
+def test_density_says_that_it_is_not_normalised(ax):
+    energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+    plots.density(pyro_ebm.EnergyDistribution(energy), BOUNDS, ax)
+    assert ax.get_title() == "unnormalised density $e^{-f(x)}$"
+
+
+def test_density_is_empty_outside_of_the_support(ax):
+    """With validation on, log_prob would refuse the points outside."""
+    square = dist.Uniform(torch.zeros(2), 1.0, validate_args=True).to_event(1)
+    plots.density(square, [(-1.0, 2.0)] * 2, ax, num_points=31)
+    shown = ax.images[0].get_array().filled(math.nan)
+    assert (shown[12:18, 12:18] == 1).all()
+    assert not (shown[:9] > 0).any()
+
+
+def test_density_computes_in_the_type_of_the_distribution(ax):
+    seen = []
+
+    class Seen(pyro_ebm.energies.QuadraticEnergy):
+        def forward(self, x):
+            seen.append(x.dtype)
+            return super().forward(x)
+
+    energy = Seen(torch.zeros(2, dtype=torch.float32))
+    distribution = pyro_ebm.EnergyDistribution(energy, 0.0)
+    moved = dist.TransformedDistribution(
+        distribution, [dist.transforms.AffineTransform(0.0, 1.0, 1)]
+    )
+    for q in (distribution, moved):
+        plots.density(q, BOUNDS, ax)
+    assert set(seen) == {torch.float32}
 
 
 def test_density_uses_the_current_axes(ax):
@@ -110,9 +152,85 @@ def test_likelihood_curve_of_a_fit(ax):
     assert ax.lines[0].get_xdata() == pytest.approx([2, 4])
 
 
-def test_likelihood_curve_refuses_an_empty_history(ax):
-    with pytest.raises(ValueError, match="history"):
-        plots.likelihood_curve([], ax)
+def test_log_partition_curve_has_its_interval_and_marks_what_is_unreliable(ax):
+    history = [record(step) for step in (100, 200, 300)]
+    bad = ESTIMATE._replace(status="unreliable", reason="why")
+    history[1] = history[1]._replace(log_partition=bad)
+    assert plots.log_partition_curve(history, ax) is ax
+    band = ax.collections[0].get_datalim(ax.transData)
+    assert (band.y0, band.y1) == pytest.approx((-0.3, 0.3))
+    assert ax.lines[0].get_ydata() == pytest.approx([0, 0, 0])
+    assert ax.lines[1].get_xdata() == pytest.approx([200])
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["tracked", "95 %", "unreliable"]
+    assert "nats" in ax.get_ylabel()
+
+
+def test_energy_gap_is_the_difference_of_the_likelihoods(ax):
+    low = LogLikelihood(-2.5, 0.31, 0.3, 0.1, True)
+    history = [record(100)._replace(validation=low)]
+    assert plots.energy_gap_curve(history, ax) is ax
+    assert ax.lines[-1].get_ydata() == pytest.approx([1.5])
+    band = ax.collections[0].get_datalim(ax.transData)
+    assert band.height == pytest.approx(2 * 1.96 * 0.5)  # without the error of log Z
+    assert "nats" in ax.get_ylabel()
+
+
+@pytest.mark.parametrize(
+    "curve", [plots.likelihood_curve, plots.log_partition_curve, plots.energy_gap_curve]
+)
+def test_curves_refuse_an_empty_history(curve, ax):
+    with pytest.raises(ValueError, match="history must hold"):
+        curve([], ax)
+
+
+def test_energy_gap_needs_held_out_points(ax):
+    with pytest.raises(ValueError, match="1 of 2 have none"):
+        plots.energy_gap_curve([record(1), record(2, validation=False)], ax)
+
+
+@pytest.mark.parametrize(("mode", "color"), [("light", "#0072B2"), ("dark", "#56B4E9")])
+def test_style_sets_the_look_and_takes_it_back(mode, color):
+    before = dict(plt.rcParams)
+    with plots.style(mode):
+        figure, ax = plt.subplots()
+        background = ax.get_facecolor()
+    assert dict(plt.rcParams) == before
+    # Drawn later: what counts is the background of the axes.
+    plots.likelihood_curve([record(100)], ax)
+    assert ax.lines[0].get_color() == color
+    assert (sum(background[:3]) < 1) == (mode == "dark")
+    plt.close(figure)
+
+
+def test_colours_follow_what_lies_behind_transparent_axes(ax):
+    ax.figure.set_facecolor("black")
+    ax.set_facecolor("none")
+    plots.likelihood_curve([record(100)], ax)
+    assert ax.lines[0].get_color() == "#56B4E9"
+
+
+def test_style_refuses_another_name():
+    with pytest.raises(ValueError, match="'sepia'"), plots.style("sepia"):
+        pass
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_colours_stand_out_from_their_background(mode):
+    """By the contrast ratio of the web guidelines, at least 3 for graphics."""
+    palette = sys.modules["pyro_ebm.plots.style"]._PALETTES[mode]
+
+    def luminance(color):
+        rgb = torch.tensor(to_rgb(color))
+        linear = torch.where(
+            rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4
+        )
+        return (linear @ torch.tensor([0.2126, 0.7152, 0.0722])).item()
+
+    behind = luminance(palette.background)
+    for color in palette[:-1]:
+        low, high = sorted((luminance(color), behind))
+        assert (high + 0.05) / (low + 0.05) > 3, color
 
 
 def test_library_does_not_import_its_plots():
@@ -129,6 +247,7 @@ def test_missing_matplotlib_is_named_with_the_way_out(monkeypatch):
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    monkeypatch.delitem(sys.modules, "pyro_ebm.plots")
+    for name in [name for name in sys.modules if name.startswith("pyro_ebm.plots")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"pip install 'pyro-ebm\[plots\]'"):
         importlib.import_module("pyro_ebm.plots")

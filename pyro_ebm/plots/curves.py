@@ -1,0 +1,170 @@
+r"""How a fit went, step by step: likelihood, log Z and the gap of the energies."""
+
+__all__ = ["energy_gap_curve", "likelihood_curve", "log_partition_curve"]
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pyro_ebm.infer import FitRecord, LogLikelihood
+from pyro_ebm.plots.style import axes_or_current, palette_of
+
+#: Standard errors to each side of a 95 % interval of a mean of many.
+_NUM_ERRORS = 1.96
+
+
+def likelihood_curve(history: Sequence[FitRecord], ax: Any = None) -> Any:
+    r"""Draw train and held-out log-likelihood against the parameter step.
+
+    The dark band is what :math:`\log Z` leaves open, its 95 % interval; the light one
+    adds that the points are a finite sample, by 1.96 standard errors to each side.
+
+    Args:
+        history: Of :class:`pyro_ebm.infer.FitResult`; its validation may be ``None``.
+        ax: Axes to draw on; default: the current ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If the history is empty.
+    """
+    _require_records(history)
+    ax = axes_or_current(ax)
+    first, second = palette_of(ax)[:2]
+    _curve(ax, history, [record.train for record in history], "train", first, "-")
+    held_out = [r.validation for r in history if r.validation is not None]
+    if len(held_out) == len(history):
+        _curve(ax, history, held_out, "held out", second, "--")
+    ax.set(
+        xlabel="parameter step",
+        ylabel="log-likelihood a point (nats)",
+        title="log-likelihood of the averaged model",
+    )
+    ax.legend(frameon=False)
+    return ax
+
+
+def log_partition_curve(history: Sequence[FitRecord], ax: Any = None) -> Any:
+    r"""Draw the tracked :math:`\log Z` with its 95 % interval; crosses: not reliable.
+
+    Args:
+        history: Of :class:`pyro_ebm.infer.FitResult`.
+        ax: Axes to draw on; default: the current ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If the history is empty.
+
+    Example:
+        >>> base = dist.Normal(torch.zeros(2), 1.5).to_event(1)
+        >>> energy = pyro_ebm.energies.NeuralEnergy((2,), (8,), base=base)
+        >>> model, data = pyro_ebm.EnergyModel(energy, base), torch.randn(50, 2)
+        >>> settings = {"num_steps": 4, "record_interval": 2, "progress_bar": False}
+        >>> result = pyro_ebm.fit(model, data, **settings)
+        >>> log_partition_curve(result.history).get_ylabel()
+        '$\\log Z$ (nats)'
+    """
+    _require_records(history)
+    ax = axes_or_current(ax)
+    palette = palette_of(ax)
+    steps = np.array([record.step for record in history])
+    estimates = [record.log_partition for record in history]
+    values, lower, upper, reliable = (
+        np.array([getattr(estimate, name) for estimate in estimates])
+        for name in ("value", "lower", "upper", "is_reliable")
+    )
+    ax.plot(steps, values, color=palette.first, label="tracked")
+    ax.fill_between(
+        steps, lower, upper, color=palette.first, alpha=0.3, linewidth=0, label="95 %"
+    )
+    if not reliable.all():
+        style = {"color": palette.second, "linestyle": "none", "marker": "x"}
+        ax.plot(steps[~reliable], values[~reliable], label="unreliable", **style)
+    ax.set(
+        xlabel="parameter step",
+        ylabel=r"$\log Z$ (nats)",
+        title=r"$\log Z$ of the averaged model",
+    )
+    ax.legend(frameon=False)
+    return ax
+
+
+def energy_gap_curve(history: Sequence[FitRecord], ax: Any = None) -> Any:
+    r"""Draw how much higher the energy is at held-out points than at training points.
+
+    The difference of their log-likelihoods, from which :math:`\log Z` cancels: where it
+    grows the energy learns the training points by heart, and no error in
+    :math:`\log Z` can feign or hide that. The band is 1.96 standard errors to each
+    side, from the finite number of points.
+
+    Args:
+        history: Of :class:`pyro_ebm.infer.FitResult`, with validation data.
+        ax: Axes to draw on; default: the current ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If the history is empty or has no held-out points.
+    """
+    _require_records(history)
+    pairs = [(r.train, r.validation) for r in history if r.validation is not None]
+    if len(pairs) < len(history):
+        raise ValueError(
+            "history must have a validation log-likelihood in each record, and "
+            f"{len(history) - len(pairs)} of {len(history)} have none. Fit with "
+            "validation_data."
+        )
+    ax = axes_or_current(ax)
+    palette = palette_of(ax)
+    steps = [record.step for record in history]
+    gap = np.array([train.value - held.value for train, held in pairs])
+    errors = [np.hypot(t.std_error_data, h.std_error_data) for t, h in pairs]
+    half = _NUM_ERRORS * np.array(errors)
+    ax.axhline(0.0, color=palette.faint, linewidth=0.8)
+    ax.plot(steps, gap, color=palette.first)
+    _band(ax, steps, gap, half, palette.first, 0.3)
+    ax.set(
+        xlabel="parameter step",
+        ylabel="held-out minus training energy (nats)",
+        title="energy gap",
+    )
+    return ax
+
+
+def _require_records(history: Sequence[FitRecord]) -> None:
+    if not history:
+        raise ValueError(
+            "history must hold at least one record, got none. Fit with num_steps of at "
+            "least record_interval."
+        )
+
+
+def _curve(
+    ax: Any,
+    history: Sequence[FitRecord],
+    values: Sequence[LogLikelihood],
+    label: str,
+    color: str,
+    style: str,
+) -> None:
+    steps = [record.step for record in history]
+    middle = np.array([value.value for value in values])
+    estimates = [record.log_partition for record in history]
+    dark = np.array([(estimate.upper - estimate.lower) / 2 for estimate in estimates])
+    errors = np.array([value.std_error_data for value in values])
+    ax.plot(steps, middle, style, color=color, label=label)
+    _band(ax, steps, middle, np.hypot(dark, _NUM_ERRORS * errors), color, 0.15)
+    _band(ax, steps, middle, dark, color, 0.35)
+
+
+def _band(
+    ax: Any, x: Sequence[float], middle: Any, half: Any, color: str, alpha: float
+) -> None:
+    ax.fill_between(
+        x, middle - half, middle + half, color=color, alpha=alpha, linewidth=0
+    )
