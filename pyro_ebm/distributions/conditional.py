@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.mixture import MixtureOfExperts
+from pyro_ebm.distributions.representation import distribution_html
 from pyro_ebm.energies import ClampedEnergy, marginal
 from pyro_ebm.mcmc import IndependentChains, Sampler
 from pyro_ebm.partition import LogPartitionEstimate
@@ -144,10 +145,12 @@ class Conditional(EnergyDistribution):
             setattr(new, name, getattr(known, name))
         return new
 
-    def __repr__(self) -> str:
+    def _formula(self) -> str:
         energy = self.energy
-        formula = f"{type(energy.energy).__name__} | {len(energy.fixed)} observed"
-        return super().__repr__().replace(type(energy).__name__, formula, 1)
+        return f"{type(energy.energy).__name__} | {len(energy.fixed)} observed"
+
+    def _repr_html_(self) -> str:
+        return distribution_html(self, f"exp(-f(u, v)) / Z_v, f: {self._formula()}")
 
 
 def _derived_base(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_ebm.distributions.operators import Factor
+from pyro_ebm.distributions.representation import distribution_html, log_partition_text
 from pyro_ebm.energies import ClosedForm, Energy
 from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.mcmc import IndependentChains, Sampler
@@ -304,13 +305,18 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
                 "Give the energy the support of the data, or transform the data."
             )
 
+    def _formula(self) -> str:
+        return type(self.energy).__name__
+
     def __repr__(self) -> str:
-        log_partition = self.log_partition.item() if self.is_normalized else "unknown"
         shape = f"batch_shape: {tuple(self.batch_shape)}, "
         return (
-            f"{type(self).__name__}({type(self.energy).__name__}, {shape}"
-            f"event_shape: {tuple(self.event_shape)}, log Z: {log_partition})"
+            f"{type(self).__name__}({self._formula()}, {shape}event_shape: "
+            f"{tuple(self.event_shape)}, log Z: {log_partition_text(self)})"
         )
+
+    def _repr_html_(self) -> str:
+        return distribution_html(self, f"exp(-f(x)) / Z, f: {self._formula()}")
 
 
 class _IndependentEnergies(dist.Independent):

@@ -34,6 +34,7 @@ from pyro_ebm.distributions.experts import (
     stacked,
 )
 from pyro_ebm.distributions.model import EnergyModel
+from pyro_ebm.distributions.representation import distribution_html
 from pyro_ebm.energies import ClosedForm, Energy, MixtureEnergy
 from pyro_ebm.energies.gaussian import GaussianForm, gaussian_form
 
@@ -164,14 +165,16 @@ class MixtureOfExperts(EnergyDistribution):
             if isinstance(expert, EnergyDistribution):
                 expert.require_fit_for_guide()
 
-    def __repr__(self) -> str:
+    def _formula(self) -> str:
         names = [
             type(getattr(e, "energy", getattr(e, "base_dist", e))).__name__
             for e in self.experts
         ]
         terms = zip(self.weights.tolist(), names, strict=True)
-        formula = " + ".join(f"{weight:.3g} {name}" for weight, name in terms)
-        return super().__repr__().replace(type(self.energy).__name__, formula, 1)
+        return " + ".join(f"{weight:.3g} {name}" for weight, name in terms)
+
+    def _repr_html_(self) -> str:
+        return distribution_html(self, self._formula())
 
 
 @final

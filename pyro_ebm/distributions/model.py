@@ -12,6 +12,7 @@ from torch.distributions import constraints
 
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.operators import Factor
+from pyro_ebm.distributions.representation import model_html
 from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
 from pyro_ebm.mcmc import IndependentChains, PersistentChains, Sampler
 from pyro_ebm.mcmc.path import GeometricPath
@@ -171,6 +172,9 @@ class EnergyModel(Factor, nn.Module):
             f"  log Z: {tracked.value.item():.4f} +- {tracked.std_error.item():.4f} "
             f"[{tracked.status}]\n)"
         )
+
+    def _repr_html_(self) -> str:
+        return model_html(self)
 
 
 def standard_base(energy: Energy) -> dist.TorchDistribution:

@@ -39,6 +39,7 @@ from pyro_ebm.distributions.bound import LogPartitionBound, hoelder_bound
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.mixture import MixtureOfExperts
 from pyro_ebm.distributions.operators import Factor
+from pyro_ebm.distributions.representation import distribution_html
 from pyro_ebm.distributions.terms import (
     Term,
     default_base,
@@ -312,7 +313,7 @@ class ProductOfExperts(EnergyDistribution):
         """
         return hoelder_bound(self.terms)
 
-    def __repr__(self) -> str:
+    def _formula(self) -> str:
         formula = ""
         for term in self.terms:
             sign = " * " if formula else ""
@@ -321,7 +322,10 @@ class ProductOfExperts(EnergyDistribution):
                 sign, weight = " / ", 1
             power = "" if weight == 1 else f" ** {weight:.6g}"
             formula += f"{sign}{term.name}{power}"
-        return super().__repr__().replace(type(self.energy).__name__, formula, 1)
+        return formula
+
+    def _repr_html_(self) -> str:
+        return distribution_html(self, f"{self._formula()} / Z", self._improper)
 
 
 def _batch_shape(experts: Sequence[Any]) -> torch.Size:

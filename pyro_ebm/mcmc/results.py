@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.diagnostics import Convergence
+from pyro_ebm.mcmc.tables import rows_table
 
 #: Above it the chains have not mixed, in the words of Vehtari et al. (2021).
 _MAX_R_HAT = 1.01
@@ -94,6 +95,19 @@ class Diagnostics(NamedTuple):
             f"{reason}], acceptance {self.accept_prob:.2f}, {step}"
             f"{self.num_divergences:,} divergences"
         )
+
+    def _repr_html_(self) -> str:
+        reason = f": {self.reason}" if self.reason else ""
+        step = "" if math.isnan(self.step_size) else f"{self.step_size:.3g}"
+        rows = {
+            "chains": f"{self.num_chains:,} of {self.num_draws:,} draws",
+            "verdict": f"{self.status}{reason}",
+            "acceptance": f"{self.accept_prob:.2f}",
+            "step size": step,
+            "divergences": f"{self.num_divergences:,}",
+            "stuck chains": f"{self.num_stuck:,}",
+        }
+        return rows_table("Diagnostics", rows)
 
 
 def verdict(found: Diagnostics, num_transitions: int) -> Diagnostics:

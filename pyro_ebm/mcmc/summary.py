@@ -2,7 +2,6 @@
 
 __all__ = ["SiteSummary", "Summary"]
 
-import html
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pyro_ebm.mcmc.results import Diagnostics
+from pyro_ebm.mcmc.tables import columns_table
 
 #: Rows of a site in a printed table.
 _MAX_ROWS = 40
@@ -70,16 +70,7 @@ class Summary(NamedTuple):
 
     def _repr_html_(self) -> str:
         header, *rows = self._cells()
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>"
-            for row in rows
-        )
-        note = html.escape(str(self.diagnostics))
-        return (
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-            f"<p>{note}</p>"
-        )
+        return columns_table(header, rows, str(self.diagnostics))
 
     def _cells(self) -> list[list[str]]:
         tail = (1 - self.prob) / 2

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pyro_ebm.diagnostics import log_mean_exp
 from pyro_ebm.mcmc.base import StepInfo
+from pyro_ebm.mcmc.tables import rows_table
 
 
 class TemperedDraws(NamedTuple):
@@ -67,6 +68,29 @@ class TemperedDraws(NamedTuple):
     def is_reliable(self) -> bool:
         """Whether the status is ``"ok"``."""
         return self.status == "ok"
+
+    def __str__(self) -> str:
+        return "; ".join(f"{name}: {value}" for name, value in self._rows().items())
+
+    def _repr_html_(self) -> str:
+        return rows_table("Replica exchange", self._rows())
+
+    def _rows(self) -> dict[str, str]:
+        reason = f": {self.reason}" if self.reason else ""
+        log_partition = (
+            f"{self.log_partition:.4f} +- {self.log_partition_std_error:.4f}"
+        )
+        none = int((self.round_trips == 0).sum())
+        return {
+            "draws": f"{len(self.draws):,} chains of {self.draws.shape[1]:,}",
+            "verdict": f"{self.status}{reason}",
+            "round trips": f"{int(self.round_trips.sum()):,}, none in {none:,} chains",
+            "swap rates": f"{self.swap_rates.min().item():.2f} to "
+            f"{self.swap_rates.max().item():.2f}, barrier {self.barrier:.2f}, "
+            f"{len(self.inverse_temperatures)} temperatures",
+            "log Z": f"{log_partition} nats",
+            "energy evaluations": f"{self.num_evaluations:,}",
+        }
 
 
 class LadderSums:

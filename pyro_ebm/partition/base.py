@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.diagnostics import log_mean_exp
+from pyro_ebm.mcmc.tables import rows_table
 
 Status = Literal["exact", "ok", "unreliable", "not_normalizable"]
 
@@ -59,6 +60,18 @@ class LogPartitionEstimate(NamedTuple):
             f"[{self.status}{reason}] by {self.method}, "
             f"{self.num_evaluations:,} energy evaluations"
         )
+
+    def _repr_html_(self) -> str:
+        reason = f": {self.reason}" if self.reason else ""
+        rows = {
+            "log Z": f"{self.value:.4f} +- {self.std_error:.4f} nats",
+            "95 % interval": f"{self.lower:.4f} to {self.upper:.4f}",
+            "verdict": f"{self.status}{reason}",
+            "method": self.method,
+            "energy evaluations": f"{self.num_evaluations:,}",
+            "effective sample size": "" if math.isnan(self.ess) else f"{self.ess:,.0f}",
+        }
+        return rows_table("Log partition function", rows)
 
 
 def combine_replicates(log_partitions: Tensor) -> tuple[float, float, float]:

@@ -1,0 +1,77 @@
+r"""How distributions and models are shown: in text and in a notebook."""
+
+__all__ = ["distribution_html", "log_partition_text", "model_html"]
+
+import math
+from typing import Any
+
+import torch
+
+from pyro_ebm.mcmc.tables import rows_table
+
+
+def log_partition_text(distribution: Any) -> str:
+    r""":math:`\log Z` of an ``EnergyDistribution`` with its error, if it is known.
+
+    Args:
+        distribution: With ``log_partition``, its error and ``is_normalized``.
+    """
+    value, error = (
+        torch.as_tensor(number).detach().item()
+        for number in (distribution.log_partition, distribution.log_partition_std_error)
+    )
+    shown = _with_error(value, error)
+    if distribution.is_normalized:
+        return shown
+    return f"unknown ({shown} is unreliable)" if error > 0 else "unknown"
+
+
+def distribution_html(distribution: Any, formula: str, problem: str = "") -> str:
+    r"""The table of a distribution.
+
+    Args:
+        distribution: An ``EnergyDistribution``.
+        formula: Of its density.
+        problem: Why there is no partition function; empty if nothing is known against
+            it.
+    """
+    log_partition = log_partition_text(distribution)
+    unit = " nats" if distribution.is_normalized else ""
+    verdict = "known" if distribution.is_normalized else "not known"
+    if not distribution.is_normalized and "unreliable" in log_partition:
+        verdict = "unreliable"
+    rows = {
+        "density": formula,
+        "event shape": str(tuple(distribution.event_shape)),
+        "batch shape": str(tuple(distribution.batch_shape)),
+        "support": str(distribution.support),
+        "log Z": log_partition + unit,
+        "verdict": f"not normalizable: {problem}" if problem else verdict,
+    }
+    return rows_table(type(distribution).__name__, rows)
+
+
+def model_html(model: Any) -> str:
+    r"""The table of an ``EnergyModel``, with the tracked :math:`\log Z`.
+
+    Args:
+        model: The model.
+    """
+    tracked = model.log_partition
+    value, error = tracked.value.item(), tracked.std_error.item()
+    is_known = math.isfinite(value)
+    reason = f": {tracked.reason}" if tracked.reason else ""
+    rows = {
+        "energy": type(model.energy).__name__,
+        "event shape": str(tuple(model.energy.event_shape)),
+        "support": str(model.energy.support),
+        "base": str(model.base),
+        "parameters": f"{sum(p.numel() for p in model.energy.parameters()):,}",
+        "log Z": f"{_with_error(value, error)} nats" if is_known else "unknown",
+        "verdict": f"{tracked.status}{reason}",
+    }
+    return rows_table(type(model).__name__, rows)
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:.4f}" + (f" +- {error:.4f}" if error else "")
