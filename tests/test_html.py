@@ -56,7 +56,7 @@ def read(shown):
     page = Page(shown if isinstance(shown, str) else shown._repr_html_())
     assert page.tags <= ALLOWED, "neither scripts nor styles"
     # No colour of its own: it would be unreadable on one of light and dark.
-    assert page.styles <= {"text-align: left", "color: inherit"}
+    assert page.styles <= {"text-align: left", "color: inherit; text-align: left"}
     return page
 
 
@@ -170,6 +170,14 @@ def test_model():
         f"{tracked.value.item():.4f} +- {tracked.std_error.item():.4f} nats"
     )
     assert read(model)["verdict"] == tracked.status
+    assert f"log Z: {tracked.value.item():.4f} +- " in repr(model)
+
+
+def test_model_with_a_closed_form_knows_log_z_at_once():
+    model = EnergyModel(QuadraticEnergy(torch.zeros(2)), wide())
+    assert read(model)["log Z"] == "1.8379 nats"
+    assert read(model)["verdict"] == "exact"
+    assert "log Z: 1.8379 [exact]" in repr(model)
 
 
 def test_run_of_chains():

@@ -12,7 +12,7 @@ from torch.distributions import constraints
 
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.operators import Factor
-from pyro_ebm.distributions.representation import model_html
+from pyro_ebm.distributions.representation import model_html, tracked_text
 from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
 from pyro_ebm.mcmc import IndependentChains, PersistentChains, Sampler
 from pyro_ebm.mcmc.path import GeometricPath
@@ -166,11 +166,10 @@ class EnergyModel(Factor, nn.Module):
         return distribution
 
     def __repr__(self) -> str:
-        tracked = self.log_partition
+        log_partition, verdict = tracked_text(self)
         return (
             f"{type(self).__name__}(\n  energy: {self.energy}\n  base: {self.base}\n"
-            f"  log Z: {tracked.value.item():.4f} +- {tracked.std_error.item():.4f} "
-            f"[{tracked.status}]\n)"
+            f"  log Z: {log_partition} [{verdict}]\n)"
         )
 
     def _repr_html_(self) -> str:

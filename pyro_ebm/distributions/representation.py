@@ -1,6 +1,6 @@
 r"""How distributions and models are shown: in text and in a notebook."""
 
-__all__ = ["distribution_html", "log_partition_text", "model_html"]
+__all__ = ["distribution_html", "log_partition_text", "model_html", "tracked_text"]
 
 import math
 from typing import Any
@@ -51,24 +51,37 @@ def distribution_html(distribution: Any, formula: str, problem: str = "") -> str
     return rows_table(type(distribution).__name__, rows)
 
 
+def tracked_text(model: Any) -> tuple[str, str]:
+    r""":math:`\log Z` of an ``EnergyModel`` with its error, and the verdict.
+
+    Args:
+        model: The model; of an energy with a closed form the exact value is shown.
+    """
+    known = model.energy.closed_form()
+    if known is not None:
+        return _with_error(known.log_partition.detach().item(), 0.0), "exact"
+    tracked = model.log_partition
+    value, error = tracked.value.item(), tracked.std_error.item()
+    reason = f": {tracked.reason}" if tracked.reason else ""
+    shown = _with_error(value, error) if math.isfinite(value) else "unknown"
+    return shown, f"{tracked.status}{reason}"
+
+
 def model_html(model: Any) -> str:
     r"""The table of an ``EnergyModel``, with the tracked :math:`\log Z`.
 
     Args:
         model: The model.
     """
-    tracked = model.log_partition
-    value, error = tracked.value.item(), tracked.std_error.item()
-    is_known = math.isfinite(value)
-    reason = f": {tracked.reason}" if tracked.reason else ""
+    log_partition, verdict = tracked_text(model)
     rows = {
         "energy": type(model.energy).__name__,
         "event shape": str(tuple(model.energy.event_shape)),
         "support": str(model.energy.support),
         "base": str(model.base),
         "parameters": f"{sum(p.numel() for p in model.energy.parameters()):,}",
-        "log Z": f"{_with_error(value, error)} nats" if is_known else "unknown",
-        "verdict": f"{tracked.status}{reason}",
+        "log Z": log_partition + (" nats" if log_partition != "unknown" else ""),
+        "verdict": verdict,
     }
     return rows_table(type(model).__name__, rows)
 

@@ -10,6 +10,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 
 _LEFT = ' style="text-align: left"'
+_CAPTION = "color: inherit; text-align: left"
 
 
 def columns_table(
@@ -52,5 +53,5 @@ def rows_table(title: str, rows: Mapping[str, str]) -> str:
         for name, value in rows.items()
         if value
     )
-    caption = f'<caption style="color: inherit">{html.escape(title)}</caption>'
+    caption = f'<caption style="{_CAPTION}">{html.escape(title)}</caption>'
     return f"<table>{caption}<tbody>{body}</tbody></table>"
