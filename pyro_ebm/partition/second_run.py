@@ -55,6 +55,11 @@ class Run(NamedTuple):
         """Steps from the base to the target."""
         return len(self.islands.inverse_temperatures) - 1
 
+    @property
+    def has_arrived(self) -> bool:
+        """Whether the particles are those of the target."""
+        return self.islands.inverse_temperatures[-1] == 1
+
 
 def second_run(
     path: GeometricPath,
@@ -74,9 +79,11 @@ def second_run(
     """
     num_islands = len(pilot.islands.log_partition)
     refitted = RefittedBase(pilot.islands.state.u.flatten(0, 1), path)
-    short = run_islands(path.target, refitted, num_islands, _REFIT_PARTICLES, 8)
+    short = run_islands(
+        path.target, refitted, num_islands, _REFIT_PARTICLES, 8, stop_after=_CLOSE
+    )
     spent += short.cost
-    close = short.num_temperatures <= _CLOSE
+    close = short.has_arrived
     final = short if close else pilot
     factor = (budget - spent) // final.cost
     if factor >= 1:
@@ -94,6 +101,8 @@ def run_islands(
     num_islands: int,
     particles: int,
     chain_length: int,
+    *,
+    stop_after: int | None = None,
 ) -> Run:
     """Run SMC and keep its settings; see :func:`pyro_ebm.partition.smc.run_smc`."""
     is_refitted = isinstance(base, RefittedBase)
@@ -103,6 +112,7 @@ def run_islands(
         num_islands=num_islands,
         num_particles=particles,
         chain_length=chain_length,
+        stop_after=stop_after,
     )
     return Run(islands, particles, is_refitted)
 

@@ -148,6 +148,7 @@ def run_smc(
     chain_length: int = 16,
     ess_threshold: float = 0.5,
     max_temperatures: int = 500,
+    stop_after: int | None = None,
 ) -> Islands:
     """Carry islands of particles from the base to the energy; see :func:`smc`.
 
@@ -159,6 +160,7 @@ def run_smc(
         chain_length: States kept of each ancestor's chain.
         ess_threshold: Effective fraction at which the next temperature is placed.
         max_temperatures: Where to give up.
+        stop_after: Temperatures after which the run ends where it is, short of 1.
     """
     if num_islands < 2 or chain_length < 2 or num_particles % chain_length:
         raise ValueError(
@@ -169,7 +171,8 @@ def run_smc(
     state = path.start(num_islands, num_particles)
     sums = _Sums(state)
     kernel, betas = HMC(step_size=1.0), [0.0]
-    while betas[-1] < 1:
+    end = math.inf if stop_after is None else stop_after
+    while betas[-1] < 1 and len(betas) <= end:
         path.require_progress(len(betas), max_temperatures)
         beta = next_temperature(state, betas[-1], ess_threshold)
         log_weights = state.log_weight(beta - betas[-1])
