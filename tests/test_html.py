@@ -2,17 +2,19 @@
 
 import math
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
+import pyro_ebm
 from pyro_ebm import EnergyDistribution, EnergyModel
 from pyro_ebm.distributions import MixtureOfExperts, ProductOfExperts
 from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy
 from pyro_ebm.errors import UnreliableWarning
-from pyro_ebm.infer import FitRecord, FitResult, LogLikelihood
+from pyro_ebm.infer import FitRecord, LogLikelihood
 from pyro_ebm.infer.fit_table import fit_html
 from pyro_ebm.mcmc import HMC, MCMC, ReplicaExchange
 from pyro_ebm.mcmc.tables import columns_table, rows_table
@@ -221,10 +223,16 @@ def test_fit(num_records):
         for k in range(1, num_records + 1)
     ]
     q = EnergyDistribution(ring(), ESTIMATE)
-    result = FitResult(q, BAD, history, 900, "early stopping", torch.nn.Module())
+    result = SimpleNamespace(
+        distribution=q,
+        log_partition=BAD,
+        history=history,
+        num_steps=900,
+        stopped="early stopping",
+    )
     page = read(fit_html(result))
     assert page["log Z"] == "1.2500 +- 0.1250 nats"
-    assert page["verdict"] == "unreliable: k-hat > 0.7 & more"
+    assert page["log Z verdict"] == "unreliable: k-hat > 0.7 & more"
     assert page["ended"] == "early stopping after 900 steps"
     assert page["model"] == repr(q)
     assert page.cells.count("ok") == min(num_records, 6)
@@ -233,3 +241,16 @@ def test_fit(num_records):
         assert {"100", f"{100 * num_records}"} < set(page.cells)
     else:
         assert "train log-likelihood" not in page.cells
+    result.verdict, result.reasons = "not at equilibrium", ("the chains <lag>",)
+    assert read(fit_html(result))["verdict"] == "not at equilibrium: the chains <lag>"
+
+
+def test_a_real_fit():
+    model = EnergyModel(NeuralEnergy((2,), (4,), base=wide()), wide())
+    data = torch.randn(50, 2)
+    settings = {"num_steps": 4, "record_interval": 2, "progress_bar": False}
+    result = pyro_ebm.fit(model, data, validation_data=data, **settings)
+    page = read(fit_html(result))
+    assert page["ended"] == "finished after 4 steps"
+    assert "+-" in page["held-out log-likelihood"]
+    assert f"{result.log_partition.value:.4f} +- " in page["log Z"]

@@ -4,6 +4,7 @@ import builtins
 import importlib
 import math
 import sys
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pyro.distributions as dist
@@ -166,10 +167,23 @@ def test_log_partition_curve_has_its_interval_and_marks_what_is_unreliable(ax):
     assert "nats" in ax.get_ylabel()
 
 
-def test_energy_gap_is_the_difference_of_the_likelihoods(ax):
+def test_energy_gap_has_its_error_and_leaves_out_what_is_unknown(ax):
+    gaps = [None, SimpleNamespace(value=0.5, std_error=0.1)]
+    history = [SimpleNamespace(step=k, energy_gap=gap) for k, gap in enumerate(gaps)]
+    assert plots.energy_gap_curve(history, ax) is ax
+    assert ax.lines[-1].get_xdata() == [1]
+    assert ax.lines[-1].get_ydata() == pytest.approx([0.5])
+    band = ax.collections[0].get_datalim(ax.transData)
+    assert (band.y0, band.y1) == pytest.approx((0.5 - 0.196, 0.5 + 0.196))
+    assert "nats" in ax.get_ylabel()
+    with pytest.raises(ValueError, match="none of 1 has one"):
+        plots.energy_gap_curve(history[:1], ax)
+
+
+def test_generalization_gap_is_the_difference_of_the_likelihoods(ax):
     low = LogLikelihood(-2.5, 0.31, 0.3, 0.1, True)
     history = [record(100)._replace(validation=low)]
-    assert plots.energy_gap_curve(history, ax) is ax
+    assert plots.generalization_gap_curve(history, ax) is ax
     assert ax.lines[-1].get_ydata() == pytest.approx([1.5])
     band = ax.collections[0].get_datalim(ax.transData)
     assert band.height == pytest.approx(2 * 1.96 * 0.5)  # without the error of log Z
@@ -177,16 +191,22 @@ def test_energy_gap_is_the_difference_of_the_likelihoods(ax):
 
 
 @pytest.mark.parametrize(
-    "curve", [plots.likelihood_curve, plots.log_partition_curve, plots.energy_gap_curve]
+    "curve",
+    [
+        plots.likelihood_curve,
+        plots.log_partition_curve,
+        plots.energy_gap_curve,
+        plots.generalization_gap_curve,
+    ],
 )
 def test_curves_refuse_an_empty_history(curve, ax):
     with pytest.raises(ValueError, match="history must hold"):
         curve([], ax)
 
 
-def test_energy_gap_needs_held_out_points(ax):
+def test_generalization_gap_needs_held_out_points(ax):
     with pytest.raises(ValueError, match="1 of 2 have none"):
-        plots.energy_gap_curve([record(1), record(2, validation=False)], ax)
+        plots.generalization_gap_curve([record(1), record(2, validation=False)], ax)
 
 
 @pytest.mark.parametrize(("mode", "color"), [("light", "#0072B2"), ("dark", "#56B4E9")])

@@ -20,16 +20,19 @@ def fit_html(result: Any) -> str:
     estimate = result.log_partition
     reason = f": {estimate.reason}" if estimate.reason else ""
     last = result.history[-1] if result.history else None
-    held_out = getattr(last, "validation", None)
+    train = getattr(result, "train", getattr(last, "train", None))
+    held_out = getattr(result, "validation", getattr(last, "validation", None))
+    judged = [getattr(result, "verdict", ""), *getattr(result, "reasons", ())]
     summary = {
         "model": repr(result.distribution),
         "ended": f"{result.stopped} after {result.num_steps:,} steps",
         "log Z": f"{estimate.value:.4f} +- {estimate.std_error:.4f} nats",
-        "verdict": f"{estimate.status}{reason}",
-        "train log-likelihood": f"{last.train} nats a point" if last else "",
+        "log Z verdict": f"{estimate.status}{reason}",
+        "train log-likelihood": f"{train} nats a point" if train else "",
         "held-out log-likelihood": f"{held_out} nats a point" if held_out else "",
+        "verdict": ": ".join(filter(None, judged)),
     }
-    table = rows_table(type(result).__name__, summary)
+    table = rows_table("Fit", summary)
     if not result.history:
         return table
     rows = [_cells(record) for record in _shown(result.history)]

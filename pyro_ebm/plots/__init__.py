@@ -10,6 +10,7 @@ __all__ = [
     "density",
     "energy_gap_curve",
     "energy_landscape",
+    "generalization_gap_curve",
     "ladder",
     "likelihood_curve",
     "log_partition_curve",
@@ -24,6 +25,7 @@ __all__ = [
 from pyro_ebm.plots.chains import autocorrelation, rank, trace
 from pyro_ebm.plots.curves import (
     energy_gap_curve,
+    generalization_gap_curve,
     likelihood_curve,
     log_partition_curve,
 )

@@ -1,6 +1,11 @@
-r"""How a fit went, step by step: likelihood, log Z and the gap of the energies."""
+r"""How a fit went, step by step: likelihood, log Z and differences of energies."""
 
-__all__ = ["energy_gap_curve", "likelihood_curve", "log_partition_curve"]
+__all__ = [
+    "energy_gap_curve",
+    "generalization_gap_curve",
+    "likelihood_curve",
+    "log_partition_curve",
+]
 
 from collections.abc import Sequence
 from typing import Any
@@ -94,6 +99,40 @@ def log_partition_curve(history: Sequence[FitRecord], ax: Any = None) -> Any:
 
 
 def energy_gap_curve(history: Sequence[FitRecord], ax: Any = None) -> Any:
+    r"""Draw the mean energy of training points less that of the model's own draws.
+
+    It is zero where likelihood has no slope left: above, training points are less
+    likely than they should be, below, more. Records without the number are left out;
+    the band is 1.96 standard errors to each side.
+
+    Args:
+        history: Of :class:`pyro_ebm.infer.FitResult`; of each record ``energy_gap``.
+        ax: Axes to draw on; default: the current ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If the history is empty, or no record has an energy gap.
+    """
+    _require_records(history)
+    gaps = [(r.step, getattr(r, "energy_gap", None)) for r in history]
+    known = [(step, gap) for step, gap in gaps if gap is not None]
+    if not known:
+        raise ValueError(
+            f"history must have an energy gap in some record, and none of {len(gaps)} "
+            "has one: log Z was never known. See log_partition_curve."
+        )
+    ax = axes_or_current(ax)
+    steps = [step for step, _ in known]
+    values = np.array([gap.value for _, gap in known])
+    half = _NUM_ERRORS * np.array([gap.std_error for _, gap in known])
+    _around_zero(ax, steps, values, half)
+    ax.set(ylabel="training minus model energy (nats)", title="energy gap")
+    return ax
+
+
+def generalization_gap_curve(history: Sequence[FitRecord], ax: Any = None) -> Any:
     r"""Draw how much higher the energy is at held-out points than at training points.
 
     The difference of their log-likelihoods, from which :math:`\log Z` cancels: where it
@@ -120,20 +159,20 @@ def energy_gap_curve(history: Sequence[FitRecord], ax: Any = None) -> Any:
             "validation_data."
         )
     ax = axes_or_current(ax)
-    palette = palette_of(ax)
-    steps = [record.step for record in history]
     gap = np.array([train.value - held.value for train, held in pairs])
     errors = [np.hypot(t.std_error_data, h.std_error_data) for t, h in pairs]
-    half = _NUM_ERRORS * np.array(errors)
-    ax.axhline(0.0, color=palette.faint, linewidth=0.8)
-    ax.plot(steps, gap, color=palette.first)
-    _band(ax, steps, gap, half, palette.first, 0.3)
-    ax.set(
-        xlabel="parameter step",
-        ylabel="held-out minus training energy (nats)",
-        title="energy gap",
-    )
+    _around_zero(ax, [r.step for r in history], gap, _NUM_ERRORS * np.array(errors))
+    ax.set(ylabel="held-out minus training energy (nats)", title="generalization gap")
     return ax
+
+
+def _around_zero(ax: Any, steps: Sequence[int], values: Any, half: Any) -> None:
+    """A curve with a band, and a line at zero."""
+    palette = palette_of(ax)
+    ax.axhline(0.0, color=palette.faint, linewidth=0.8)
+    ax.plot(steps, values, color=palette.first)
+    _band(ax, steps, values, half, palette.first, 0.3)
+    ax.set_xlabel("parameter step")
 
 
 def _require_records(history: Sequence[FitRecord]) -> None:
