@@ -178,14 +178,17 @@ def objective_equation(
     curvature = -hessian / len(x)
     if isinstance(objective, ContrastiveDivergence):
         curvature = all_single / 2  # (3)
-    energy = derivatives(distribution.energy(x[:CHUNK]), parameters)
+    energy = derivatives(distribution.energy(x[:CHUNK]), parameters).rows
+    scale = curvature.diagonal().abs().sqrt()
+    if "gradient" not in objective.needs:  # it compares values, which may cancel
+        scale = torch.maximum(scale, energy.square().mean(0).sqrt())
     return Equation(
         mean,
         curvature,
         _positive(spread, averaged),
         noise * ((1 / _REDRAWS + 1 / num_redraws) / len(x)),
-        curvature.diagonal().abs().sqrt(),
-        (energy.rows != 0).any(0) | (curvature != 0).any(0),
+        scale,
+        (energy != 0).any(0) | (curvature != 0).any(0),
         f"of {type(objective).__name__}",
         "what the objective draws drowns the data, and whether the parameters are at "
         "the solution cannot be said: take noise that does less",

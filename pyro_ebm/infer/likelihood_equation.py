@@ -98,7 +98,7 @@ def likelihood_equation(
         spread,
         model.covariance / points.num_draws,
         scale,
-        scale > 0,
+        (scale > 0) | (data.hessian != 0).any(0),
         points.how,
         "the draws of the model are too few to say whether the parameters are at the "
         f"solution: give draws, about {len(x):,} of them",
@@ -128,7 +128,7 @@ def _model_points(
     if draws is None:
         draws = distribution.sample(torch.Size((_DRAWS,)))
     points = draws.detach().reshape(-1, *energy.event_shape)
-    how = f"by {len(points):,} draws of the model"
+    how = f"of the likelihood by {len(points):,} draws"
     return _Points(energy, points, _equal_weights(points), len(points), how)
 
 
@@ -147,7 +147,7 @@ def _all_of_space(energy: Energy, x: Tensor) -> _Points:
     exact._judge(grid, nodes, log_terms, log_terms.logsumexp(0))
     weights = log_terms.softmax(0)
     kept = weights > 1e-16 * weights.max()
-    how = "by a sum over its space"
+    how = "of the likelihood by a sum over the space"
     return _Points(on_grid, nodes.x[kept], weights[kept], math.inf, how)
 
 

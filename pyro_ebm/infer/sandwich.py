@@ -74,7 +74,7 @@ class ParameterErrors(NamedTuple):
             f"{name:{width}}  {x:.4f} +- {error:.4f}" for name, x, error in columns
         ]
         reason = f": {self.reason}" if self.reason else ""
-        return "\n".join([*lines, f"[{self.status}{reason}] by the {self.method}"])
+        return "\n".join([*lines, f"[{self.status}{reason}], {self.method}"])
 
 
 class Solved(NamedTuple):
@@ -85,23 +85,27 @@ class Solved(NamedTuple):
     equation: Equation
     num_points: int
 
-    def require_identified(self, eps: float) -> None:
+    def require_identified(self, dtype: torch.dtype) -> None:
         """Refuse a direction in which the equation does not change.
+
+        Args:
+            dtype: In which it was computed.
 
         Raises:
             ValueError: If there is one.
         """
         values, vectors = torch.linalg.eigh(self._scaled_curvature())
         flattest = values.abs().argmin()
-        if values[flattest].abs() > eps**0.75 * values.abs().max():
+        if values[flattest].abs() > torch.finfo(dtype).eps ** 0.75 * values.abs().max():
             return
         direction = vectors[:, flattest] / self._scale()
         raise ValueError(
-            "the parameters of model cannot be told from data: the objective does not "
-            f"change along {_combination(self.names, direction)}, so no error is "
-            "finite. Hold a parameter in it by requires_grad_(False), or write the "
-            "energy without it. (log Z cancels a constant of the energy; noise "
-            "contrast knows it, if its own log_partition is held.)"
+            "the parameters of model cannot be told from data: to the precision of "
+            f"{dtype} the objective does not change along "
+            f"{_combination(self.names, direction)}, so no error is finite. Hold a "
+            "parameter in it by requires_grad_(False), or write the energy without "
+            "it. (log Z cancels a constant of the energy; noise contrast knows it, if "
+            "its own log_partition is held.)"
         )
 
     def errors(self, kind: str, biases: list[str]) -> ParameterErrors:
@@ -158,24 +162,26 @@ class Solved(NamedTuple):
         noise = noise.diagonal().clamp(min=0.0).sqrt()
         if (noise > _MAX_NOISE * std_error).any():
             return [self.equation.too_noisy]
-        excess = (step - 3 * noise) / std_error
-        worst = int(excess.argmax())
-        if excess[worst] <= _MAX_DISTANCE:
+        if (step <= _MAX_DISTANCE * std_error + 3 * noise).all():
             return []
-        distance = (step / std_error)[worst].item()
+        distances = step / std_error
+        worst = int(distances.argmax())
         return [
-            f"{self.names[worst]} is {distance:.2g} standard errors from the solution: "
-            "fit longer, by smaller steps or on more chains, and average; if the "
-            "objective's own noise was drawn once and held, say num_redraws=1"
+            f"{self.names[worst]} is {distances[worst].item():.2g} standard errors "
+            "from the solution: fit longer, by smaller steps or on more chains, and "
+            "average; if the objective's own noise was drawn once and held, say "
+            "num_redraws=1"
         ]
 
 
 def _combination(names: list[str], direction: Tensor) -> str:
-    """A direction in words, its largest coefficient 1."""
-    direction = direction / direction[direction.abs().argmax()]
+    """A direction in words, its largest coefficient 1 or -1, its first positive."""
+    shares = direction / direction.abs().max()
+    kept = shares.abs() > 1e-3
+    shares = shares * shares[kept][0].sign()
     terms = [
         f"{share:+.2g} {name}".replace("+1 ", "+ ").replace("-1 ", "- ")
-        for name, share in zip(names, direction.tolist(), strict=True)
-        if abs(share) > 1e-3
+        for name, share, keep in zip(names, shares.tolist(), kept, strict=True)
+        if keep
     ]
-    return " ".join(terms).removeprefix("+ ")
+    return " ".join(terms).removeprefix("+").strip()

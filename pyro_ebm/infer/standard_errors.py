@@ -112,7 +112,7 @@ def parameter_errors(
     own_state = _state_for(objective, state, energy)
     named = _named_parameters(energy, objective, own_state)
     names, parameters = _entry_names(named), [p for _, p in named]
-    _require_counts(len(names), num_points)
+    _require_points(x, len(names))
     if objective.is_pointwise:
         equation = likelihood_equation(
             distribution, objective, parameters, x, draws, covariance, num_redraws
@@ -121,13 +121,13 @@ def parameter_errors(
         equation = objective_equation(
             distribution, objective, own_state, parameters, x, num_redraws
         )
-    _require_finite(equation, names)
+    _require_derivatives(equation, names)
     estimate = torch.cat([p.detach().flatten() for p in parameters]).double()
     kept = [name for name, keep in zip(names, equation.has_effect, strict=True) if keep]
     solved = Solved(
         kept, estimate[equation.has_effect], equation.where_it_has_effect(), num_points
     )
-    solved.require_identified(torch.finfo(parameters[0].dtype).eps)
+    solved.require_identified(parameters[0].dtype)
     return solved.errors(covariance, _biases(objective))
 
 
@@ -226,7 +226,7 @@ def _require_settings(
         raise ValueError(f"num_redraws must be at least 1, got {num_redraws}.")
 
 
-def _require_counts(num_parameters: int, num_points: int) -> None:
+def _require_points(x: Tensor, num_parameters: int) -> None:
     if num_parameters > _MAX_PARAMETERS:
         raise ValueError(
             f"model has {num_parameters:,} parameters, more than {_MAX_PARAMETERS:,}: "
@@ -234,18 +234,28 @@ def _require_counts(num_parameters: int, num_points: int) -> None:
             "requires_grad_(False), for errors given the rest, or report the error of "
             "what the model says, as log_likelihood_difference does."
         )
-    if num_points <= num_parameters:
+    if len(x) <= num_parameters:
         raise ValueError(
             f"data must hold more points than there are parameters, {num_parameters}; "
-            f"got {num_points}."
+            f"got {len(x)}."
+        )
+    if not x.isfinite().all():
+        raise ValueError(
+            f"data must be finite, got {int((~x.isfinite()).sum())} numbers that are "
+            "not. Drop those points."
         )
 
 
-def _require_finite(equation: Equation, names: list[str]) -> None:
+def _require_derivatives(equation: Equation, names: list[str]) -> None:
     is_finite = (equation.curvature + equation.spread).isfinite().all(0)
     if not is_finite.all():
         raise ValueError(
             "the derivatives of the objective must be finite at the data and under the "
             f"model, and are not in {names[int((~is_finite).int().argmax())]!r}. Look "
             "for points at the edge of the support, or where the energy overflows."
+        )
+    if not equation.has_effect.any():
+        raise ValueError(
+            f"model must have a parameter that its energy depends on, got {names}. "
+            "Does the energy detach them, or copy them when it is built?"
         )
