@@ -34,10 +34,10 @@ lint: $(DEV)  ## Check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(DOCS)  ## Build the documentation into docs/_build/html
-	@if [ -f docs/conf.py ]; then \
-	    $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html; \
-	else echo "docs/conf.py does not exist yet: nothing to build."; fi
+# -E: all pages anew, as their outputs depend on the library and not on the page alone.
+docs: $(DOCS)  ## Build the documentation into docs/_build/html, check its links
+	$(BIN)/python -m sphinx -W --keep-going -E -j $(WORKERS) -b html docs docs/_build/html
+	$(BIN)/python docs/check_links.py docs/_build/html
 
 bench: $(EXAMPLES)  ## Run every benchmarks/bench_*.py
 	@for script in $(sort $(wildcard benchmarks/bench_*.py)); do \
