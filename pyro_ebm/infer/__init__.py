@@ -9,10 +9,14 @@ __all__ = [
     "BoundedLikelihood",
     "ContrastiveDivergence",
     "DenoisingScoreMatching",
+    "EnergyDifference",
     "EnergyDiscrepancy",
+    "EnergyPenalty",
     "ExactMaximumLikelihood",
+    "FitDiagnostics",
     "FitRecord",
     "FitResult",
+    "FitTimings",
     "FlowContrastive",
     "ImportanceSampledLikelihood",
     "LogLikelihood",
@@ -25,6 +29,7 @@ __all__ = [
     "RankingNoiseContrastive",
     "ScoreMatching",
     "SlicedScoreMatching",
+    "Stage",
     "Surrogate",
     "TemperedMaximumLikelihood",
     "Terms",
@@ -50,9 +55,12 @@ __all__ = [
 
 from pyro_ebm.infer.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.infer.denoising import DenoisingScoreMatching
+from pyro_ebm.infer.diagnosis import EnergyDifference, FitDiagnostics
 from pyro_ebm.infer.energy_discrepancy import EnergyDiscrepancy
 from pyro_ebm.infer.exact_likelihood import ExactMaximumLikelihood
-from pyro_ebm.infer.fit import FitRecord, FitResult, fit
+from pyro_ebm.infer.fit import fit
+from pyro_ebm.infer.fit_record import FitRecord
+from pyro_ebm.infer.fit_result import FitResult, FitTimings
 from pyro_ebm.infer.flow_contrastive import FlowContrastive
 from pyro_ebm.infer.generator import AmortizedSampler
 from pyro_ebm.infer.handler import ObjectiveModel, maximum_likelihood
@@ -66,9 +74,11 @@ from pyro_ebm.infer.loss import ObjectiveLoss
 from pyro_ebm.infer.maximum_likelihood import MaximumLikelihood
 from pyro_ebm.infer.noise_contrastive import NoiseContrastive
 from pyro_ebm.infer.objective import Objective, Surrogate, Terms
+from pyro_ebm.infer.penalty import EnergyPenalty
 from pyro_ebm.infer.ranking import RankingNoiseContrastive
 from pyro_ebm.infer.sandwich import ParameterErrors
 from pyro_ebm.infer.score_matching import ScoreMatching, SlicedScoreMatching
+from pyro_ebm.infer.stages import Stage
 from pyro_ebm.infer.standard_errors import parameter_errors
 from pyro_ebm.infer.sugar import (
     amortized_sampler,

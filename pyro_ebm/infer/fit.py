@@ -1,11 +1,12 @@
-"""Fit an energy to data in one call: sugar for SVI with an objective."""
+"""Fit an energy to data in one call: sugar for SVI with one or more objectives."""
 
-__all__ = ["FitRecord", "FitResult", "fit"]
+__all__ = ["fit"]
 
 import copy
 import logging
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -14,97 +15,82 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_ebm.distributions import EnergyDistribution, EnergyModel
+from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.errors import DivergenceError
-from pyro_ebm.infer.checks import require_objective
+from pyro_ebm.infer.diagnosis import FitDiagnostics, diagnose, energy_gap
+from pyro_ebm.infer.fit_checks import (
+    require_callbacks,
+    require_counts,
+    require_points,
+)
+from pyro_ebm.infer.fit_record import FitRecord
+from pyro_ebm.infer.fit_result import FitResult, FitTimings
 from pyro_ebm.infer.handler import ObjectiveModel
-from pyro_ebm.infer.likelihood import LogLikelihood, log_likelihood
-from pyro_ebm.infer.maximum_likelihood import MaximumLikelihood
+from pyro_ebm.infer.likelihood import log_likelihood
 from pyro_ebm.infer.objective import Objective
+from pyro_ebm.infer.optimiser import (
+    FitOptim,
+    GradientNoise,
+    as_fit_optim,
+    default_optim,
+)
+from pyro_ebm.infer.stages import Stage, as_stages, begin_chains
+from pyro_ebm.infer.verdict import judge
 from pyro_ebm.partition import LogPartitionEstimate
 
 _LOG = logging.getLogger(__name__)
 
 
-class FitRecord(NamedTuple):
-    r"""One line of the history of a fit; all values belong to the averaged parameters.
-
-    Attributes:
-        step: Parameter steps so far.
-        loss: Negative log-likelihood a point of the last batch at the iterate, in nats.
-        train: Mean log-likelihood of training points, with error.
-        validation: That of the validation points, or ``None``.
-        log_partition: :math:`\log Z` with its verdict.
-    """
-
-    step: int
-    loss: float
-    train: LogLikelihood
-    validation: LogLikelihood | None
-    log_partition: LogPartitionEstimate
-
-
-class FitResult(NamedTuple):
-    r"""What a fit returns.
-
-    Attributes:
-        distribution: The averaged model with its :math:`\log Z`.
-        log_partition: That :math:`\log Z`, with error and verdict.
-        history: A record every ``record_interval`` steps.
-        num_steps: Parameter steps taken.
-        stopped: Why it ended: ``"finished"``, ``"early stopping"``, ``"interrupted"``,
-            or ``"loss not finite"``.
-        state: What the objective has learned beside the energy, such as the log Z of
-            noise contrast, for the last parameters before averaging.
-    """
-
-    distribution: EnergyDistribution
-    log_partition: LogPartitionEstimate
-    history: list[FitRecord]
-    num_steps: int
-    stopped: str
-    state: nn.Module
-
-
 def fit(
     energy_model: EnergyModel,
     data: Tensor,
-    objective: Objective | None = None,
+    objective: Objective | Sequence[Stage] | None = None,
     *,
-    num_steps: int = 2000,
+    num_steps: int | None = None,
     batch_size: int = 256,
     optim: Any = None,
+    max_grad_norm: float | None = None,
     validation_data: Tensor | None = None,
     record_interval: int = 100,
     patience: int | None = None,
+    callbacks: Sequence[Callable[[FitRecord], Any]] = (),
     progress_bar: bool = True,
 ) -> FitResult:
     r"""Fit an energy model to data.
 
     The model is trained in place; at the end its parameters are the averaged ones, to
     which the returned :math:`\log Z` belongs: walkers follow the parameters whatever
-    the objective is. Pyro's parameter store is left as it was.
+    the objective is, through all stages. Pyro's parameter store is left as it was.
+
+    ``print(result)`` says what came out, and whether to believe it: at the end the
+    energy gap, chains, gradients and noise are examined (see
+    :class:`~pyro_ebm.infer.FitDiagnostics`), for about 2 % of the moves of the fit.
 
     Args:
         energy_model: What is fitted.
         data: Points of shape ``(N, *event)``.
-        objective: The estimator; default: ``MaximumLikelihood()``.
-        num_steps: Parameter steps.
+        objective: The estimator; default: ``MaximumLikelihood()``. Or a list of
+            :class:`~pyro_ebm.infer.Stage`, each an objective with its steps.
+        num_steps: Parameter steps, default 2,000; stages have their own.
         batch_size: Points a step, drawn without replacement within an epoch.
-        optim: A Pyro optimiser, or a torch optimiser of the model's parameters, to
-            which those that the objective learns are added; a Pyro learning-rate
-            scheduler advances at each step. Default: Adam with learning rate 1e-3.
+        optim: A Pyro optimiser or scheduler, or a torch optimiser of the model's
+            parameters, or a ``torch.optim.lr_scheduler`` of one, which also moves what
+            the objective learns. Schedulers advance at each step, those that wait for a
+            plateau at each record. Default: Adam with learning rate 1e-3.
+        max_grad_norm: Longer gradients are shortened to this norm.
         validation_data: Held-out points; their log-likelihood is recorded.
         record_interval: Steps between two records of the history.
-        patience: Records without a better validation log-likelihood after which the
-            fit stops and goes back to the best one; default: never.
-        progress_bar: Show a bar with log-likelihood, log Z and acceptance.
+        patience: Records without a better validation log-likelihood after which a
+            stage stops and goes back to its best one; default: never.
+        callbacks: Functions called with each record; if one returns ``True`` the fit
+            stops there.
+        progress_bar: Show a bar with log-likelihood, energy gap, log Z and acceptance.
 
     Raises:
         TypeError: If an argument is of another type.
         ValueError: If the data are not finite, have another event shape or dtype, are
-            outside the support, if ``patience`` is given without validation data, or
-            if a count is not positive.
+            outside the support, if ``patience`` is given without validation data,
+            ``num_steps`` with stages, or if a count is not positive.
         DivergenceError: If no chain can move any more; the model is then left as it
             was at the last record.
 
@@ -114,47 +100,44 @@ def fit(
         >>> energy = pyro_ebm.energies.NeuralEnergy((2,), (16,), base=base)
         >>> model = pyro_ebm.EnergyModel(energy, base)
         >>> result = pyro_ebm.fit(model, data, num_steps=20, progress_bar=False)
-        >>> result.num_steps, result.stopped
-        (20, 'finished')
+        >>> result.num_steps, result.stopped, result.verdict  # too few steps
+        (20, 'finished', 'not at equilibrium')
     """
-    objective = MaximumLikelihood() if objective is None else objective
-    _require_types(energy_model, objective)
-    _require_counts(
-        num_steps=num_steps,
+    if not isinstance(energy_model, EnergyModel):
+        raise TypeError(
+            f"energy_model must be an EnergyModel, got {type(energy_model).__name__}. "
+            "Wrap an energy: EnergyModel(energy, base)."
+        )
+    stages = as_stages(objective, num_steps)
+    require_counts(
         batch_size=batch_size,
         record_interval=record_interval,
         patience=1 if patience is None else patience,
     )
+    require_callbacks(callbacks, max_grad_norm)
     run = _Fit(energy_model, data, validation_data, patience)
-    with pyro.get_param_store().scope():
-        learn = ObjectiveModel(_as_pyro_model(energy_model), objective)
-        state = run.state = learn.state_of("x", energy_model())
-        optim = _as_pyro_optim(optim, energy_model, state)
-        svi = SVI(learn, lambda batch: None, optim, Trace_ELBO())
-        batches = _batches(data, batch_size)
-        bar = tqdm(range(1, num_steps + 1), disable=not progress_bar, desc="fit")
-        stopped = run.loop(svi, batches, bar, record_interval)
-    energy_model.adopt_average()
-    return FitResult(
-        copy.deepcopy(energy_model.averaged()),  # another fit is not to change it
-        _with_advice(energy_model.log_partition.averaged()),
-        run.history,
-        run.num_steps,
-        stopped,
-        copy.deepcopy(state),
-    )
+    run.batch_size, run.record_interval = min(batch_size, len(data)), record_interval
+    run.callbacks, run.max_grad_norm = callbacks, max_grad_norm
+    total = sum(stage.num_steps for stage in stages)
+    with tqdm(total=total, disable=not progress_bar, desc="fit") as bar:
+        stopped = run.all_stages(stages, data, optim, bar)
+    return run.result(stages, stopped)
 
 
-def _with_advice(estimate: LogPartitionEstimate) -> LogPartitionEstimate:
-    """Say how to find a log Z that the walkers have not found."""
-    if estimate.is_reliable:
-        return estimate
-    advice = "; log Z is unknown: run pyro_ebm.partition.estimate(model)"
-    return estimate._replace(reason=estimate.reason + advice)
+class _Saved(NamedTuple):
+    """A point to go back to."""
+
+    model: Any
+    state: Any
 
 
 class _Fit:
     """The state of one call of :func:`fit`."""
+
+    batch_size: int
+    record_interval: int
+    callbacks: Sequence[Callable[[FitRecord], Any]]
+    max_grad_norm: float | None
 
     def __init__(
         self,
@@ -168,40 +151,123 @@ class _Fit:
                 f"patience is {patience} but validation_data is None: early stopping "
                 "needs held-out points. Give validation_data or leave patience out."
             )
-        _require_points("data", data, model)
+        require_points("data", data, model)
         if validation_data is not None:
-            _require_points("validation_data", validation_data, model)
+            require_points("validation_data", validation_data, model)
         self.model, self.validation_data = model, validation_data
         # The training curve is read off at most 2,000 points, always the same.
         self.train_data = data[torch.randperm(len(data))[:2000]]
         self.patience = math.inf if patience is None else patience
         self.state = nn.Module()
+        self.noise = GradientNoise([])
         self.history: list[FitRecord] = []
-        self.num_steps = 0
-        self.best, self.num_worse = -math.inf, 0
-        self.best_state: tuple[Any, Any] | None = None
+        self.steps_of_stages: list[int] = []
+        self.began = time.perf_counter(), time.process_time()
+        self.step_seconds = 0.0
 
-    def loop(
-        self, svi: SVI, batches: Iterator[Tensor], bar: Any, record_interval: int
+    @property
+    def num_steps(self) -> int:
+        """Parameter steps so far."""
+        return sum(self.steps_of_stages)
+
+    def all_stages(
+        self, stages: list[Stage], data: Tensor, optim: Any, bar: Any
     ) -> str:
-        """Take the steps; return why they ended."""
-        last_good = self._saved()
+        """Take the steps of all stages; return why they ended."""
+        optim = default_optim(self.model) if optim is None else optim
+        optims = [self._optim(stage.optim or optim) for stage in stages]
+        batches, last = _batches(data, self.batch_size), nn.Module()
+        stopped = "finished"
+        for stage, stage_optim in zip(stages, optims, strict=True):
+            self.noise = stage_optim.noise
+            self.steps_of_stages.append(0)
+            with pyro.get_param_store().scope():
+                learn = ObjectiveModel(_as_pyro_model(self.model), stage.objective)
+                self.state = learn.state_of("x", self.model())
+                stage_optim.add(self.state)
+                if self.num_steps and self.state is not last:
+                    begin_chains(self.model, stage.objective, self.state)
+                svi = SVI(learn, lambda batch: None, stage_optim, Trace_ELBO())
+                try:
+                    stopped = self._stage(svi, stage.num_steps, batches, bar)
+                finally:
+                    stage_optim.remove_added()
+            last = self.state
+            if stopped not in ("finished", "early stopping"):
+                break
+        return stopped
+
+    def result(self, stages: list[Stage], stopped: str) -> FitResult:
+        """Examine the fit, and make the average the model."""
+        model, taken = self.model, self.steps_of_stages
+        last = stages[len(taken) - 1].objective
+        found = self._diagnosed(last)
+        model.adopt_average()
+        distribution = copy.deepcopy(model.averaged())  # another fit must not change it
+        log_partition = model.log_partition.averaged()
+        gap = energy_gap(model, self.train_data)
+        found = found._replace(
+            energy_gap=gap, gradient_snr=self.noise.signal_to_noise()
+        )
+        held_out = self.validation_data
+        verdict, reasons = judge(found, log_partition, stopped, self.history)
+        wall, cpu = self.began
+        return FitResult(
+            distribution,
+            _with_advice(log_partition),
+            self.history,
+            self.num_steps,
+            stopped,
+            copy.deepcopy(self.state),
+            log_likelihood(distribution, self.train_data),
+            None if held_out is None else log_likelihood(distribution, held_out),
+            tuple((s.name, n) for s, n in zip(stages, taken, strict=False)),
+            FitTimings(
+                time.perf_counter() - wall,
+                time.process_time() - cpu,
+                self.step_seconds / max(self.num_steps, 1),
+            ),
+            found,
+            verdict,
+            reasons,
+        )
+
+    def _diagnosed(self, objective: Objective) -> FitDiagnostics:
+        steps = self.steps_of_stages[-1]
+        return diagnose(
+            self.model, objective, self.state, self.train_data, steps, self.batch_size
+        )
+
+    def _optim(self, optim: Any) -> FitOptim:
+        noise = GradientNoise(self.model.energy.parameters())
+        return as_fit_optim(optim, self.model, self.max_grad_norm, noise)
+
+    def _stage(
+        self, svi: SVI, num_steps: int, batches: Iterator[Tensor], bar: Any
+    ) -> str:
+        """Take the steps of a stage; return why they ended."""
+        last_good = best = self._saved()
+        self.best_value, self.num_worse = -math.inf, 0
         try:
-            for step in bar:
-                loss = svi.step(next(batches))
+            for _ in range(num_steps):
+                loss = self._step(svi, next(batches), bar)
                 if not math.isfinite(loss):
-                    _LOG.warning("loss is %s at step %d; the fit stops", loss, step)
                     self._go_back(last_good)
                     return "loss not finite"
-                if isinstance(svi.optim, pyro.optim.PyroLRScheduler):
-                    svi.optim.step()
-                self.num_steps = step
-                if step % record_interval == 0:
-                    self._record(step, loss, bar)
-                    last_good = self._saved()
-                    if self.num_worse >= self.patience:
-                        self._go_back(self.best_state or last_good)
-                        return "early stopping"
+                if self.num_steps % self.record_interval:
+                    continue
+                if not self._is_finite():
+                    self._go_back(last_good)
+                    return "loss not finite"
+                record = self._record(loss, svi.optim, bar)
+                last_good = self._saved()
+                if self.num_worse == 0:
+                    best = last_good
+                if True in [callback(record) is True for callback in self.callbacks]:
+                    return "callback"
+                if self.num_worse >= self.patience:
+                    self._go_back(best)
+                    return "early stopping"
         except KeyboardInterrupt:
             return "interrupted"
         except DivergenceError:
@@ -209,37 +275,68 @@ class _Fit:
             raise
         return "finished"
 
-    def _saved(self) -> tuple[Any, Any]:
-        return copy.deepcopy((self.model.state_dict(), self.state.state_dict()))
+    def _step(self, svi: SVI, batch: Tensor, bar: Any) -> float:
+        began = time.perf_counter()
+        loss: float = svi.step(batch)
+        if math.isfinite(loss):
+            svi.optim.advance_schedule()
+            self.steps_of_stages[-1] += 1
+        else:
+            at = self.num_steps + 1
+            _LOG.warning("loss is %s at step %d; the fit stops", loss, at)
+        bar.update()
+        self.step_seconds += time.perf_counter() - began
+        return loss
 
-    def _go_back(self, saved: tuple[Any, Any]) -> None:
-        self.model.load_state_dict(saved[0])
-        if self.state is not self.model.chains:
-            self.state.load_state_dict(saved[1])
+    def _is_finite(self) -> bool:
+        """Whether the last step left all parameters finite."""
+        moved = [*self.model.parameters(), *self.state.parameters()]
+        return all(bool(p.isfinite().all()) for p in moved)
 
-    def _record(self, step: int, loss: float, bar: Any) -> None:
-        averaged = self.model.averaged()
-        validation = None
-        if self.validation_data is not None:
-            validation = log_likelihood(averaged, self.validation_data)
-            self._note(validation.value)
-        train = log_likelihood(averaged, self.train_data)
-        estimate = self.model.log_partition.averaged()
-        self.history.append(FitRecord(step, loss, train, validation, estimate))
-        shown = train if validation is None else validation
-        bar.set_postfix_str(
-            f"log-likelihood {shown}, log Z {estimate.value:.3f} +- "
-            f"{estimate.std_error:.3f} [{estimate.status}], acceptance "
-            f"{self.model.chains.accept_prob.item():.2f}",
-            refresh=False,
+    def _saved(self) -> _Saved:
+        return _Saved(
+            *copy.deepcopy((self.model.state_dict(), self.state.state_dict()))
         )
 
-    def _note(self, value: float) -> None:
-        self.num_worse += 1
-        if value > self.best:
-            self.best, self.num_worse = value, 0
-            if self.patience < math.inf:
-                self.best_state = self._saved()
+    def _go_back(self, saved: _Saved) -> None:
+        self.model.load_state_dict(saved.model)
+        if self.state is not self.model.chains:
+            self.state.load_state_dict(saved.state)
+
+    def _record(self, loss: float, optim: FitOptim, bar: Any) -> FitRecord:
+        averaged = self.model.averaged()
+        train = log_likelihood(averaged, self.train_data)
+        shown, validation = train, None
+        if self.validation_data is not None:
+            shown = validation = log_likelihood(averaged, self.validation_data)
+            self.num_worse += 1
+            if validation.value > self.best_value:
+                self.best_value, self.num_worse = validation.value, 0
+        optim.note_record(shown.value)
+        estimate = self.model.log_partition.averaged()
+        gap = energy_gap(self.model, self.train_data)
+        stage = len(self.steps_of_stages) - 1
+        record = FitRecord(
+            self.num_steps, loss, train, validation, estimate, stage, gap
+        )
+        self.history.append(record)
+        chains = self.model.chains
+        accepted = chains.accept_prob.item() if chains.is_started else math.nan
+        bar.set_postfix_str(
+            f"log-likelihood {shown}, energy gap {gap or 'unknown'}, log Z "
+            f"{estimate.value:.3f} +- {estimate.std_error:.3f} [{estimate.status}]"
+            + ("" if math.isnan(accepted) else f", acceptance {accepted:.2f}"),
+            refresh=False,
+        )
+        return record
+
+
+def _with_advice(estimate: LogPartitionEstimate) -> LogPartitionEstimate:
+    """Say how to find a log Z that the walkers have not found."""
+    if estimate.is_reliable:
+        return estimate
+    advice = "; log Z is unknown: run pyro_ebm.partition.estimate(model)"
+    return estimate._replace(reason=estimate.reason + advice)
 
 
 def _as_pyro_model(energy_model: EnergyModel) -> Any:
@@ -253,99 +350,8 @@ def _as_pyro_model(energy_model: EnergyModel) -> Any:
     return model
 
 
-class _TorchOptim(pyro.optim.PyroOptim):
-    """A torch optimiser where Pyro expects one of its own."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, state: nn.Module) -> None:
-        self.optimizer = optimizer
-        groups = optimizer.param_groups
-        held = {id(p) for group in groups for p in group["params"]}
-        added = [p for p in state.parameters() if id(p) not in held]
-        if added:
-            optimizer.add_param_group({"params": added})
-
-    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self.optimizer.step()
-
-
-def _as_pyro_optim(
-    optim: Any, energy_model: EnergyModel, state: nn.Module
-) -> pyro.optim.PyroOptim:
-    if isinstance(optim, pyro.optim.PyroOptim):
-        return optim
-    if optim is None:
-        parameters = list(energy_model.parameters())
-        if not parameters:
-            raise ValueError(
-                "energy_model has no parameters to fit. A FunctionEnergy learns those "
-                "of an nn.Module given as its fn."
-            )
-        optim = torch.optim.Adam(parameters, lr=1e-3)
-    if not isinstance(optim, torch.optim.Optimizer):
-        raise TypeError(
-            "optim must be a pyro.optim or torch.optim optimiser, got "
-            f"{type(optim).__name__}."
-        )
-    own = {id(parameter) for parameter in energy_model.parameters()}
-    if not any(id(p) in own for group in optim.param_groups for p in group["params"]):
-        raise ValueError(
-            "optim must hold parameters of energy_model, and holds none of them. Build "
-            "it as torch.optim.Adam(energy_model.parameters())."
-        )
-    return _TorchOptim(optim, state)
-
-
 def _batches(data: Tensor, batch_size: int) -> Iterator[Tensor]:
-    batch_size = min(batch_size, len(data))
     while True:
         order = torch.randperm(len(data), device=data.device)
         for index in order[: len(data) // batch_size * batch_size].split(batch_size):
             yield data[index]
-
-
-def _require_types(energy_model: EnergyModel, objective: Objective) -> None:
-    if not isinstance(energy_model, EnergyModel):
-        raise TypeError(
-            f"energy_model must be an EnergyModel, got {type(energy_model).__name__}. "
-            "Wrap an energy: EnergyModel(energy, base)."
-        )
-    require_objective(objective)
-
-
-def _require_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}.")
-
-
-def _require_points(name: str, points: Tensor, energy_model: EnergyModel) -> None:
-    event_shape = energy_model.energy.event_shape
-    dtype = energy_model.energy.tensor_options()["dtype"]
-    if not isinstance(points, Tensor):
-        raise TypeError(
-            f"{name} must be a tensor, got {type(points).__name__}. Convert it: "
-            f"torch.as_tensor({name}, dtype={dtype})."
-        )
-    if points.dtype != dtype:
-        raise ValueError(
-            f"{name} must have the dtype {dtype} of the energy, got {points.dtype}. "
-            f"Convert it: {name}.to({dtype}); or the model, by energy_model.to(dtype)."
-        )
-    if points.dim() != len(event_shape) + 1 or points.shape[1:] != event_shape:
-        raise ValueError(
-            f"{name} must have shape (N, *event), event_shape {tuple(event_shape)}, "
-            f"got {tuple(points.shape)}."
-        )
-    if len(points) < 2 or not points.isfinite().all():
-        raise ValueError(
-            f"{name} must hold at least two points of finite numbers; got "
-            f"{len(points)} points with {int((~points.isfinite()).sum())} nan or "
-            "infinite numbers. Drop those rows."
-        )
-    inside = energy_model.energy.support.check(points)
-    if not inside.all():
-        raise ValueError(
-            f"{name} must lie in the support {energy_model.energy.support}; "
-            f"{int((~inside).sum())} of {len(points)} points do not. Transform the "
-            "data, or give the energy their support."
-        )

@@ -23,6 +23,7 @@ from pyro_ebm.infer import (
     ContrastiveDivergence,
     DenoisingScoreMatching,
     EnergyDiscrepancy,
+    EnergyPenalty,
     ExactMaximumLikelihood,
     FlowContrastive,
     ImportanceSampledLikelihood,
@@ -98,13 +99,17 @@ OBJECTIVES = {
     "denoising-levels": lambda event: DenoisingScoreMatching((0.1, 1.0)),
     "discrepancy": lambda event: EnergyDiscrepancy(num_copies=64),
     "generator": lambda event: AmortizedSampler(Generator(event), (3,), num_draws=50),
+    "penalty": lambda event: EnergyPenalty(
+        MaximumLikelihood(num_chains=200, num_steps=5)
+    ),
 }
 # At what parameters the mean gradient is nil: those of the data, or of noisy data. Not
-# so of energy discrepancy at finite M, and of a generator that is not the model.
+# so of energy discrepancy at finite M, of a generator that is not the model, and of a
+# penalty.
 UNBIASED = [
     name
     for name in OBJECTIVES
-    if name not in ("denoising-levels", "discrepancy", "generator")
+    if name not in ("denoising-levels", "discrepancy", "generator", "penalty")
 ]
 # Values and gradients of the energy that a data point costs, and those besides.
 COSTS = {
@@ -123,6 +128,7 @@ COSTS = {
     "denoising-levels": ((1, 1), (0, 0)),
     "discrepancy": ((65, 0), (0, 0)),
     "generator": ((1, 0), (50, 50)),
+    "penalty": ((1, 0), (400, 200 * 6)),
 }
 
 

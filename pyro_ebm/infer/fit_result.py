@@ -1,0 +1,99 @@
+"""What a fit returns, and how it is printed."""
+
+__all__ = ["FitResult", "FitTimings"]
+
+from typing import NamedTuple
+
+from torch import nn
+
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.infer.diagnosis import FitDiagnostics
+from pyro_ebm.infer.fit_record import FitRecord
+from pyro_ebm.infer.likelihood import LogLikelihood
+from pyro_ebm.infer.verdict import FitVerdict
+from pyro_ebm.partition import LogPartitionEstimate
+
+
+class FitTimings(NamedTuple):
+    """What a fit has cost.
+
+    Attributes:
+        seconds: Wall-clock time of all of it.
+        cpu_seconds: Processor time of this process, all threads together.
+        seconds_per_step: Wall-clock time of a parameter step, a mean; with log Z, but
+            without records and the end.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    seconds_per_step: float
+
+
+class FitResult(NamedTuple):
+    r"""What a fit returns.
+
+    Attributes:
+        distribution: The averaged model with its :math:`\log Z`.
+        log_partition: That :math:`\log Z`, with error and verdict.
+        history: A record every ``record_interval`` steps.
+        num_steps: Parameter steps taken.
+        stopped: Why it ended: ``"finished"``, ``"early stopping"``, ``"callback"``,
+            ``"interrupted"``, or ``"loss not finite"``.
+        state: What the last objective has learned beside the energy, such as the log Z
+            of noise contrast, for the last parameters before averaging.
+        train: Log-likelihood of training points, at most 2,000, under the distribution.
+        validation: That of the validation points, or ``None``.
+        stages: Name of the objective, and steps taken with it, of each stage.
+        timings: Seconds.
+        diagnostics: Energy gap, chains, gradients and noise at the end.
+        verdict: ``"ok"``, or the gravest of what was found.
+        reasons: A sentence for each thing found, with a way out; empty if ``"ok"``.
+    """
+
+    distribution: EnergyDistribution
+    log_partition: LogPartitionEstimate
+    history: list[FitRecord]
+    num_steps: int
+    stopped: str
+    state: nn.Module
+    train: LogLikelihood
+    validation: LogLikelihood | None
+    stages: tuple[tuple[str, int], ...]
+    timings: FitTimings
+    diagnostics: FitDiagnostics
+    verdict: FitVerdict
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        energy = self.distribution.energy
+        shape, timings = tuple(energy.event_shape), self.timings
+        steps = ", then ".join(f"{count:,} by {name}" for name, count in self.stages)
+        held_out = "" if self.validation is None else f"  held-out: {self.validation}\n"
+        return (
+            f"q(x) = exp(-f(x)) / Z, f = {type(energy).__name__} over {shape}\n"
+            f"  steps: {steps} [{self.stopped}], {timings.seconds:.1f} s, "
+            f"{1000 * timings.seconds_per_step:.1f} ms a step\n"
+            f"  log-likelihood a point: {self.train}\n{held_out}"
+            f"  {self.log_partition}\n"
+            f"{_described(self.diagnostics)}"
+            f"  verdict: {self.verdict}" + "".join(f"\n  - {r}" for r in self.reasons)
+        )
+
+
+def _described(found: FitDiagnostics) -> str:
+    """One line of what was measured; empty if nothing was."""
+    parts = {
+        "energy gap": found.energy_gap,
+        "drift of the chains": found.drift,
+        "R-hat": _number(found.r_hat, ".3f"),
+        "acceptance": _number(found.acceptance, ".2f"),
+        "gradient signal to noise": _number(found.gradient_snr, ".2g"),
+        "effective noise points a step": _number(found.noise_ess, ",.0f"),
+        "told from noise": _number(found.noise_separation, ".1%"),
+    }
+    text = ", ".join(f"{k} {v}" for k, v in parts.items() if v is not None)
+    return f"  {text}\n" if text else ""
+
+
+def _number(value: float | None, spec: str) -> str | None:
+    return None if value is None else format(value, spec)

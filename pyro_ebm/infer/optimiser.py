@@ -1,0 +1,190 @@
+r"""What moves the parameters in a fit, and how noisy the gradients are that it sees.
+
+With gradients :math:`g_t = s + \varepsilon_t` of nearly the same mean, exponential
+averages :math:`\bar g` and :math:`\overline{|g|^2}` of weights :math:`w_t` give
+
+.. math::
+    |s|^2 \approx \frac{|\bar g|^2 - w\, \overline{|g|^2}}{1 - w}, \quad
+    \mathbb{E} |\varepsilon|^2 \approx \overline{|g|^2} - |s|^2, \quad
+    w = \sum_t w_t^2                                                       \tag{1}
+"""
+
+__all__ = ["FitOptim", "GradientNoise", "as_fit_optim", "default_optim"]
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyro
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from pyro_ebm.distributions import EnergyModel
+
+
+class GradientNoise:
+    """Running moments (1) of the gradient, over about the last 50 steps.
+
+    Args:
+        parameters: Those of the energy.
+    """
+
+    #: Weight that the average so far keeps in a step.
+    DECAY = 0.98
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.count = 0
+        self.mean = self.square = torch.empty(0)
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Take note of the gradients as they are; no number leaves the device."""
+        grads = [p.grad.flatten() for p in self.parameters if p.grad is not None]
+        if not grads:
+            return
+        grad = torch.cat(grads)
+        if self.mean.shape != grad.shape:
+            self.mean, self.count = torch.zeros_like(grad), 0
+            self.square = torch.zeros_like(grad[0])
+        self.count += 1
+        self.mean.lerp_(grad, 1 - self.DECAY)
+        self.square.lerp_(grad.dot(grad), 1 - self.DECAY)
+
+    def signal_to_noise(self) -> float | None:
+        """Norm of the mean gradient over the root mean square of its noise.
+
+        ``None`` before ten steps, or if it is not finite.
+        """
+        if self.count < 10:
+            return None
+        left = self.DECAY**self.count
+        mean, square = self.mean / (1 - left), self.square / (1 - left)
+        weight = (1 - self.DECAY) / (1 + self.DECAY) * (1 + left) / (1 - left)
+        signal = (mean.dot(mean) - weight * square) / (1 - weight)  # (1)
+        ratio = (signal.clamp(min=0) / (square - signal)).sqrt()
+        return ratio.item() if ratio.isfinite() else None
+
+
+class FitOptim(pyro.optim.PyroOptim):
+    """Any optimiser or scheduler where ``SVI`` expects one of Pyro's.
+
+    Args:
+        inner: A Pyro optimiser, a torch one, or a scheduler of either kind.
+        energy_model: Whose parameters are moved.
+        max_grad_norm: Largest norm of the gradient; longer ones are shortened.
+        noise: Is shown each gradient before that.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        energy_model: EnergyModel,
+        max_grad_norm: float | None,
+        noise: GradientNoise,
+    ) -> None:
+        self.inner, self.max_grad_norm, self.noise = inner, max_grad_norm, noise
+        self.torch_optim = inner.optimizer if isinstance(inner, LRScheduler) else inner
+        self.plateau_mode = _plateau_mode(inner)
+        self.moved = list(energy_model.parameters())
+        self.added: list[nn.Parameter] = []
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Take a step; what ``SVI`` calls."""
+        self.noise.observe()
+        if self.max_grad_norm is not None:
+            # Of these, not of params: that is a set, without an order to reproduce.
+            moved = [*self.moved, *self.added]
+            torch.nn.utils.clip_grad_norm_(moved, self.max_grad_norm)
+        if isinstance(self.inner, pyro.optim.PyroOptim):
+            self.inner(params)
+        else:
+            self.torch_optim.step()
+
+    def add(self, state: nn.Module) -> None:
+        """Move the parameters of an objective's state, too."""
+        self.added = [*state.parameters()]
+        if isinstance(self.inner, pyro.optim.PyroOptim):
+            return  # which takes what SVI gives it
+        groups = self.torch_optim.param_groups
+        held = {id(p) for group in groups for p in group["params"]}
+        self.added = [p for p in self.added if id(p) not in held]
+        # In a group that is there: a scheduler knows of no other.
+        groups[0]["params"].extend(self.added)
+
+    def remove_added(self) -> None:
+        """Leave a torch optimiser with the parameters that it came with."""
+        if isinstance(self.inner, pyro.optim.PyroOptim):
+            return
+        group, gone = self.torch_optim.param_groups[0], {id(p) for p in self.added}
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+        for parameter in self.added:
+            self.torch_optim.state.pop(parameter, None)
+
+    def advance_schedule(self) -> None:
+        """Count a parameter step."""
+        is_scheduler = isinstance(self.inner, LRScheduler | pyro.optim.PyroLRScheduler)
+        if is_scheduler and self.plateau_mode is None:
+            self.inner.step()
+
+    def note_record(self, value: float) -> None:
+        """Show a log-likelihood to a scheduler that waits for a plateau."""
+        if self.plateau_mode is not None:
+            self.inner.step(value if self.plateau_mode == "max" else -value)
+
+
+def _plateau_mode(inner: Any) -> str | None:
+    """What a ReduceLROnPlateau waits for, ``"min"`` or ``"max"``."""
+    if isinstance(inner, ReduceLROnPlateau):
+        return str(inner.mode)
+    if getattr(inner, "pt_scheduler_constructor", None) is ReduceLROnPlateau:
+        return str(inner.kwargs.get("mode", "min"))
+    return None
+
+
+def as_fit_optim(
+    optim: Any,
+    energy_model: EnergyModel,
+    max_grad_norm: float | None,
+    noise: GradientNoise,
+) -> FitOptim:
+    """Check an optimiser and wrap it.
+
+    Raises:
+        TypeError: If it is none.
+        ValueError: If it holds no parameters of the model.
+    """
+    if not isinstance(optim, pyro.optim.PyroOptim):
+        _require_own_parameters(optim, energy_model)
+    return FitOptim(optim, energy_model, max_grad_norm, noise)
+
+
+def default_optim(energy_model: EnergyModel) -> torch.optim.Optimizer:
+    """Adam with learning rate 1e-3.
+
+    Raises:
+        ValueError: If the model has no parameters.
+    """
+    parameters = list(energy_model.parameters())
+    if not parameters:
+        raise ValueError(
+            "energy_model has no parameters to fit. A FunctionEnergy learns those of "
+            "an nn.Module given as its fn."
+        )
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+def _require_own_parameters(optim: Any, energy_model: EnergyModel) -> None:
+    optimizer = optim.optimizer if isinstance(optim, LRScheduler) else optim
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "optim must be a pyro.optim or torch.optim optimiser or learning-rate "
+            f"scheduler, got {type(optim).__name__}."
+        )
+    own = {id(parameter) for parameter in energy_model.parameters()}
+    groups = optimizer.param_groups
+    if not any(id(p) in own for group in groups for p in group["params"]):
+        raise ValueError(
+            "optim must hold parameters of energy_model, and holds none of them. Build "
+            "it as torch.optim.Adam(energy_model.parameters())."
+        )
