@@ -14,6 +14,7 @@ __all__ = [
     "ExpEnergy",
     "FiniteUniform",
     "FunctionEnergy",
+    "HopfieldEnergy",
     "IsingEnergy",
     "LinearMapEnergy",
     "MixtureEnergy",
@@ -23,8 +24,11 @@ __all__ = [
     "PyroModelEnergy",
     "QuadraticEnergy",
     "RBMEnergy",
+    "Retrieval",
+    "SpinMemoryEnergy",
     "SumEnergy",
     "UnconstrainedEnergy",
+    "VectorMemoryEnergy",
     "is_unconstrained",
     "marginal",
     "register_product",
@@ -34,6 +38,11 @@ __all__ = [
 ]
 
 from pyro_ebm.energies.algebra import ExpEnergy, SumEnergy
+from pyro_ebm.energies.associative_memory import (
+    HopfieldEnergy,
+    Retrieval,
+    SpinMemoryEnergy,
+)
 from pyro_ebm.energies.base import ClosedForm, Energy
 from pyro_ebm.energies.clamped import ClampedEnergy
 from pyro_ebm.energies.compiled import CompiledEnergy
@@ -57,3 +66,4 @@ from pyro_ebm.energies.unconstrained import (
     same_support,
     unconstrained,
 )
+from pyro_ebm.energies.vector_memory import VectorMemoryEnergy

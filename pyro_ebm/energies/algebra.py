@@ -150,10 +150,21 @@ class ExpEnergy(Energy):
     r"""The energy :math:`\exp(g(x))`; written ``g.exp()``.
 
     It is bounded below by 0, so on an unbounded support it has a partition function
-    only where :math:`g` grows.
+    only where :math:`g` grows. The twin :math:`-\exp(-g(x))`, written ``-(-g).exp()``,
+    is bounded *above* by 0: on an unbounded support :math:`e^{-f} \ge 1` has no
+    partition function, whatever :math:`g` is. Give it a box as its support, or add the
+    energy of a base.
 
     Args:
         energy: The inner energy :math:`g`.
+
+    Example:
+        >>> g = pyro_ebm.energies.FunctionEnergy(lambda x: x**2, ())
+        >>> base = pyro_ebm.energies.DistributionEnergy(dist.Normal(0.0, 1.0))
+        >>> twin = -(-g).exp()
+        >>> quadrature = pyro_ebm.partition.quadrature
+        >>> quadrature(twin).status, quadrature(twin + base).status
+        ('not_normalizable', 'exact')
     """
 
     def __init__(self, energy: Energy) -> None:

@@ -26,6 +26,10 @@ class Ring(nn.Module):
         return 3 * (x.norm(dim=-1) - self.radius) ** 2
 
 
+def random_spins(*shape):
+    return 2 * torch.bernoulli(torch.full(shape, 0.5)) - 1
+
+
 def quadratic(dim=2):
     root = torch.randn(dim, dim) / 2
     return energies.QuadraticEnergy(torch.randn(dim), torch.eye(dim) + root @ root.mT)
@@ -126,6 +130,15 @@ CASES = {
     ),
     "potts": lambda: energies.PottsEnergy((3, 2), 3, 0.4),
     "rbm": lambda: energies.RBMEnergy(torch.randn(4, 3), torch.randn(4)),
+    "hopfield": lambda: energies.HopfieldEnergy(random_spins(3, 5), 3),
+    "spin-memory": lambda: energies.SpinMemoryEnergy(random_spins(3, 5)),
+    "spin-memory-learned": lambda: energies.SpinMemoryEnergy(
+        nn.Parameter(torch.randn(3, 5)), 0.5
+    ),
+    "vector-memory": lambda: energies.VectorMemoryEnergy(torch.randn(4, 2), 3.0),
+    "vector-memory-learned": lambda: energies.VectorMemoryEnergy(
+        nn.Parameter(torch.randn(4, 3)), 0.5, nn.Parameter(torch.randn(4))
+    ),
     "unconstrained": lambda: energies.UnconstrainedEnergy(gamma()),
     "unconstrained-simplex": lambda: energies.UnconstrainedEnergy(
         energies.DistributionEnergy(dist.Dirichlet(2 * torch.ones(3)))
