@@ -260,7 +260,7 @@ class ProductOfExperts(EnergyDistribution):
             return result
         budget = _BUDGET if budget is None else budget
         if settings.get("method", "auto") == "auto" and self._needs_draws():
-            measured, spent = self._from_experts(budget)
+            measured, spent = self._from_experts(budget, **settings)
             if measured is not None:
                 return measured
             budget = max(budget - spent, budget // 2)
@@ -274,20 +274,27 @@ class ProductOfExperts(EnergyDistribution):
             is_small = self.event_shape.numel() <= 2
         return not is_small and self.energy.closed_form() is None
 
-    def _from_experts(self, budget: int) -> tuple[LogPartitionEstimate | None, int]:
+    def _from_experts(
+        self, budget: int, *, progress_bar: bool = True, **_: Any
+    ) -> tuple[LogPartitionEstimate | None, int]:
         """Importance sampling from the normalised experts, if a pilot finds it good."""
         known = normalised_experts(self.terms)
         num_pilot = budget // 10
         if not known or num_pilot < _MIN_PILOT:
             return None, 0
         proposal = known[0] if len(known) == 1 else MixtureOfExperts(known)
-        pilot = importance_sampling(self.energy, proposal, num_samples=num_pilot)
+        pilot = importance_sampling(
+            self.energy, proposal, num_samples=num_pilot, progress_bar=False
+        )
         # Over infinitely many states there is no other way.
         wanted = 0.0 if self.energy.support.is_discrete else _MIN_FRACTION * num_pilot
         if not pilot.is_reliable or pilot.ess < wanted:
             return None, num_pilot
         result = importance_sampling(
-            self.energy, proposal, num_samples=budget - num_pilot
+            self.energy,
+            proposal,
+            num_samples=budget - num_pilot,
+            progress_bar=progress_bar,
         )
         if not result.is_reliable:
             return None, budget

@@ -47,6 +47,7 @@ from pyro_ebm.mcmc.path import GeometricPath, PathState
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.bennett import bennett
 from pyro_ebm.partition.importance import estimate_from_weights
+from pyro_ebm.partition.progress import watched
 from pyro_ebm.partition.schedule import Schedule, plan_schedule
 
 
@@ -62,6 +63,7 @@ def annealed_importance_sampling(
     direction: Literal["forward", "reverse"] = "forward",
     draws: Tensor | None = None,
     delta: float = 0.05,
+    progress_bar: bool = True,
 ) -> LogPartitionEstimate:
     r"""Estimate :math:`\log Z` by (1), with a bound that holds for certain.
 
@@ -81,6 +83,8 @@ def annealed_importance_sampling(
             ``num_chains``, shape ``(N, *event)``. The upper bound is as exact as they
             are: draws that lack a mode put it too low.
         delta: Probability that the guaranteed bound fails.
+        progress_bar: Whether to show the energy evaluations, if it takes more than a
+            second.
 
     Returns:
         The estimate. Its ``lower`` (forward) or ``upper`` (reverse) is guaranteed by
@@ -113,12 +117,13 @@ def annealed_importance_sampling(
             f'only then; got direction="{direction}" and draws '
             f"{'None' if draws is None else tuple(draws.shape)}."
         )
-    run = _Annealing(energy, base, num_chains, delta)
-    if draws is not None:
-        draws = run.checked(draws)
-    run.plan(num_temperatures, inverse_temperatures, kernel)
+    with watched(energy, is_shown=progress_bar) as target:
+        run = _Annealing(target, base, num_chains, delta)
+        if draws is not None:
+            draws = run.checked(draws)
+        run.plan(num_temperatures, inverse_temperatures, kernel)
+        log_weights = run.forward() if draws is None else run.reverse(draws)
     name = f"{direction} AIS, {len(run.schedule.inverse_temperatures) - 1} temperatures"
-    log_weights = run.forward() if draws is None else run.reverse(draws)
     bound = guaranteed_lower(log_weights, delta)
     estimate = estimate_from_weights(log_weights, name, run.path.num_evaluations)
     reason = "one-sided only: nothing in the run bounds log Z from "
@@ -143,6 +148,7 @@ def bidirectional(
     inverse_temperatures: Sequence[float] | None = None,
     kernel: Kernel | None = None,
     delta: float = 0.05,
+    progress_bar: bool = True,
 ) -> LogPartitionEstimate:
     r"""Enclose :math:`\log Z` between a forward and a reverse run.
 
@@ -159,6 +165,8 @@ def bidirectional(
         inverse_temperatures: A schedule of your own instead.
         kernel: Used as it is at every temperature.
         delta: Probability that one of the two bounds fails.
+        progress_bar: Whether to show the energy evaluations, if it takes more than a
+            second.
 
     Returns:
         The estimate; with exact draws :math:`\log Z` is between ``lower`` and
@@ -181,10 +189,11 @@ def bidirectional(
         >>> estimate.status, estimate.lower < 1.8379 < estimate.upper
         ('ok', True)
     """
-    run = _Annealing(energy, base, num_chains, delta)
-    draws = run.checked(draws)
-    run.plan(num_temperatures, inverse_temperatures, kernel)
-    forward, reverse = run.forward(), run.reverse(draws)
+    with watched(energy, is_shown=progress_bar) as target:
+        run = _Annealing(target, base, num_chains, delta)
+        draws = run.checked(draws)
+        run.plan(num_temperatures, inverse_temperatures, kernel)
+        forward, reverse = run.forward(), run.reverse(draws)
     lower = guaranteed_lower(forward, delta / 2)
     upper = -guaranteed_lower(reverse, delta / 2)
     ratio = bennett(forward, -reverse)

@@ -24,6 +24,7 @@ from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.bennett import BennettRatio, bennett, chains_ess
 from pyro_ebm.partition.importance import check_proposal, log_weights_of
+from pyro_ebm.partition.progress import watched
 
 
 @torch.no_grad()
@@ -33,6 +34,7 @@ def bridge_sampling(
     *,
     proposal: Literal["gaussian", "student"] | dist.TorchDistribution = "gaussian",
     num_proposal_draws: int | None = None,
+    progress_bar: bool = True,
 ) -> LogPartitionEstimate:
     r"""Estimate :math:`\log Z` from draws of the target, by the bridge to a proposal.
 
@@ -53,6 +55,8 @@ def bridge_sampling(
             energy's event, such as a base or a flow; fit it to other draws than these.
         num_proposal_draws: Energy evaluations at draws of the proposal; default: as
             many as there are draws.
+        progress_bar: Whether to show the energy evaluations, if it takes more than a
+            second.
 
     Returns:
         The estimate; ``"unreliable"`` if the overlap is poor, the draws are not those
@@ -71,11 +75,12 @@ def bridge_sampling(
         >>> estimate.status, abs(estimate.value - 2.7568) < 0.01
         ('ok', True)
     """
-    bridge = _Bridge(energy, draws, proposal)
-    count = num_proposal_draws or bridge.num_draws
-    if count < 4:
-        raise ValueError(f"num_proposal_draws must be at least 4, got {count}.")
-    halves = [bridge.cross(fit, count // 2) for fit in (0, 1)]
+    with watched(energy, is_shown=progress_bar) as target:
+        bridge = _Bridge(target, draws, proposal)
+        count = num_proposal_draws or bridge.num_draws
+        if count < 4:
+            raise ValueError(f"num_proposal_draws must be at least 4, got {count}.")
+        halves = [bridge.cross(fit, count // 2) for fit in (0, 1)]
     value = sum(h.log_ratio for h in halves) / 2
     std_error = _combined_error(*halves)
     reasons = list(dict.fromkeys(h.reason for h in halves if h.reason))

@@ -18,19 +18,24 @@ from pyro_ebm.energies import Energy
 from pyro_ebm.energies.finite import finite_values
 from pyro_ebm.energies.rbm import RBMEnergy
 from pyro_ebm.partition.base import LogPartitionEstimate
+from pyro_ebm.partition.progress import watched
 
 #: Numbers given to the energy at once.
 _CHUNK = 2**20
 
 
 @torch.no_grad()
-def enumeration(energy: Energy, *, max_states: int = 2**22) -> LogPartitionEstimate:
+def enumeration(
+    energy: Energy, *, max_states: int = 2**22, progress_bar: bool = True
+) -> LogPartitionEstimate:
     r"""Sum ``e^-f`` over a finite support.
 
     Args:
         energy: Over booleans, integers of an interval or spins, independent or not.
             Its points come in as floating-point numbers.
         max_states: Largest number of points that is worth the time.
+        progress_bar: Whether to show the energy evaluations, if it takes more than a
+            second.
 
     Returns:
         The estimate; ``"unreliable"`` if an energy is ``nan`` or ``-inf``, or all are
@@ -64,12 +69,13 @@ def enumeration(energy: Energy, *, max_states: int = 2**22) -> LogPartitionEstim
         )
     chunk = max(1, _CHUNK // max(1, energy.event_shape.numel()))
     log_sum, reason = torch.tensor(-torch.inf, dtype=torch.float64), ""
-    for start in range(0, total, chunk):
-        x = _states(energy, values, start, min(start + chunk, total))
-        log_density = -energy(x).double()
-        if not (log_density < torch.inf).all():
-            reason = "the energy is nan or -inf at some states"
-        log_sum = torch.logaddexp(log_sum.to(x.device), log_density.logsumexp(0))
+    with watched(energy, total, is_shown=progress_bar) as target:
+        for start in range(0, total, chunk):
+            x = _states(target, values, start, min(start + chunk, total))
+            log_density = -target(x).double()
+            if not (log_density < torch.inf).all():
+                reason = "the energy is nan or -inf at some states"
+            log_sum = torch.logaddexp(log_sum.to(x.device), log_density.logsumexp(0))
     value = log_sum.item()
     if value == -math.inf:
         reason = "the energy is infinite at all states"

@@ -18,7 +18,7 @@ from pyro_ebm.partition.enumeration import enumeration, num_states
 from pyro_ebm.partition.exact import closed_form, quadrature
 from pyro_ebm.partition.gibbs_annealing import gibbs_annealing
 from pyro_ebm.partition.importance import importance_sampling
-from pyro_ebm.partition.progress import WatchedEnergy
+from pyro_ebm.partition.progress import watched
 from pyro_ebm.partition.refined import refined_smc
 from pyro_ebm.partition.smc import run_smc
 
@@ -82,10 +82,12 @@ def estimate(
         raise ValueError(f"budget must be positive, got {budget}.")
     result = closed_form(energy) if method in ("auto", "exact") else None
     if result is None:
-        result = _over_finite(energy, base, method, budget, num_replicates)
+        result = _over_finite(
+            energy, base, method, budget, num_replicates, progress_bar
+        )
     dim = energy.event_shape.numel()
     if result is None and (method == "exact" or (method == "auto" and dim <= 2)):
-        result = quadrature(energy)
+        result = quadrature(energy, progress_bar=progress_bar)
         if method == "auto" and result.status == "unreliable":
             result = None
     if result is None:
@@ -117,16 +119,23 @@ def _over_finite(
     method: Method,
     budget: int | None,
     num_replicates: int,
+    progress_bar: bool,  # noqa: FBT001
 ) -> LogPartitionEstimate | None:
     """What only a finite support allows, or ``None``."""
     states = num_states(energy)
     if states is not None and method in ("auto", "exact"):
         if method == "exact" or states <= _MAX_STATES:
-            return enumeration(energy)
+            return enumeration(energy, progress_bar=progress_bar)
         method = "gibbs"
     if method != "gibbs":
         return None
-    return gibbs_annealing(energy, base, budget=budget, num_islands=num_replicates)
+    return gibbs_annealing(
+        energy,
+        base,
+        budget=budget,
+        num_islands=num_replicates,
+        progress_bar=progress_bar,
+    )
 
 
 def _base_of(target: Any, energy: Energy) -> dist.TorchDistribution | None:
@@ -159,25 +168,22 @@ def _watched(
             "base is None, and the energy has no exact log Z: give a normalised "
             "Pyro distribution on its event and support, wider than the target."
         )
-    if not progress_bar:
-        return sampler(energy, base, budget, num_replicates)
-    watched = WatchedEnergy(energy, budget)
-    try:
-        return sampler(watched, base, budget, num_replicates)
-    finally:
-        watched.bar.close()
+    with watched(energy, budget, is_shown=progress_bar) as target:
+        return sampler(target, base, budget, num_replicates)
 
 
 def _smc(
     energy: Energy, base: dist.TorchDistribution, budget: int, num_replicates: int
 ) -> LogPartitionEstimate:
-    return refined_smc(energy, base, budget=budget, num_replicates=num_replicates)
+    return refined_smc(
+        energy, base, budget=budget, num_replicates=num_replicates, progress_bar=False
+    )
 
 
 def _importance(
     energy: Energy, base: dist.TorchDistribution, budget: int, _: int
 ) -> LogPartitionEstimate:
-    return importance_sampling(energy, base, num_samples=budget)
+    return importance_sampling(energy, base, num_samples=budget, progress_bar=False)
 
 
 def _ais(
@@ -186,7 +192,11 @@ def _ais(
     num_chains = 64
     num_temperatures = max(2, budget // num_chains // 5)
     return annealed_importance_sampling(
-        energy, base, num_chains=num_chains, num_temperatures=num_temperatures
+        energy,
+        base,
+        num_chains=num_chains,
+        num_temperatures=num_temperatures,
+        progress_bar=False,
     )
 
 
@@ -199,7 +209,10 @@ def _bridge(
     u = islands.state.u.unflatten(1, (16, 8)).transpose(1, 2).flatten(0, 1)
     left = max(u.shape[0] * u.shape[1], budget - islands.num_evaluations)
     result = bridge_sampling(
-        energy, path.transform(u), num_proposal_draws=min(left, 10_000)
+        energy,
+        path.transform(u),
+        num_proposal_draws=min(left, 10_000),
+        progress_bar=False,
     )
     spent = result.num_evaluations + islands.num_evaluations
     return result._replace(num_evaluations=spent)

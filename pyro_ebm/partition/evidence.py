@@ -20,6 +20,7 @@ import torch
 from pyro.infer.importance import vectorized_importance_weights
 from pyro.poutine import Trace
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.importance import chunks, estimate_from_weights
@@ -36,6 +37,7 @@ def importance_sampling_of_model(
     num_samples: int = 10_000,
     batch_size: int = 1_000,
     vectorized: bool | None = None,
+    progress_bar: bool = True,
     **kwargs: Any,
 ) -> LogPartitionEstimate:
     r"""Estimate the log evidence of a Pyro model by (1).
@@ -53,6 +55,7 @@ def importance_sampling_of_model(
         batch_size: Draws that are made at once.
         vectorized: ``True`` to demand that, ``False`` to go one by one; default: see
             above.
+        progress_bar: Whether to show the draws, if it takes more than a second.
         **kwargs: Arguments of both.
 
     Returns:
@@ -90,12 +93,10 @@ def importance_sampling_of_model(
                 "batched values, or leave vectorized=None."
             )
         vectorized = not problem
-    if vectorized:
-        parts = [weigher.many(n)[0] for n in chunks(num_samples, batch_size)]
-        log_weights, how = torch.cat(parts), "vectorised"
-    else:
-        log_weights = torch.stack([weigher.one() for _ in range(num_samples)])
-        how = "one by one"
+    log_weights = weigher.draw(
+        num_samples, batch_size if vectorized else None, progress_bar
+    )
+    how = "vectorised" if vectorized else "one by one"
     method = f"importance sampling from the guide, {how}"
     return estimate_from_weights(log_weights, method, num_samples)
 
@@ -148,6 +149,22 @@ class _Weigher:
             **self.kwargs,
         )
         return torch.as_tensor(log_weights).reshape(-1), guide_trace
+
+    def draw(
+        self,
+        num_samples: int,
+        batch_size: int | None,
+        progress_bar: bool,  # noqa: FBT001
+    ) -> Tensor:
+        """Log-weights, shape ``(num_samples,)``, one by one without a batch size."""
+        parts = []
+        with tqdm(
+            total=num_samples, desc="evidence", delay=1, disable=not progress_bar
+        ) as bar:
+            for count in chunks(num_samples, batch_size or 1):
+                parts.append(self.many(count)[0] if batch_size else self.one()[None])
+                bar.update(count)
+        return torch.cat(parts)
 
     def problem_with_vectorizing(self) -> str:
         """Why it cannot be done, or an empty string."""

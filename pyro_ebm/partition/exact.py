@@ -21,6 +21,7 @@ import math
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_ebm.energies import Energy, UnconstrainedEnergy, unconstrained
 from pyro_ebm.partition.base import LogPartitionEstimate, Status
@@ -51,6 +52,7 @@ def quadrature(
     *,
     tolerance: float = 1e-6,
     max_points: int = 2**22,
+    progress_bar: bool = True,
 ) -> LogPartitionEstimate:
     r"""Integrate ``e^-f`` over its support, for events of up to three numbers.
 
@@ -63,6 +65,8 @@ def quadrature(
         scale: About how far it reaches. Neither needs to be good.
         tolerance: Change in :math:`\log Z` on halving the grid that ends the search.
         max_points: Points of the finest grid.
+        progress_bar: Whether to show the energy evaluations, if it takes more than a
+            second.
 
     Returns:
         The estimate; ``"unreliable"`` if the last two grids disagree or mass is left
@@ -84,15 +88,18 @@ def quadrature(
             f"(event_shape {tuple(energy.event_shape)}). Use a sampling estimator such "
             "as pyro_ebm.partition.smc."
         )
-    integrand = _Integrand(flat, loc, scale, dim)
-    box = integrand.find_box()
-    per_side, values, edge = 17, [], -math.inf
-    while per_side**dim <= max_points:
-        value, edge = integrand.integrate(box, per_side)
-        values.append(value)
-        if len(values) > 2 and abs(value - values[-2]) < tolerance:
-            break
-        per_side = 2 * per_side - 1
+    with tqdm(
+        desc="log Z", unit="", unit_scale=True, delay=1, disable=not progress_bar
+    ) as bar:
+        integrand = _Integrand(flat, loc, scale, dim, bar)
+        box = integrand.find_box()
+        per_side, values, edge = 17, [], -math.inf
+        while per_side**dim <= max_points:
+            value, edge = integrand.integrate(box, per_side)
+            values.append(value)
+            if len(values) > 2 and abs(value - values[-2]) < tolerance:
+                break
+            per_side = 2 * per_side - 1
     change = abs(values[-1] - values[-2]) if len(values) > 1 else math.inf
     return _judge(values[-1], change, edge, tolerance, integrand.num_evaluations)
 
@@ -127,9 +134,14 @@ class _Integrand:
     REACH = 60.0
 
     def __init__(
-        self, energy: Energy, loc: Tensor | float, scale: Tensor | float, dim: int
+        self,
+        energy: Energy,
+        loc: Tensor | float,
+        scale: Tensor | float,
+        dim: int,
+        bar: tqdm,
     ) -> None:
-        self.energy = energy
+        self.energy, self.bar = energy, bar
         # The grid and the sum are in double precision, whatever the energy computes in.
         self.own = energy.tensor_options()
         self.options = {"dtype": torch.float64, "device": self.own["device"]}
@@ -149,6 +161,7 @@ class _Integrand:
     def __call__(self, t: Tensor) -> Tensor:
         """Log of the integrand at ``t`` of shape ``(N, dim)``."""
         self.num_evaluations += len(t)
+        self.bar.update(len(t))
         u = self.loc + self.scale * t.sinh()
         log_jacobian = (self.scale.log() + log_cosh(t)).sum(-1)
         u = u.to(self.own["dtype"]).reshape(-1, *self.energy.event_shape)

@@ -29,11 +29,14 @@ References:
 __all__ = ["gibbs_annealing"]
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, cast, final
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_ebm.energies import Energy
 from pyro_ebm.energies.base import ClosedForm
@@ -66,6 +69,7 @@ def gibbs_annealing(
     *,
     budget: int | None = None,
     num_islands: int = 4,
+    progress_bar: bool = True,
 ) -> LogPartitionEstimate:
     r"""Estimate :math:`\log Z` over a finite support by (1).
 
@@ -80,6 +84,7 @@ def gibbs_annealing(
         budget: Evaluations aimed at. A sweep by blocks, with its weight, counts as one.
             Default: 50,000, and enough for 10,000 sweeps site by site.
         num_islands: Independent sets of chains, at least 4.
+        progress_bar: Whether to show the temperatures, if it takes more than a second.
 
     Returns:
         The estimate; ``"unreliable"`` if the two directions hardly overlap or
@@ -103,8 +108,9 @@ def gibbs_annealing(
     """
     path = _path(energy, base)
     sizes = _sizes(path, budget, num_islands)
-    betas = _schedule(path, sizes)
-    there, back = _there_and_back(path, betas, num_islands, sizes.num_chains)
+    with _watched(path, sizes, is_shown=progress_bar) as under_bar:
+        betas = _schedule(under_bar, sizes)
+        there, back = _there_and_back(under_bar, betas, num_islands, sizes.num_chains)
     num_evaluations = sizes.cost * (
         _PILOT_CHAINS * sizes.num_pilot + 2 * there.numel() * sizes.num_temperatures
     )
@@ -181,6 +187,21 @@ def _sizes(path: AnnealingPath, budget: int | None, num_islands: int) -> _Sizes:
             f"energy, at {cost} evaluations a chain and temperature; got {budget:,}."
         )
     return _Sizes(cost, num_pilot, num_chains, num_temperatures)
+
+
+@contextmanager
+def _watched(
+    path: AnnealingPath, sizes: _Sizes, *, is_shown: bool
+) -> Iterator[AnnealingPath]:
+    """The path, under a progress bar that counts the temperatures taken."""
+    total = sizes.num_pilot + 2 * sizes.num_temperatures + 4  # and each end
+    with tqdm(total=total, desc="log Z", delay=1, disable=not is_shown) as bar:
+
+        def at(beta: float) -> Energy:
+            bar.update()
+            return path.at(beta)
+
+        yield path._replace(at=at)
 
 
 def _schedule(path: AnnealingPath, sizes: _Sizes) -> list[float]:

@@ -40,6 +40,7 @@ from pyro_ebm.diagnostics.pareto import pareto_k, pareto_std_error
 from pyro_ebm.energies import Energy, is_unconstrained, same_support
 from pyro_ebm.energies.model_runs import unwrapped
 from pyro_ebm.partition.base import LogPartitionEstimate
+from pyro_ebm.partition.progress import watched
 
 #: Numbers drawn at once.
 _CHUNK = 2**22
@@ -51,7 +52,11 @@ _MIN_ESS = 50
 
 @torch.no_grad()
 def importance_sampling(
-    energy: Energy, proposal: dist.TorchDistribution, *, num_samples: int = 10_000
+    energy: Energy,
+    proposal: dist.TorchDistribution,
+    *,
+    num_samples: int = 10_000,
+    progress_bar: bool = True,
 ) -> LogPartitionEstimate:
     r"""Estimate :math:`\log Z` by the mean weight (1) of draws of a proposal.
 
@@ -66,6 +71,8 @@ def importance_sampling(
             same event: a base, a fitted Gaussian, a flow. Its support is that of the
             energy, or all real numbers: then draws outside have weight zero.
         num_samples: Draws, an energy evaluation each; at least 25, better thousands.
+        progress_bar: Whether to show the energy evaluations, if it takes more than a
+            second.
 
     Returns:
         The estimate with the 95 % interval (2); ``"unreliable"`` if the shape
@@ -93,12 +100,13 @@ def importance_sampling(
         )
     check_proposal(energy, proposal, "proposal")
     chunk = max(1, _CHUNK // energy.event_shape.numel())
-    log_weights = torch.cat(
-        [
-            log_weights_of(energy, proposal, proposal.sample(torch.Size((count,))))
-            for count in chunks(num_samples, chunk)
-        ]
-    )
+    with watched(energy, num_samples, is_shown=progress_bar) as target:
+        log_weights = torch.cat(
+            [
+                log_weights_of(target, proposal, proposal.sample(torch.Size((count,))))
+                for count in chunks(num_samples, chunk)
+            ]
+        )
     return estimate_from_weights(log_weights, "importance sampling", num_samples)
 
 

@@ -1,8 +1,10 @@
 """A progress bar that counts energy evaluations."""
 
-__all__ = ["WatchedEnergy"]
+__all__ = ["WatchedEnergy", "watched"]
 
-from typing import final
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, final
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -16,16 +18,20 @@ class WatchedEnergy(Energy):
 
     Args:
         energy: What is evaluated.
-        total: Evaluations expected.
+        total: Evaluations expected; ``None`` where they are not known before.
 
     Attributes:
         bar: The progress bar; it appears after a second, and is closed by its owner.
     """
 
-    def __init__(self, energy: Energy, total: int) -> None:
+    def __init__(self, energy: Energy, total: int | None) -> None:
         super().__init__(energy.event_shape, energy.support)
         self.energy = energy
         self.bar = tqdm(total=total, desc="log Z", unit="", unit_scale=True, delay=1)
+
+    def tensor_options(self, like: Tensor | None = None) -> dict[str, Any]:
+        """Those of the energy."""
+        return self.energy.tensor_options(like)
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate the energy."""
@@ -38,3 +44,24 @@ class WatchedEnergy(Energy):
         value, grad = self.energy.value_and_grad(x)
         self.bar.update(value.numel())
         return value, grad
+
+
+@contextmanager
+def watched(
+    energy: Energy, total: int | None = None, *, is_shown: bool
+) -> Iterator[Energy]:
+    """The energy, under a progress bar that is closed in the end.
+
+    Args:
+        energy: What is evaluated.
+        total: Evaluations expected; default: not known before.
+        is_shown: Whether there is a bar at all; if not, the energy stays as it is.
+    """
+    if not is_shown:
+        yield energy
+        return
+    under_bar = WatchedEnergy(energy, total)
+    try:
+        yield under_bar
+    finally:
+        under_bar.bar.close()

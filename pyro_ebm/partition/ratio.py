@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, final
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_ebm.energies import Energy, same_support
 from pyro_ebm.mcmc import IndependentChains, Sampler
@@ -68,6 +69,7 @@ def log_ratio(
     base: dist.TorchDistribution | None = None,
     sampler: Sampler | None = None,
     num_draws: int = 2_000,
+    progress_bar: bool = True,
 ) -> LogRatioEstimate:
     r"""Estimate :math:`\log Z_1 - \log Z_2` from draws of both.
 
@@ -82,6 +84,8 @@ def log_ratio(
         sampler: Whatever draws from an energy; default:
             ``IndependentChains(base)``.
         num_draws: How many it draws of each.
+        progress_bar: Whether to show the energy evaluations, if it takes more than a
+            second.
 
     Returns:
         The estimate; ``"unreliable"`` if the overlap is poor, or if the draws are not
@@ -102,9 +106,12 @@ def log_ratio(
     """
     _check_pair(target1, target2, base, sampler, num_draws)
     sampler = sampler or IndependentChains(base)
-    first, second = _Counted(target1), _Counted(target2)
-    at_1 = _difference(first, second, first, draws1, sampler, num_draws, "draws1")
-    at_2 = _difference(first, second, second, draws2, sampler, num_draws, "draws2")
+    with tqdm(
+        desc="log ratio", unit_scale=True, delay=1, disable=not progress_bar
+    ) as bar:
+        first, second = _Counted(target1, bar), _Counted(target2, bar)
+        at_1 = _difference(first, second, first, draws1, sampler, num_draws, "draws1")
+        at_2 = _difference(first, second, second, draws2, sampler, num_draws, "draws2")
     # As bennett has it: the first density, then the second; our ratio is upside down.
     result = bennett(at_1.flatten(), at_2.flatten())
     if at_1.dim() == 2 or at_2.dim() == 2:
@@ -132,19 +139,24 @@ def log_ratio(
 class _Counted(Energy):
     """An energy that counts the points at which it is evaluated."""
 
-    def __init__(self, energy: Energy) -> None:
+    def __init__(self, energy: Energy, bar: tqdm) -> None:
         super().__init__(energy.event_shape, energy.support)
-        self.energy = energy
+        self.energy, self.bar = energy, bar
         self.num_evaluations = 0
+
+    def _count(self, x: Tensor) -> None:
+        count = self.batch_shape_of(x).numel()
+        self.num_evaluations += count
+        self.bar.update(count)
 
     def forward(self, x: Tensor) -> Tensor:
         """That of the counted energy."""
-        self.num_evaluations += self.batch_shape_of(x).numel()
+        self._count(x)
         return self.energy(x)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the counted energy."""
-        self.num_evaluations += self.batch_shape_of(x).numel()
+        self._count(x)
         return self.energy.value_and_grad(x)
 
 

@@ -36,6 +36,7 @@ from pyro_ebm.partition.base import (
 )
 from pyro_ebm.partition.importance import chunks, estimate_from_weights
 from pyro_ebm.partition.normalizability import Normalizability, check_normalizability
+from pyro_ebm.partition.progress import watched
 from pyro_ebm.partition.second_run import Run, run_islands, second_run
 
 #: Smallest budget that lets the pilot run arrive on easy targets.
@@ -64,6 +65,7 @@ def refined_smc(
     *,
     budget: int = 50_000,
     num_replicates: int = 4,
+    progress_bar: bool = True,
 ) -> LogPartitionEstimate:
     r"""Estimate :math:`\log Z` by SMC from the base, then from a better base.
 
@@ -74,6 +76,8 @@ def refined_smc(
             targets, and six rounds of a thousand draws are taken in any case; less is
             spent where the number of particles would exceed 4,096 an island.
         num_replicates: Independent islands of particles, at least 4.
+        progress_bar: Whether to show the energy evaluations, if it takes more than a
+            second.
 
     Returns:
         The estimate with its verdict; ``"not_normalizable"`` with the evidence where
@@ -102,6 +106,14 @@ def refined_smc(
         raise ValueError(
             f"num_replicates must be at least 4 for an error bar, got {num_replicates}."
         )
+    with watched(energy, budget, is_shown=progress_bar) as target:
+        return _in_two_stages(target, base, budget, num_replicates)
+
+
+def _in_two_stages(
+    energy: Energy, base: dist.TorchDistribution, budget: int, num_replicates: int
+) -> LogPartitionEstimate:
+    """A pilot run, and what its particles allow after it."""
     path = GeometricPath(energy, base)
     # First at draws of the base: a pilot run that has no end would not return.
     rays = check_normalizability(path.target, path.start(_PILOT_PARTICLES).u)

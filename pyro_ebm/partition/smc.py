@@ -42,6 +42,7 @@ from pyro_ebm.mcmc import HMC, StepSizeAdaptation, find_step_size
 from pyro_ebm.mcmc.base import flat_event
 from pyro_ebm.mcmc.path import GeometricPath, PathState
 from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
+from pyro_ebm.partition.progress import watched
 from pyro_ebm.partition.resampling import systematic_resample
 
 
@@ -86,6 +87,7 @@ def smc(
     num_islands: int = 4,
     num_particles: int = 256,
     chain_length: int = 16,
+    progress_bar: bool = True,
 ) -> LogPartitionEstimate:
     r"""Estimate :math:`\log Z` by waste-free sequential Monte Carlo.
 
@@ -96,6 +98,8 @@ def smc(
         num_islands: Independent populations, at least 2, for the error bar.
         num_particles: Particles an island.
         chain_length: States kept of each ancestor's chain; divides ``num_particles``.
+        progress_bar: Whether to show the energy evaluations, if it takes more than a
+            second.
 
     Exactness: *consistent*; the islands' spread cannot see a mode that all missed.
 
@@ -112,13 +116,14 @@ def smc(
         >>> abs(smc(energy, base).value - 1.838) < 0.3
         True
     """
-    islands = run_smc(
-        energy,
-        base,
-        num_islands=num_islands,
-        num_particles=num_particles,
-        chain_length=chain_length,
-    )
+    with watched(energy, is_shown=progress_bar) as target:
+        islands = run_smc(
+            target,
+            base,
+            num_islands=num_islands,
+            num_particles=num_particles,
+            chain_length=chain_length,
+        )
     value, std_error, half = combine_replicates(islands.log_partition)
     reason = ""
     if not math.isfinite(value):

@@ -6,13 +6,14 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_ebm.distributions import ProductOfExperts
 from pyro_ebm.energies import Energy
-from pyro_ebm.plots.style import COLOR_MAP, axes_or_current, plt
+from pyro_ebm.plots.style import COLOR_MAP, axes_or_current
 
 #: Depth of an image of log density below its peak, in nats.
 _DEPTH = 10.0

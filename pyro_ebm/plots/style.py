@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 try:
     import matplotlib.pyplot as plt
+    from cycler import cycler
     from matplotlib.colors import to_rgba
 except ImportError as error:
     raise ImportError(
@@ -85,8 +86,8 @@ def style(mode: Literal["light", "dark"] = "light") -> Iterator[None]:
     if mode not in _PALETTES:
         raise ValueError(f'mode must be "light" or "dark", got {mode!r}.')
     palette = _PALETTES[mode]
-    settings: dict[str, Any] = dict(_COMMON)
-    settings["axes.prop_cycle"] = plt.cycler(color=palette[:4])
+    settings: Any = dict(_COMMON)
+    settings["axes.prop_cycle"] = cycler(color=palette[:4])
     for name in ("axes.facecolor", "figure.facecolor"):
         settings[name] = palette.background
     for name in (

@@ -4,11 +4,12 @@ __all__ = ["ladder", "round_trips", "thermodynamic_curve"]
 
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 from pyro_ebm.mcmc.tempered_draws import TemperedDraws
 from pyro_ebm.partition import ThermodynamicCurve
-from pyro_ebm.plots.style import axes_or_current, palette_of, plt
+from pyro_ebm.plots.style import axes_or_current, palette_of
 
 #: Temperatures that get a label of their own.
 _MAX_LABELS = 9

@@ -1,0 +1,159 @@
+"""Every estimator shows what it is doing, if asked to, and does the same without."""
+
+import inspect
+import math
+import sys
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_ebm import partition
+from pyro_ebm.distributions import ProductOfExperts
+from pyro_ebm.energies import FunctionEnergy, IsingEnergy
+from pyro_ebm.partition.progress import watched
+
+BASE = dist.Normal(torch.zeros(2).double(), 1.5).to_event(1)
+#: They take no time.
+WITHOUT = {"check_normalizability", "closed_form"}
+MODULES = ("progress", "exact", "ratio", "evidence", "gibbs_annealing")
+
+
+def bowl(x):
+    return x.square().sum(-1) / 2
+
+
+def model():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+
+
+ENERGY = FunctionEnergy(bowl, (2,))
+OTHER = FunctionEnergy(lambda x: bowl(x) * 1.2, (2,))
+CALLS = {
+    "annealed_importance_sampling": lambda f, **s: f(
+        ENERGY, BASE, num_chains=32, num_temperatures=10, **s
+    ),
+    "bidirectional": lambda f, **s: f(
+        ENERGY, BASE, torch.randn(64, 2), num_chains=64, num_temperatures=10, **s
+    ),
+    "bridge_sampling": lambda f, **s: f(ENERGY, torch.randn(500, 2), **s),
+    "enumeration": lambda f, **s: f(IsingEnergy((3, 3), 0.3), **s),
+    "estimate": lambda f, **s: f(ENERGY, BASE, "importance", 500, **s),
+    "gibbs_annealing": lambda f, **s: f(IsingEnergy((4, 4), 0.3), budget=6_000, **s),
+    "importance_sampling": lambda f, **s: f(ENERGY, BASE, num_samples=500, **s),
+    "importance_sampling_of_model": lambda f, **s: f(model, None, num_samples=500, **s),
+    "log_ratio": lambda f, **s: f(
+        ENERGY, OTHER, torch.randn(500, 2), torch.randn(500, 2) / 1.2**0.5, **s
+    ),
+    "quadrature": lambda f, **s: f(ENERGY, **s),
+    "refined_smc": lambda f, **s: f(ENERGY, BASE, budget=10_000, **s),
+    "smc": lambda f, **s: f(ENERGY, BASE, num_particles=64, **s),
+    "thermodynamic_integration": lambda f, **s: f(ENERGY, BASE, num_particles=64, **s),
+}
+
+
+class Bar:
+    """Stands in for tqdm, and keeps count."""
+
+    shown = []
+
+    def __init__(self, *, disable=False, **settings):
+        self.count, self.is_closed, self.settings = 0, False, settings
+        if not disable:
+            Bar.shown.append(self)
+
+    def update(self, number=1):
+        self.count += number
+
+    def close(self):
+        self.is_closed = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    for module in MODULES:
+        # A function of the same name hides some of the modules.
+        monkeypatch.setattr(sys.modules[f"pyro_ebm.partition.{module}"], "tqdm", Bar)
+    monkeypatch.setattr(Bar, "shown", [])
+    return Bar
+
+
+def test_every_estimator_has_a_progress_bar():
+    functions = {
+        name
+        for name in partition.__all__
+        if inspect.isfunction(getattr(partition, name))
+    }
+    assert functions == CALLS.keys() | WITHOUT
+
+
+@pytest.mark.filterwarnings("ignore::pyro_ebm.errors.UnreliableWarning")
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_the_bar_counts_and_is_closed(name, bars):
+    function = getattr(partition, name)
+    torch.manual_seed(0)
+    quiet = CALLS[name](function, progress_bar=False)
+    assert not bars.shown
+    torch.manual_seed(0)
+    loud = CALLS[name](function)
+    (bar,) = bars.shown
+    assert bar.is_closed
+    assert bar.settings["delay"] == 1
+    _assert_same(quiet, loud)
+    if name == "gibbs_annealing":  # it counts temperatures
+        assert bar.count == bar.settings["total"]
+        return
+    assert 0.5 * loud.num_evaluations <= bar.count <= 1.1 * loud.num_evaluations
+    total = bar.settings.get("total")
+    assert total is None or 0.5 * total <= bar.count <= 1.5 * total
+
+
+def _assert_same(first, second):
+    for one, other in zip(first, second, strict=True):
+        if isinstance(one, torch.Tensor):
+            assert torch.equal(one, other)
+        else:
+            assert one == other or (math.isnan(one) and math.isnan(other))
+
+
+def test_the_bar_is_closed_after_an_error(bars):
+    def broken(x):
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        partition.importance_sampling(FunctionEnergy(broken, (2,)), BASE)
+    assert bars.shown[0].is_closed
+
+
+def test_a_product_passes_it_on(bars):
+    tails = dist.StudentT(3.0).expand([4]).to_event(1)
+    product = ProductOfExperts([tails, dist.Normal(torch.zeros(4), 3.0).to_event(1)])
+    assert product.estimate_log_partition(5_000, progress_bar=False).is_reliable
+    assert not bars.shown
+    product.estimate_log_partition(5_000)
+    assert bars.shown
+
+
+class Single(FunctionEnergy):
+    """In single precision, though nothing in it says so."""
+
+    def tensor_options(self, like=None):
+        return {"dtype": torch.float32, "device": torch.device("cpu")}
+
+
+def test_a_watched_energy_keeps_its_type():
+    """Seen to fail where the bar asks for tensors of torch's default type."""
+    single = Single(bowl, (2,))
+    with watched(single, is_shown=True) as energy:
+        assert energy is not single
+        assert energy.tensor_options() == single.tensor_options()
+    with watched(single, is_shown=False) as energy:
+        assert energy is single
