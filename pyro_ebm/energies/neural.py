@@ -15,6 +15,7 @@ with a network :math:`g_\theta` and, if given, a normalised base :math:`p_0`. Wi
 
 __all__ = ["NeuralEnergy", "build_activation"]
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.distribution import base_energy
+from pyro_ebm.energies.spectral import BoundedLinear
 
 # s'(a) * grad in one fused operation, from (activation, grad, a, s(a)).
 _SLOPE_TIMES: dict[type, Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]] = {
@@ -60,11 +62,20 @@ class NeuralEnergy(Energy):
         activation: Builds one activation module a hidden layer, such as ``nn.SiLU``.
         base: Normalised distribution :math:`p_0` over all of :math:`\mathbb{R}^D`, kept
             fixed; see :class:`~pyro_ebm.energies.DistributionEnergy`.
+        spectral_norm: Largest spectral norm :math:`c` that a weight matrix may have;
+            larger ones are scaled down when used, by a bound of it that is at most 8 %
+            above up to a width of 128. Then :math:`|\partial_x g| \le c^{L+1} s^L`
+            with the steepest slope ``s`` of the activation (1.1 for ``nn.SiLU``): the
+            energy cannot rise or fall faster, and learning cannot blow it up. Too small
+            a bound cannot fit sharp edges of the data. A gradient of 256 chains takes
+            about 2.5 times as long, that of 1,024 and wide layers 1.2 times. Default:
+            no bound.
 
     Raises:
         TypeError: If ``activation`` does not build a module, or ``base`` is no
             distribution.
-        ValueError: If the base has another event shape or support or is batched.
+        ValueError: If the base has another event shape or support or is batched, or
+            ``spectral_norm`` is not positive and finite.
 
     Example:
         >>> base = dist.Normal(0.0, 1.0).expand([2]).to_event(1)
@@ -81,15 +92,19 @@ class NeuralEnergy(Energy):
         *,
         activation: Callable[[], nn.Module] = nn.SiLU,
         base: dist.TorchDistribution | None = None,
+        spectral_norm: float | None = None,
     ) -> None:
         super().__init__(event_shape)
         self.base_energy = base_energy(base, self)
+        linear: Callable[[int, int], nn.Linear] = nn.Linear
+        if spectral_norm is not None:
+            linear = functools.partial(BoundedLinear, max_norm=spectral_norm)
         layers: list[nn.Module] = []
         width = self.event_shape.numel()
         for size in hidden_sizes:
-            layers += [nn.Linear(width, size), build_activation(activation)]
+            layers += [linear(width, size), build_activation(activation)]
             width = size
-        self.network = nn.Sequential(*layers, small_output(width))
+        self.network = nn.Sequential(*layers, small_output(width, linear))
 
     @property
     def base(self) -> dist.TorchDistribution | None:
@@ -125,17 +140,25 @@ class NeuralEnergy(Energy):
         output = hidden.pop()
         tape = []
         for linear, activation in zip(hidden[::2], hidden[1::2], strict=True):
-            a = linear(h)
+            a, weight = _apply(linear, h)
             h = activation(a)
-            tape.append((linear, activation, a, h))
-        value = output(h).squeeze(-1)
-        grad = output.weight[0].expand(h.shape)
-        for linear, activation, a, h_out in reversed(tape):
+            tape.append((weight, activation, a, h))
+        value, weight = _apply(output, h)
+        value, grad = value.squeeze(-1), weight[0].expand(h.shape)
+        for weight, activation, a, h_out in reversed(tape):
             grad = _SLOPE_TIMES[type(activation)](activation, grad, a, h_out)
             # A contiguous transpose makes the product with a narrow input layer five
             # times faster on a CPU, and no other slower.
-            grad = nn.functional.linear(grad, linear.weight.mT.contiguous())  # (2)
+            grad = nn.functional.linear(grad, weight.mT.contiguous())  # (2)
         return value, grad
+
+
+def _apply(linear: nn.Module, h: Tensor) -> tuple[Tensor, Tensor]:
+    """What a layer makes of its input, and the weight by which it does."""
+    if isinstance(linear, BoundedLinear):
+        weight = linear.bounded_weight()
+        return linear(h, weight), weight
+    return linear(h), linear.weight
 
 
 def build_activation(activation: Callable[[], nn.Module]) -> nn.Module:
@@ -153,9 +176,11 @@ def build_activation(activation: Callable[[], nn.Module]) -> nn.Module:
     return module
 
 
-def small_output(width: int) -> nn.Linear:
+def small_output(
+    width: int, linear: Callable[[int, int], nn.Linear] = nn.Linear
+) -> nn.Linear:
     """Linear layer to one number, which starts close to zero."""
-    layer = nn.Linear(width, 1)
+    layer = linear(width, 1)
     nn.init.normal_(layer.weight, std=0.01 / width**0.5)
     nn.init.zeros_(layer.bias)
     return layer
