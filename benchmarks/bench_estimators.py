@@ -9,10 +9,11 @@ all that it prepares included (noise, flow, chains). Then
     KL(truth || model) = E_truth[log truth] + E_truth[f] + log Z
 
 with both integrals by quadrature, and the negative log-likelihood (NLL) of 10,000 new
-points with the same log Z; in nats, medians over the seeds. A run whose chains cannot
-move any more, or whose energy is not finite, counts as infinite. Log Z is not tracked
-on the way. The estimators have the settings of the library where their names say
-nothing else; nothing but the common learning rate was tuned.
+points with the same log Z; in nats, median and worst of the seeds. A run whose chains
+cannot move any more, or whose energy is not finite, counts as infinite. Log Z is not
+tracked on the way. Of two stages, the chains of the second start at data. Estimators
+have the settings of the library where their names say nothing else; nothing but the
+common learning rate was tuned.
 
 The best recipe is noise contrast too: 32 Fourier features, batches of 512, learning
 rate 0.005.
@@ -24,6 +25,7 @@ medians over interleaved rounds. The step of the optimiser is in the former.
 
 import argparse
 import itertools
+import json
 import math
 import statistics
 import time
@@ -38,7 +40,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 import zuko
-from report import save
+from report import RESULTS, save
 from sklearn.mixture import GaussianMixture
 from torch import nn
 
@@ -46,7 +48,7 @@ from pyro_ebm import EnergyDistribution, datasets, infer, partition
 from pyro_ebm.energies import DistributionEnergy, FunctionEnergy
 from pyro_ebm.errors import DivergenceError, UnreliableWarning
 from pyro_ebm.infer.score_matching import Slopes
-from pyro_ebm.mcmc import IndependentChains
+from pyro_ebm.mcmc import IndependentChains, PersistentChains
 from pyro_ebm.testing import CountingEnergy
 
 NUM_POINTS = 10_000
@@ -121,22 +123,17 @@ def one(objective):
     return [(objective, 1.0)]
 
 
-def fitted_mixture(data, num_components=16):
-    fitted = GaussianMixture(num_components, random_state=0).fit(data.numpy())
-    parts = [fitted.weights_, fitted.means_, fitted.covariances_]
-    weight, loc, cov = (torch.tensor(part).to(data) for part in parts)
-    parts = dist.MultivariateNormal(loc, cov)
-    return dist.MixtureSameFamily(dist.Categorical(probs=weight), parts)
-
-
-def half(base, mixture):
-    """Half of the base, and half of a mixture of Gaussians, as one mixture."""
-    parts, weight = mixture.component_distribution, mixture.mixture_distribution.probs
-    loc = torch.cat([base.mean[None], parts.loc])
-    cov = torch.cat([base.variance.diag()[None], parts.covariance_matrix])
-    weight = torch.cat([torch.tensor([0.5]), weight / 2])
-    parts = dist.MultivariateNormal(loc, cov)
-    return dist.MixtureSameFamily(dist.Categorical(probs=weight), parts)
+def fitted_mixture(problem, num_components=16, part=1.0):
+    """Gaussians fitted to the data, and the base for the other part."""
+    fitted = GaussianMixture(num_components, random_state=0).fit(problem.data.numpy())
+    found = [fitted.weights_, fitted.means_, fitted.covariances_]
+    weight, loc, cov = (torch.tensor(value).to(problem.data) for value in found)
+    if part < 1:
+        weight = torch.cat([part * weight, torch.tensor([1 - part])])
+        loc = torch.cat([loc, problem.base.mean[None]])
+        cov = torch.cat([cov, problem.base.variance.diag()[None]])
+    gaussians = dist.MultivariateNormal(loc, cov)
+    return dist.MixtureSameFamily(dist.Categorical(probs=weight), gaussians)
 
 
 def fitted_flow(problem, share=0.3):
@@ -167,10 +164,10 @@ ESTIMATORS = {
     "bounded likelihood": lambda p: one(infer.BoundedLikelihood(p.base)),
     "noise contrast": lambda p: one(infer.NoiseContrastive(p.base)),
     "noise contrast, 16 Gaussians fitted": lambda p: one(
-        infer.NoiseContrastive(fitted_mixture(p.data))
+        infer.NoiseContrastive(fitted_mixture(p))
     ),
     "noise contrast, half of it 16 Gaussians fitted": lambda p: one(
-        infer.NoiseContrastive(half(p.base, fitted_mixture(p.data)))
+        infer.NoiseContrastive(fitted_mixture(p, part=0.5))
     ),
     "ranking noise contrast": lambda p: one(infer.RankingNoiseContrastive(p.base)),
     "flow contrast": lambda p: one(infer.FlowContrastive(fitted_flow(p))),
@@ -192,6 +189,7 @@ ESTIMATORS = {
         (infer.NoiseContrastive(p.base), 0.5),
         (infer.MaximumLikelihood(), 1.0),
     ],
+    "best recipe": lambda p: one(infer.NoiseContrastive(p.base)),
 }
 
 
@@ -202,10 +200,13 @@ def batch_of(data, size):
     return data[torch.randint(len(data), (size,))]
 
 
-def build_step(objective, energy, base, data, batch_size):
+def build_step(objective, energy, problem, batch_size=256, *, is_warm=False):
     """One parameter step as a function of the learning rate."""
-    model = EnergyDistribution(energy, sampler=IndependentChains(base=base))
-    state = objective.make_state()
+    model = EnergyDistribution(energy, sampler=IndependentChains(base=problem.base))
+    state, data = objective.make_state(), problem.data
+    if is_warm and isinstance(state, PersistentChains):
+        # From the base the chains would arrive late, and undo what has been learned.
+        state.start(energy, batch_of(data, objective.num_chains), objective.kernel)
     optim = torch.optim.Adam([*energy.parameters(), *state.parameters()])
 
     def step(learning_rate):
@@ -214,7 +215,6 @@ def build_step(objective, energy, base, data, batch_size):
         optim.zero_grad()
         loss.backward()
         optim.step()
-        return loss.detach()
 
     return step
 
@@ -227,8 +227,9 @@ def train(stages, energy, problem, settings):
         return (time.process_time() - start) / problem.seconds
 
     for objective, share in stages(problem):
-        batch_size = settings.batch_size
-        step = build_step(objective, energy, problem.base, problem.data, batch_size)
+        step = build_step(
+            objective, energy, problem, settings.batch_size, is_warm=num_steps > 0
+        )
         now = used()
         end = now + share * (1 - now)
         while True:
@@ -270,7 +271,7 @@ def build_energy(base, num_features, width=64):
     return FunctionEnergy(network, (2,)) + DistributionEnergy(base)
 
 
-def run(name, truth, seed, seconds, settings=COMMON):
+def run(name, truth, seed, seconds, settings):
     pyro.set_rng_seed(seed)
     data, test = truth.sample(2 * NUM_POINTS).split(NUM_POINTS)
     base = dist.Normal(data.mean(0), 1.5 * data.std(0)).to_event(1)
@@ -296,8 +297,8 @@ def step_costs(names, problem, rounds):
     x, gradient, steps = batch_of(problem.data, 256), "one gradient", {}
     for name in names:
         objective, _ = ESTIMATORS[name](problem)[0]
-        steps[name] = build_step(objective, energy, problem.base, problem.data, 256)
-    contenders = {name: partial(step, 1e-3) for name, step in steps.items()}
+        steps[name] = build_step(objective, energy, problem)
+    contenders = {name: partial(step, 0.0) for name, step in steps.items()}
     contenders[gradient] = partial(energy.value_and_grad, x)
     times = {name: [] for name in contenders}
     for contender in contenders.values():
@@ -318,7 +319,7 @@ def evaluations(name, problem, num_steps=10):
     """Of the energy a data point, in a step; and what the objective says of itself."""
     objective, _ = ESTIMATORS[name](problem)[0]
     counting = CountingEnergy(build_energy(problem.base, COMMON.num_features))
-    step = build_step(objective, counting, problem.base, problem.data, 256)
+    step = build_step(objective, counting, problem)
     counted = {"autospec": True, "side_effect": Slopes.curvature}
     with mock.patch.object(Slopes, "curvature", **counted) as products:
         step(0.0)
@@ -350,43 +351,19 @@ def _ratio(first, second):
 # Tables.
 
 
-def divergences(runs, names, truths):
-    """One row an estimator: median and worst KL on each data set, and steps."""
+def summary(runs, names, truths, key):
+    """One row an estimator: the median on each data set, and the worst."""
     rows = []
     for name in names:
         row = {"estimator": name}
         for data in truths:
-            found = [run["KL"] for run in runs if _is_of(run, name, data)]
+            found = [
+                r[key] for r in runs if (r["estimator"], r["data"]) == (name, data)
+            ]
             row |= {data: statistics.median(found), f"{data}, worst": max(found)}
         steps = [run["steps"] for run in runs if run["estimator"] == name]
         rows.append({**row, "steps": int(statistics.median(steps))})
     return rows
-
-
-def likelihoods(runs, names, truths):
-    """One row an estimator: median NLL on each data set; at the top the entropy."""
-    best = {name: -truth.mean_log_prob for name, truth in truths.items()}
-    rows = [{"estimator": "the truth itself", **best}]
-    for name in names:
-        row = {"estimator": name}
-        for data in truths:
-            found = [run["test NLL"] for run in runs if _is_of(run, name, data)]
-            row[data] = statistics.median(found)
-        rows.append(row)
-    return rows
-
-
-def _is_of(run, name, data):
-    return run["estimator"] == name and run["data"] == data
-
-
-def unmeasured():
-    """Objectives of the library that no estimator above takes."""
-    kinds = [getattr(infer, name) for name in infer.__all__]
-    kinds = {k for k in kinds if isinstance(k, type) and issubclass(k, infer.Objective)}
-    problem = small_problem()
-    used = {type(o) for make in ESTIMATORS.values() for o, _ in make(problem)}
-    return sorted(kind.__name__ for kind in kinds - used - {infer.Objective})
 
 
 def small_problem():
@@ -394,13 +371,39 @@ def small_problem():
     return Problem(data, dist.Normal(torch.zeros(2), 1.5).to_event(1), seconds=0.2)
 
 
+def tables_of(runs, costs, truths, options):
+    """What is saved: summaries, and all that they were made from."""
+    names = [name for name in ESTIMATORS if any(r["estimator"] == name for r in runs)]
+    equal = [name for name in names if name != "best recipe"]
+    at = f"at {options.seconds:g} CPU seconds"
+    best = [run for run in runs if run["estimator"] == "best recipe"]
+    tables = {
+        f"KL {at}": summary(runs, equal, truths, "KL"),
+        f"NLL {at}": summary(runs, equal, truths, "test NLL"),
+        f"Best recipe at {options.best_seconds:g} CPU seconds": best,
+        "Cost of a step": sorted(costs, key=lambda row: names.index(row["estimator"])),
+        "Entropy of the truth": [
+            {"data": name, "entropy": -truth.mean_log_prob}
+            for name, truth in truths.items()
+        ],
+        "Runs": runs,
+    }
+    return {title: rows for title, rows in tables.items() if rows}
+
+
+def rows_kept(names, title):
+    """Of the last run, what is not measured anew."""
+    last = json.loads((RESULTS / "estimators.json").read_text("utf-8"))
+    return [row for row in last["tables"][title] if row["estimator"] not in names]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke-test", action="store_true", help="in a few seconds")
     parser.add_argument("--rounds", type=int, default=3, help="seeds")
-    parser.add_argument("--seconds", type=float, default=4.0, help="CPU, of each run")
+    parser.add_argument("--seconds", type=float, default=3.0, help="CPU, of each run")
     parser.add_argument("--best-seconds", type=float, default=20.0, help="best recipe")
-    parser.add_argument("--only", nargs="*", default=[], help="of the estimators")
+    parser.add_argument("--only", nargs="*", help="measure these estimators anew")
     options = parser.parse_args()
     if options.smoke_test:
         options.rounds, options.seconds, options.best_seconds = 1, 0.05, 0.05
@@ -408,27 +411,23 @@ def main():
     # At the end the referee judges every energy; on the way the grid may be coarse.
     warnings.simplefilter("ignore", UnreliableWarning)
     pyro.set_rng_seed(0)
-    truths, runs, best = build_truths(), [], []
-    names = options.only or list(ESTIMATORS)
-    single = [name for name in names if len(ESTIMATORS[name](small_problem())) == 1]
-    costs = step_costs(single, small_problem(), 1 if options.smoke_test else 15)
+    truths, problem = build_truths(), small_problem()
+    names, runs, costs = options.only or list(ESTIMATORS), [], []
+    if options.only:
+        runs, costs = rows_kept(names, "Runs"), rows_kept(names, "Cost of a step")
+    single = [
+        n for n in names if n != "best recipe" and len(ESTIMATORS[n](problem)) == 1
+    ]
+    costs += step_costs(single, problem, 1 if options.smoke_test else 15)
     for seed in range(options.rounds):
         for (data, truth), name in itertools.product(truths.items(), names):
-            found = run(name, truth, seed, options.seconds)
+            is_best = name == "best recipe"
+            seconds = options.best_seconds if is_best else options.seconds
+            found = run(name, truth, seed, seconds, BEST if is_best else COMMON)
             runs.append({"estimator": name, "data": data, **found})
-            print(f"{data}, {name}: {found}", flush=True)
-        for data, truth in truths.items():
-            found = run("noise contrast", truth, seed, options.best_seconds, BEST)
-            best.append({"data": data, **found})
-            print(f"{data}, best recipe: {found}", flush=True)
-        tables = {  # after each seed: a run that is cut short leaves what it has
-            f"KL at {options.seconds:g} CPU seconds": divergences(runs, names, truths),
-            f"NLL at {options.seconds:g} CPU seconds": likelihoods(runs, names, truths),
-            f"Best recipe at {options.best_seconds:g} CPU seconds": best,
-            "Cost of a step": costs,
-            "Not measured": [{"objectives": ", ".join(unmeasured()) or "none"}],
-            "Runs": runs,
-        }
+            print(runs[-1], flush=True)
+        # After each seed: a benchmark that is cut short leaves what it has.
+        tables = tables_of(runs, costs, truths, options)
         text = save("estimators", __doc__, tables, smoke_test=options.smoke_test)
     print(text)
 
