@@ -73,6 +73,8 @@ def round_trips(found: TemperedDraws, ax: Any = None) -> Any:
     mean = trips.mean()
     ax.axvline(mean, color=palette.second, linestyle="--", label=f"mean {mean:.3g}")
     ax.legend(frameon=False)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     none = int((trips == 0).sum())
     ax.set(
         xlabel="round trips in a chain (number)",
