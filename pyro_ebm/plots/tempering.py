@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from pyro_ebm.mcmc.tempered_draws import TemperedDraws
 from pyro_ebm.partition import ThermodynamicCurve
@@ -74,7 +75,7 @@ def round_trips(found: TemperedDraws, ax: Any = None) -> Any:
     ax.axvline(mean, color=palette.second, linestyle="--", label=f"mean {mean:.3g}")
     ax.legend(frameon=False)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+        axis.set_major_locator(MaxNLocator(integer=True))
     none = int((trips == 0).sum())
     ax.set(
         xlabel="round trips in a chain (number)",
