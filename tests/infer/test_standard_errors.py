@@ -353,7 +353,7 @@ def misspecified_scores(count, covariance):
 
 
 def test_the_sandwich_holds_where_the_energy_is_wrong():
-    """The information, the planted fault, covers 78 % of the second parameter."""
+    """The information, the planted fault, covers about 80 % of the second parameter."""
     assert_standard(misspecified_scores(60, "sandwich"))
     with pytest.raises(AssertionError):
         assert_standard(misspecified_scores(60, "information"))
