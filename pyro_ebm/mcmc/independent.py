@@ -3,6 +3,7 @@
 __all__ = ["IndependentChains"]
 
 import dataclasses
+import warnings
 from dataclasses import dataclass, field
 from typing import final
 
@@ -11,14 +12,16 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energies import Energy, unconstrained
-from pyro_ebm.errors import DivergenceError
-from pyro_ebm.mcmc.adaptation import StepSizeAdaptation, find_step_size
-from pyro_ebm.mcmc.base import (
-    ChainState,
-    Kernel,
-    replace_nonfinite,
-)
+from pyro_ebm.errors import DivergenceError, UnreliableWarning
+from pyro_ebm.mcmc.adaptation import find_step_size
+from pyro_ebm.mcmc.base import ChainState, Kernel, replace_nonfinite
 from pyro_ebm.mcmc.hmc import HMC
+from pyro_ebm.mcmc.warmup import Warmup
+
+#: A chain that takes a smaller part of its proposals hardly moves.
+_STUCK = 0.05
+#: In fewer transitions that may be chance.
+_PATIENCE = 50
 
 
 @final
@@ -26,14 +29,16 @@ from pyro_ebm.mcmc.hmc import HMC
 class IndependentChains:
     """Draw from ``e^-f`` with one chain for each draw.
 
-    All chains start in the base, share one step size, adapted during warmup and frozen
-    after it, and give their last point. The draws are independent given the step size;
-    how close they are to ``e^-f`` depends on the number of steps.
+    All chains start in the base, share the step size and the scale that
+    :class:`~pyro_ebm.mcmc.Warmup` finds, and give their last point. How close that is
+    to ``e^-f`` depends on the number of steps. The draws are independent given the
+    kernel, but for a chain that was stuck in the warmup and moved to where another was.
 
     Args:
         base: Where the chains start; default: a standard normal in unconstrained space.
         kernel: Any kernel of :mod:`pyro_ebm.mcmc`.
-        warmup_steps: Transitions in which the step size adapts.
+        warmup_steps: Transitions in which the kernel adapts; with 0 a step size is all
+            that is searched for.
         num_steps: Transitions after that.
         min_chains: At least so many chains are run, so that the step size of a single
             draw is as good as that of many; the rest is thrown away.
@@ -72,14 +77,18 @@ class IndependentChains:
         Raises:
             ValueError: If the base has another event shape than the energy.
             DivergenceError: If the energy is finite at no start, or no chain moves.
+
+        Warns:
+            UnreliableWarning: If some draws are from chains that hardly moved.
         """
         flat, to_support = unconstrained(energy)
         start = self.start(energy, max(num_draws, self.min_chains))
         state = replace_nonfinite(self.kernel.init(flat, to_support.inv(start)))
         kernel, state = self._warm_up(flat, state)
-        warm = state
+        warm, num_accepted = state, torch.zeros_like(state.energy)
         for _ in range(self.num_steps):
-            state, _ = kernel.step(flat, state)
+            state, info = kernel.step(flat, state)
+            num_accepted += info.accepted
         # Not by what was accepted: a step of no length always is.
         if torch.equal(state.x, warm.x):
             raise DivergenceError(
@@ -89,7 +98,20 @@ class IndependentChains:
                 f"[{state.energy.min().item():.4g}, {state.energy.max().item():.4g}]. "
                 "Check that the energy is finite around the points of the base."
             )
+        self._warn_of_stuck((num_accepted < _STUCK * self.num_steps)[:num_draws])
         return to_support(state.x)[:num_draws]
+
+    def _warn_of_stuck(self, is_stuck: Tensor) -> None:
+        num_stuck = int(is_stuck.sum())
+        if num_stuck and self.num_steps >= _PATIENCE:
+            warnings.warn(
+                f"{num_stuck} of {len(is_stuck)} draws are from chains that hardly "
+                f"moved in {self.num_steps} transitions, and may be far from the rest. "
+                "Give a base that reaches about as far as the energy lets them, as in "
+                "IndependentChains(base=...), or more warmup_steps.",
+                UnreliableWarning,
+                stacklevel=3,
+            )
 
     def start(self, energy: Energy, num_draws: int) -> Tensor:
         """Points of the base, shape ``(num_draws, *event)``.
@@ -112,12 +134,11 @@ class IndependentChains:
         return draws.to(**energy.tensor_options(draws))
 
     def _warm_up(self, energy: Energy, state: ChainState) -> tuple[Kernel, ChainState]:
-        """Move the chains while the step size adapts; freeze it in the kernel."""
-        adaptation = StepSizeAdaptation(find_step_size(self.kernel, energy, state))
+        if not self.warmup_steps:
+            step_size = find_step_size(self.kernel, energy, state)
+            return dataclasses.replace(self.kernel, step_size=step_size), state
+        warmup = Warmup(self.kernel, energy, state, self.warmup_steps)
         for _ in range(self.warmup_steps):
-            step_size = adaptation.step_size
-            kernel = dataclasses.replace(self.kernel, step_size=step_size)
-            state, info = kernel.step(energy, state)
-            adaptation.update(kernel, info)
-        step_size = adaptation.averaged_step_size
-        return dataclasses.replace(self.kernel, step_size=step_size), state
+            state, info = warmup.kernel.step(energy, state)
+            state = warmup.update(state, info)
+        return warmup.kernel, state
