@@ -36,6 +36,7 @@ lint: $(DEV)  ## Check style, format and types
 
 # -E: all pages anew, as their outputs depend on the library and not on the page alone.
 docs: $(DOCS)  ## Build the documentation into docs/_build/html, check its links
+	rm -rf docs/_build
 	$(BIN)/python -m sphinx -W --keep-going -E -j $(WORKERS) -b html docs docs/_build/html
 	$(BIN)/python docs/check_links.py docs/_build/html
 

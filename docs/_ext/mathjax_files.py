@@ -29,7 +29,8 @@ def allow_tags(app, doctree):
     """
     for node in doctree.findall(nodes.math_block):
         text = node.astext()
-        if r"\tag" in text and r"\\" in text and not node.get("no-wrap"):
+        is_whole = node.get("no-wrap", node.get("nowrap", False))
+        if r"\tag" in text and r"\\" in text and not is_whole:
             aligned = rf"\begin{{align*}}{text.strip()}\end{{align*}}"
             node.children = [nodes.Text(aligned)]
             node["no-wrap"] = True
