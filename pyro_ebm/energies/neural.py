@@ -153,7 +153,7 @@ class NeuralEnergy(Energy):
         return value, grad
 
 
-def _apply(linear: nn.Module, h: Tensor) -> tuple[Tensor, Tensor]:
+def _apply(linear: Any, h: Tensor) -> tuple[Tensor, Tensor]:
     """What a layer makes of its input, and the weight by which it does."""
     if isinstance(linear, BoundedLinear):
         weight = linear.bounded_weight()

@@ -55,6 +55,10 @@ class EnergyDifference(NamedTuple):
         value: In nats.
         std_error: Its standard error.
         relative: The value in standard deviations of the energy.
+
+    Example:
+        >>> print(EnergyDifference(-0.12, 0.04, -0.2))
+        -0.120 +- 0.040
     """
 
     value: float
@@ -89,6 +93,15 @@ class FitDiagnostics(NamedTuple):
         noise_k: Pareto shape of their weights; above 0.7 importance sampling fails.
         noise_separation: Probability that a datum is told from a noise point; 0.5 says
             that they are alike, 1 that the comparison teaches nothing.
+
+    Example:
+        >>> data = torch.randn(500, 2)
+        >>> model = pyro_ebm.EnergyModel(pyro_ebm.energies.NeuralEnergy((2,), (8,)))
+        >>> found = pyro_ebm.fit(
+        ...     model, data, num_steps=10, progress_bar=False
+        ... ).diagnostics
+        >>> found.num_moves, 0 < found.acceptance < 1, found.noise_ess
+        (10, True, None)
     """
 
     energy_gap: EnergyDifference | None = None
@@ -115,8 +128,6 @@ def energy_gap(energy_model: EnergyModel, data: Tensor) -> EnergyDifference | No
     """
     tracker = energy_model.log_partition
     energy = tracker.averaged_energy
-    if energy.support.is_discrete:
-        return None
     flat, to_support = unconstrained(energy)
     if tracker.is_closed_form:
         known = energy.closed_form()
@@ -171,7 +182,7 @@ def diagnose(
         return found
     kernel, per_step = setting
     points = negative_points(objective, energy_model(), state)
-    if points is None or energy_model.energy.support.is_discrete:
+    if points is None:
         return found
     # 2 % of all moves of the stage, and at least enough to see something.
     num_moves = min(max(num_steps * per_step // 50, 10), 100)

@@ -9,6 +9,7 @@ from torch import nn
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.diagnosis import FitDiagnostics
 from pyro_ebm.infer.fit_record import FitRecord
+from pyro_ebm.infer.fit_table import fit_html
 from pyro_ebm.infer.likelihood import LogLikelihood
 from pyro_ebm.infer.verdict import FitVerdict
 from pyro_ebm.partition import LogPartitionEstimate
@@ -22,6 +23,10 @@ class FitTimings(NamedTuple):
         cpu_seconds: Processor time of this process, all threads together.
         seconds_per_step: Wall-clock time of a parameter step, a mean; with log Z, but
             without records and the end.
+
+    Example:
+        >>> FitTimings(seconds=8.0, cpu_seconds=7.5, seconds_per_step=0.004)[0]
+        8.0
     """
 
     seconds: float
@@ -46,8 +51,28 @@ class FitResult(NamedTuple):
         stages: Name of the objective, and steps taken with it, of each stage.
         timings: Seconds.
         diagnostics: Energy gap, chains, gradients and noise at the end.
-        verdict: ``"ok"``, or the gravest of what was found.
+        verdict: ``"ok"``, or the gravest of what was found: ``"loss not finite"``;
+            ``"noise too far from data"``, for fewer than 5 effective noise points a
+            step, or data told from noise in 99.5 % of pairs; ``"not at equilibrium"``,
+            for a drift or an energy gap beyond 4 standard errors that is worth 0.05
+            nats a point (gap squared by twice the variance of the energy), or a nested
+            R-hat above 1.05; ``"log Z unknown: run partition.estimate"``; ``"still
+            learning"``, for a log-likelihood that rose by 0.05 nats in the last quarter
+            of the records.
         reasons: A sentence for each thing found, with a way out; empty if ``"ok"``.
+
+    Example:
+        >>> data = torch.randn(500, 2)
+        >>> model = pyro_ebm.EnergyModel(pyro_ebm.energies.NeuralEnergy((2,), (8,)))
+        >>> noise_contrast = pyro_ebm.infer.NoiseContrastive()
+        >>> result = pyro_ebm.fit(
+        ...     model, data, noise_contrast, num_steps=10, progress_bar=False
+        ... )
+        >>> print(result)  # doctest: +ELLIPSIS
+        q(x) = exp(-f(x)) / Z, f = NeuralEnergy over (2,)
+          steps: 10 by NoiseContrastive [finished], ... s, ... ms a step
+          ...
+          verdict: ...
     """
 
     distribution: EnergyDistribution
@@ -63,6 +88,9 @@ class FitResult(NamedTuple):
     diagnostics: FitDiagnostics
     verdict: FitVerdict
     reasons: tuple[str, ...]
+
+    def _repr_html_(self) -> str:
+        return fit_html(self)
 
     def __str__(self) -> str:
         energy = self.distribution.energy
