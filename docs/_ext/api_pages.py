@@ -42,8 +42,9 @@ def package_pages(name):
     pages, stems, inner = {}, [], []
     for module in modules(package):
         stem = module.__name__.removeprefix("pyro_ebm.")
-        pages[f"{stem}.rst"] = module_page(module, package)
-        (stems if public_names(module, package) else inner).append(stem)
+        pages[f"{stem}.rst"] = text = module_page(module, package)
+        found = stems if public_names(module, package) else inner
+        found.append((text.partition("\n")[0].lower(), stem))  # sorted by title
     lines += toctree("Modules", stems) + toctree("Inside", inner)
     if not pages:
         for public in package.__all__:
@@ -122,11 +123,11 @@ def name_table(package):
     return [*lines, ""]
 
 
-def toctree(caption, stems):
-    if not stems:
+def toctree(caption, titles_and_stems):
+    if not titles_and_stems:
         return []
     lines = [*heading(caption), ".. toctree::", "   :maxdepth: 1", ""]
-    return [*lines, *(f"   {stem}" for stem in stems), ""]
+    return [*lines, *(f"   {stem}" for _, stem in sorted(titles_and_stems)), ""]
 
 
 def title(text):
