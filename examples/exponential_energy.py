@@ -63,9 +63,8 @@ def learn(f, phi, x, coarse, fine, ridge, steps):
         return loss
 
     optim.step(closure)
-    log_z = torch.logsumexp(-f.requires_grad_(False)(fine), 0) + math.log(
-        100 / len(fine)
-    )
+    log_area = torch.tensor(100 / len(fine)).log()
+    log_z = torch.logsumexp(log_area - f.requires_grad_(False)(fine), 0)
     return lambda x: f(phi(x)) + log_z
 
 
