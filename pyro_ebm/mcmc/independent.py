@@ -5,7 +5,7 @@ __all__ = ["IndependentChains"]
 import dataclasses
 import warnings
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import pyro.distributions as dist
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.errors import DivergenceError, UnreliableWarning
-from pyro_ebm.mcmc.adaptation import find_step_size
+from pyro_ebm.mcmc.adaptation import StepSizeAdaptation, find_step_size
 from pyro_ebm.mcmc.base import ChainState, Kernel, replace_nonfinite
 from pyro_ebm.mcmc.hmc import HMC
-from pyro_ebm.mcmc.warmup import Warmup
 
+#: Every so many transitions steps are that much smaller.
+_SMALL_EVERY, _SMALL = 4, 0.1
 #: A chain that takes a smaller part of its proposals hardly moves.
 _STUCK = 0.05
 #: In fewer transitions that may be chance.
@@ -29,16 +30,18 @@ _PATIENCE = 50
 class IndependentChains:
     """Draw from ``e^-f`` with one chain for each draw.
 
-    All chains start in the base, share the step size and the scale that
-    :class:`~pyro_ebm.mcmc.Warmup` finds, and give their last point. How close that is
-    to ``e^-f`` depends on the number of steps. The draws are independent given the
-    kernel, but for a chain that was stuck in the warmup and moved to where another was.
+    All chains start in the base, share one step size, adapted during warmup and frozen
+    after it, and give their last point. The draws are independent given the step size;
+    how close they are to ``e^-f`` depends on the number of steps.
+
+    Every fourth transition takes steps of a tenth of that size, for chains that are
+    where the energy is much steeper than elsewhere, such as in a narrow mode or far out
+    in a tail. The common step size is always rejected there.
 
     Args:
         base: Where the chains start; default: a standard normal in unconstrained space.
         kernel: Any kernel of :mod:`pyro_ebm.mcmc`.
-        warmup_steps: Transitions in which the kernel adapts; with 0 a step size is all
-            that is searched for.
+        warmup_steps: Transitions in which the step size adapts.
         num_steps: Transitions after that.
         min_chains: At least so many chains are run, so that the step size of a single
             draw is as good as that of many; the rest is thrown away.
@@ -86,8 +89,9 @@ class IndependentChains:
         state = replace_nonfinite(self.kernel.init(flat, to_support.inv(start)))
         kernel, state = self._warm_up(flat, state)
         warm, num_accepted = state, torch.zeros_like(state.energy)
-        for _ in range(self.num_steps):
-            state, info = kernel.step(flat, state)
+        small = self._small(kernel)
+        for index in range(self.num_steps):
+            state, info = (small if _is_small(index) else kernel).step(flat, state)
             num_accepted += info.accepted
         # Not by what was accepted: a step of no length always is.
         if torch.equal(state.x, warm.x):
@@ -134,11 +138,27 @@ class IndependentChains:
         return draws.to(**energy.tensor_options(draws))
 
     def _warm_up(self, energy: Energy, state: ChainState) -> tuple[Kernel, ChainState]:
-        if not self.warmup_steps:
-            step_size = find_step_size(self.kernel, energy, state)
-            return dataclasses.replace(self.kernel, step_size=step_size), state
-        warmup = Warmup(self.kernel, energy, state, self.warmup_steps)
-        for _ in range(self.warmup_steps):
-            state, info = warmup.kernel.step(energy, state)
-            state = warmup.update(state, info)
-        return warmup.kernel, state
+        """Move the chains while the step size adapts; freeze it in the kernel."""
+        adaptation = StepSizeAdaptation(find_step_size(self.kernel, energy, state))
+        for index in range(self.warmup_steps):
+            kernel = self._with_step_size(adaptation.step_size)
+            if _is_small(index):
+                state, _ = self._small(kernel).step(energy, state)
+                continue
+            state, info = kernel.step(energy, state)
+            adaptation.update(kernel, info)
+        return self._with_step_size(adaptation.averaged_step_size), state
+
+    def _with_step_size(self, step_size: Tensor) -> Kernel:
+        return dataclasses.replace(self.kernel, step_size=step_size)
+
+    def _small(self, kernel: Any) -> Kernel:
+        """The kernel with small steps, as many as before."""
+        changes = {"step_size": _SMALL * kernel.step_size}
+        if hasattr(kernel, "trajectory_length"):
+            changes["trajectory_length"] = _SMALL * kernel.trajectory_length
+        return dataclasses.replace(kernel, **changes)
+
+
+def _is_small(index: int) -> bool:
+    return index % _SMALL_EVERY == _SMALL_EVERY - 1
