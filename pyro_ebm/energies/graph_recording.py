@@ -139,6 +139,11 @@ class _Tape(TorchDispatchMode):
         self.written: dict[int, Tensor] = {}  # by the memory of tensors, held for that
         self.inputs = [self._placeholder(tensor, is_variable=True) for tensor in inputs]
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not, for that loads torch's compiler, which takes longer than the rest."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:

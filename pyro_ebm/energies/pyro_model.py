@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pyro_ebm.energies.base import Energy
-from pyro_ebm.energies.graph_recording import UntraceableError
+from pyro_ebm.energies.graph_recording import UntraceableError, first_line
 from pyro_ebm.energies.model_prior import ModelPrior, prior_model
 from pyro_ebm.energies.model_runs import run_model, samples
 from pyro_ebm.energies.model_sites import ModelSites, find_sites
@@ -133,8 +133,9 @@ class PyroModelEnergy(Energy):
             with torch.random.fork_rng(devices=[]):
                 _check(traced, looped, self.origin)
         except UntraceableError as error:
+            reason = first_line(error)  # Pyro adds a table of its sites
             warnings.warn(
-                f"the model cannot be traced: {error}. It is evaluated by Pyro, one "
+                f"the model cannot be traced: {reason}. It is evaluated by Pyro, one "
                 "chain at a time, which is slow; for a few chains "
                 "pyro.infer.NUTS(model) serves as well.",
                 CompilationWarning,

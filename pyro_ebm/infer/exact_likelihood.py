@@ -32,7 +32,6 @@ from pyro_ebm.energies.finite import finite_values
 from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.infer.objective import Need, Objective, Surrogate, Terms
 from pyro_ebm.mcmc.persistent import StatefulModule
-from pyro_ebm.partition.enumeration import num_states
 from pyro_ebm.partition.exact import log_cosh
 
 #: Points given to the energy at once.
@@ -146,7 +145,10 @@ class ExactMaximumLikelihood(Objective):
         return surrogate
 
     def _require_small(self, energy: Energy) -> None:
-        count = num_states(energy)
+        # Those of the visible units: a machine's smaller layer has the same log Z, but
+        # not the expectations of its points.
+        values = finite_values(energy.support)
+        count = None if values is None else len(values) ** energy.event_shape.numel()
         if count is not None and count > self.max_states:
             raise ValueError(
                 f"energy has {count:,} states, more than max_states = "

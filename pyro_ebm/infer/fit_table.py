@@ -19,18 +19,15 @@ def fit_html(result: Any) -> str:
     """
     estimate = result.log_partition
     reason = f": {estimate.reason}" if estimate.reason else ""
-    last = result.history[-1] if result.history else None
-    train = getattr(result, "train", getattr(last, "train", None))
-    held_out = getattr(result, "validation", getattr(last, "validation", None))
-    judged = [getattr(result, "verdict", ""), *getattr(result, "reasons", ())]
+    held_out = result.validation
     summary = {
         "model": repr(result.distribution),
         "ended": f"{result.stopped} after {result.num_steps:,} steps",
         "log Z": f"{estimate.value:.4f} +- {estimate.std_error:.4f} nats",
         "log Z verdict": f"{estimate.status}{reason}",
-        "train log-likelihood": f"{train} nats a point" if train else "",
+        "train log-likelihood": f"{result.train} nats a point",
         "held-out log-likelihood": f"{held_out} nats a point" if held_out else "",
-        "verdict": ": ".join(filter(None, judged)),
+        "verdict": ": ".join([result.verdict, *result.reasons]),
     }
     table = rows_table("Fit", summary)
     if not result.history:

@@ -46,8 +46,8 @@ class ThermodynamicCurve(NamedTuple):
         inverse_temperatures: :math:`\beta_k` from 0 to 1, shape ``(K,)``.
         mean: :math:`u(\beta_k)` in nats, shape ``(K,)``.
         std_error: Standard error of ``mean`` over the islands, shape ``(K,)``.
-        log_partition: The integral (2); it has an error of its own from the spacing.
-        log_partition_std_error: Over the islands.
+        log_partition: The integral (2).
+        log_partition_std_error: Over the islands and from the spacing.
         num_evaluations: Energy evaluations spent, a point each.
         log_partitions: The integral up to each temperature, :math:`\log Z` of the
             tempered energy, shape ``(K,)``.
@@ -72,7 +72,7 @@ def thermodynamic_integration(
     *,
     num_islands: int = 4,
     num_particles: int = 256,
-    ess_threshold: float = 0.5,
+    ess_threshold: float = 0.9,
     progress_bar: bool = True,
 ) -> ThermodynamicCurve:
     r"""Follow the mean energy from a base to a target; a check to look at.
@@ -122,14 +122,14 @@ def thermodynamic_integration(
     trapezoids = steps / 2 * (u[:-1] + u[1:]) + correction
     path = torch.cat([torch.zeros_like(u[:1]), -trapezoids.cumsum(0)])  # (2)
     spacing = torch.nn.functional.pad(correction.mean(-1).cumsum(0), (1, 0))
-    value, std_error, _ = combine_replicates(path[-1])
+    path_error = torch.hypot(path.std(-1) / math.sqrt(num_islands), spacing)
     return ThermodynamicCurve(
         betas,
         u.mean(-1),
         u.std(-1) / math.sqrt(num_islands),
-        value,
-        std_error,
+        combine_replicates(path[-1])[0],
+        path_error[-1].item(),
         islands.num_evaluations,
         log_mean_exp(path),
-        torch.hypot(path.std(-1) / math.sqrt(num_islands), spacing),
+        path_error,
     )

@@ -5,6 +5,9 @@ import copy
 import functools
 import math
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -20,6 +23,7 @@ from torch import nn
 from pyro_ebm.energies import PyroModelEnergy
 from pyro_ebm.errors import DivergenceError
 
+ROOT = Path(__file__).resolve().parents[2]
 DOUBLE = {"dtype": torch.float64}
 TREATMENT = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], **DOUBLE)
 ERROR = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], **DOUBLE)
@@ -634,3 +638,22 @@ def test_on_a_gpu():
         torch.testing.assert_close(got, expected, check_device=False)
     assert energy.prior.sample((3,)).is_cuda
     assert energy.initial_points(2).is_cuda
+
+
+def test_tracing_does_not_load_the_compiler():
+    """It would take several times as long as tracing itself. Seen to fail with torch's
+    default for modes, which is to load it at the first operator."""
+    source = """
+import sys
+import pyro
+import pyro.distributions as dist
+from pyro_ebm.energies import PyroModelEnergy
+
+def model():
+    with pyro.plate("plate", 3):
+        pyro.sample("x", dist.Gamma(2.0, 1.0))
+
+assert PyroModelEnergy(model).is_traced
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", source], check=True, cwd=ROOT)

@@ -35,7 +35,7 @@ def test_its_integral_is_log_z(curve):
     """Seen to fail without the minus sign, and by 0.3 without the correction of (2)."""
     error = curve.log_partition - 1.5 * math.log(2 * math.pi)
     assert abs(error) < 4 * curve.log_partition_std_error + 0.02
-    assert 0 < curve.log_partition_std_error < 0.04
+    assert 0 < curve.log_partition_std_error < 0.06
 
 
 def test_the_curve_falls(curve):
