@@ -24,6 +24,7 @@ ten CPU seconds, it does find in its cache.
 import argparse
 import functools
 import importlib.util
+import json
 import multiprocessing
 import os
 import resource
@@ -37,7 +38,7 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from report import save
+from report import RESULTS, save
 from workloads import WORKLOADS
 
 from pyro_ebm import mcmc
@@ -236,8 +237,10 @@ PAIR = ("gaussian10", "eight_schools")
 METHODS = {
     "pyro_ebm": Method(run_pyro_ebm),
     "pyro_ebm, compiled": Method(functools.partial(run_pyro_ebm, compile=True)),
-    "pyro_ebm, compiled, acceptance 0.95": Method(
-        functools.partial(run_pyro_ebm, compile=True, target_accept_prob=0.95),
+    "pyro_ebm, compiled, acceptance 0.95, up to 500 steps": Method(
+        functools.partial(
+            run_pyro_ebm, compile=True, target_accept_prob=0.95, max_leapfrog=500
+        ),
         workloads=("neural",),
     ),
     "blackjax": Method(run_blackjax, needs="blackjax"),
@@ -316,7 +319,7 @@ def tasks_of_round(number, options):
 
 
 def measure(options, report):
-    runs = []
+    runs = kept_runs(options.workloads) if options.update else []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         seconds = in_new_process(prime, folder / "primed")
@@ -326,6 +329,12 @@ def measure(options, report):
                 runs.append(in_new_process(work, task, folder / "run"))
                 shutil.rmtree(folder / "run")
                 report(runs, seconds)  # a run that is cut short leaves what it has
+
+
+def kept_runs(workloads):
+    """Runs of other workloads, from the file of results."""
+    tables = json.loads((RESULTS / "ess.json").read_text("utf-8"))["tables"]
+    return [run for run in tables["Runs"] if run["workload"] not in workloads]
 
 
 def summarise(runs):
@@ -405,6 +414,7 @@ def main():
     parser.add_argument("--smoke-test", action="store_true", help="in a few seconds")
     parser.add_argument("--workloads", nargs="+", default=list(PLAN))
     parser.add_argument("--chains", type=int, nargs="+", default=[1, 64, 1024])
+    parser.add_argument("--update", action="store_true", help="keep other workloads")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--slow-rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, help="transitions; default: 300")
