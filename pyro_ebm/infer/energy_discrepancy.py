@@ -10,6 +10,13 @@ where it may have come from; log Z cancels. The population value is that of scor
 matching for :math:`t \to 0` and of maximum likelihood for :math:`t \to \infty`. The
 weight :math:`w` of the datum itself keeps the logarithm, and its gradient, bounded.
 
+With :math:`w = 1` and :math:`y = x + \sqrt t\,\xi`, (1) is the log-probability that it
+is :math:`x` and none of :math:`M` draws from :math:`\mathcal N(y, t)` that came from the
+data: a ranking by noise that depends on :math:`y`, as
+:class:`~pyro_ebm.infer.RankingNoiseContrastive` has it. Given :math:`y` the data have a
+density proportional to their own times that of the noise, so that the best energy is
+theirs for any :math:`M`.
+
 References:
     Schroder, Ou, Lim, Li, Vollmer & Duncan (2023), NeurIPS.
 """
@@ -46,9 +53,9 @@ class EnergyDiscrepancy(Objective):
         num_copies: :math:`M`, perturbed copies a data point.
         stabilizer: :math:`w`, not negative.
 
-    Exactness: *consistent* as :math:`M \to \infty`, for any :math:`t`; at finite
-    :math:`M` *biased* by :math:`O(1/M)`, the more so the larger :math:`t`. It leaves no
-    log Z.
+    Exactness: *consistent* with :math:`w = 1`, for any :math:`M` and :math:`t`; with
+    another weight *biased* by :math:`O(1/M)`, the more so the larger :math:`t`. It
+    leaves no log Z.
 
     Cost: ``1 + num_copies`` values a data point, with gradient in the parameters only.
 
