@@ -102,7 +102,7 @@ def main(seed, output, seconds):
         print("KL {:.4f}, on test points {:.4f} +- {:.4f}: ".format(*found[-1]) + name)
         ax = plots.density(EnergyDistribution(energy), bounds, next(panels))
         ax.set_title(name.replace(", ", ",\n") + f"\nKL {kl:.3f}", fontsize=8)
-    plt.setp(axes, xticks=[], yticks=[])
+    plt.setp(axes, xticks=[], yticks=[], xlabel="", ylabel="")
     figure.savefig(output, dpi=120)
     print("best: KL {:.4f}, on test points {:.4f} +- {:.4f}".format(*min(found)))
     return min(found)
