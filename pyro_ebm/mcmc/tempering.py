@@ -16,11 +16,12 @@ __all__ = ["ReplicaExchange"]
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_ebm.energies import Energy
 from pyro_ebm.errors import UnreliableWarning
@@ -119,6 +120,7 @@ class ReplicaExchange:
         *,
         thinning: int = 1,
         initial: Tensor | None = None,
+        progress_bar: bool = True,
     ) -> TemperedDraws:
         """Warm up and draw, all chains and temperatures at once.
 
@@ -145,9 +147,14 @@ class ReplicaExchange:
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}.")
         run = _Run(self, GeometricPath(energy, self.base), num_chains, initial)
-        for _ in range(self.warmup_steps):
-            run.step()
-        found = run.sample(num_samples, thinning)
+        total = self.warmup_steps + num_samples * thinning
+        with tqdm(
+            total=total, desc="tempering", disable=not progress_bar, delay=1
+        ) as bar:
+            for _ in range(self.warmup_steps):
+                run.step()
+                bar.update()
+            found = run.sample(num_samples, thinning, bar)
         if not found.is_reliable:
             warnings.warn(
                 f"replica exchange is unreliable: {found.reason}",
@@ -164,7 +171,9 @@ class ReplicaExchange:
             num_draws: How many points are wanted.
         """
         num_chains = max(num_draws, self.min_chains)
-        found = self.run(energy, 1, num_chains, thinning=self.num_steps)
+        found = self.run(
+            energy, 1, num_chains, thinning=self.num_steps, progress_bar=False
+        )
         return found.draws[:num_draws, 0]
 
     def start(self, energy: Energy, num_draws: int) -> Tensor:
@@ -241,13 +250,14 @@ class _Run:
         self.adaptation.update(moved, info, swap_prob)
         return state.target - state.base, info, swap_prob, arrived
 
-    def sample(self, num_samples: int, thinning: int) -> TemperedDraws:
-        """Draw, with the ladder as it is now."""
+    def sample(self, num_samples: int, thinning: int, bar: Any) -> TemperedDraws:
+        """Draw, with the ladder as it is now; the bar counts the steps."""
         sums = LadderSums(self.adaptation.ladder.inverse_temperatures)
         draws = []
         for _ in range(num_samples):
             for _ in range(thinning):
                 sums.add(*self.step())
+                bar.update()
             draws.append(self.replicas.state.u[:, -1])
         u = torch.stack(draws, 1)
         return sums.result(

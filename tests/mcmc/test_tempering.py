@@ -1,12 +1,14 @@
 """Replica exchange: invariance, separated modes, an equal ladder, and log Z."""
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
+from tqdm import tqdm
 
 import pyro_ebm
 from pyro_ebm.energies import (
@@ -402,3 +404,23 @@ def test_invalid_arguments_of_a_run():
     )
     with pytest.raises(ValueError, match="support"):
         exchange.run(positive)
+
+
+def test_the_bar_counts_every_step(monkeypatch):
+    """Of the warm-up too. Seen to fail without those."""
+    bars = []
+
+    def recording(**settings):
+        bars.append(tqdm(**{**settings, "disable": True}))
+        bars[-1].update = lambda: setattr(bars[-1], "n", bars[-1].n + 1)
+        bars[-1].is_shown = not settings["disable"]
+        return bars[-1]
+
+    monkeypatch.setattr(tempering, "tqdm", recording)
+    exchange = ReplicaExchange(
+        dist.Normal(0.0, 2.0), num_temperatures=3, warmup_steps=7
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableWarning)
+        exchange.run(FunctionEnergy(lambda x: x**2, ()), 5, 4, thinning=2)
+    assert (bars[0].n, bars[0].is_shown) == (17, True)
