@@ -77,7 +77,7 @@ def draw(learned, points, to_degrees, history, gaussian, num_draws, output):
     axes["data"].plot(*points.T, ".", color="#0072B2", **style)
     axes["data"].set(title="1,000 epicentres", ylabel="latitude (°N)", **frame)
     plots.density(in_degrees, [frame["xlim"], frame["ylim"]], axes["density"])
-    axes["density"].set(title="learned density", **frame)
+    axes["density"].set(title="learned density", ylabel="", **frame)
     axes["draws"].plot(*draws.T, ".", color="#D55E00", **style)
     axes["draws"].set(title=f"{num_draws:,} draws by HMC", **frame)
     axes["curve"].axhline(gaussian, color="0.4", ls=":", label="Gaussian, held out")
