@@ -133,6 +133,7 @@ class ReplicaExchange:
             thinning: Steps a draw.
             initial: Where all replicas of each chain start, points of the support of
                 shape ``(C, *event)``; default: draws of the base.
+            progress_bar: Whether to show the steps, if they take more than a second.
 
         Raises:
             ValueError: If a number or the shape of ``initial`` is out of range, or the
