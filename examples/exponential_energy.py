@@ -31,7 +31,7 @@ def make_nodes(per_side):
 
 
 def make_features():
-    frequency, phase = 1.5 * torch.randn(2, SIZE), 6.3 * torch.rand(SIZE)
+    frequency, phase = 1.5 * torch.randn(2, SIZE), 2 * torch.pi * torch.rand(SIZE)
     mean = (make_nodes(160) @ frequency + phase).cos().mean(0)
     return lambda x: ((x @ frequency + phase).cos() - mean) * (2 / SIZE) ** 0.5
 
@@ -95,7 +95,8 @@ def main(seed, output, sizes=(50, 400, 3000), num_seeds=3, steps=100):
             table[target, n, form] += [judge(losses[form], log_p, nodes, train, test)]
         for name, loss in losses.items() if (n, k) == (sizes[-1], 0) else ():
             ax = figure.add_subplot(2, 6, len(figure.axes) + 1, title=name)
-            ax.contourf(-loss(nodes).clamp(0, 12).cpu().view(160, 160).T, range(-12, 1))
+            image = loss(nodes).clamp(1, 12).cpu().view(160, 160).T
+            ax.imshow(image, "viridis_r", origin="lower", vmin=1, vmax=12)
             ax.set_axis_off()
     figure.savefig(output, dpi=120)
     print(f"{f'medians of {num_seeds}':38}", *(f"{column:>8}" for column in COLUMNS))
