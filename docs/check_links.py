@@ -49,8 +49,11 @@ def read(path):
     return Page(path.read_text("utf-8"))
 
 
-def fault(link, path):
-    """What is wrong with a link in the file ``path``, or None."""
+def fault(link, path, index="index.html"):
+    """What is wrong with a link in the file ``path``, or None.
+
+    A link to a folder leads to its ``index``.
+    """
     parts = urlsplit(link.address)
     if parts.scheme in ("http", "https"):
         if link.is_loaded:
@@ -62,8 +65,8 @@ def fault(link, path):
         return "is no address"
     target = path.parent / unquote(parts.path) if parts.path else path
     if target.is_dir():
-        target /= "index.html"
-    if not target.is_file():
+        target /= index
+    if not target.exists():
         return "leads to no file"
     if parts.fragment and target.suffix == ".html":
         if unquote(parts.fragment) not in read(target.resolve()).ids:
@@ -87,7 +90,8 @@ def faults_of_markdown(path):
     for number, text in enumerate(path.read_text("utf-8").splitlines(), 1):
         for address in MARKDOWN_LINK.findall(text):
             address = address.partition("#")[0]  # its ids are made where it is shown
-            if found := address and fault(Link(address, number, False), path):
+            link = Link(address, number, is_loaded=False)
+            if found := address and fault(link, path, index=""):
                 yield f"{path}:{number}: {address} {found}"
 
 

@@ -21,6 +21,7 @@ GOOD = """
 @pytest.fixture
 def site(tmp_path):
     check_links.read.cache_clear()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "sub").mkdir()
     (tmp_path / "picture one.png").write_bytes(b"")
     (tmp_path / "a.html").write_text(GOOD)
@@ -40,6 +41,7 @@ def test_good_site_has_no_fault(site):
         ('<a href="sub/b.html#nowhere">', "no such place"),
         ('<a href="#nowhere">', "no such place"),
         ('<a href="sub/../../outside.html">', "no file"),
+        ('<a href="empty/">', "no file"),
         ('<img src="no.png">', "no file"),
         ('<script src="https://cdn.example.org/x.js">', "from elsewhere"),
         ('<img src="//cdn.example.org/x.png">', "no address"),
@@ -60,8 +62,11 @@ def test_site_without_a_page_is_a_fault(tmp_path):
 
 def test_links_of_markdown(tmp_path):
     (tmp_path / "there.md").touch()
+    (tmp_path / "folder").mkdir()
     page = tmp_path / "README.md"
-    page.write_text("[a](there.md#b) [c](https://d.org/e)\n![f](no.png) [g](#h)\n")
+    page.write_text(
+        "[a](there.md#b) [b](folder) [c](https://d.org/e)\n![f](no.png) [g](#h)\n"
+    )
     [line] = check_links.faults_of_markdown(page)
     assert line.endswith("README.md:2: no.png leads to no file")
 
