@@ -11,8 +11,8 @@ matching for :math:`t \to 0` and of maximum likelihood for :math:`t \to \infty`.
 weight :math:`w` of the datum itself keeps the logarithm, and its gradient, bounded.
 
 With :math:`w = 1` and :math:`y = x + \sqrt t\,\xi`, (1) is the log-probability that it
-is :math:`x` and none of :math:`M` draws from :math:`\mathcal N(y, t)` that came from the
-data: a ranking by noise that depends on :math:`y`, as
+is :math:`x`, and none of :math:`M` draws from :math:`\mathcal N(y, t)`, that came from
+the data: a ranking by noise that depends on :math:`y`, as
 :class:`~pyro_ebm.infer.RankingNoiseContrastive` has it. Given :math:`y` the data have a
 density proportional to their own times that of the noise, so that the best energy is
 theirs for any :math:`M`.

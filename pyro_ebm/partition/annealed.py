@@ -107,16 +107,7 @@ def annealed_importance_sampling(
         >>> estimate.lower < 1.8379, abs(estimate.value - 1.8379) < 0.1
         (True, True)
     """
-    if direction not in ("forward", "reverse"):
-        raise ValueError(
-            f'direction must be "forward" or "reverse", got {direction!r}.'
-        )
-    if (draws is None) == (direction == "reverse"):
-        raise ValueError(
-            'draws must be given with direction="reverse", which starts there, and '
-            f'only then; got direction="{direction}" and draws '
-            f"{'None' if draws is None else tuple(draws.shape)}."
-        )
+    _require_direction(direction, draws)
     with watched(energy, is_shown=progress_bar) as target:
         run = _Annealing(target, base, num_chains, delta)
         if draws is not None:
@@ -135,6 +126,19 @@ def annealed_importance_sampling(
         estimate = estimate._replace(value=value, lower=-math.inf, upper=-bound)
     reason += f"; {estimate.reason}" if estimate.reason else ""
     return estimate._replace(status="unreliable", reason=reason)
+
+
+def _require_direction(direction: str, draws: Tensor | None) -> None:
+    if direction not in ("forward", "reverse"):
+        raise ValueError(
+            f'direction must be "forward" or "reverse", got {direction!r}.'
+        )
+    if (draws is None) == (direction == "reverse"):
+        raise ValueError(
+            'draws must be given with direction="reverse", which starts there, and '
+            f'only then; got direction="{direction}" and draws '
+            f"{'None' if draws is None else tuple(draws.shape)}."
+        )
 
 
 @torch.no_grad()

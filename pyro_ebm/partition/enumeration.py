@@ -53,20 +53,7 @@ def enumeration(
         exact 6.8015
     """
     energy = _smaller_layer(energy)
-    total, values = num_states(energy), finite_values(energy.support)
-    if total is None or values is None:
-        raise ValueError(
-            f"energy must have a finite support to be enumerated, got "
-            f"{energy.support}. independent(boolean, n), "
-            "independent(integer_interval(a, b), n) and independent(spins, n) are "
-            "finite; elsewhere use pyro_ebm.partition.estimate."
-        )
-    if total > max_states:
-        raise ValueError(
-            f"energy has {len(values)}^{energy.event_shape.numel()} states to "
-            f"enumerate, more than max_states = {max_states:,}. Use "
-            "pyro_ebm.partition.gibbs_annealing, or raise max_states."
-        )
+    values, total = _states_to_sum(energy, max_states)
     chunk = max(1, _CHUNK // max(1, energy.event_shape.numel()))
     log_sum, reason = torch.tensor(-torch.inf, dtype=torch.float64), ""
     with watched(energy, total, is_shown=progress_bar) as target:
@@ -90,6 +77,25 @@ def enumeration(
         total,
         reason,
     )
+
+
+def _states_to_sum(energy: Energy, max_states: int) -> tuple[tuple[float, ...], int]:
+    """What a coordinate can be, and how many points that makes."""
+    total, values = num_states(energy), finite_values(energy.support)
+    if total is None or values is None:
+        raise ValueError(
+            f"energy must have a finite support to be enumerated, got "
+            f"{energy.support}. independent(boolean, n), "
+            "independent(integer_interval(a, b), n) and independent(spins, n) are "
+            "finite; elsewhere use pyro_ebm.partition.estimate."
+        )
+    if total > max_states:
+        raise ValueError(
+            f"energy has {len(values)}^{energy.event_shape.numel()} states to "
+            f"enumerate, more than max_states = {max_states:,}. Use "
+            "pyro_ebm.partition.gibbs_annealing, or raise max_states."
+        )
+    return values, total
 
 
 def num_states(energy: Energy) -> int | None:

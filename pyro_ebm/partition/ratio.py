@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.energies import Energy, same_support
 from pyro_ebm.mcmc import IndependentChains, Sampler
-from pyro_ebm.partition.bennett import bennett, chains_ess
+from pyro_ebm.partition.bennett import BennettRatio, bennett, chains_ess
 
 
 class LogRatioEstimate(NamedTuple):
@@ -112,16 +112,7 @@ def log_ratio(
         first, second = _Counted(target1, bar), _Counted(target2, bar)
         at_1 = _difference(first, second, first, draws1, sampler, num_draws, "draws1")
         at_2 = _difference(first, second, second, draws2, sampler, num_draws, "draws2")
-    # As bennett has it: the first density, then the second; our ratio is upside down.
-    result = bennett(at_1.flatten(), at_2.flatten())
-    if at_1.dim() == 2 or at_2.dim() == 2:
-        centred = [-(at_1 - result.log_ratio), at_2 - result.log_ratio]
-        ess_1, ess_2 = (
-            chains_ess((-v).sigmoid()) if v.dim() == 2 else None for v in centred
-        )
-        result = bennett(
-            at_1.flatten(), at_2.flatten(), ess_first=ess_1, ess_second=ess_2
-        )
+    result = _bennett_of_chains(at_1, at_2)
     value, half = -result.log_ratio, 1.96 * result.std_error
     return LogRatioEstimate(
         value,
@@ -133,6 +124,19 @@ def log_ratio(
         first.num_evaluations + second.num_evaluations,
         result.reason,
     )
+
+
+def _bennett_of_chains(at_1: Tensor, at_2: Tensor) -> BennettRatio:
+    """Bennett's ratio, with the autocorrelation of draws of shape ``(C, N)``."""
+    # As bennett has it: the first density, then the second; our ratio is upside down.
+    result = bennett(at_1.flatten(), at_2.flatten())
+    if at_1.dim() == at_2.dim() == 1:
+        return result
+    centred = [-(at_1 - result.log_ratio), at_2 - result.log_ratio]
+    ess_1, ess_2 = (
+        chains_ess((-v).sigmoid()) if v.dim() == 2 else None for v in centred
+    )
+    return bennett(at_1.flatten(), at_2.flatten(), ess_first=ess_1, ess_second=ess_2)
 
 
 @final

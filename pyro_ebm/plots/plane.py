@@ -203,15 +203,7 @@ def product_panels(
         )
     terms = product.terms
     grid = _grid("product", product, bounds, num_points)
-    if axes is None:
-        size = (3.2 * (len(terms) + 1), 3.4)
-        _, axes = plt.subplots(1, len(terms) + 1, figsize=size, layout="constrained")
-    axes = np.atleast_1d(np.asarray(axes, dtype=object)).ravel()
-    if len(axes) != len(terms) + 1:
-        raise ValueError(
-            f"axes must be {len(terms) + 1}, one a factor and one for the product, got "
-            f"{len(axes)}."
-        )
+    axes = _panels(axes, len(terms) + 1)
     names = [_formula(term) for term in terms] if titles is None else list(titles)
     if len(names) != len(terms):
         raise ValueError(f"titles must be {len(terms)}, one a factor, got {names}.")
@@ -227,6 +219,19 @@ def product_panels(
     axes[-1].set(title="$=$ product", **grid.frame)
     for ax in axes[1:]:
         ax.set_ylabel("")
+    return axes
+
+
+def _panels(axes: Any, count: int) -> Any:
+    if axes is None:
+        size = (3.2 * count, 3.4)
+        _, axes = plt.subplots(1, count, figsize=size, layout="constrained")
+    axes = np.atleast_1d(np.asarray(axes, dtype=object)).ravel()
+    if len(axes) != count:
+        raise ValueError(
+            f"axes must be {count}, one a factor and one for the product, got "
+            f"{len(axes)}."
+        )
     return axes
 
 
