@@ -78,10 +78,10 @@ def two_moons_density(
     if num_nodes < 1:
         raise ValueError(f"num_nodes must be at least 1, got {num_nodes}.")
     node, weight = np.polynomial.legendre.leggauss(num_nodes)  # of [-1, 1]
-    options = {"dtype": torch.get_default_dtype(), "device": torch.get_default_device()}
-    angle = torch.tensor((node + 1) * (math.pi / 2), **options)
+    dtype = torch.get_default_dtype()
+    angle = torch.tensor((node + 1) * (math.pi / 2), dtype=dtype)
     upper = torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], -1)
-    probs = torch.tensor(weight / 4, **options).repeat(2)  # half on each moon
+    probs = torch.tensor(weight / 4, dtype=dtype).repeat(2)  # half on each moon
     along = dist.Normal(torch.cat([upper, -upper]), noise).to_event(1)
     return dist.MixtureSameFamily(dist.Categorical(probs=probs), along)  # (3)
 
