@@ -127,7 +127,7 @@ COSTS = {
     "denoising": ((1, 1), (0, 0)),
     "denoising-levels": ((1, 1), (0, 0)),
     "discrepancy": ((65, 0), (0, 0)),
-    "generator": ((1, 0), (50, 50)),
+    "generator": ((1, 0), (50 + 64, 50)),
     "penalty": ((1, 0), (400, 200 * 6)),
 }
 
@@ -488,6 +488,7 @@ def test_an_objective_with_a_state_needs_it():
         (lambda: AmortizedSampler(Affine(), (2,), 0.0), "noise_scale must be positive"),
         (lambda: AmortizedSampler(Affine(), (2,), num_draws=0), "num_draws must be at"),
         (lambda: AmortizedSampler(Affine(), (2,), num_posterior=6), "multiple of 4"),
+        (lambda: AmortizedSampler(Affine(), (2,), num_noise=-1), "num_noise must be"),
         (lambda: ExactMaximumLikelihood(num_nodes=2), "num_nodes must be at least 5"),
         (lambda: ExactMaximumLikelihood(max_states=0), "max_states must be at least 1"),
     ],
