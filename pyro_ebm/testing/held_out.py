@@ -38,6 +38,10 @@ def log_gamma_product(dim: int = 10, low: float = 0.5, high: float = 3.0) -> Tar
 
     Each is the logarithm of a gamma draw of shape ``a_i``, from ``low`` to ``high``; of
     shape 1, minus a Gumbel draw. One tail is exponential, the other ends abruptly.
+
+    Example:
+        >>> round(log_gamma_product(dim=1, low=3.0).log_partition, 4)  # log 2!
+        0.6931
     """
     shape = torch.linspace(low, high, dim)
     truth = dist.Gamma(shape, 1.0)
@@ -58,6 +62,10 @@ def multivariate_student_t(
     r"""Joint heavy tails: :math:`-f = -\frac{\nu+d}2 \log(1 + x^\top S^{-1} x / \nu)`.
 
     ``S_ij = correlation ** |i - j|``. All coordinates are far out together.
+
+    Example:
+        >>> multivariate_student_t(dim=2, df=4.0).variance
+        tensor([2., 2.])
     """
     index = torch.arange(dim)
     scale = correlation ** (index - index[:, None]).abs().to(torch.empty(0))
@@ -94,6 +102,10 @@ def banana(dim: int = 10, bend: float = 0.03, scale: float = 10.0) -> Target:
 
     References:
         Haario, Saksman & Tamminen (1999), Computational Statistics 14, 375-395.
+
+    Example:
+        >>> banana(dim=2).variance  # 100 and 1 + 2 * 3 ** 2
+        tensor([100.,  19.])
     """
 
     def energy(x: Tensor) -> Tensor:
@@ -126,6 +138,11 @@ def two_modes(dim: int = 6, distance: float = 9.0, weight: float = 0.7) -> Targe
     ``m`` is on the diagonal and ``distance`` is that of the modes in units of their
     standard deviation: at 9 the way from one to the other climbs by 10 nats. The base
     has a standard deviation of a third of it.
+
+    Example:
+        >>> x = two_modes().sample((1000,))
+        >>> abs((x.sum(-1) > 0).float().mean().item() - 0.7) < 0.05
+        True
     """
     loc = torch.full((dim,), distance / 2 / math.sqrt(dim))
     log_weights = torch.tensor([math.log(weight), math.log1p(-weight)])
@@ -153,6 +170,10 @@ def shell(dim: int = 5, radius: float = 3.0, width: float = 0.3) -> Target:
     r"""A spherical shell: :math:`-f = -(|x| - r)^2 / (2 w^2)`.
 
     The mass is on a surface that no correlation describes.
+
+    Example:
+        >>> shell(radius=3.0).sample((1000,)).norm(dim=-1).std() < 0.4
+        tensor(True)
     """
     radial = GridDensity(
         lambda r: (dim - 1) * r.log() - (r - radius).square() / (2 * width**2),
@@ -181,7 +202,12 @@ def shell(dim: int = 5, radius: float = 3.0, width: float = 0.3) -> Target:
 
 
 def laplace_product(dim: int = 10, low: float = 0.5, high: float = 2.0) -> Target:
-    r"""Cusps: :math:`-f = -\sum_i |x_i| / s_i`, ``s_i`` from ``low`` to ``high``."""
+    r"""Cusps: :math:`-f = -\sum_i |x_i| / s_i`, ``s_i`` from ``low`` to ``high``.
+
+    Example:
+        >>> round(laplace_product(dim=1, low=0.5).log_partition, 4)  # log(2 * 0.5)
+        0.0
+    """
     scale = torch.linspace(low, high, dim)
     truth = dist.Laplace(torch.zeros(dim), scale)
     return Target(
@@ -201,6 +227,10 @@ def dirichlet(
     r"""On the simplex: :math:`-f = \sum_i (a_i - 1) \log x_i`.
 
     The base is the uniform distribution.
+
+    Example:
+        >>> dirichlet([1.0, 1.0, 2.0]).mean
+        tensor([0.2500, 0.2500, 0.5000])
     """
     a = torch.tensor(concentration)
     truth = dist.Dirichlet(a)
@@ -226,6 +256,10 @@ def beta_product(
     r"""In a box: :math:`-f = \sum_i (a_i - 1) \log x_i + (b_i - 1) \log(1 - x_i)`.
 
     The base is the uniform distribution.
+
+    Example:
+        >>> round(beta_product([2.0], [1.0]).log_partition, 4)  # log B(2, 1)
+        -0.6931
     """
     a, b = torch.tensor(first), torch.tensor(second)
     truth = dist.Beta(a, b)
@@ -258,6 +292,11 @@ def eight_schools(prior_scale: float = 5.0) -> Target:
 
     References:
         Rubin (1981), Journal of Educational Statistics 6, 377-401 (the data).
+
+    Example:
+        >>> target = eight_schools()
+        >>> target.energy.event_shape, 4 < target.mean[0] < 5
+        (torch.Size([10]), tensor(True))
     """
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     errors = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
