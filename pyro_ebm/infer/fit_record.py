@@ -21,6 +21,14 @@ class FitRecord(NamedTuple):
         stage: Which stage the step belongs to, from 0.
         energy_gap: Mean energy of training points less that of the model, or ``None``
             while log Z is unknown.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        >>> model, data = pyro_ebm.EnergyModel(energy), torch.randn(50, 2)
+        >>> settings = {"num_steps": 4, "record_interval": 2, "progress_bar": False}
+        >>> result = pyro_ebm.fit(model, data, **settings)
+        >>> [record.step for record in result.history]
+        [2, 4]
     """
 
     step: int

@@ -72,6 +72,20 @@ class ObjectiveModel(nn.Module):
 
     Raises:
         TypeError: If the model cannot be called, or ``objective`` is none.
+
+    Example:
+        >>> energy_model = pyro_ebm.EnergyModel(
+        ...     pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        ... )
+        >>> def model(data):
+        ...     pyro.module("energy", energy_model)
+        ...     with pyro.plate("data", len(data)):
+        ...         pyro.sample("x", energy_model(), obs=data)
+        >>> noise = dist.Normal(torch.zeros(2), 2.0).to_event(1)
+        >>> learned = ObjectiveModel(model, pyro_ebm.infer.NoiseContrastive(noise))
+        >>> learned(torch.randn(10, 2))
+        >>> [*learned.states]
+        ['x']
     """
 
     def __init__(self, model: Callable[..., Any], objective: Objective) -> None:

@@ -28,6 +28,12 @@ class LogLikelihood(NamedTuple):
         std_error_data: Its part from the finite number of points.
         std_error_log_partition: Its part from :math:`\log Z`.
         is_normalized: Whether :math:`\log Z` was known, and its verdict good.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(1))
+        >>> q = pyro_ebm.EnergyDistribution(energy)  # log Z unknown
+        >>> pyro_ebm.infer.log_likelihood(q, torch.randn(10, 1)).is_normalized
+        False
     """
 
     value: float

@@ -44,6 +44,14 @@ class MaximumLikelihood(Objective):
 
     Raises:
         ValueError: If a count is not positive.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        >>> objective = MaximumLikelihood(num_chains=64, kernel=pyro_ebm.mcmc.HMC())
+        >>> loss = pyro_ebm.infer.ObjectiveLoss(energy, objective)
+        >>> loss(torch.randn(100, 2) + 1).backward()
+        >>> (energy.loc.grad < 0).all()  # a step down the loss moves it to the data
+        tensor(True)
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"gradient", "chains"})

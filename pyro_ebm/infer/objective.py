@@ -30,6 +30,15 @@ class Terms(NamedTuple):
         objective: What is maximised, with its gradient in the parameters; shape
             ``(*batch,)``.
         energy: :math:`f_\theta(x)`, computed on the way, in nats; shape ``(*batch,)``.
+
+    Example:
+        >>> objective = pyro_ebm.infer.ScoreMatching()
+        >>> q = pyro_ebm.EnergyDistribution(
+        ...     pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        ... )
+        >>> terms = objective.surrogate(q, objective.make_state())(torch.ones(3, 2))
+        >>> terms.objective.tolist(), terms.energy.tolist()
+        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
     """
 
     objective: Tensor
@@ -49,6 +58,20 @@ class Objective(ABC):
             where it leaves none.
         is_pointwise: Whether the gradient at each point estimates that of the
             log-likelihood there, and not only its sum over the data.
+
+    Example:
+        >>> class Likelihood(Objective):  # for energies whose log Z is known
+        ...     def surrogate(self, distribution, state):
+        ...         log_partition = distribution.energy.closed_form().log_partition
+        ...
+        ...         def surrogate(x):
+        ...             value = distribution.energy(x)
+        ...             return Terms(-value - log_partition, value)
+        ...
+        ...         return surrogate
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(1))
+        >>> Likelihood().loss(energy, torch.zeros(5, 1))  # log(2 pi) / 2
+        tensor(0.9189, grad_fn=...)
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()

@@ -50,6 +50,15 @@ class ParameterErrors(NamedTuple):
         status: ``"ok"``; ``"biased"`` where the estimator does not tend to the truth
             and the intervals are about what it tends to; ``"unreliable"``.
         reason: Why the status is not ``"ok"``; empty otherwise.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(1), torch.eye(1))
+        >>> _ = energy.requires_grad_(False).loc.requires_grad_()
+        >>> data = torch.tensor([[-1.0], [1.0]]).repeat(50, 1)
+        >>> errors = pyro_ebm.infer.parameter_errors(energy, data)
+        >>> print(errors)  # data.mean() and data.std() / 10
+        loc[0]  0.0000 +- 0.1005
+        [ok], sandwich of the likelihood by a sum over the space
     """
 
     names: tuple[str, ...]
