@@ -51,6 +51,7 @@ def trace(
         >>> ax = trace(torch.randn(256, 50, 2), index=1)
         >>> ax.get_xlabel(), ax.get_ylabel()
         ('draw of each chain', 'x[1]')
+        >>> ax.figure.clear()
     """
     chosen = _choose(draws, site, index)
     ax = axes_or_current(ax)
@@ -88,6 +89,16 @@ def rank(
 
     Returns:
         The axes.
+
+    Raises:
+        RuntimeError: See :func:`trace`.
+        ValueError: See :func:`trace`.
+
+    Example:
+        >>> ax = rank(torch.randn(4, 250))  # chains that agree stay near the line at 1
+        >>> ax.get_title()
+        'ranks of x, 4 groups of chains'
+        >>> ax.figure.clear()
     """
     chosen = _choose(draws, site, index)
     ax = axes_or_current(ax)
@@ -136,6 +147,18 @@ def autocorrelation(
 
     Returns:
         The axes.
+
+    Raises:
+        RuntimeError: See :func:`trace`.
+        ValueError: See :func:`trace`; or if ``max_lag`` is not between 1 and the draws
+            of a chain less one.
+
+    Example:
+        >>> ax = autocorrelation(torch.randn(8, 100), max_lag=5)
+        >>> values = ax.lines[-1].get_ydata().tolist()  # of lags 0 to 5
+        >>> round(values[0], 6), max(map(abs, values[1:])) < 0.2
+        (1.0, True)
+        >>> ax.figure.clear()
     """
     chosen = _choose(draws, site, index)
     rows = chosen.rows - chosen.rows.mean()

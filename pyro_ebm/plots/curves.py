@@ -34,6 +34,16 @@ def likelihood_curve(history: Sequence[FitRecord], ax: Any = None) -> Any:
 
     Raises:
         ValueError: If the history is empty.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        >>> model, data = pyro_ebm.EnergyModel(energy), torch.randn(50, 2)
+        >>> settings = {"num_steps": 4, "record_interval": 2, "progress_bar": False}
+        >>> result = pyro_ebm.fit(model, data, **settings)
+        >>> ax = likelihood_curve(result.history)
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['train']
+        >>> ax.figure.clear()
     """
     _require_records(history)
     ax = axes_or_current(ax)
@@ -70,8 +80,10 @@ def log_partition_curve(history: Sequence[FitRecord], ax: Any = None) -> Any:
         >>> model, data = pyro_ebm.EnergyModel(energy, base), torch.randn(50, 2)
         >>> settings = {"num_steps": 4, "record_interval": 2, "progress_bar": False}
         >>> result = pyro_ebm.fit(model, data, **settings)
-        >>> log_partition_curve(result.history).get_ylabel()
+        >>> ax = log_partition_curve(result.history)
+        >>> ax.get_ylabel()
         '$\\log Z$ (nats)'
+        >>> ax.figure.clear()
     """
     _require_records(history)
     ax = axes_or_current(ax)
@@ -114,6 +126,16 @@ def energy_gap_curve(history: Sequence[FitRecord], ax: Any = None) -> Any:
 
     Raises:
         ValueError: If the history is empty, or no record has an energy gap.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        >>> model, data = pyro_ebm.EnergyModel(energy), torch.randn(50, 2)
+        >>> settings = {"num_steps": 4, "record_interval": 2, "progress_bar": False}
+        >>> result = pyro_ebm.fit(model, data, **settings)
+        >>> ax = energy_gap_curve(result.history)
+        >>> ax.lines[-1].get_xdata().tolist(), ax.get_ylabel()
+        ([2, 4], 'training minus model energy (nats)')
+        >>> ax.figure.clear()
     """
     _require_records(history)
     gaps = [(r.step, getattr(r, "energy_gap", None)) for r in history]
@@ -149,6 +171,17 @@ def generalization_gap_curve(history: Sequence[FitRecord], ax: Any = None) -> An
 
     Raises:
         ValueError: If the history is empty or has no held-out points.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        >>> model, data = pyro_ebm.EnergyModel(energy), torch.randn(50, 2)
+        >>> settings = {"num_steps": 4, "record_interval": 2, "progress_bar": False}
+        >>> held_out = torch.randn(50, 2)
+        >>> result = pyro_ebm.fit(model, data, validation_data=held_out, **settings)
+        >>> ax = generalization_gap_curve(result.history)
+        >>> ax.get_ylabel()
+        'held-out minus training energy (nats)'
+        >>> ax.figure.clear()
     """
     _require_records(history)
     pairs = [(r.train, r.validation) for r in history if r.validation is not None]

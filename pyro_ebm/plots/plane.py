@@ -67,6 +67,7 @@ def density(
         >>> ax = density(normal, [(-3, 3), (-3, 3)], samples=normal.sample((50,)))
         >>> ax.get_xlabel(), ax.get_title()
         ('$x_1$', 'density $q(x)$')
+        >>> plt.close(ax.figure)
     """
     grid = _grid("distribution", distribution, bounds, num_points)
     ax = axes_or_current(ax)
@@ -128,6 +129,7 @@ def energy_landscape(
         >>> ax = energy_landscape(energy, [(-3, 3), (-3, 3)], gradient=True)
         >>> ax.get_title()
         'energy $f(x)$ and $-\\nabla f$'
+        >>> plt.close(ax.figure)
     """
     found = energy if isinstance(energy, Energy) else getattr(energy, "energy", None)
     if not isinstance(found, Energy):
@@ -195,6 +197,7 @@ def product_panels(
         >>> axes = product_panels(product, [(-3, 3), (-3, 3)], titles=["thin", "flat"])
         >>> [ax.get_title() for ax in axes]
         ['thin', '$\\times$ flat', '$=$ product']
+        >>> plt.close(axes[0].figure)
     """
     if not isinstance(product, ProductOfExperts):
         raise TypeError(

@@ -27,6 +27,16 @@ def ladder(found: TemperedDraws, ax: Any = None) -> Any:
 
     Returns:
         The axes. The title holds the communication barrier :math:`\Lambda`.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(1))
+        >>> base = dist.Normal(torch.zeros(1), 3.0).to_event(1)
+        >>> exchange = pyro_ebm.mcmc.ReplicaExchange(base, num_temperatures=4)
+        >>> found = exchange.run(energy, 20)
+        >>> ax = ladder(found)
+        >>> len(ax.patches)  # a bar for each pair of neighbours
+        3
+        >>> plt.close(ax.figure)
     """
     ax = axes_or_current(ax)
     palette = palette_of(ax)
@@ -63,6 +73,15 @@ def round_trips(found: TemperedDraws, ax: Any = None) -> Any:
 
     Returns:
         The axes. The title says in how many chains none has arrived.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(1))
+        >>> base = dist.Normal(torch.zeros(1), 3.0).to_event(1)
+        >>> exchange = pyro_ebm.mcmc.ReplicaExchange(base, num_temperatures=4)
+        >>> ax = round_trips(exchange.run(energy, 20))
+        >>> ax.get_xlabel()
+        'round trips in a chain (number)'
+        >>> plt.close(ax.figure)
     """
     ax = axes_or_current(ax)
     palette = palette_of(ax)
@@ -105,6 +124,15 @@ def thermodynamic_curve(curve: ThermodynamicCurve, axes: Any = None) -> Any:
 
     Raises:
         ValueError: If ``axes`` are not two.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.ones(2))
+        >>> base = dist.Normal(torch.zeros(2), 2.0).to_event(1)
+        >>> curve = pyro_ebm.partition.thermodynamic_integration(energy, base)
+        >>> left, right = thermodynamic_curve(curve)
+        >>> right.get_ylabel()
+        '$\\log Z_\\beta$ (nats)'
+        >>> plt.close(left.figure)
     """
     if axes is None:
         _, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
