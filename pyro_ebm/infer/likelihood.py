@@ -55,6 +55,12 @@ def log_likelihood(distribution: EnergyDistribution, x: Tensor) -> LogLikelihood
         distribution: With its log Z, for instance ``model.averaged()``.
         x: Points of shape ``(N, *event)``, at least two.
 
+    Returns:
+        Nats a point.
+
+    Exactness: as exact as the log Z of ``distribution``; *unnormalised* if that is
+    unknown, and ``is_normalized`` says so.
+
     Raises:
         ValueError: If there are fewer than two points.
 
@@ -84,6 +90,11 @@ def log_likelihood_difference(
         second: The same, of another model; their errors of log Z are taken for
             independent.
         x: Points of shape ``(N, *event)``, at least two, that neither was fitted to.
+
+    Returns:
+        Nats a point, positive where the first model is the better one.
+
+    Exactness: as :func:`log_likelihood`, of both models.
 
     Raises:
         ValueError: If there are fewer than two points.
