@@ -86,6 +86,13 @@ def fit(
             stops there.
         progress_bar: Show a bar with log-likelihood, energy gap, log Z and acceptance.
 
+    Returns:
+        The averaged model with what was measured of it; log Z and likelihoods in nats.
+
+    Exactness: log Z, and with it each log-likelihood, is *exact* if the energy has a
+    closed form, else *consistent* in the number of walkers; ``log_partition.status``
+    says whether to believe it.
+
     Raises:
         TypeError: If an argument is of another type.
         ValueError: If the data are not finite, have another event shape or dtype, are

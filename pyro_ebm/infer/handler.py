@@ -38,6 +38,10 @@ def maximum_likelihood(model: Callable[..., Any], **settings: Any) -> "Objective
         A model for ``SVI`` under any ELBO. The model itself still goes to NUTS,
         Predictive and ``poutine.condition``.
 
+    Raises:
+        TypeError: If the model cannot be called, or a setting is of another type.
+        ValueError: If a setting is out of range.
+
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
         >>> energy_model = pyro_ebm.EnergyModel(energy)

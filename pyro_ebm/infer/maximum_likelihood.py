@@ -43,7 +43,8 @@ class MaximumLikelihood(Objective):
     one value a data point.
 
     Raises:
-        ValueError: If a count is not positive.
+        TypeError: If ``kernel`` is no kernel.
+        ValueError: If a count is not positive, or ``restart_fraction`` not in [0, 1).
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))

@@ -131,6 +131,9 @@ class Objective(ABC):
             state: From :meth:`make_state`; its parameters are for the optimiser too.
                 May be left out where the objective remembers nothing.
 
+        Returns:
+            A scalar.
+
         Raises:
             ValueError: If the objective needs a state and there is none.
         """
