@@ -49,6 +49,9 @@ class ScoreMatching(Objective):
     Cost: one gradient and ``D`` products with the Hessian a data point, each about as
     much as two gradients, and the gradient of all that in the parameters.
 
+    Raises:
+        NotImplementedError: At its first use, if the support is discrete.
+
     Warns:
         UnreliableWarning: If the energy is piecewise linear in what is learned, as
             networks of ``nn.ReLU`` are: (1) then lacks its first term.
