@@ -33,6 +33,17 @@ class Convergence(NamedTuple):
         tail_ess: Effective sample size of the 5 % and 95 % quantiles.
         mean_std_error: Monte Carlo standard error of the mean.
         sd_std_error: Monte Carlo standard error of the standard deviation.
+
+    All have the shape of the event. The two errors are in units of the draws, the two
+    sizes numbers of independent draws.
+
+    Example:
+        It is what :func:`convergence` returns.
+
+        >>> stuck = torch.randn(4, 500) + torch.arange(4.0)[:, None]
+        >>> found = convergence(stuck)  # no two chains agree on the mean
+        >>> bool(found.r_hat > 1.2), bool(found.bulk_ess < 20)
+        (True, True)
     """
 
     r_hat: Tensor

@@ -78,21 +78,57 @@ def tail_ess(draws: Tensor) -> Tensor:
         draws: Shape ``(C, N, *event)``, ``N >= 4``.
 
     Returns:
-        Shape ``event``.
+        Shape ``event``. All draws count where they are constant.
 
     Raises:
         ValueError: If there is no chain, or fewer than four draws of each.
+
+    Example:
+        >>> tail_ess(torch.randn(4, 1000, 2)).shape
+        torch.Size([2])
+        >>> bool(tail_ess(torch.randn(4, 1000)) > 2000)  # of independent draws
+        True
     """
     return tail_size(to_rows(draws)).reshape(draws.shape[2:])
 
 
 def mean_std_error(draws: Tensor) -> Tensor:
-    """Monte Carlo standard error of the mean, (2); shapes as in :func:`bulk_ess`."""
+    """Monte Carlo standard error of the mean, (2).
+
+    Args:
+        draws: Shape ``(C, N, *event)``, ``N >= 4``.
+
+    Returns:
+        Shape ``event``, in units of the draws.
+
+    Raises:
+        ValueError: If there is no chain, or fewer than four draws of each.
+
+    Example:
+        >>> error = mean_std_error(torch.randn(4, 1000))  # sqrt(1 / 4000) = 0.0158
+        >>> abs(error.item() - 0.0158) < 0.002
+        True
+    """
     return mean_error(to_rows(draws)).reshape(draws.shape[2:])
 
 
 def sd_std_error(draws: Tensor) -> Tensor:
-    """Standard error of the standard deviation, (2); shapes as in :func:`bulk_ess`."""
+    """Monte Carlo standard error of the standard deviation, (2).
+
+    Args:
+        draws: Shape ``(C, N, *event)``, ``N >= 4``.
+
+    Returns:
+        Shape ``event``, in units of the draws.
+
+    Raises:
+        ValueError: If there is no chain, or fewer than four draws of each.
+
+    Example:
+        >>> error = sd_std_error(torch.randn(4, 1000))  # sqrt(1 / 8000) = 0.0112
+        >>> abs(error.item() - 0.0112) < 0.002
+        True
+    """
     return sd_error(to_rows(draws)).reshape(draws.shape[2:])
 
 

@@ -77,6 +77,13 @@ def pareto_std_error(log_weights: Tensor) -> float:
 
     Raises:
         ValueError: If ``log_weights`` has another shape or holds a ``nan``.
+
+    Example:
+        >>> log_weights = 0.1 * torch.randn(10_000)  # the weights spread by 10 %
+        >>> abs(pareto_std_error(log_weights) - 0.001) < 2e-4
+        True
+        >>> pareto_std_error(torch.randn(10))  # too few to see a tail
+        inf
     """
     tail = _fit(log_weights)
     weights = (log_weights.double() - log_weights.max()).exp().sort().values

@@ -23,7 +23,14 @@ def log_mean_exp(log_weights: Tensor, dim: int = -1) -> Tensor:
         dim: The axis that is averaged over.
 
     Returns:
-        Shape of ``log_weights`` without ``dim``.
+        In nats, shape of ``log_weights`` without ``dim``; ``-inf`` where no weight is
+        positive.
+
+    Example:
+        >>> log_mean_exp(torch.zeros(4)).item()
+        0.0
+        >>> log_mean_exp(torch.tensor([1000.0, 1000.0])).item()  # without overflow
+        1000.0
     """
     return torch.logsumexp(log_weights, dim) - math.log(log_weights.shape[dim])
 
@@ -36,7 +43,8 @@ def effective_sample_fraction(log_weights: Tensor, dim: int = -1) -> Tensor:
         dim: The axis of the samples.
 
     Returns:
-        In ``[1/D, 1]``, and 0 where no weight is positive or one is not a number.
+        Shape of ``log_weights`` without ``dim``, in ``[1/D, 1]``, and 0 where no weight
+        is positive or one is not a number.
 
     Example:
         >>> effective_sample_fraction(torch.zeros(4)).item()

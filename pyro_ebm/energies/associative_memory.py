@@ -62,6 +62,15 @@ class Retrieval(NamedTuple):
         converged: Whether it ended there by itself, shape ``(*batch,)``.
         num_steps: Sweeps or updates made, the last of which changed nothing if all
             have converged.
+
+    Example:
+        It is what ``retrieve`` of a memory returns.
+
+        >>> found = HopfieldEnergy(torch.ones(1, 4)).retrieve(
+        ...     torch.tensor([-1.0, 1, 1, 1])
+        ... )
+        >>> found.state, found.converged, found.num_steps
+        (tensor([1., 1., 1., 1.]), tensor(True), 2)
     """
 
     state: Tensor
@@ -111,6 +120,9 @@ class AssociativeMemory(Energy):
         Args:
             cue: States to start from, shape ``(*batch, N)``.
             max_sweeps: Sweeps after which to stop, at least 1.
+
+        Returns:
+            The minima, and whether each was reached.
 
         Raises:
             ValueError: If a cue is no spin, or ``max_sweeps`` is below 1.

@@ -27,9 +27,19 @@ class ClosedForm(NamedTuple):
     r"""What is known of an energy without sampling.
 
     Attributes:
-        log_partition: :math:`\log Z`, shape ``()``, differentiable in the parameters.
+        log_partition: :math:`\log Z` in nats, shape ``()``, differentiable in the
+            parameters.
         distribution: The normalised Pyro distribution that equals
             :math:`e^{-f} / Z`; it is sampled exactly.
+
+    Exactness: *exact*.
+
+    Example:
+        It is what :meth:`Energy.closed_form` returns.
+
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        >>> energy.closed_form().log_partition.item()  # log(2 pi)
+        1.8379
     """
 
     log_partition: Tensor
@@ -51,6 +61,13 @@ class Energy(nn.Module, ABC):
     Raises:
         TypeError: If ``event_shape`` is a number.
         ValueError: If the support has another ``event_dim`` than the event.
+
+    Example:
+        >>> class DoubleWell(Energy):
+        ...     def forward(self, x):
+        ...         return (x**2 - 1) ** 2
+        >>> DoubleWell(())(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([0., 1., 0.])
     """
 
     def __init__(

@@ -36,6 +36,13 @@ class UnconstrainedEnergy(Energy):
     Raises:
         NotImplementedError: If the support has no bijection from real space; a discrete
             one has none.
+
+    Example:
+        >>> gamma = pyro_ebm.energies.DistributionEnergy(dist.Gamma(2.0, 1.0))
+        >>> flat = UnconstrainedEnergy(gamma)  # u = log x
+        >>> u = torch.tensor(0.5)
+        >>> bool(torch.isclose(flat(u), gamma(u.exp()) - u))
+        True
     """
 
     def __init__(self, energy: Energy) -> None:
@@ -51,7 +58,7 @@ class UnconstrainedEnergy(Energy):
         self.transform = transform
 
     def forward(self, u: Tensor) -> Tensor:
-        """Evaluate (1) at ``u`` of shape ``(*batch, *unconstrained_event)``."""
+        """Evaluate (1) in nats at ``u``, ``(*batch, *unconstrained_event)``."""
         x = self.transform(u)
         return self.energy(x) - self.transform.log_abs_det_jacobian(u, x)  # (1)
 
@@ -59,9 +66,24 @@ class UnconstrainedEnergy(Energy):
 def unconstrained(energy: Energy) -> tuple[Energy, torch.distributions.Transform]:
     """An energy over real space, and the map from there to the energy's own space.
 
+    Args:
+        energy: On any continuous support that ``biject_to`` knows.
+
     Returns:
         ``(energy, identity)`` where the support is real already, else an
-        :class:`UnconstrainedEnergy` and its bijection.
+        :class:`UnconstrainedEnergy` and its bijection, which takes points of shape
+        ``(*batch, *unconstrained_event)`` to ``(*batch, *event)``.
+
+    Raises:
+        NotImplementedError: If the support has no bijection from real space.
+
+    Example:
+        >>> simplex = pyro_ebm.energies.DistributionEnergy(
+        ...     dist.Dirichlet(torch.ones(3))
+        ... )
+        >>> flat, to_support = unconstrained(simplex)
+        >>> flat.event_shape, round(to_support(torch.randn(2)).sum().item(), 4)
+        (torch.Size([2]), 1.0)
     """
     if is_unconstrained(energy.support):
         return energy, torch.distributions.transforms.identity_transform
@@ -70,13 +92,27 @@ def unconstrained(energy: Energy) -> tuple[Energy, torch.distributions.Transform
 
 
 def is_unconstrained(support: Constraint) -> bool:
-    """Whether a support is all of real space, whatever its event dimensions."""
+    """Whether a support is all of real space, whatever its event dimensions.
+
+    Args:
+        support: Of an energy or a distribution.
+
+    Example:
+        >>> is_unconstrained(dist.constraints.real_vector)
+        True
+        >>> is_unconstrained(dist.constraints.unit_interval)
+        False
+    """
     # Comparing types alone would take a subclass, such as a bounded real, for real.
     return type(_scalar(support)) is type(constraints.real)
 
 
 def same_support(first: Constraint, second: Constraint) -> bool:
     """Whether two supports are the same set up to its boundary.
+
+    Args:
+        first: Of an energy or a distribution.
+        second: The other; the two may be swapped.
 
     Example:
         >>> constraints = dist.constraints
