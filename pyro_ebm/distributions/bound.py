@@ -28,6 +28,15 @@ class LogPartitionBound(NamedTuple):
     Attributes:
         value: The bound.
         std_error: Its standard error; 0 where all :math:`\log Z_k` are exact.
+
+    Exactness: *upper bound*.
+
+    Example:
+        >>> experts = [dist.Normal(0.0, 1.0), dist.Normal(2.0, 1.0)]
+        >>> product = pyro_ebm.distributions.ProductOfExperts(experts, [0.5, 0.5])
+        >>> bound = product.upper_bound()
+        >>> bound.std_error, bound.value > product.log_partition.item()
+        (0.0, True)
     """
 
     value: float

@@ -63,6 +63,15 @@ class StepSizeAdaptation(nn.Module):
 
     Args:
         step_size: Where to begin.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        >>> kernel = pyro_ebm.mcmc.MALA(0.5)
+        >>> adaptation = StepSizeAdaptation(kernel.step_size)
+        >>> _, info = kernel.step(energy, kernel.init(energy, torch.randn(64, 2)))
+        >>> adaptation.update(kernel, info)  # accepted more than it aims at
+        >>> bool(adaptation.step_size > 0.5)
+        True
     """
 
     _state: Tensor
@@ -126,6 +135,13 @@ def find_step_size(
     Returns:
         A step size of shape ``()``. Costs a transition a doubling, of the kernel that
         ``kernel.probe()`` returns where there is such a method.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        >>> kernel = pyro_ebm.mcmc.HMC(step_size=1e-4)
+        >>> state = kernel.init(energy, torch.randn(64, 2))
+        >>> bool(find_step_size(kernel, energy, state) > 0.1)
+        True
     """
     step_size = torch.as_tensor(kernel.step_size).to(state.energy)
     direction = 0

@@ -37,6 +37,12 @@ class ChainState(NamedTuple):
         x: Points, shape ``(*chains, *event)``.
         energy: Energy of each point in nats, shape ``(*chains,)``.
         grad: Gradient of the energy, shape of ``x``.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        >>> state = pyro_ebm.mcmc.HMC().init(energy, torch.ones(5, 2))
+        >>> state.energy
+        tensor([1., 1., 1., 1., 1.])
     """
 
     x: Tensor
@@ -53,6 +59,13 @@ class StepInfo(NamedTuple):
         is_finite: False where the proposal had a non-finite energy or gradient, or its
             log acceptance ratio overflowed; such a proposal is rejected. Shape
             ``(*chains,)``.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        >>> kernel = pyro_ebm.mcmc.HMC(0.1)
+        >>> _, info = kernel.step(energy, kernel.init(energy, torch.ones(5, 2)))
+        >>> bool((info.accept_prob > 0.9).all()), bool(info.is_finite.all())
+        (True, True)
     """
 
     accept_prob: Tensor
@@ -68,6 +81,17 @@ class Kernel(ABC):
     Attributes:
         step_size: Size of a move, a number or a scalar tensor.
         target_accept_prob: Mean acceptance that step-size adaptation aims at.
+
+    Example:
+        One kernel serves any energy, from wherever the chains are.
+
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        >>> kernel = pyro_ebm.mcmc.MALA(0.5)
+        >>> state = kernel.init(energy, torch.randn(64, 2))
+        >>> for _ in range(3):
+        ...     state, info = kernel.step(energy, state)
+        >>> state.x.shape
+        torch.Size([64, 2])
     """
 
     step_size: float | Tensor

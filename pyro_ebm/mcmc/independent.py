@@ -50,6 +50,13 @@ class IndependentChains:
         ValueError: If a number of steps or chains is out of range.
 
     Exactness: *consistent* in the number of steps.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.tensor([3.0, -3.0]))
+        >>> sampler = IndependentChains(dist.Normal(torch.zeros(2), 4.0).to_event(1))
+        >>> draws = sampler(energy, 500)
+        >>> draws.shape, bool((draws.mean(0) - energy.loc).abs().max() < 0.3)
+        (torch.Size([500, 2]), True)
     """
 
     base: dist.TorchDistribution | None = None

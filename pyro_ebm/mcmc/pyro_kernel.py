@@ -32,6 +32,15 @@ class PyroKernel(MCMCKernel):
 
     Raises:
         TypeError: If ``model`` is an energy or cannot be called.
+
+    Example:
+        >>> def model():
+        ...     return pyro.sample("x", dist.Gamma(2.0, 1.0))
+        >>> kernel = PyroKernel(pyro_ebm.mcmc.HMC(num_leapfrog=2), model)
+        >>> chain = pyro.infer.MCMC(kernel, 20, 10, disable_progbar=True)
+        >>> chain.run()
+        >>> chain.get_samples()["x"].shape
+        torch.Size([20])
     """
 
     def __init__(self, kernel: Kernel, model: Callable[..., Any]) -> None:

@@ -34,6 +34,14 @@ def closed_form(energy: Energy) -> LogPartitionEstimate | None:
     r""":math:`\log Z` of an energy that knows it, else ``None``.
 
     Exactness: *exact*.
+
+    Example:
+        >>> round(
+        ...     closed_form(pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))).value, 4
+        ... )
+        1.8379
+        >>> closed_form(pyro_ebm.energies.FunctionEnergy(lambda x: x**4, ())) is None
+        True
     """
     known = energy.closed_form()
     if known is None:

@@ -35,6 +35,17 @@ class LogRatioEstimate(NamedTuple):
         status: ``"ok"`` or ``"unreliable"``.
         num_evaluations: Energy evaluations spent on both, one a point.
         reason: Why the status is not ``"ok"``; empty otherwise.
+
+    Example:
+        It is what :func:`log_ratio` returns.
+
+        >>> wide = pyro_ebm.energies.QuadraticEnergy(torch.zeros(1), torch.eye(1) / 4)
+        >>> narrow = pyro_ebm.energies.QuadraticEnergy(torch.zeros(1))
+        >>> ratio = log_ratio(
+        ...     wide, narrow, 2 * torch.randn(500, 1), torch.randn(500, 1)
+        ... )
+        >>> ratio.lower < 0.6931 < ratio.upper  # log 2
+        True
     """
 
     value: float
