@@ -29,7 +29,7 @@ class LogPartitionBound(NamedTuple):
         value: The bound.
         std_error: Its standard error; 0 where all :math:`\log Z_k` are exact.
 
-    Exactness: *upper bound*.
+    Exactness: *upper bound*, given exact :math:`\log Z_k`.
 
     Example:
         >>> experts = [dist.Normal(0.0, 1.0), dist.Normal(2.0, 1.0)]

@@ -72,6 +72,8 @@ def estimate(
     Warns:
         UnreliableWarning: If the status is neither ``"exact"`` nor ``"ok"``.
 
+    Exactness: *exact* where the status says so, else *consistent*.
+
     Example:
         >>> energy = pyro_ebm.energies.FunctionEnergy(lambda x: x**4, ())
         >>> print(estimate(energy).status, round(estimate(energy).value, 4))

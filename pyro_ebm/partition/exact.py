@@ -33,6 +33,12 @@ _CHUNK = 2**18
 def closed_form(energy: Energy) -> LogPartitionEstimate | None:
     r""":math:`\log Z` of an energy that knows it, else ``None``.
 
+    Args:
+        energy: Any energy.
+
+    Returns:
+        The estimate, of status ``"exact"`` and for no evaluation of the energy.
+
     Exactness: *exact*.
 
     Example:

@@ -86,7 +86,9 @@ class LogPartition(StatefulModule):
     adaptation of the step size.
 
     Example:
-        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        >>> energy = pyro_ebm.energies.FunctionEnergy(
+        ...     lambda x: x.square().sum(-1) / 2, (2,)
+        ... )
         >>> base = dist.Normal(torch.zeros(2), 1.5).to_event(1)
         >>> tracker = LogPartition(energy, base)
         >>> tracker.refresh(energy)  # a short run from the base
