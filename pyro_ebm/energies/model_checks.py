@@ -33,10 +33,10 @@ def check_site(name: str, site: Any) -> None:
     for frame in site["cond_indep_stack"]:
         if frame.full_size is not None and frame.size < frame.full_size:
             raise NotImplementedError(
-                f"plate {frame.name!r} subsamples {frame.size} of {frame.full_size}; "
-                "an energy is that of all the data. Build the plate without "
-                "subsample_size and subsample: let the model take the size as an "
-                "argument, and give None here."
+                f"plate {frame.name!r} holds {frame.size} of {frame.full_size} rows, "
+                "which were chosen before the model ran, and an energy is that of all "
+                "the data. Build the plate inside of the model and without the "
+                "argument subsample."
             )
     if site["is_observed"]:
         value = site["value"]

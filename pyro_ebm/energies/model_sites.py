@@ -22,6 +22,7 @@ from pyro_ebm.energies.model_runs import (
     samples,
     unwrapped,
 )
+from pyro_ebm.energies.whole_plates import check_rows, whole_plates
 
 
 class ModelSites(NamedTuple):
@@ -98,22 +99,18 @@ def find_sites(
 
     Raises:
         ValueError: If there is no continuous latent site, the sites differ from run to
-            run, or an observed value is nan.
+            run, or an observed value is nan or the same for all rows of a plate that is
+            subsampled.
         NotImplementedError: If a discrete site cannot be enumerated, a plate is
-            subsampled, or a support depends on other sites.
+            subsampled in a way that cannot be undone, or a support depends on others.
     """
+    model = whole_plates(model)
     first = run_model(model, args, kwargs)
+    check_rows(first)
     for name, site in samples(first):
         check_site(name, site)
     check_same(first, run_model(model, args, kwargs))
-    latent = {n: site for n, site in samples(first) if not site["is_observed"]}
-    sites = {n: s for n, s in latent.items() if not s["fn"].support.is_discrete}
-    if not sites:
-        raise ValueError(
-            "model must have at least one continuous latent site; it has "
-            + (f"only discrete ones, {list(latent)}." if latent else "none at all.")
-            + " Leave out the obs of what is to be inferred."
-        )
+    sites = _continuous(first)
     transforms = {n: biject_to(unwrapped(s["fn"].support)) for n, s in sites.items()}
     nesting = _max_plate_nesting(first)
     _, potential, _, enumerated = retried(
@@ -138,6 +135,18 @@ def find_sites(
         nesting,
         torch.zeros_like(torch.cat([value.reshape(-1) for value in flat.values()])),
     )
+
+
+def _continuous(trace: Trace) -> dict[str, Any]:
+    latent = {n: site for n, site in samples(trace) if not site["is_observed"]}
+    sites = {n: s for n, s in latent.items() if not s["fn"].support.is_discrete}
+    if not sites:
+        raise ValueError(
+            "model must have at least one continuous latent site; it has "
+            + (f"only discrete ones, {list(latent)}." if latent else "none at all.")
+            + " Leave out the obs of what is to be inferred."
+        )
+    return sites
 
 
 def _max_plate_nesting(trace: Trace) -> int:

@@ -62,6 +62,9 @@ class PyroModelEnergy(Energy):
     module, or a method of one, brings its parameters with it; others stay where they
     are, and ``.to()`` moves the arguments but no closure.
 
+    Plates that subsample are given all their rows, a part after another: as many runs
+    of the model as there are parts, traced into one graph.
+
     A model that no fixed sequence of operators computes, as it branches on latent
     values or makes numbers of them by ``.item()``, is evaluated by Pyro, a chain at a
     time; a :class:`~pyro_ebm.errors.CompilationWarning` says so.
@@ -78,9 +81,11 @@ class PyroModelEnergy(Energy):
     Raises:
         TypeError: If ``model`` cannot be called.
         ValueError: If the model has no continuous latent site, other sites at each run,
-            random numbers that are no sites, or nan in its data.
-        NotImplementedError: If a discrete site cannot be enumerated, a plate is
-            subsampled, or a support depends on other sites.
+            random numbers that are no sites, nan in its data, or the same data for all
+            parts of a plate.
+        NotImplementedError: If a discrete site cannot be enumerated, a support depends
+            on other sites, or a plate that subsamples has latent rows, over 1,000
+            parts, or rows that were chosen outside of the model.
 
     Exactness: *exact*; :math:`Z` of (1) is the evidence.
 

@@ -1,7 +1,5 @@
 """Which models are energies, and how their sites lie in a vector."""
 
-import math
-
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -118,21 +116,6 @@ def test_what_is_masked_may_be_nan():
     with pyro.validation_enabled(is_validate=False):
         energy = PyroModelEnergy(model)
     assert energy(torch.zeros(1)).isfinite()
-
-
-def test_full_plates_pass_and_subsampled_ones_are_refused():
-    y = torch.arange(4.0).cos()
-
-    def model(subsample_size):
-        x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", 4, subsample_size=subsample_size) as index:
-            pyro.sample("y", dist.Normal(x, 1.0), obs=y[index])
-
-    energy = PyroModelEnergy(model, None)
-    expected = 0.5 * (y.square().sum() + 5 * math.log(2 * math.pi))
-    torch.testing.assert_close(energy(torch.zeros(1)), expected)
-    with pytest.raises(NotImplementedError, match="'data' subsamples 2 of 4"):
-        PyroModelEnergy(model, 2)
 
 
 def two_sites():
