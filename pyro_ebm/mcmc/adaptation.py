@@ -1,11 +1,11 @@
 r"""Step-size adaptation for many chains by dual averaging.
 
 The chains share one step size :math:`\epsilon`; Pyro's dual averaging drives
-their mean acceptance to the kernel's target:
+their mean acceptance, as the kernel takes it, to the kernel's target:
 
 .. math::
-    \log\epsilon \leftarrow \mathrm{DualAveraging}
-        \left(a^\star - \tfrac1C \textstyle\sum_c a_c\right)               \tag{1}
+    \log\epsilon \leftarrow \mathrm{DualAveraging}(a^\star - \bar a),
+    \qquad \bar a = \tfrac1C \textstyle\sum_c a_c                          \tag{1}
 
 References:
     Hoffman & Gelman (2014), JMLR 15, section 3.2.
@@ -116,7 +116,8 @@ class StepSizeAdaptation(nn.Module):
         t, g_avg, x_avg, _, centre = self._state.clone().unbind()
         scheme: Any = DualAveraging(prox_center=centre, gamma=self.GAMMA)
         scheme._t, scheme._g_avg, scheme._x_avg = t, g_avg, x_avg
-        scheme.step(kernel.target_accept_prob - info.accept_prob.mean())
+        mean = kernel.mean_acceptance(info.accept_prob)
+        scheme.step(kernel.target_accept_prob - mean)
         x, x_avg = scheme.get_state()
         self._state = torch.stack([scheme._t, scheme._g_avg, x_avg, x, centre])
 
@@ -148,7 +149,7 @@ def find_step_size(
     kernel = getattr(kernel, "probe", lambda: kernel)()
     for _ in range(max_doublings):
         trial = dataclasses.replace(kernel, step_size=step_size)
-        accept_prob = trial.step(energy, state)[1].accept_prob.mean()
+        accept_prob = trial.mean_acceptance(trial.step(energy, state)[1].accept_prob)
         above = 1 if accept_prob > kernel.target_accept_prob else -1
         if direction and above != direction:
             break

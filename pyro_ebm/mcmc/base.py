@@ -129,6 +129,17 @@ class Kernel(ABC):
         value, grad = energy.value_and_grad(x)
         return ChainState(x.detach(), value, grad)
 
+    def mean_acceptance(self, accept_prob: Tensor) -> Tensor:
+        """What is held to ``target_accept_prob``: the mean over chains and transitions.
+
+        Args:
+            accept_prob: Of the steps of all chains, any shape.
+
+        Returns:
+            A mean in [0, 1], shape ``()``.
+        """
+        return accept_prob.mean()
+
     def _check(self) -> None:
         if not isinstance(self.step_size, Tensor) and not 0 < self.step_size < math.inf:
             raise ValueError(

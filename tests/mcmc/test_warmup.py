@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -201,11 +202,11 @@ def trap_energy():
     return FunctionEnergy(energy, (2,))
 
 
-@pytest.mark.parametrize("name", ["hmc", "chees"])
-def test_stuck_chains_are_counted_and_moved(name):
+@pytest.mark.parametrize(("name", "number"), [("hmc", 5), ("chees", 1)])
+def test_stuck_chains_are_counted_and_moved(name, number):
     kernel, energy = KERNELS[name], trap_energy()
     x = torch.randn(64, 2)
-    x[:5] = torch.tensor([-1000.0, 0.0]) + 1e-5 * torch.randn(5, 2)
+    x[:number] = torch.tensor([-1000.0, 0.0]) + 1e-5 * torch.randn(number, 2)
     start = kernel.init(energy, x)
     warmup = Warmup(dataclasses.replace(kernel, step_size=0.5), energy, start, 50)
     state, counts = start, []
@@ -213,16 +214,39 @@ def test_stuck_chains_are_counted_and_moved(name):
         state, info = warmup.kernel.step(energy, state)
         state = warmup.update(state, info)
         counts.append(int(warmup.num_stuck))
-    assert counts[9] == 5
+    assert counts[9] == number
     assert counts[-1] == 0
-    assert (state.x[:5, 0] > -900).all()
+    assert (state.x[:number, 0] > -900).all()
     torch.testing.assert_close(energy(state.x), state.energy)
 
     warmup, state = Warmup(kernel, energy, start, 50), start
     for _ in range(50):  # the chains go on from where they are
         state, info = warmup.kernel.step(energy, state)
         warmup.update(state, info)
-    assert warmup.num_stuck == 5
+    assert warmup.num_stuck == number
+
+
+def test_chees_takes_the_step_of_a_narrow_mode_that_a_tenth_of_the_chains_is_in():
+    """Seen to fail by the arithmetic mean: those chains get stuck, and are moved away.
+
+    A standard normal, and another with a thirtieth of its standard deviation.
+    """
+
+    def energy(x):
+        wide, narrow = (
+            ((x - m) / s).square().sum(-1) / 2 for m, s in ((4, 1), (-4, w))
+        )
+        return -torch.logaddexp(-wide, -narrow - 2 * math.log(w))
+
+    w, target = 1 / 30, FunctionEnergy(energy, (2,))
+    x = torch.cat([4 + torch.randn(115, 2), -4 + w * torch.randn(13, 2)])
+    state = ChEES().init(target, x)
+    warmup = Warmup(ChEES(), target, state, 200)
+    state = run(warmup, target, state, 200)
+    is_narrow = state.x[:, 0] < 0
+    assert is_narrow.sum() == 13
+    _, info = warmup.kernel.step(target, state)
+    assert info.accept_prob[is_narrow].mean() > 0.3
 
 
 def test_nonfinite_proposals_count_as_rejections(kernel):
