@@ -237,12 +237,6 @@ PAIR = ("gaussian10", "eight_schools")
 METHODS = {
     "pyro_ebm": Method(run_pyro_ebm),
     "pyro_ebm, compiled": Method(functools.partial(run_pyro_ebm, compile=True)),
-    "pyro_ebm, compiled, acceptance 0.95, up to 500 steps": Method(
-        functools.partial(
-            run_pyro_ebm, compile=True, target_accept_prob=0.95, max_leapfrog=500
-        ),
-        workloads=("neural",),
-    ),
     "blackjax": Method(run_blackjax, needs="blackjax"),
     "numpyro": Method(run_numpyro, (64,), PAIR, needs="numpyro", is_slow=True),
     "Pyro": Method(run_pyro, (1,), PAIR, is_slow=True),
