@@ -148,6 +148,9 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Independent draws, one chain each, with no gradient.
 
+        Chains that take more than three seconds show a progress bar; the sampler
+        ``IndependentChains(base, progress_bar=False)`` shows none.
+
         Args:
             sample_shape: Shape of the draws.
 

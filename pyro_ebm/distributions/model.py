@@ -122,19 +122,23 @@ class EnergyModel(Factor, nn.Module):
         distribution.owner = None
         return distribution
 
-    def set_log_partition(self, estimate: LogPartitionEstimate) -> None:
+    def set_log_partition(
+        self, estimate: LogPartitionEstimate, *, progress_bar: bool = True
+    ) -> None:
         r"""Take over an estimate of :math:`\log Z` of the current parameters.
 
         Its value and standard error hold from now on, and follow when learning goes on.
 
         Args:
             estimate: ``pyro_ebm.partition.estimate(model)``, say.
+            progress_bar: Whether to show the energy evaluations of the walkers that
+                are to follow, if it takes more than a second.
 
         Raises:
             DivergenceError: If no walkers arrive at the energy from the base.
             ValueError: If the estimate is not reliable.
         """
-        self.log_partition.calibrate(self.energy, estimate)
+        self.log_partition.calibrate(self.energy, estimate, progress_bar=progress_bar)
 
     def follow(self) -> None:
         r"""Let :math:`\log Z` follow, if the parameters have moved since last time."""

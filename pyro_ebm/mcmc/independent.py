@@ -10,6 +10,7 @@ from typing import Any, final
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.errors import DivergenceError, UnreliableWarning
@@ -23,6 +24,8 @@ _SMALL_EVERY, _SMALL = 4, 0.1
 _STUCK = 0.05
 #: In fewer transitions that may be chance.
 _PATIENCE = 50
+#: Seconds before there is a bar; draws within a fit or a guide mostly take less.
+_DELAY = 3
 
 
 @final
@@ -45,6 +48,8 @@ class IndependentChains:
         num_steps: Transitions after that.
         min_chains: At least so many chains are run, so that the step size of a single
             draw is as good as that of many; the rest is thrown away.
+        progress_bar: Whether to show the transitions of a call that takes more than
+            three seconds; the bar goes when the draws are there.
 
     Raises:
         ValueError: If a number of steps or chains is out of range.
@@ -64,6 +69,7 @@ class IndependentChains:
     warmup_steps: int = 100
     num_steps: int = 100
     min_chains: int = 32
+    progress_bar: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -94,12 +100,9 @@ class IndependentChains:
         flat, to_support = unconstrained(energy)
         start = self.start(energy, max(num_draws, self.min_chains))
         state = replace_nonfinite(self.kernel.init(flat, to_support.inv(start)))
-        kernel, state = self._warm_up(flat, state)
-        warm, num_accepted = state, torch.zeros_like(state.energy)
-        small = self._small(kernel)
-        for index in range(self.num_steps):
-            state, info = (small if _is_small(index) else kernel).step(flat, state)
-            num_accepted += info.accepted
+        with self._bar() as bar:
+            kernel, warm = self._warm_up(flat, state, bar)
+            state, num_accepted = self._move(flat, warm, kernel, bar)
         # Not by what was accepted: a step of no length always is.
         if torch.equal(state.x, warm.x):
             raise DivergenceError(
@@ -111,6 +114,16 @@ class IndependentChains:
             )
         self._warn_of_stuck((num_accepted < _STUCK * self.num_steps)[:num_draws])
         return to_support(state.x)[:num_draws]
+
+    def _bar(self) -> tqdm:
+        # Text in notebooks too: each call in a loop would leave widgets behind.
+        return tqdm(
+            total=self.warmup_steps + self.num_steps,
+            desc="draws",
+            delay=_DELAY,
+            leave=False,
+            disable=not self.progress_bar,
+        )
 
     def _warn_of_stuck(self, is_stuck: Tensor) -> None:
         num_stuck = int(is_stuck.sum())
@@ -144,17 +157,32 @@ class IndependentChains:
         draws = self.base.sample((num_draws,)).detach()
         return draws.to(**energy.tensor_options(draws))
 
-    def _warm_up(self, energy: Energy, state: ChainState) -> tuple[Kernel, ChainState]:
+    def _warm_up(
+        self, energy: Energy, state: ChainState, bar: tqdm
+    ) -> tuple[Kernel, ChainState]:
         """Move the chains while the step size adapts; freeze it in the kernel."""
         adaptation = StepSizeAdaptation(find_step_size(self.kernel, energy, state))
         for index in range(self.warmup_steps):
             kernel = self._with_step_size(adaptation.step_size)
             if _is_small(index):
                 state, _ = self._small(kernel).step(energy, state)
-                continue
-            state, info = kernel.step(energy, state)
-            adaptation.update(kernel, info)
+            else:
+                state, info = kernel.step(energy, state)
+                adaptation.update(kernel, info)
+            bar.update()
         return self._with_step_size(adaptation.averaged_step_size), state
+
+    def _move(
+        self, energy: Energy, state: ChainState, kernel: Kernel, bar: tqdm
+    ) -> tuple[ChainState, Tensor]:
+        """Where the chains end, and how many proposals each has taken."""
+        small = self._small(kernel)
+        num_accepted = torch.zeros_like(state.energy)
+        for index in range(self.num_steps):
+            state, info = (small if _is_small(index) else kernel).step(energy, state)
+            num_accepted += info.accepted
+            bar.update()
+        return state, num_accepted
 
     def _with_step_size(self, step_size: Tensor) -> Kernel:
         return dataclasses.replace(self.kernel, step_size=step_size)

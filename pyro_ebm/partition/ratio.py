@@ -114,7 +114,7 @@ def log_ratio(
         ('ok', True)
     """
     _check_pair(target1, target2, base, sampler, num_draws)
-    sampler = sampler or IndependentChains(base)
+    sampler = sampler or IndependentChains(base, progress_bar=False)
     with tqdm(
         desc="log ratio", unit_scale=True, delay=1, disable=not progress_bar
     ) as bar:

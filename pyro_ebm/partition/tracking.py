@@ -46,6 +46,7 @@ from pyro_ebm.partition.average import FollowedEnergy
 from pyro_ebm.partition.base import LogPartitionEstimate, Status, combine_replicates
 from pyro_ebm.partition.exact import closed_form
 from pyro_ebm.partition.normalizability import check_normalizability
+from pyro_ebm.partition.progress import watched
 from pyro_ebm.partition.smc import Islands, run_smc
 from pyro_ebm.partition.walkers import Walkers
 
@@ -196,7 +197,7 @@ class LogPartition(StatefulModule):
             energy: The energy being learned, of the class and shapes given at first.
         """
         if not self.is_started:
-            self.refresh(energy)
+            self.refresh(energy, progress_bar=False)
             return
         self.num_steps += 1
         step = int(self.num_steps)
@@ -208,22 +209,33 @@ class LogPartition(StatefulModule):
             self.read(energy)
 
     @torch.no_grad()
-    def refresh(self, energy: Energy) -> None:
+    def refresh(self, energy: Energy, *, progress_bar: bool = True) -> None:
         r"""Estimate anew from the base, for the current parameters.
 
         The average begins again at these parameters.
+
+        Args:
+            energy: With its current parameters.
+            progress_bar: Whether to show the energy evaluations, if it takes more than
+                a second.
         """
         self.followed.reset(energy)
         self.num_steps.zero_()
         self.verdict.zero_()
         if not self.is_closed_form:
-            islands = self._run_smc(self.num_walkers)
+            islands = self._run_smc(self.num_walkers, progress_bar=progress_bar)
             if islands is not None:
                 self._adopt(islands)
         self.read(energy)
 
     @torch.no_grad()
-    def calibrate(self, energy: Energy, estimate: LogPartitionEstimate) -> None:
+    def calibrate(
+        self,
+        energy: Energy,
+        estimate: LogPartitionEstimate,
+        *,
+        progress_bar: bool = True,
+    ) -> None:
         r"""Take over a better estimate of :math:`\log Z` of the current parameters.
 
         The walkers begin anew at these parameters, as in :meth:`refresh`, but with the
@@ -232,6 +244,7 @@ class LogPartition(StatefulModule):
         Args:
             energy: With the parameters that the estimate belongs to.
             estimate: From :func:`pyro_ebm.partition.estimate`, say.
+            progress_bar: As in :meth:`refresh`.
 
         Raises:
             DivergenceError: If no walkers arrive at the energy from the base.
@@ -242,7 +255,7 @@ class LogPartition(StatefulModule):
                 f"estimate must be reliable to stand for log Z, got {estimate}. Raise "
                 "its budget, or give it a base nearer to the energy."
             )
-        self.refresh(energy)
+        self.refresh(energy, progress_bar=progress_bar)
         if self.is_closed_form:
             return
         if not self.walkers.is_started:
@@ -291,7 +304,7 @@ class LogPartition(StatefulModule):
         From here on the current parameters and their average are one.
         """
         if not self.is_started:
-            self.refresh(energy)
+            self.refresh(energy, progress_bar=False)
         self._advance()
         self.check()
         self.followed.write(energy)
@@ -350,7 +363,9 @@ class LogPartition(StatefulModule):
             return 2
         return 3 if self.walkers.resampling_rate() > 0.01 else 0
 
-    def _run_smc(self, num_particles: int) -> Islands | None:
+    def _run_smc(
+        self, num_particles: int, *, progress_bar: bool = False
+    ) -> Islands | None:
         """Fresh islands at the averaged parameters; ``None`` if they do not arrive."""
         draws = self.base.sample((self.num_walkers,))
         rays = check_normalizability(self.averaged_energy, draws)
@@ -359,13 +374,14 @@ class LogPartition(StatefulModule):
             self.verdict.fill_(7)
             return None
         try:
-            islands = run_smc(
-                self.followed.energy,
-                self.base,
-                num_islands=self.num_islands,
-                num_particles=num_particles,
-                chain_length=8,
-            )
+            with watched(self.averaged_energy, is_shown=progress_bar) as energy:
+                islands = run_smc(
+                    energy,
+                    self.base,
+                    num_islands=self.num_islands,
+                    num_particles=num_particles,
+                    chain_length=8,
+                )
         except DivergenceError:
             self.verdict.fill_(7)
             return None

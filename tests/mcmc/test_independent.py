@@ -7,10 +7,11 @@ import pytest
 import torch
 from pyro.distributions import constraints
 from torch import nn
+from tqdm import tqdm
 
 from pyro_ebm.energies import DistributionEnergy, FunctionEnergy, QuadraticEnergy
 from pyro_ebm.errors import DivergenceError, UnreliableWarning
-from pyro_ebm.mcmc import HMC, MALA, IndependentChains
+from pyro_ebm.mcmc import HMC, MALA, IndependentChains, independent
 from pyro_ebm.testing import CountingEnergy, assert_moments
 
 
@@ -165,3 +166,47 @@ def test_stuck_draws_are_told():
     base = dist.Normal(0.0, 2.0)
     with pytest.warns(UnreliableWarning, match="hardly moved"):
         IndependentChains(base, HMC(0.5), warmup_steps=0)(steep, 500)
+
+
+def run_in(seconds, monkeypatch, **settings):
+    """Draw with a clock by which each transition takes so long; return the clock."""
+    clock = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+
+    def slow(x):
+        clock[0] += seconds
+        return x.square() / 2
+
+    kernel = HMC(num_leapfrog=1)
+    sampler = IndependentChains(None, kernel, 8, 8, min_chains=2, **settings)
+    return sampler(FunctionEnergy(slow, ()), 2)
+
+
+def test_a_bar_appears_where_draws_take_long_and_goes(monkeypatch, capfd):
+    """Seen to fail without the delay, and with one bar left behind a call."""
+    run_in(1.0, monkeypatch)
+    shown = capfd.readouterr().err
+    assert "draws" in shown
+    assert "/16" in shown  # the warm-up counts
+    assert not shown.rpartition("\r")[0].rpartition("\r")[2].strip()
+    run_in(0.01, monkeypatch)
+    run_in(1.0, monkeypatch, progress_bar=False)
+    assert not capfd.readouterr().err
+
+
+def test_the_bar_counts_every_transition_and_changes_no_draw(monkeypatch):
+    bars, is_shown, draws = [], [], []
+
+    def recording(**settings):
+        bars.append(tqdm(**settings))
+        is_shown.append(not bars[-1].disable)
+        return bars[-1]
+
+    monkeypatch.setattr(independent, "tqdm", recording)
+    for progress_bar in (True, False):
+        torch.manual_seed(0)
+        sampler = IndependentChains(None, HMC(), 5, 9, progress_bar=progress_bar)
+        draws.append(sampler(gaussian(), 4))
+    assert is_shown == [True, False]
+    assert bars[0].n == bars[0].total == 14
+    assert torch.equal(*draws)

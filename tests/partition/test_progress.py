@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pyro_ebm import partition
-from pyro_ebm.distributions import ProductOfExperts
+from pyro_ebm.distributions import EnergyModel, ProductOfExperts
 from pyro_ebm.energies import FunctionEnergy, IsingEnergy
 from pyro_ebm.partition.progress import watched
 
@@ -140,6 +140,32 @@ def test_a_product_passes_it_on(bars):
     assert not bars.shown
     product.estimate_log_partition(5_000)
     assert bars.shown
+
+
+def test_an_estimate_taken_over_shows_its_walkers_and_learning_none(bars):
+    """Seen to fail with a bar in each run from the base."""
+    model = EnergyModel(ENERGY, BASE)
+    found = partition.estimate(model, budget=10_000, progress_bar=False)
+    model.set_log_partition(found, progress_bar=False)
+    model.log_partition.refresh(ENERGY, progress_bar=False)
+    model.log_partition.finish(ENERGY)
+    EnergyModel(ENERGY, BASE).log_partition.follow(ENERGY)
+    assert not bars.shown
+    model.set_log_partition(found)
+    (bar,) = bars.shown
+    assert bar.is_closed
+    assert bar.count
+    assert bar.settings["delay"] == 1
+
+
+def test_a_ratio_shows_one_bar_for_its_draws_too(bars, monkeypatch):
+    """Seen to fail with the default bar of the chains."""
+    monkeypatch.setattr("pyro_ebm.mcmc.independent.tqdm", Bar)
+    partition.log_ratio(ENERGY, OTHER, num_draws=100)
+    assert len(bars.shown) == 1
+    bars.shown.clear()
+    partition.log_ratio(ENERGY, OTHER, num_draws=100, progress_bar=False)
+    assert not bars.shown
 
 
 class Single(FunctionEnergy):
