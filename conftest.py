@@ -1,5 +1,6 @@
 """Test set-up shared by ``tests/`` and the doctests of ``pyro_ebm``."""
 
+import doctest
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -54,6 +55,22 @@ def fresh_state(dtype):
 
 
 @pytest.fixture(autouse=True)
-def doctest_names(doctest_namespace):
-    """Names that an example in a docstring may use without importing them."""
-    doctest_namespace.update(torch=torch, pyro=pyro, dist=dist, pyro_ebm=pyro_ebm)
+def doctest_names(request, doctest_namespace, fresh_state):
+    """Names that an example in a docstring may use without importing them.
+
+    Those of a function may also use what the example of its module has defined, which
+    stands above it on the page and in the source.
+    """
+    names = {"torch": torch, "pyro": pyro, "dist": dist, "pyro_ebm": pyro_ebm}
+    doctest_namespace.update(names)
+    if isinstance(request.node, pytest.DoctestItem):
+        test = request.node.dtest
+        if test.name != test.globs["__name__"]:
+            test.globs.update(names)
+            run_examples(test.globs["__doc__"] or "", test.globs)
+
+
+def run_examples(text, namespace):
+    """Execute the examples in a docstring for the names that they define."""
+    for example in doctest.DocTestParser().get_examples(text):
+        exec(example.source, namespace)

@@ -55,9 +55,40 @@ class ImportanceState(nn.Module):
         self.register_buffer("ess", torch.tensor(math.nan))
 
 
+@dataclass(frozen=True)
+class _ByProposal(Objective):
+    """What both have: draws of a proposal, with their weights."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"noise"})
+    log_partition: ClassVar[Literal["consistent"]] = "consistent"
+    is_pointwise: ClassVar[bool] = True
+
+    proposal: Noise = None
+    num_draws: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.num_draws < 2:
+            raise ValueError(f"num_draws must be at least 2, got {self.num_draws}.")
+
+    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
+        """Refuse a proposal that does not fit; see :meth:`Objective.check`."""
+        proposal = noise_of(self.proposal, distribution, "proposal")
+        require_noise(proposal, distribution.energy, "proposal")
+
+    def _log_weights(self, distribution: EnergyDistribution) -> Tensor:
+        """Of draws of the proposal, shape ``(num_draws,)``."""
+        energy = distribution.energy
+        proposal = noise_of(self.proposal, distribution, "proposal")
+        with torch.no_grad():
+            y = proposal.sample(torch.Size((self.num_draws,)))
+            y = y.to(**energy.tensor_options(y))
+            log_proposal = proposal.log_prob(y)
+        return -energy(y) - log_proposal.to(y)
+
+
 @final
 @dataclass(frozen=True)
-class ImportanceSampledLikelihood(Objective):
+class ImportanceSampledLikelihood(_ByProposal):
     r"""The likelihood (2), with draws of a proposal for all of the batch.
 
     Args:
@@ -86,32 +117,16 @@ class ImportanceSampledLikelihood(Objective):
         tensor(True)
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"noise"})
-    log_partition: ClassVar[Literal["consistent"]] = "consistent"
-    is_pointwise: ClassVar[bool] = True
-
-    proposal: Noise = None
-    num_draws: int = 1024
-
-    def __post_init__(self) -> None:
-        _require_num_draws(self.num_draws)
-
     def make_state(self) -> ImportanceState:
         """Empty notes."""
         return ImportanceState()
-
-    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
-        """Refuse a proposal that does not fit; see :meth:`Objective.check`."""
-        proposal = noise_of(self.proposal, distribution, "proposal")
-        require_noise(proposal, distribution.energy, "proposal")
 
     def surrogate(
         self, distribution: EnergyDistribution, state: nn.Module
     ) -> Surrogate:
         """See :meth:`Objective.surrogate`."""
         energy, notes = distribution.energy, cast(ImportanceState, state)
-        proposal = noise_of(self.proposal, distribution, "proposal")
-        log_weights = _log_weights(distribution, proposal, self.num_draws)
+        log_weights = self._log_weights(distribution)
         log_partition = log_weights.logsumexp(0) - math.log(self.num_draws)  # (1)
         notes.log_partition = log_partition.detach()
         notes.ess = effective_number(log_weights)
@@ -125,7 +140,7 @@ class ImportanceSampledLikelihood(Objective):
 
 @final
 @dataclass(frozen=True)
-class BoundedLikelihood(Objective):
+class BoundedLikelihood(_ByProposal):
     r"""The lower bound (3) of the likelihood, with a learned :math:`c`.
 
     Args:
@@ -151,32 +166,16 @@ class BoundedLikelihood(Objective):
         True
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"noise"})
-    log_partition: ClassVar[Literal["consistent"]] = "consistent"
-    is_pointwise: ClassVar[bool] = True
-
-    proposal: Noise = None
-    num_draws: int = 1024
-
-    def __post_init__(self) -> None:
-        _require_num_draws(self.num_draws)
-
     def make_state(self) -> LearnedLogPartition:
         """The learned log Z."""
         return LearnedLogPartition()
-
-    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
-        """Refuse a proposal that does not fit; see :meth:`Objective.check`."""
-        proposal = noise_of(self.proposal, distribution, "proposal")
-        require_noise(proposal, distribution.energy, "proposal")
 
     def surrogate(
         self, distribution: EnergyDistribution, state: nn.Module
     ) -> Surrogate:
         """See :meth:`Objective.surrogate`."""
         energy, learned = distribution.energy, cast(LearnedLogPartition, state)
-        proposal = noise_of(self.proposal, distribution, "proposal")
-        log_weights = _log_weights(distribution, proposal, self.num_draws)
+        log_weights = self._log_weights(distribution)
         learned.observe(log_weights)
         c = learned.log_partition
         penalty = c + (log_weights - c).exp().mean() - 1
@@ -186,22 +185,3 @@ class BoundedLikelihood(Objective):
             return Terms(-value - penalty, value)  # (3)
 
         return surrogate
-
-
-def _log_weights(
-    distribution: EnergyDistribution,
-    proposal: torch.distributions.Distribution,
-    num_draws: int,
-) -> Tensor:
-    """Of draws of the proposal, shape ``(num_draws,)``."""
-    energy = distribution.energy
-    with torch.no_grad():
-        y = proposal.sample(torch.Size((num_draws,)))
-        y = y.to(**energy.tensor_options(y))
-        log_proposal = proposal.log_prob(y)
-    return -energy(y) - log_proposal.to(y)
-
-
-def _require_num_draws(num_draws: int) -> None:
-    if num_draws < 2:
-        raise ValueError(f"num_draws must be at least 2, got {num_draws}.")

@@ -1,10 +1,31 @@
 """A name for each objective put at the energy sites of a model.
 
 Each function takes any Pyro model with an
-:class:`~pyro_ebm.distributions.EnergyDistribution` at one or more sites, and the
-settings of the objective. What it returns is a model for ``SVI`` under any ELBO. Cost,
-exactness and errors are those of the objective, and a ``TypeError`` if the model cannot
-be called.
+:class:`~pyro_ebm.distributions.EnergyDistribution`, over events of shape ``(*event,)``,
+at one or more sites, and the settings of an objective. ``score_matching(model)`` is
+``ObjectiveModel(model, ScoreMatching())``: a model that is called as the first one is,
+for ``SVI`` under any ELBO.
+
+Cost, exactness and all settings are those of the objective. Each raises a ``TypeError``
+if the model cannot be called or a setting is unknown; what the energies at the sites do
+not allow is refused at the first step of learning.
+
+Example:
+    A model of points ``x`` of shape ``(N, 2)``, and whether a step of learning moves
+    its energy to the data; the examples of the functions below use both.
+
+    >>> base = dist.Normal(torch.zeros(2), 2.0).to_event(1)
+    >>> q = pyro_ebm.EnergyModel(
+    ...     pyro_ebm.energies.QuadraticEnergy(torch.zeros(2)), base
+    ... )
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", pyro.module("q", q)(), obs=x)
+    >>> def learns(model):
+    ...     optim, elbo = pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO()
+    ...     svi = pyro.infer.SVI(model, lambda x: None, optim, elbo)
+    ...     svi.step(torch.randn(100, 2) + 1)
+    ...     return bool((q.energy.loc > 0).all())
 """
 
 __all__ = [
@@ -41,45 +62,35 @@ from pyro_ebm.infer.tempered import TemperedMaximumLikelihood
 
 
 def amortized_sampler(model: Callable[..., Any], **settings: Any) -> ObjectiveModel:
-    """Make a Pyro model learn its energies by :class:`AmortizedSampler`.
+    """Learn by :class:`AmortizedSampler`: against draws of a generator.
 
-    Is ``ObjectiveModel(model, AmortizedSampler(**settings))``.
+    Needs the ``generator``, a module from noise ``(N, *latent_shape)`` to points
+    ``(N, *event)`` of unconstrained space, and the ``latent_shape``.
+
+    Raises:
+        TypeError: If the generator is no module.
+        ValueError: If a number is out of range.
 
     Example:
-        >>> q = pyro_ebm.EnergyModel(pyro_ebm.energies.QuadraticEnergy(torch.zeros(2)))
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", pyro.module("q", q)(), obs=x)
-        >>> learned = amortized_sampler(
-        ...     model, generator=torch.nn.Linear(2, 2), latent_shape=(2,)
-        ... )
-        >>> elbo = pyro.infer.Trace_ELBO()
-        >>> svi = pyro.infer.SVI(learned, lambda x: None, pyro.optim.Adam({}), elbo)
-        >>> loss = svi.step(torch.randn(100, 2) + 1)
-        >>> (q.energy.loc > 0).all()
-        tensor(True)
+        >>> generator = torch.nn.Linear(2, 2)
+        >>> learns(amortized_sampler(model, generator=generator, latent_shape=(2,)))
+        True
     """
     return ObjectiveModel(model, AmortizedSampler(**settings))
 
 
 def bounded_likelihood(model: Callable[..., Any], **settings: Any) -> ObjectiveModel:
-    """Make a Pyro model learn its energies by :class:`BoundedLikelihood`.
+    """Learn by :class:`BoundedLikelihood`: a lower bound, with log Z learned.
 
-    Is ``ObjectiveModel(model, BoundedLikelihood(**settings))``.
+    Draws ``num_draws`` points of the ``proposal``, by default the base of the
+    :class:`~pyro_ebm.EnergyModel`, at each step.
+
+    Raises:
+        ValueError: If ``num_draws`` is below 2.
 
     Example:
-        >>> base = dist.Normal(torch.zeros(2), 2.0).to_event(1)
-        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
-        >>> q = pyro_ebm.EnergyModel(energy, base)
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", pyro.module("q", q)(), obs=x)
-        >>> learned = bounded_likelihood(model, num_draws=500)
-        >>> elbo = pyro.infer.Trace_ELBO()
-        >>> svi = pyro.infer.SVI(learned, lambda x: None, pyro.optim.Adam({}), elbo)
-        >>> loss = svi.step(torch.randn(100, 2) + 1)
-        >>> (q.energy.loc > 0).all()
-        tensor(True)
+        >>> learns(bounded_likelihood(model, num_draws=500))
+        True
     """
     return ObjectiveModel(model, BoundedLikelihood(**settings))
 
@@ -87,21 +98,17 @@ def bounded_likelihood(model: Callable[..., Any], **settings: Any) -> ObjectiveM
 def contrastive_divergence(
     model: Callable[..., Any], **settings: Any
 ) -> ObjectiveModel:
-    """Make a Pyro model learn its energies by :class:`ContrastiveDivergence`.
+    """Learn by :class:`ContrastiveDivergence`: short chains from the data.
 
-    Is ``ObjectiveModel(model, ContrastiveDivergence(**settings))``.
+    Each point of a batch starts a chain of ``num_steps`` moves of the ``kernel``.
+
+    Raises:
+        TypeError: If ``kernel`` is no kernel.
+        ValueError: If ``num_steps`` is not positive.
 
     Example:
-        >>> q = pyro_ebm.EnergyModel(pyro_ebm.energies.QuadraticEnergy(torch.zeros(2)))
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", pyro.module("q", q)(), obs=x)
-        >>> learned = contrastive_divergence(model, num_steps=5)
-        >>> elbo = pyro.infer.Trace_ELBO()
-        >>> svi = pyro.infer.SVI(learned, lambda x: None, pyro.optim.Adam({}), elbo)
-        >>> loss = svi.step(torch.randn(100, 2) + 1)
-        >>> (q.energy.loc > 0).all()
-        tensor(True)
+        >>> learns(contrastive_divergence(model, num_steps=5))
+        True
     """
     return ObjectiveModel(model, ContrastiveDivergence(**settings))
 
@@ -109,41 +116,32 @@ def contrastive_divergence(
 def denoising_score_matching(
     model: Callable[..., Any], **settings: Any
 ) -> ObjectiveModel:
-    """Make a Pyro model learn its energies by :class:`DenoisingScoreMatching`.
+    """Learn by :class:`DenoisingScoreMatching`: the score of noisy data.
 
-    Is ``ObjectiveModel(model, DenoisingScoreMatching(**settings))``.
+    The noise has the standard deviation ``noise_scale``, one number or several, in
+    units of unconstrained space.
+
+    Raises:
+        ValueError: If a level of noise is not positive and finite, or there is none.
 
     Example:
-        >>> q = pyro_ebm.EnergyModel(pyro_ebm.energies.QuadraticEnergy(torch.zeros(2)))
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", pyro.module("q", q)(), obs=x)
-        >>> learned = denoising_score_matching(model, noise_scale=0.3)
-        >>> elbo = pyro.infer.Trace_ELBO()
-        >>> svi = pyro.infer.SVI(learned, lambda x: None, pyro.optim.Adam({}), elbo)
-        >>> loss = svi.step(torch.randn(100, 2) + 1)
-        >>> (q.energy.loc > 0).all()
-        tensor(True)
+        >>> learns(denoising_score_matching(model, noise_scale=0.3))
+        True
     """
     return ObjectiveModel(model, DenoisingScoreMatching(**settings))
 
 
 def energy_discrepancy(model: Callable[..., Any], **settings: Any) -> ObjectiveModel:
-    """Make a Pyro model learn its energies by :class:`EnergyDiscrepancy`.
+    """Learn by :class:`EnergyDiscrepancy`: from values of the energy alone.
 
-    Is ``ObjectiveModel(model, EnergyDiscrepancy(**settings))``.
+    Each point is compared with ``num_copies`` of it, perturbed by a Gaussian.
+
+    Raises:
+        ValueError: If a setting is out of range.
 
     Example:
-        >>> q = pyro_ebm.EnergyModel(pyro_ebm.energies.QuadraticEnergy(torch.zeros(2)))
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", pyro.module("q", q)(), obs=x)
-        >>> learned = energy_discrepancy(model, num_copies=16)
-        >>> elbo = pyro.infer.Trace_ELBO()
-        >>> svi = pyro.infer.SVI(learned, lambda x: None, pyro.optim.Adam({}), elbo)
-        >>> loss = svi.step(torch.randn(100, 2) + 1)
-        >>> (q.energy.loc > 0).all()
-        tensor(True)
+        >>> learns(energy_discrepancy(model, num_copies=16))
+        True
     """
     return ObjectiveModel(model, EnergyDiscrepancy(**settings))
 
@@ -151,43 +149,36 @@ def energy_discrepancy(model: Callable[..., Any], **settings: Any) -> ObjectiveM
 def exact_maximum_likelihood(
     model: Callable[..., Any], **settings: Any
 ) -> ObjectiveModel:
-    """Make a Pyro model learn its energies by :class:`ExactMaximumLikelihood`.
+    """Learn by :class:`ExactMaximumLikelihood`: log Z on a grid or by a sum.
 
-    Is ``ObjectiveModel(model, ExactMaximumLikelihood(**settings))``.
+    For events of at most three real numbers, or ``max_states`` discrete states.
+
+    Raises:
+        ValueError: If a number is too small.
 
     Example:
-        >>> q = pyro_ebm.EnergyModel(pyro_ebm.energies.QuadraticEnergy(torch.zeros(2)))
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", pyro.module("q", q)(), obs=x)
-        >>> learned, elbo = exact_maximum_likelihood(model), pyro.infer.Trace_ELBO()
-        >>> svi = pyro.infer.SVI(learned, lambda x: None, pyro.optim.Adam({}), elbo)
-        >>> loss = svi.step(torch.randn(100, 2) + 1)
-        >>> (q.energy.loc > 0).all()
-        tensor(True)
+        >>> learns(exact_maximum_likelihood(model, num_nodes=65))
+        True
     """
     return ObjectiveModel(model, ExactMaximumLikelihood(**settings))
 
 
 def flow_contrastive(model: Callable[..., Any], **settings: Any) -> ObjectiveModel:
-    """Make a Pyro model learn its energies by :class:`FlowContrastive`.
+    """Learn by :class:`FlowContrastive`: against a flow that is trained too.
 
-    Is ``ObjectiveModel(model, FlowContrastive(**settings))``.
+    Needs the ``flow``, a module that returns a distribution over events of shape
+    ``(*event,)`` when called.
+
+    Raises:
+        TypeError: If the flow is no module.
+        ValueError: If ``num_noise`` is not positive.
 
     Example:
-        >>> class Flow(torch.nn.Linear):
+        >>> class Affine(torch.nn.Linear):
         ...     def forward(self):
         ...         return dist.Normal(self.bias, 1.5).to_event(1)
-        >>> q = pyro_ebm.EnergyModel(pyro_ebm.energies.QuadraticEnergy(torch.zeros(2)))
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", pyro.module("q", q)(), obs=x)
-        >>> learned = flow_contrastive(model, flow=Flow(1, 2))
-        >>> elbo = pyro.infer.Trace_ELBO()
-        >>> svi = pyro.infer.SVI(learned, lambda x: None, pyro.optim.Adam({}), elbo)
-        >>> loss = svi.step(torch.randn(100, 2) + 1)
-        >>> (q.energy.loc > 0).all()
-        tensor(True)
+        >>> learns(flow_contrastive(model, flow=Affine(1, 2)))
+        True
     """
     return ObjectiveModel(model, FlowContrastive(**settings))
 
@@ -195,45 +186,33 @@ def flow_contrastive(model: Callable[..., Any], **settings: Any) -> ObjectiveMod
 def importance_sampled_likelihood(
     model: Callable[..., Any], **settings: Any
 ) -> ObjectiveModel:
-    """Make a Pyro model learn its energies by :class:`ImportanceSampledLikelihood`.
+    """Learn by :class:`ImportanceSampledLikelihood`: log Z from a proposal.
 
-    Is ``ObjectiveModel(model, ImportanceSampledLikelihood(**settings))``.
+    Draws ``num_draws`` points of the ``proposal``, by default the base of the
+    :class:`~pyro_ebm.EnergyModel`, at each step.
+
+    Raises:
+        ValueError: If ``num_draws`` is below 2.
 
     Example:
-        >>> base = dist.Normal(torch.zeros(2), 2.0).to_event(1)
-        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
-        >>> q = pyro_ebm.EnergyModel(energy, base)
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", pyro.module("q", q)(), obs=x)
-        >>> learned = importance_sampled_likelihood(model, num_draws=500)
-        >>> elbo = pyro.infer.Trace_ELBO()
-        >>> svi = pyro.infer.SVI(learned, lambda x: None, pyro.optim.Adam({}), elbo)
-        >>> loss = svi.step(torch.randn(100, 2) + 1)
-        >>> (q.energy.loc > 0).all()
-        tensor(True)
+        >>> learns(importance_sampled_likelihood(model, num_draws=500))
+        True
     """
     return ObjectiveModel(model, ImportanceSampledLikelihood(**settings))
 
 
 def noise_contrastive(model: Callable[..., Any], **settings: Any) -> ObjectiveModel:
-    """Make a Pyro model learn its energies by :class:`NoiseContrastive`.
+    """Learn by :class:`NoiseContrastive`: tell data from noise, with log Z learned.
 
-    Is ``ObjectiveModel(model, NoiseContrastive(**settings))``.
+    Draws ``num_noise`` points a data point of the ``noise``, by default the base of the
+    :class:`~pyro_ebm.EnergyModel`.
+
+    Raises:
+        ValueError: If ``num_noise`` is not positive.
 
     Example:
-        >>> base = dist.Normal(torch.zeros(2), 2.0).to_event(1)
-        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
-        >>> q = pyro_ebm.EnergyModel(energy, base)
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", pyro.module("q", q)(), obs=x)
-        >>> learned = noise_contrastive(model, num_noise=4)
-        >>> elbo = pyro.infer.Trace_ELBO()
-        >>> svi = pyro.infer.SVI(learned, lambda x: None, pyro.optim.Adam({}), elbo)
-        >>> loss = svi.step(torch.randn(100, 2) + 1)
-        >>> (q.energy.loc > 0).all()
-        tensor(True)
+        >>> learns(noise_contrastive(model, num_noise=4))
+        True
     """
     return ObjectiveModel(model, NoiseContrastive(**settings))
 
@@ -241,62 +220,50 @@ def noise_contrastive(model: Callable[..., Any], **settings: Any) -> ObjectiveMo
 def ranking_noise_contrastive(
     model: Callable[..., Any], **settings: Any
 ) -> ObjectiveModel:
-    """Make a Pyro model learn its energies by :class:`RankingNoiseContrastive`.
+    """Learn by :class:`RankingNoiseContrastive`: find the datum among noise.
 
-    Is ``ObjectiveModel(model, RankingNoiseContrastive(**settings))``.
+    Draws ``num_noise`` points a data point of the ``noise``, by default the base of the
+    :class:`~pyro_ebm.EnergyModel`.
+
+    Raises:
+        ValueError: If ``num_noise`` is not positive.
 
     Example:
-        >>> base = dist.Normal(torch.zeros(2), 2.0).to_event(1)
-        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
-        >>> q = pyro_ebm.EnergyModel(energy, base)
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", pyro.module("q", q)(), obs=x)
-        >>> learned = ranking_noise_contrastive(model, num_noise=15)
-        >>> elbo = pyro.infer.Trace_ELBO()
-        >>> svi = pyro.infer.SVI(learned, lambda x: None, pyro.optim.Adam({}), elbo)
-        >>> loss = svi.step(torch.randn(100, 2) + 1)
-        >>> (q.energy.loc > 0).all()
-        tensor(True)
+        >>> learns(ranking_noise_contrastive(model, num_noise=15))
+        True
     """
     return ObjectiveModel(model, RankingNoiseContrastive(**settings))
 
 
 def score_matching(model: Callable[..., Any], **settings: Any) -> ObjectiveModel:
-    """Make a Pyro model learn its energies by :class:`ScoreMatching`.
+    """Learn by :class:`ScoreMatching`: the exact score, for few dimensions.
 
-    Is ``ObjectiveModel(model, ScoreMatching(**settings))``.
+    It has no settings, and takes energies that are twice differentiable.
+
+    Warns:
+        UnreliableWarning: At the first step, if an energy is piecewise linear.
 
     Example:
-        >>> q = pyro_ebm.EnergyModel(pyro_ebm.energies.QuadraticEnergy(torch.zeros(2)))
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", pyro.module("q", q)(), obs=x)
-        >>> learned, elbo = score_matching(model), pyro.infer.Trace_ELBO()
-        >>> svi = pyro.infer.SVI(learned, lambda x: None, pyro.optim.Adam({}), elbo)
-        >>> loss = svi.step(torch.randn(100, 2) + 1)
-        >>> (q.energy.loc > 0).all()
-        tensor(True)
+        >>> learns(score_matching(model))
+        True
     """
     return ObjectiveModel(model, ScoreMatching(**settings))
 
 
 def sliced_score_matching(model: Callable[..., Any], **settings: Any) -> ObjectiveModel:
-    """Make a Pyro model learn its energies by :class:`SlicedScoreMatching`.
+    """Learn by :class:`SlicedScoreMatching`: the score in random directions.
 
-    Is ``ObjectiveModel(model, SlicedScoreMatching(**settings))``.
+    Takes ``num_directions`` a data point, and energies that are twice differentiable.
+
+    Raises:
+        ValueError: If ``num_directions`` is not positive.
+
+    Warns:
+        UnreliableWarning: At the first step, if an energy is piecewise linear.
 
     Example:
-        >>> q = pyro_ebm.EnergyModel(pyro_ebm.energies.QuadraticEnergy(torch.zeros(2)))
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", pyro.module("q", q)(), obs=x)
-        >>> learned = sliced_score_matching(model, num_directions=2)
-        >>> elbo = pyro.infer.Trace_ELBO()
-        >>> svi = pyro.infer.SVI(learned, lambda x: None, pyro.optim.Adam({}), elbo)
-        >>> loss = svi.step(torch.randn(100, 2) + 1)
-        >>> (q.energy.loc > 0).all()
-        tensor(True)
+        >>> learns(sliced_score_matching(model, num_directions=2))
+        True
     """
     return ObjectiveModel(model, SlicedScoreMatching(**settings))
 
@@ -304,22 +271,17 @@ def sliced_score_matching(model: Callable[..., Any], **settings: Any) -> Objecti
 def tempered_maximum_likelihood(
     model: Callable[..., Any], **settings: Any
 ) -> ObjectiveModel:
-    """Make a Pyro model learn its energies by :class:`TemperedMaximumLikelihood`.
+    """Learn by :class:`TemperedMaximumLikelihood`: chains that swap temperatures.
 
-    Is ``ObjectiveModel(model, TemperedMaximumLikelihood(**settings))``.
+    Runs ``num_chains`` chains between the ``base``, by default that of the
+    :class:`~pyro_ebm.EnergyModel`, and the energy.
+
+    Raises:
+        TypeError: If ``kernel`` is not :class:`~pyro_ebm.mcmc.HMC`.
+        ValueError: If a count is too small.
 
     Example:
-        >>> base = dist.Normal(torch.zeros(2), 2.0).to_event(1)
-        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
-        >>> q = pyro_ebm.EnergyModel(energy, base)
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", pyro.module("q", q)(), obs=x)
-        >>> learned = tempered_maximum_likelihood(model, num_chains=64)
-        >>> elbo = pyro.infer.Trace_ELBO()
-        >>> svi = pyro.infer.SVI(learned, lambda x: None, pyro.optim.Adam({}), elbo)
-        >>> loss = svi.step(torch.randn(100, 2) + 1)
-        >>> (q.energy.loc > 0).all()
-        tensor(True)
+        >>> learns(tempered_maximum_likelihood(model, num_chains=64))
+        True
     """
     return ObjectiveModel(model, TemperedMaximumLikelihood(**settings))
