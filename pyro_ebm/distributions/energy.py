@@ -23,7 +23,7 @@ from torch.distributions import constraints
 
 from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.representation import distribution_html, log_partition_text
-from pyro_ebm.energies import ClosedForm, Energy
+from pyro_ebm.energies import ClosedForm, Energy, PyroModelEnergy
 from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.mcmc import IndependentChains, Sampler
 from pyro_ebm.partition import LogPartitionEstimate
@@ -378,9 +378,12 @@ def _bind_parameters(energy: Energy) -> None:
     Pyro calls ``log_prob`` after the model has returned; a parameter first read there
     would be missing from the trace, and silently never trained.
     """
+    # What a Pyro model samples are coordinates of its energy, not parameters.
+    models = [m for m in energy.modules() if isinstance(m, PyroModelEnergy)]
+    of_models = {module for model in models for module in model.modules()}
     for module in energy.modules():
         if isinstance(module, PyroModule):
-            if module._pyro_samples:
+            if module._pyro_samples and module not in of_models:
                 raise NotImplementedError(
                     f"{sorted(module._pyro_samples)} of {type(module).__name__} are "
                     "PyroSample: a prior over the parameters of an energy makes the "

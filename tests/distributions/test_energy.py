@@ -22,6 +22,7 @@ from pyro_ebm.energies import (
     Energy,
     FunctionEnergy,
     MixtureEnergy,
+    PyroModelEnergy,
     QuadraticEnergy,
 )
 from pyro_ebm.errors import UnreliableWarning
@@ -450,6 +451,25 @@ def test_pyro_samples_are_refused():
         NotImplementedError, match=r"\['w'\] of .*PyroSample.*PyroParam"
     ):
         EnergyDistribution(FunctionEnergy(Prior(), (2,)))
+
+
+def test_latent_sites_of_a_module_are_coordinates_and_no_parameters():
+    class Regression(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.w = PyroSample(dist.Normal(0.0, 1.0))
+
+        def forward(self):
+            pyro.sample("y", dist.Normal(self.w, 1.0), obs=torch.tensor(1.0))
+
+    energy = PyroModelEnergy(Regression())
+
+    def model():
+        return pyro.sample("w", EnergyDistribution(energy))
+
+    trace = poutine.trace(model).get_trace()
+    assert trace.stochastic_nodes == ["w"]
+    torch.testing.assert_close(trace.log_prob_sum(), -energy(trace.nodes["w"]["value"]))
 
 
 def test_parameters_are_in_the_trace_of_the_model(monkeypatch):
