@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_ebm.energies import Energy, FunctionEnergy, QuadraticEnergy
+from pyro_ebm.energies import Energy, QuadraticEnergy
 from pyro_ebm.infer import (
     BoundedLikelihood,
     DenoisingScoreMatching,
@@ -33,30 +33,10 @@ from pyro_ebm.infer import (
 )
 from pyro_ebm.mcmc import HMC, MALA, ULA, persistent
 from pyro_ebm.mcmc.adaptation import StepSizeAdaptation
-from pyro_ebm.testing.grid import GridDensity
+from tests.infer.problems import THETA, quartic_density, quartic_energy, solve, wide
 
-THETA = torch.tensor([0.3, 0.2], dtype=torch.float64)
 QUICK = {"sizes": (100, 1600), "count": 14, "band": 0.25}
 FULL = {"sizes": (100, 400, 1600), "count": 100, "band": 0.12}
-
-
-class Quartics(nn.Module):
-    """f = sum_s a_s x_s + b_s x_s^2 + x_s^4 / 4: as many problems of one dimension as
-    there are pairs (a, b), which no estimator by chains can tell from one of many."""
-
-    def __init__(self, theta):
-        super().__init__()
-        self.theta = nn.Parameter(theta.clone())
-
-    def forward(self, x):
-        terms = self.theta[..., 0] * x + self.theta[..., 1] * x**2 + x**4 / 4
-        return terms.sum(-1) if self.theta.dim() > 1 else terms
-
-
-@functools.cache
-def density():
-    a, b = THETA.tolist()
-    return GridDensity(lambda t: -(a * t + b * t**2 + t**4 / 4), -7, 7)
 
 
 class Problem(NamedTuple):
@@ -69,8 +49,8 @@ class Problem(NamedTuple):
 def quartic():
     return Problem(
         THETA,
-        lambda count, n: density().sample((count, n)),
-        lambda: FunctionEnergy(Quartics(torch.zeros(2)), ()),
+        lambda count, n: quartic_density().sample((count, n)),
+        lambda: quartic_energy(torch.zeros(2)),
         lambda energy: energy.fn.theta.detach(),
     )
 
@@ -102,10 +82,6 @@ class Flow(nn.Module):
         return dist.Normal(torch.tensor(0.1), 1.1)
 
 
-def wide():
-    return dist.Normal(torch.tensor(0.0), 1.2)
-
-
 # Problem and objective for n points.
 CONSISTENT = {
     "exact": (quartic, lambda n: ExactMaximumLikelihood(num_nodes=257)),
@@ -122,25 +98,9 @@ CONSISTENT = {
 
 
 def solved(problem, objective, data, seed):
-    """By a solver of torch, the same random numbers at each of its evaluations."""
     energy = problem.make()
-    loss = ObjectiveLoss(energy, objective)
-    solver = torch.optim.LBFGS(
-        loss.parameters(),
-        max_iter=60,
-        tolerance_grad=1e-7,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure():
-        torch.manual_seed(seed)
-        solver.zero_grad()
-        value = loss(data)
-        value.backward()
-        return value
-
-    solver.step(closure)
-    return problem.read(energy), loss.state
+    state = solve(energy, objective, data, seed)
+    return problem.read(energy), state
 
 
 def errors_of(name, n, count):
@@ -208,11 +168,11 @@ def errors_by_chains(objective, n, count, num_steps=40):
     Newton's method with the information at the truth, by steps 1/2 and then 1 / t.
     """
     torch.manual_seed(n)
-    data = density().sample((n, count))
-    energy = FunctionEnergy(Quartics(torch.zeros(count, 2)), (count,))
+    data = quartic_density().sample((n, count))
+    energy = quartic_energy(torch.zeros(count, 2))
     loss = ObjectiveLoss(energy, objective(n, count))
-    statistics = torch.stack([density().points, density().points ** 2], -1)
-    mass = density().mass
+    points, mass = quartic_density().points, quartic_density().mass
+    statistics = torch.stack([points, points**2], -1)
     mean = mass @ statistics
     information = (mass[:, None] * statistics).mT @ statistics - mean.outer(mean)
     for step in range(1, num_steps + 1):

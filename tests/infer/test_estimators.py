@@ -31,6 +31,7 @@ from pyro_ebm.infer import (
 )
 from pyro_ebm.infer.generator import GeneratorState
 from pyro_ebm.partition import enumeration, quadrature
+from tests.infer.problems import Affine
 
 PRECISION = torch.tensor(
     [[2.0, 0.5, 0.0], [0.5, 1.5, 0.3], [0.0, 0.3, 1.0]], dtype=torch.float64
@@ -167,15 +168,7 @@ def test_noise_contrast_of_much_noise_is_maximum_likelihood():
 
 
 def test_noise_may_be_a_module_that_returns_a_distribution():
-    class Flow(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.loc = nn.Parameter(torch.ones(3))
-
-        def forward(self):
-            return dist.Normal(self.loc, 1.5).to_event(1)
-
-    flow, energy = Flow(), QuadraticEnergy(torch.zeros(3))
+    flow, energy = Affine((3,), 1.0), QuadraticEnergy(torch.zeros(3))
     loss = ObjectiveLoss(energy, NoiseContrastive(flow))
     loss(draws(50)).backward()
     assert flow.loc.grad is None
@@ -379,19 +372,10 @@ def test_tempering_learns_the_weight_of_modes():
 # Flow and generator ------------------------------------------------------------------
 
 
-class Affine(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.loc = nn.Parameter(torch.full((3,), 0.7))
-        self.log_scale = nn.Parameter(torch.zeros(3))
-
-    def forward(self):
-        return dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
-
-
 def test_the_flow_moves_to_the_data_and_the_energy_becomes_theirs():
     """With the gradient not reversed the flow flees: seen to fail."""
-    data, energy, flow = draws(4000), QuadraticEnergy(torch.zeros(3)), Affine()
+    data, energy = draws(4000), QuadraticEnergy(torch.zeros(3))
+    flow = Affine((3,), 0.7)
     objective = FlowContrastive(flow, num_noise=2)
     state = fitted(energy, objective, data, 500, lr=0.03, batch_size=1000)
     assert flow.loc.abs().max() < 0.2

@@ -16,19 +16,16 @@ from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy
 from pyro_ebm.errors import DivergenceError
 from pyro_ebm.infer import LogLikelihood, MaximumLikelihood, log_likelihood
 from pyro_ebm.partition import LogPartition, quadrature
+from tests.infer.problems import base
 
 QUICK = MaximumLikelihood(num_chains=32, num_steps=2)
 DATA = torch.randn(200, 2, dtype=torch.float64, generator=torch.manual_seed(0)) + 0.5
 
 
-def wide():
-    return dist.Normal(torch.zeros(2), 1.5).to_event(1)
-
-
 def neural(**settings):
-    energy = NeuralEnergy((2,), (8,), base=wide())
-    tracker = LogPartition(energy, wide(), num_walkers=64, **settings)
-    return EnergyModel(energy, wide(), log_partition=tracker)
+    energy = NeuralEnergy((2,), (8,), base=base())
+    tracker = LogPartition(energy, base(), num_walkers=64, **settings)
+    return EnergyModel(energy, base(), log_partition=tracker)
 
 
 def quick(energy_model, data=DATA, **settings):
@@ -87,7 +84,7 @@ def test_it_learns():
 
 def test_a_closed_form_is_fitted_too():
     """Nothing is sampled for log Z: averaged() raised here once."""
-    energy_model = EnergyModel(QuadraticEnergy(torch.zeros(2)), wide())
+    energy_model = EnergyModel(QuadraticEnergy(torch.zeros(2)), base())
     result = quick(energy_model)
     assert result.log_partition.status == "exact"
     assert result.distribution.is_normalized
@@ -221,7 +218,7 @@ class Bomb(nn.Module):
 
 def explode(what, at_step, **settings):
     bomb = Bomb(what)
-    energy_model = EnergyModel(FunctionEnergy(bomb, (2,)), wide())
+    energy_model = EnergyModel(FunctionEnergy(bomb, (2,)), base())
     states = {}
 
     class Watched(torch.optim.SGD):

@@ -40,27 +40,11 @@ from pyro_ebm.infer import (
 from pyro_ebm.infer.noise import LearnedLogPartition
 from pyro_ebm.mcmc import HMC, MALA
 from pyro_ebm.testing import CountingEnergy
+from tests.infer.problems import Affine, GammaEnergy, base
 
 LOC = torch.tensor([0.4, -0.3], dtype=torch.float64)
 PRECISION = torch.tensor([[1.6, 0.5], [0.5, 1.1]], dtype=torch.float64)
 SIGMA = 0.3
-
-
-def base(event=(2,)):
-    return dist.Normal(torch.zeros(event), 1.5).to_event(len(event))
-
-
-class Affine(nn.Module):
-    """The least of all flows."""
-
-    def __init__(self, event=(2,)):
-        super().__init__()
-        self.loc = nn.Parameter(torch.randn(event))
-        self.log_scale = nn.Parameter(torch.zeros(event))
-
-    def forward(self):
-        normal = dist.Normal(self.loc, self.log_scale.exp())
-        return normal.to_event(self.loc.dim())
 
 
 class Generator(nn.Module):
@@ -327,16 +311,6 @@ def test_cost_of_a_step(name):
 
 
 # Supports ----------------------------------------------------------------------------
-
-
-class GammaEnergy(nn.Module):
-    def __init__(self, concentration=1.0, rate=1.0):
-        super().__init__()
-        self.concentration = nn.Parameter(torch.tensor(concentration))
-        self.rate = nn.Parameter(torch.tensor(rate))
-
-    def forward(self, x):
-        return self.rate * x - (self.concentration - 1) * x.log()
 
 
 @pytest.mark.parametrize(

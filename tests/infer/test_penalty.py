@@ -24,20 +24,7 @@ from pyro_ebm.infer import (
     TemperedMaximumLikelihood,
 )
 from pyro_ebm.infer.negatives import negative_points
-
-
-class Affine(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.loc = torch.nn.Parameter(torch.zeros(2))
-
-    def forward(self):
-        return dist.Normal(self.loc, 1.0).to_event(1)
-
-
-def base():
-    return dist.Normal(torch.zeros(2), 1.5).to_event(1)
-
+from tests.infer.problems import Affine, base
 
 WITH_NEGATIVES = [
     MaximumLikelihood(num_chains=64, num_steps=2),

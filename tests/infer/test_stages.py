@@ -4,7 +4,6 @@ import copy
 import math
 
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
@@ -28,14 +27,11 @@ from pyro_ebm.infer.optimiser import GradientNoise
 from pyro_ebm.infer.stages import begin_chains
 from pyro_ebm.mcmc import PersistentChains
 from pyro_ebm.partition import LogPartition, quadrature
+from tests.infer.problems import base
 
 ML = MaximumLikelihood(num_chains=32, num_steps=2)
 DSM = DenoisingScoreMatching(0.3)
 DATA = torch.randn(200, 2, dtype=torch.float64, generator=torch.manual_seed(0)) + 0.5
-
-
-def base():
-    return dist.Normal(torch.zeros(2), 1.5).to_event(1)
 
 
 def neural():

@@ -32,55 +32,15 @@ from pyro_ebm.infer import (
 from pyro_ebm.infer.estimating_equations import derivatives, objective_equation
 from pyro_ebm.mcmc import MALA, ULA
 from pyro_ebm.mcmc.adaptation import StepSizeAdaptation
-from pyro_ebm.testing.grid import GridDensity
-
-THETA = torch.tensor([0.3, 0.2], dtype=torch.float64)
-
-
-class Quartic(nn.Module):
-    """f = a x + b x^2 + x^4 / 4: an exponential family, normalised for any (a, b)."""
-
-    def __init__(self, theta=THETA):
-        super().__init__()
-        self.theta = nn.Parameter(theta.clone())
-
-    def forward(self, x):
-        return self.theta[0] * x + self.theta[1] * x**2 + x**4 / 4
-
-
-def quartic(theta=THETA):
-    return FunctionEnergy(Quartic(theta), ())
-
-
-@functools.cache
-def truth():
-    a, b = THETA.tolist()
-    return GridDensity(lambda t: -(a * t + b * t**2 + t**4 / 4), -7, 7)
-
-
-def wide():
-    return dist.Normal(torch.tensor(0.0), 1.2)
-
-
-def solve(energy, objective, data, seed):
-    """Fit with the objective's own noise drawn once, by its loss and a torch solver."""
-    loss = ObjectiveLoss(energy, objective)
-    solver = torch.optim.LBFGS(
-        [p for p in loss.parameters() if p.requires_grad],
-        max_iter=60,
-        tolerance_grad=1e-8,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure():
-        torch.manual_seed(seed)
-        solver.zero_grad()
-        value = loss(data)
-        value.backward()
-        return value
-
-    solver.step(closure)
-    return loss.state
+from tests.infer.problems import (
+    THETA,
+    GammaEnergy,
+    Quartic,
+    quartic_density,
+    quartic_energy,
+    solve,
+    wide,
+)
 
 
 def gaussian_fitted(data):
@@ -129,19 +89,10 @@ def test_errors_of_a_gaussian_in_closed_form():
     assert "information of the likelihood by a sum" in str(found)
 
 
-class GammaEnergy(nn.Module):
-    def __init__(self, shape, rate):
-        super().__init__()
-        self.shape, self.rate = nn.Parameter(shape), nn.Parameter(rate)
-
-    def forward(self, x):
-        return self.rate * x - (self.shape - 1) * x.log()
-
-
 def test_information_of_a_gamma_distribution():
     """On a constrained support; the closed form holds whatever the data are."""
     a, r = torch.tensor(3.0), torch.tensor(2.0)
-    energy = FunctionEnergy(GammaEnergy(a, r), (), dist.constraints.positive)
+    energy = FunctionEnergy(GammaEnergy(3.0, 2.0), (), dist.constraints.positive)
     data = dist.Gamma(a, r).sample((400,))
     found = parameter_errors(energy, data, covariance="information")
     information = torch.tensor([[torch.polygamma(1, a), -1 / r], [-1 / r, a / r**2]])
@@ -187,8 +138,8 @@ def test_many_dimensions_are_drawn():
 
 def test_chains_that_were_drawn_once_add_their_part():
     """1 / n becomes 1 / n + 1 / C, and with T times as many draws 1 / n + 1 / (T C)."""
-    data = truth().sample((300,))
-    energy = quartic()
+    data = quartic_density().sample((300,))
+    energy = quartic_energy()
     objective = MaximumLikelihood(num_chains=100)
     settings = {"covariance": "information"}
     alone = parameter_errors(energy, data, objective, **settings).covariance
@@ -205,9 +156,9 @@ def test_chains_that_were_drawn_once_add_their_part():
 def test_noise_contrast_by_quadrature(num_redraws):
     """A and B as integrals over x (Gutmann & Hyvarinen 2012, theorem 3), at 40,000
     points to 5 %. With the noise part of B left out, the two are 30 % apart."""
-    nu, grid = 2, truth()
+    nu, grid = 2, quartic_density()
     t, p = grid.points, grid.mass
-    energy = quartic()
+    energy = quartic_energy()
     noise_mass = wide().log_prob(t).exp() * (t[1] - t[0])
     g = -torch.stack([t, t**2, torch.ones_like(t)], -1)  # of log q in (a, b, c)
     weight = nu * noise_mass / (p + nu * noise_mass)
@@ -238,7 +189,7 @@ def test_noise_contrast_by_quadrature(num_redraws):
 
 def contrast_by_short_chains(theta, data):
     """CD-2 at a fixed step size, with the same random numbers each time."""
-    objective, energy = ContrastiveDivergence(2, MALA(0.3)), quartic(theta)
+    objective, energy = ContrastiveDivergence(2, MALA(0.3)), quartic_energy(theta)
     state = objective.make_state()
     state.start(energy, data[:10], MALA(0.3))
     state.adaptation.reset(0.3)
@@ -250,7 +201,7 @@ def test_contrastive_divergence_has_the_slope_that_is_claimed(monkeypatch):
     """(3), against differences of the mean step. That of the likelihood, the planted
     fault, is 40 % too large."""
     monkeypatch.setattr(StepSizeAdaptation, "update", lambda *_: None)
-    data, h = truth().sample((40_000,)), 0.2
+    data, h = quartic_density().sample((40_000,)), 0.2
     equation = objective_equation(
         *contrast_by_short_chains(THETA, data), data, math.inf
     )
@@ -291,10 +242,10 @@ NUM_POINTS = 500
 def fits(name, count):
     """Fitted energies, states and data."""
     torch.manual_seed(0)
-    data = truth().sample((count, NUM_POINTS))
+    data = quartic_density().sample((count, NUM_POINTS))
     found = []
     for index, x in enumerate(data):
-        energy = quartic()
+        energy = quartic_energy()
         state = solve(energy, COVERAGE[name][0], x, seed=1000 + index)
         found.append((energy, state, x))
     return found
@@ -303,7 +254,7 @@ def fits(name, count):
 def z_scores(name, count, **settings):
     """Of each fit and parameter, shape ``(count, P)``."""
     objective, own = COVERAGE[name]
-    known = torch.cat([THETA, torch.tensor([truth().log_integral])])
+    known = torch.cat([THETA, torch.tensor([quartic_density().log_integral])])
     found = []
     for energy, state, x in fits(name, count):
         errors = parameter_errors(
@@ -378,8 +329,8 @@ def test_denoising_is_judged_about_what_it_learns():
 
 
 def test_parameters_that_are_not_the_solution_are_told():
-    data = truth().sample((1000,))
-    energy = quartic(THETA + torch.tensor([0.0, 0.5]))
+    data = quartic_density().sample((1000,))
+    energy = quartic_energy(THETA + torch.tensor([0.0, 0.5]))
     for objective in (ExactMaximumLikelihood(), ScoreMatching()):
         found = parameter_errors(energy, data, objective)
         assert found.status == "unreliable"
@@ -397,8 +348,8 @@ def test_parameters_that_are_not_the_solution_are_told():
     ],
 )
 def test_biased_objectives_say_so(objective, reason):
-    data = truth().sample((500,))
-    energy = quartic()
+    data = quartic_density().sample((500,))
+    energy = quartic_energy()
     solve(energy, ExactMaximumLikelihood(num_nodes=257), data, 0)
     found = parameter_errors(energy, data, objective)
     assert found.status == "biased"
@@ -414,7 +365,7 @@ def test_a_flow_that_was_trained_counts_as_noise():
         def forward(self):
             return dist.Normal(torch.zeros(()), self.log_scale.exp())
 
-    data, flow, energy = truth().sample((500,)), Flow(), quartic()
+    data, flow, energy = quartic_density().sample((500,)), Flow(), quartic_energy()
     flow.log_scale.requires_grad_(False)
     state = solve(energy, objective := FlowContrastive(flow, 2), data, 0)
     flow.log_scale.requires_grad_(True)
@@ -450,11 +401,11 @@ class WithConstant(Quartic):
 def test_a_constant_that_log_partition_cancels_is_named(objective):
     energy = FunctionEnergy(WithConstant(), ())
     with pytest.raises(ValueError, match=r"does not change along fn\.constant, .*held"):
-        parameter_errors(energy, truth().sample((300,)), objective)
+        parameter_errors(energy, quartic_density().sample((300,)), objective)
 
 
 def test_noise_contrast_knows_a_constant_if_its_own_is_held():
-    data, objective = truth().sample((500,)), NoiseContrastive(wide(), 4)
+    data, objective = quartic_density().sample((500,)), NoiseContrastive(wide(), 4)
     energy = FunctionEnergy(WithConstant(), ())
     loss = ObjectiveLoss(energy, objective)
     loss(data)  # c begins
@@ -464,7 +415,7 @@ def test_noise_contrast_knows_a_constant_if_its_own_is_held():
     ):
         parameter_errors(energy, data, objective, state=loss.state)
     loss.state.log_partition.requires_grad_(False).fill_(0.0)
-    energy.fn.constant.data.fill_(truth().log_integral)
+    energy.fn.constant.data.fill_(quartic_density().log_integral)
     found = parameter_errors(energy, data, objective, state=loss.state)
     assert found.names[2] == "fn.constant"
     assert 0 < found.std_error[2] < 0.2
@@ -544,12 +495,12 @@ def test_parameters_that_are_held_are_taken_for_known():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_in_either_precision(dtype):
-    data = (truth().sample((2, 150)) + 0.1).to(dtype)
-    energy = quartic(THETA.to(dtype))
+    data = (quartic_density().sample((2, 150)) + 0.1).to(dtype)
+    energy = quartic_energy(THETA.to(dtype))
     for objective in (ExactMaximumLikelihood(), ScoreMatching()):
         found = parameter_errors(energy, data, objective)
         assert found.std_error.dtype == torch.float64
-        same = parameter_errors(quartic(), data.double(), objective)
+        same = parameter_errors(quartic_energy(), data.double(), objective)
         torch.testing.assert_close(found.std_error, same.std_error, rtol=1e-3, atol=0)
         constant = FunctionEnergy(WithConstant().to(dtype), ())
         with pytest.raises(ValueError, match="does not change along fn.constant"):
@@ -557,8 +508,8 @@ def test_in_either_precision(dtype):
 
 
 def test_after_a_fit_the_model_has_errors():
-    data = truth().sample((300,))
-    energy_model = EnergyModel(quartic(), wide())
+    data = quartic_density().sample((300,))
+    energy_model = EnergyModel(quartic_energy(), wide())
     objective = NoiseContrastive(num_noise=8)
     optim = torch.optim.Adam(energy_model.parameters(), lr=0.03)
     result = fit(
@@ -632,6 +583,6 @@ def test_derivatives_that_are_not_finite_or_nil_are_refused():
     ],
 )  # fmt: skip
 def test_bad_input(settings, error, message):
-    arguments = {"model": quartic(), "data": torch.randn(50)} | settings
+    arguments = {"model": quartic_energy(), "data": torch.randn(50)} | settings
     with pytest.raises(error, match=message):
         parameter_errors(**arguments)

@@ -25,6 +25,7 @@ from pyro_ebm.infer.diagnosis import diagnose, energy_gap
 from pyro_ebm.infer.verdict import judge
 from pyro_ebm.mcmc import MALA
 from pyro_ebm.partition import LogPartition, LogPartitionEstimate
+from tests.infer.problems import base
 
 KNOWN = LogPartitionEstimate(1.0, 0.01, 0.9, 1.1, 100.0, "ok", "walkers", 10)
 UNKNOWN = KNOWN._replace(status="unreliable", reason="the islands disagree")
@@ -107,10 +108,6 @@ def test_rule_of_progress(history, wanted):
 
 
 # What is measured --------------------------------------------------------------------
-
-
-def base():
-    return dist.Normal(torch.zeros(2), 1.5).to_event(1)
 
 
 DATA = torch.randn(500, 2, dtype=torch.float64, generator=torch.manual_seed(0)) + 0.5
