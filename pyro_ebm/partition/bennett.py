@@ -33,7 +33,7 @@ References:
     Shirts (2013), J. Chem. Theory Comput. 9, 909-926 (the test of the slope).
 """
 
-__all__ = ["BennettRatio", "bennett", "chains_ess"]
+__all__ = ["BennettRatio", "bennett", "chains_ess", "require_draws"]
 
 import math
 from typing import NamedTuple
@@ -41,6 +41,8 @@ from typing import NamedTuple
 import torch
 from pyro.ops.stats import effective_sample_size
 from torch import Tensor
+
+from pyro_ebm.energies import Energy
 
 #: Overlap (3), and effective number of draws in it, below which there is no error bar.
 _MIN_OVERLAP = 0.01
@@ -129,6 +131,27 @@ def chains_ess(values: Tensor) -> float:
     if not math.isfinite(ess):  # all values are equal
         return float(values.numel())
     return min(max(ess, 1.0), float(values.numel()))
+
+
+def require_draws(draws: Tensor, energy: Energy, name: str = "draws") -> int:
+    """Check the shape of draws; return how many dimensions stand before the event.
+
+    Args:
+        draws: Shape ``(N, *event)``, or ``(C, N, *event)`` of chains.
+        energy: What they are draws of.
+        name: Of the argument, for the message.
+
+    Raises:
+        ValueError: If they have another shape.
+    """
+    batch_dim = draws.dim() - energy.event_dim
+    if batch_dim not in (1, 2) or draws.shape[batch_dim:] != energy.event_shape:
+        raise ValueError(
+            f"{name} must have shape (N, *event) or (C, N, *event) with event "
+            f"{tuple(energy.event_shape)}, as the energy has; got "
+            f"{tuple(draws.shape)}."
+        )
+    return batch_dim
 
 
 def _checked(log_ratio: Tensor, name: str) -> Tensor:

@@ -22,7 +22,12 @@ from torch import Tensor
 
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.partition.base import LogPartitionEstimate
-from pyro_ebm.partition.bennett import BennettRatio, bennett, chains_ess
+from pyro_ebm.partition.bennett import (
+    BennettRatio,
+    bennett,
+    chains_ess,
+    require_draws,
+)
 from pyro_ebm.partition.importance import check_proposal, log_weights_of
 from pyro_ebm.partition.progress import watched
 
@@ -106,17 +111,11 @@ class _Bridge:
     """The draws in unconstrained space, in two halves, and a bridge to each."""
 
     def __init__(self, energy: Energy, draws: Tensor, proposal: Any) -> None:
-        chain_dim = draws.dim() - energy.event_dim
-        if chain_dim not in (1, 2) or draws.shape[chain_dim:] != energy.event_shape:
-            raise ValueError(
-                f"draws must have shape (N, *event) or (C, N, *event) with event "
-                f"{tuple(energy.event_shape)}, as the energy has; got "
-                f"{tuple(draws.shape)}."
-            )
-        if draws.shape[chain_dim - 1] < 8:
+        batch_dim = require_draws(draws, energy)
+        if draws.shape[batch_dim - 1] < 8:
             raise ValueError(
                 f"draws must hold at least 8 a chain, got "
-                f"{draws.shape[chain_dim - 1]}. Hundreds are better."
+                f"{draws.shape[batch_dim - 1]}. Hundreds are better."
             )
         if isinstance(proposal, str) and proposal not in ("gaussian", "student"):
             raise ValueError(
@@ -134,9 +133,9 @@ class _Bridge:
         else:
             x = transform.inv(x)
         self.event_shape = self.energy.event_shape
-        self.by_chain = x if chain_dim == 2 else x[None]
-        self.is_correlated = chain_dim == 2
-        self.num_draws = draws.shape[:chain_dim].numel()
+        self.by_chain = x if batch_dim == 2 else x[None]
+        self.is_correlated = batch_dim == 2
+        self.num_draws = draws.shape[:batch_dim].numel()
         self.num_evaluations = self.num_nan = 0
 
     def half(self, index: int) -> Tensor:

@@ -20,7 +20,12 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.energies import Energy, same_support
 from pyro_ebm.mcmc import IndependentChains, Sampler
-from pyro_ebm.partition.bennett import BennettRatio, bennett, chains_ess
+from pyro_ebm.partition.bennett import (
+    BennettRatio,
+    bennett,
+    chains_ess,
+    require_draws,
+)
 
 
 class LogRatioEstimate(NamedTuple):
@@ -185,13 +190,7 @@ def _difference(
     r""":math:`f_1 - f_2 = \log q_2 - \log q_1` at draws of one of them."""
     if draws is None:
         draws = sampler(own, num_draws)
-    chain_dim = draws.dim() - own.event_dim
-    if chain_dim not in (1, 2) or draws.shape[chain_dim:] != own.event_shape:
-        raise ValueError(
-            f"{name} must have shape (N, *event) or (C, N, *event) with event "
-            f"{tuple(own.event_shape)}, as the energies have; got "
-            f"{tuple(draws.shape)}."
-        )
+    require_draws(draws, own, name)
     x = draws.detach().to(**own.tensor_options(draws))
     value_1, value_2 = first(x).double(), second(x).double()
     value = value_1 if own is first else value_2
