@@ -13,10 +13,11 @@ from torch import Tensor, fx
 from pyro_ebm.energies.graph_recording import (
     Recording,
     UntraceableError,
-    aten,
     is_random,
     tags,
 )
+
+aten = torch.ops.aten
 
 # The result follows from the shape of the argument alone.
 _SHAPE_ONLY = {

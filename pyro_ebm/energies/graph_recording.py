@@ -6,10 +6,8 @@ tensors, without the metadata that it keeps of each node and that takes it longe
 """
 
 __all__ = [
-    "LinAlgError",
     "Recording",
     "UntraceableError",
-    "aten",
     "first_line",
     "is_random",
     "record",

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from torch import Tensor, fx, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from pyro_ebm.energies.graph_cleaning import clean
 from pyro_ebm.energies.graph_recording import (
-    LinAlgError,
     UntraceableError,
     first_line,
     is_random,

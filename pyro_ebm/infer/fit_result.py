@@ -2,6 +2,7 @@
 
 __all__ = ["FitResult", "FitTimings"]
 
+import textwrap
 from typing import NamedTuple
 
 from torch import nn
@@ -13,6 +14,11 @@ from pyro_ebm.infer.fit_table import fit_html
 from pyro_ebm.infer.likelihood import LogLikelihood
 from pyro_ebm.infer.verdict import FitVerdict
 from pyro_ebm.partition import LogPartitionEstimate
+
+#: Characters in a printed line.
+_WIDTH = 88
+#: A space at which no line is broken.
+_TIE = "\N{NO-BREAK SPACE}"
 
 
 class FitTimings(NamedTuple):
@@ -96,20 +102,34 @@ class FitResult(NamedTuple):
         energy = self.distribution.energy
         shape, timings = tuple(energy.event_shape), self.timings
         steps = ", then ".join(f"{count:,} by {name}" for name, count in self.stages)
-        held_out = "" if self.validation is None else f"  held-out: {self.validation}\n"
-        return (
-            f"q(x) = exp(-f(x)) / Z, f = {type(energy).__name__} over {shape}\n"
-            f"  steps: {steps} [{self.stopped}], {timings.seconds:.1f} s, "
-            f"{1000 * timings.seconds_per_step:.1f} ms a step\n"
-            f"  log-likelihood a point: {self.train}\n{held_out}"
-            f"  {self.log_partition}\n"
-            f"{_described(self.diagnostics)}"
-            f"  verdict: {self.verdict}" + "".join(f"\n  - {r}" for r in self.reasons)
-        )
+        lines = [
+            f"steps: {steps} [{self.stopped}], {timings.seconds:.1f} s, "
+            f"{1000 * timings.seconds_per_step:.1f} ms a step",
+            f"log-likelihood a point: {self.train}",
+            "" if self.validation is None else f"held-out: {self.validation}",
+            str(self.log_partition),
+            _described(self.diagnostics),
+            f"verdict: {self.verdict}",
+            *(f"- {reason}" for reason in self.reasons),
+        ]
+        head = f"q(x) = exp(-f(x)) / Z, f = {type(energy).__name__} over {shape}"
+        return "\n".join([head, *(_wrapped(line) for line in lines if line)])
+
+
+def _wrapped(line: str) -> str:
+    """Indented, and in several lines where it is too long for one."""
+    return textwrap.fill(
+        line,
+        _WIDTH,
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    ).replace(_TIE, " ")
 
 
 def _described(found: FitDiagnostics) -> str:
-    """One line of what was measured; empty if nothing was."""
+    """What was measured, a name never apart from its number; empty if nothing was."""
     parts = {
         "energy gap": found.energy_gap,
         "drift of the chains": found.drift,
@@ -119,8 +139,8 @@ def _described(found: FitDiagnostics) -> str:
         "effective noise points a step": _number(found.noise_ess, ",.0f"),
         "told from noise": _number(found.noise_separation, ".1%"),
     }
-    text = ", ".join(f"{k} {v}" for k, v in parts.items() if v is not None)
-    return f"  {text}\n" if text else ""
+    texts = [f"{k} {v}" for k, v in parts.items() if v is not None]
+    return ", ".join(text.replace(" ", _TIE) for text in texts)
 
 
 def _number(value: float | None, spec: str) -> str | None:

@@ -14,7 +14,13 @@ from torch import nn
 from pyro_ebm import EnergyModel, fit
 from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy
 from pyro_ebm.errors import DivergenceError
-from pyro_ebm.infer import LogLikelihood, MaximumLikelihood, log_likelihood
+from pyro_ebm.infer import (
+    EnergyDifference,
+    FitDiagnostics,
+    LogLikelihood,
+    MaximumLikelihood,
+    log_likelihood,
+)
 from pyro_ebm.partition import LogPartition, quadrature
 from tests.infer.problems import base
 
@@ -52,6 +58,21 @@ def test_result_and_history():
         assert record.log_partition.status == "ok"
         assert record.train.std_error > 0
     assert quick(neural()).history[0].validation is None
+
+
+def test_long_lines_are_wrapped_and_no_number_loses_its_name():
+    """Seen to fail where a line may be broken at any space."""
+    gap = EnergyDifference(0.12, 0.04, 0.2)
+    result = quick(neural())._replace(
+        diagnostics=FitDiagnostics(gap, gap, 1.0, 50.0, 10, 0.5, 2.0, 3.0, 0.1, 9.0),
+        stages=(("MaximumLikelihood with penalty 0.1", 20),) * 3,
+        reasons=("a sentence that goes on and on, " * 4,),
+    )
+    text = str(result)
+    assert max(map(len, text.splitlines())) <= 88
+    assert "drift of the chains 0.120 +- 0.040, R-hat 1.000,\n    acc" in text
+    assert "gradient signal to noise 0.1, effective noise points a step 9\n" in text
+    assert all(line.startswith("  ") for line in text.splitlines()[1:])
 
 
 def test_what_it_returns_is_the_average_with_its_log_partition():
