@@ -8,11 +8,12 @@ import os
 import sys
 from pathlib import Path
 
-# Every page runs in a kernel of its own. It inherits these: one thread, as there may be
-# as many kernels as cores, and pictures in the style of the site.
+# Every page runs in a kernel of its own, which inherits these: one thread, as there may
+# be as many kernels as cores, pictures in the style of the site, no bars of slow draws.
 DOCS = Path(__file__).resolve().parent
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MATPLOTLIBRC"] = str(DOCS / "matplotlibrc")
+os.environ["TQDM_DISABLE"] = "1"
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm without ipywidgets
 
 sys.path.insert(0, str(DOCS / "_ext"))

@@ -116,14 +116,11 @@ class IndependentChains:
         return to_support(state.x)[:num_draws]
 
     def _bar(self) -> tqdm:
+        # disable=False would win over TQDM_DISABLE, which a batch job may set.
+        options = {} if self.progress_bar else {"disable": True}
+        total = self.warmup_steps + self.num_steps
         # Text in notebooks too: each call in a loop would leave widgets behind.
-        return tqdm(
-            total=self.warmup_steps + self.num_steps,
-            desc="draws",
-            delay=_DELAY,
-            leave=False,
-            disable=not self.progress_bar,
-        )
+        return tqdm(total=total, desc="draws", delay=_DELAY, leave=False, **options)
 
     def _warn_of_stuck(self, is_stuck: Tensor) -> None:
         num_stuck = int(is_stuck.sum())
