@@ -6,8 +6,8 @@ truth, of all runs and of those whose verdict is ok; "misses flagged" the interv
 miss and are called unreliable; "good flagged" those that hold the truth and are called
 unreliable all the same.
 
-The rules that decide were tuned on the targets of the first table, with other seeds: the
-width of the interval with the seeds from 1,000 on, where two standard errors to each
+The rules that decide were tuned on the targets of the first table, with other seeds;
+the width of the interval with those from 1,000 on, where two standard errors to each
 side held the truth in 382 of 400 runs. Nothing was tuned on the targets of the second.
 
     python benchmarks/bench_partition.py --seeds 50 --budget 50000
