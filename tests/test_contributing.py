@@ -5,7 +5,6 @@ import from a later layer (below), a class without docstring, an objective witho
 gradient.
 """
 
-import importlib.util
 import os
 import re
 import shutil
@@ -14,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests import test_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 CELL = re.compile(r"```\{code-cell\} python\n# (pyro_ebm/\S+\.py)\n(.*?)```", re.DOTALL)
@@ -34,19 +35,6 @@ for objective in (
     assert not torch.equal(energy.log_scale, before)
 print(pyro_ebm.__file__)
 """
-
-
-def layer_rules():
-    """The module ``test_layers.py``, which no package holds."""
-    spec = importlib.util.spec_from_file_location(
-        "layer_rules", ROOT / "tests" / "test_layers.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-RULES = layer_rules()
 
 
 def examples():
@@ -91,7 +79,7 @@ def test_the_page_has_one_file_of_each_kind():
 
 
 def test_they_keep_the_rules(root):
-    checks = (RULES.check_layers, RULES.check_all, RULES.check_length)
+    checks = (test_layers.check_layers, test_layers.check_all, test_layers.check_length)
     faults = [fault for check in checks for fault in check(root / "pyro_ebm")]
     assert not faults, "\n".join(faults)
     config = ROOT / "pyproject.toml"
@@ -110,4 +98,6 @@ def test_they_work_in_the_package(root):
 def test_an_import_from_a_later_layer_is_found(root):
     path = root / "pyro_ebm" / "energies" / "log_cosh.py"
     path.write_text(path.read_text("utf-8") + "from pyro_ebm.mcmc import HMC\n")
-    assert any("log_cosh" in fault for fault in RULES.check_layers(root / "pyro_ebm"))
+    assert any(
+        "log_cosh" in fault for fault in test_layers.check_layers(root / "pyro_ebm")
+    )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_docs import README, shape
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MAX_SECONDS = 300
@@ -39,6 +41,9 @@ def test_examples_are_found():
 def test_example(path, tmp_path):
     result = run_example(path, tmp_path)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    if path.name == "quickstart.py":  # the README shows its last line
+        last = result.stdout.splitlines()[-1]
+        assert shape(last) in shape(README.read_text("utf-8"))
 
 
 def test_failing_example_is_seen(tmp_path):
