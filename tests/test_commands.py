@@ -88,10 +88,7 @@ def missing_paths(paths):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_every_command_can_be_given(page, request):
-    if page.name == "contributing.md":
-        reason = "names tests/mcmc/test_hmc.py, which is not there"
-        request.applymarker(pytest.mark.xfail(strict=False, reason=reason))
+def test_every_command_can_be_given(page):
     faults = [fault(words) for words in commands(page.read_text("utf-8"))]
     assert not any(faults), [text for text in faults if text]
 
