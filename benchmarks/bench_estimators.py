@@ -20,7 +20,7 @@ rate 0.005.
 
 The cost of a step is what it takes with batches of 256: evaluations of the energy a
 data point, counted, and the CPU time over that of one ``value_and_grad`` at 256 points;
-medians over interleaved rounds. The step of the optimiser is in the former.
+medians over interleaved rounds. The step of the optimiser is in that time.
 """
 
 import argparse

@@ -15,7 +15,8 @@ bounds the drift and computes what MALA's acceptance would be, as a measure of i
 No kernel can do without random numbers: "gradient and noise" is the bare gradient and
 what MALA draws for a step, a normal a coordinate and a uniform a chain. What it then
 takes to propose, accept and select, some 30 small operators, eager torch does in 50 to
-100 microseconds, whatever the energy; see the last table.
+100 microseconds, whatever the energy; see the last table. There "the rest" is what the
+parts, timed by themselves, leave of a step; it is below zero where they were slower.
 """
 
 import argparse

@@ -1,8 +1,10 @@
 """Does the log Z tracked while learning agree with quadrature, and at what cost?
 
-Persistent contrastive divergence on three planar data sets; at several times the
-tracked log Z of the averaged parameters is compared with the exact one. Writes a table
-and JSON to benchmarks/results.
+Maximum likelihood with persistent chains on three planar data sets; at several times
+the tracked log Z of the averaged parameters is compared with that by quadrature. The
+errors are in nats, their root mean square and the largest of the runs; "flagged" is the
+share of runs whose verdict is not ok. The last column is how many energy evaluations a
+fit takes for each that it would take without tracking.
 
     python benchmarks/bench_tracking.py --seeds 20 --processes 2
 """
@@ -99,7 +101,7 @@ def table(runs):
     lines = [
         "| data | step | runs | RMSE of log Z | worst | coverage of 95 % | flagged | "
         "test NLL | evaluations, tracked / not |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---" + 8 * "|---:" + "|",
     ]
     for name in DATASETS:
         chosen = [run for run in runs if run["dataset"] == name]

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 from pathlib import Path
 
 import pyro
@@ -10,6 +11,7 @@ import torch
 import pyro_ebm
 
 RESULTS = Path(__file__).resolve().parent / "results"
+NUMBER = re.compile(r"[-+.,\de]*( of \d+)?|-?inf|nan")
 
 
 def save(name, description, tables, *, smoke_test=False):
@@ -37,13 +39,19 @@ def save(name, description, tables, *, smoke_test=False):
 
 
 def as_markdown(rows):
-    """Rows of equal keys as a markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [[_cell(value) for value in row.values()] for row in rows]
+    """Rows of equal keys as a markdown table, with columns of numbers to the right."""
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    columns = zip(*cells, strict=True)
+    rule = ["---:" if all(map(NUMBER.fullmatch, c)) else "---" for c in columns]
+    lines = [list(rows[0]), rule, *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _cell(value):
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+    return str(value)
