@@ -18,7 +18,12 @@ os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm without ipyw
 
 sys.path.insert(0, str(DOCS / "_ext"))
 
+from nbclient import NotebookClient  # noqa: E402
+
 import pyro_ebm  # noqa: E402
+
+# The kernels' notice that they listen to this machine in the clear is no news here.
+NotebookClient.extra_arguments.default_args = (["--log-level=40"],)
 
 project = "pyro_ebm"
 author = "The pyro_ebm developers"
@@ -95,6 +100,6 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_domain_indices = False  # the pages of the API are the index of modules
 html_show_sphinx = False
-pygments_style = "friendly"
+pygments_style = "default"  # of a contrast of 4.5 or more, comments included
 pygments_dark_style = "monokai"
 copybutton_exclude = ".linenos, .gp, .go"
