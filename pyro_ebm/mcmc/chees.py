@@ -30,9 +30,9 @@ bounded, or one chain in a thousand would rule the others:
         \Big)^{-1}                                                        \tag{4}
 
 At the same target these are smaller steps than by the arithmetic mean, with 0.89 to
-0.98 of its effective draws a gradient but, as there are fewer transitions to it, as many
-a second. The posterior of a small neural network, where chains had got stuck, is sampled
-with as many a gradient as by blackjax (``benchmarks/bench_ess.py``).
+0.98 of its effective draws a gradient but, in fewer transitions, as many a second. The
+posterior of a small neural network, where chains had got stuck, is sampled with as many
+a gradient as by blackjax (``benchmarks/bench_ess.py``).
 
 Two things differ from the paper, where :math:`j = 1` and :math:`g` is the square
 itself. With :math:`j = \tfrac12` ill-conditioned Gaussians give a fifth more effective
