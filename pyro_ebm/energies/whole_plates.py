@@ -136,8 +136,8 @@ class _Parts(Messenger):
 
     def _choose_rows(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
-        is_chosen_by_user = msg["value"] is not None
-        if is_chosen_by_user or fn.subsample_size in (None, fn.size):
+        is_whole = fn.subsample_size is None or fn.subsample_size >= fn.size
+        if is_whole or msg["value"] is not None:  # or its rows were given
             msg["stop"] = any(self.current.values())  # known since the first run
             return
         self._plates[name] = fn
