@@ -73,6 +73,7 @@ autodoc_typehints_description_target = "documented_params"
 autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
 autodoc_inherit_docstrings = False
+autodoc_preserve_defaults = True  # 2**22, nn.SiLU
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Exactness"]
 napoleon_use_ivar = True

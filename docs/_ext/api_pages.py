@@ -12,6 +12,7 @@ import pkgutil
 from pathlib import Path
 from types import ModuleType
 
+from sphinx.addnodes import desc_signature
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.nodes import make_refnode
 
@@ -170,8 +171,26 @@ def candidates(target, module):
     yield f"pyro_ebm.{target}"
 
 
+def drop_repeated(app, domain, objtype, content):
+    """A function with a version for each type is written once, not once for each."""
+    seen = set()
+    for signature in list(content.parent.findall(desc_signature)):
+        if signature.parent is content.parent:
+            if (text := signature.astext()) in seen:
+                signature.parent.remove(signature)
+            seen.add(text)
+
+
+def hide_factories(app, what, name, value, options, signature, returns):
+    """A default that is made anew is told by the text; its signature has no name."""
+    return (signature or "").replace("<factory>", "...") or None, returns
+
+
 def setup(app):
+    app.setup_extension("sphinx.ext.autodoc")  # whose event this listens to
     app.add_config_value("api_packages", list(pyro_ebm.__all__), "env", types=[list])
     app.connect("builder-inited", write_pages)
     app.connect("missing-reference", resolve)
+    app.connect("object-description-transform", drop_repeated)
+    app.connect("autodoc-process-signature", hide_factories)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -46,14 +46,14 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
             has a closed form.
         validate_args: Whether ``log_prob`` checks its argument; Pyro's default.
 
-    Exactness: ``log_prob`` is *exact* given an exact ``log_partition``, *unnormalised*
-    without one; ``sample`` is *consistent* in the sampler's number of steps.
-
     Raises:
         TypeError: If ``energy`` is no :class:`~pyro_ebm.energies.Energy`.
         ValueError: If ``log_partition`` is not one number, or an estimate says that
             there is no partition function.
         NotImplementedError: If a parameter of the energy is a random variable.
+
+    Exactness: ``log_prob`` is *exact* given an exact ``log_partition``, *unnormalised*
+    without one; ``sample`` is *consistent* in the sampler's number of steps.
 
     Example:
         >>> energy = pyro_ebm.energies.FunctionEnergy(lambda x: x**2 / 2, ())

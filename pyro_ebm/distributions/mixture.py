@@ -58,9 +58,6 @@ class MixtureOfExperts(EnergyDistribution):
             ``constraints.simplex``) or be latent, such as a draw of a Dirichlet.
         validate_args: Whether ``log_prob`` checks its argument; Pyro's default.
 
-    Exactness: as that of the experts. ``is_normalized`` is true where all theirs are;
-    ``log_partition_std_error`` is (2).
-
     Raises:
         TypeError: If an expert is no distribution.
         ValueError: If the :math:`\log Z` of an expert is unknown, if experts differ in
@@ -69,6 +66,9 @@ class MixtureOfExperts(EnergyDistribution):
 
     Warns:
         UnreliableWarning: If the :math:`\log Z` of an expert is unreliable.
+
+    Exactness: as that of the experts. ``is_normalized`` is true where all theirs are;
+    ``log_partition_std_error`` is (2).
 
     Example:
         >>> ring = pyro_ebm.energies.FunctionEnergy(
@@ -123,7 +123,7 @@ class MixtureOfExperts(EnergyDistribution):
 
     @property
     def base(self) -> "MixtureOfExperts | None":
-        """The mixture of what the experts are compared with: known and normalised."""
+        """The known, normalised mixture of what the experts are compared with."""
         bases = [base_of(expert) for expert in self.experts]
         known = [base for base in bases if base is not None]
         if len(known) < len(bases):

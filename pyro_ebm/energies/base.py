@@ -56,7 +56,7 @@ class Energy(nn.Module, ABC):
     Args:
         event_shape: Shape of one point ``x``.
         support: Constraint with ``event_dim == len(event_shape)``; default: all of
-            :math:`\mathbb{R}^{\text{event\_shape}}`.
+            :math:`\mathbb{R}^{\mathrm{event\_shape}}`.
 
     Raises:
         TypeError: If ``event_shape`` is a number.

@@ -31,7 +31,7 @@ class _Spins(Constraint):
         return value.abs() == 1
 
 
-#: The support of a spin: -1 and +1.
+#: The support of a spin, -1 and +1.
 spins: Constraint = _Spins()
 
 

@@ -71,7 +71,7 @@ def _is_for_onednn(x: Tensor) -> bool:
     return on_cpu and x.dtype is torch.float32
 
 
-#: For ``make_fx``: an operator, and what is traced instead, unless NotImplemented.
+#: An operator, and what ``make_fx`` traces instead, unless NotImplemented.
 PRODUCTS: dict[Any, Callable[..., Any]] = {
     aten.mm.default: _mm,
     aten.addmm.default: _addmm,

@@ -36,7 +36,12 @@ class ContrastiveDivergence(Objective):
 
     Args:
         num_steps: Moves :math:`k` of each chain.
-        kernel: A corrected kernel; its step size is adapted on the way.
+        kernel: A corrected kernel, default :class:`~pyro_ebm.mcmc.MALA`; its step size
+            is adapted on the way.
+
+    Raises:
+        TypeError: If ``kernel`` is no kernel.
+        ValueError: If ``num_steps`` is not positive.
 
     Exactness: *biased*, towards no change: at the data (1) is as much smaller than the
     gradient of the likelihood as the chains are short of their equilibrium. Zero where
@@ -45,10 +50,6 @@ class ContrastiveDivergence(Objective):
     :class:`~pyro_ebm.infer.MaximumLikelihood`.
 
     Cost: ``num_steps * kernel.num_gradients + 1`` gradients and two values a point.
-
-    Raises:
-        TypeError: If ``kernel`` is no kernel.
-        ValueError: If ``num_steps`` is not positive.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))

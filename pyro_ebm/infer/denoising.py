@@ -40,15 +40,15 @@ class DenoisingScoreMatching(Objective):
             noise sees the weight of modes and blurs them; small noise has gradients of
             variance :math:`1 / \sigma^2`.
 
+    Raises:
+        ValueError: If a level is not positive and finite, or there is none.
+
     Exactness: *biased* by the noise: a variance is learned too large by
     :math:`\sigma^2`; of several levels the energy, which does not know them apart, is a
     compromise. It leaves no log Z.
 
     Cost: one gradient and one value a data point, and the gradient of the former in the
     parameters.
-
-    Raises:
-        ValueError: If a level is not positive and finite, or there is none.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))

@@ -120,7 +120,7 @@ class FitDiagnostics(NamedTuple):
 
 @torch.no_grad()
 def energy_gap(energy_model: EnergyModel, data: Tensor) -> EnergyDifference | None:
-    """(1) of the averaged parameters, ``None`` while log Z is unknown.
+    """Gap (1) of the averaged parameters, ``None`` while log Z is unknown.
 
     Args:
         energy_model: With walkers, or a closed form.

@@ -53,14 +53,14 @@ class EnergyDiscrepancy(Objective):
         num_copies: :math:`M`, perturbed copies a data point.
         stabilizer: :math:`w`, not negative.
 
+    Raises:
+        ValueError: If a setting is out of range.
+
     Exactness: *consistent* with :math:`w = 1`, for any :math:`M` and :math:`t`; with
     another weight *biased* by :math:`O(1/M)`, the more so the larger :math:`t`. It
     leaves no log Z.
 
     Cost: ``1 + num_copies`` values a data point, with gradient in the parameters only.
-
-    Raises:
-        ValueError: If a setting is out of range.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))

@@ -83,18 +83,18 @@ class ExactMaximumLikelihood(Objective):
             161 in two, 61 in three.
         max_states: Largest number of points of a finite support.
 
-    Exactness: *exact* over a finite support; elsewhere up to the error of the
-    trapezoidal rule, which is kept in the state and warned of beyond 0.01 nats.
-
-    Cost: one value a node or state, and another, with gradient in the parameters, at
-    those of more than 1e-12 of the largest weight; one value a data point.
-
     Raises:
         ValueError: If a number is too small, or the energy has more than three real
             dimensions or more states than ``max_states``.
 
     Warns:
         UnreliableWarning: If the grid does not resolve the energy.
+
+    Exactness: *exact* over a finite support; elsewhere up to the error of the
+    trapezoidal rule, which is kept in the state and warned of beyond 0.01 nats.
+
+    Cost: one value a node or state, and another, with gradient in the parameters, at
+    those of more than 1e-12 of the largest weight; one value a data point.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(1))

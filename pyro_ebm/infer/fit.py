@@ -89,10 +89,6 @@ def fit(
     Returns:
         The averaged model with what was measured of it; log Z and likelihoods in nats.
 
-    Exactness: log Z, and with it each log-likelihood, is *exact* if the energy has a
-    closed form, else *consistent* in the number of walkers; ``log_partition.status``
-    says whether to believe it.
-
     Raises:
         TypeError: If an argument is of another type.
         ValueError: If the data are not finite, have another event shape or dtype, are
@@ -100,6 +96,10 @@ def fit(
             ``num_steps`` with stages, or if a count is not positive.
         DivergenceError: If no chain can move any more; the model is then left as it
             was at the last record.
+
+    Exactness: log Z, and with it each log-likelihood, is *exact* if the energy has a
+    closed form, else *consistent* in the number of walkers; ``log_partition.status``
+    says whether to believe it.
 
     Example:
         >>> data = torch.randn(500, 2)

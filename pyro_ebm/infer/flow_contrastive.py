@@ -1,11 +1,12 @@
 r"""Flow-contrastive estimation: noise contrast with noise that learns to be harder.
 
-The energy and :math:`c` ascend the objective of :mod:`~pyro_ebm.infer`'s noise contrast
+The energy and :math:`c` ascend the objective of
+:class:`~pyro_ebm.infer.NoiseContrastive`,
 
 .. math::
-    J(\theta, c, \alpha) = \log\sigma(G(x))
-        + \sum_{j=1}^{\nu} \log\sigma(-G(y_j)), \qquad
-    G(x) = -f_\theta(x) - c - \log p_\alpha(x) - \log\nu                   \tag{1}
+    G(x) &= -f_\theta(x) - c - \log p_\alpha(x) - \log\nu                      \\
+    J(\theta, c, \alpha) &= \log\sigma(G(x))
+        + \sum_{j=1}^{\nu} \log\sigma(-G(y_j))                             \tag{1}
 
 and the flow :math:`p_\alpha`, from which the :math:`y_j` are drawn with a gradient,
 descends it: it moves to where the regression cannot tell it from the data.
@@ -52,6 +53,10 @@ class FlowContrastive(Objective):
             base.
         num_noise: :math:`\nu`, draws of the flow a data point.
 
+    Raises:
+        TypeError: If ``flow`` is no module.
+        ValueError: If ``num_noise`` is not positive.
+
     Exactness: *consistent*, as :class:`~pyro_ebm.infer.NoiseContrastive`: whatever the
     flow is at the end, if it reaches wherever the model may have mass, the energy that
     fits best is that of the data. Measured as there, with a flow first fitted to the
@@ -60,10 +65,6 @@ class FlowContrastive(Objective):
 
     Cost: one value a data point and ``num_noise`` gradients, and as many densities and
     draws of the flow.
-
-    Raises:
-        TypeError: If ``flow`` is no module.
-        ValueError: If ``num_noise`` is not positive.
 
     Example:
         >>> class Affine(torch.nn.Module):

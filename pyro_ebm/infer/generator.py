@@ -182,6 +182,10 @@ class AmortizedSampler(Objective):
         num_noise: ``M``, draws of the noise a step. With 0 the negatives are those of
             the generator alone, of equal weight: as it lags, the energy runs away.
 
+    Raises:
+        TypeError: If ``generator`` is no module.
+        ValueError: If a number is out of range.
+
     Exactness: *consistent* in the number of negatives and of draws behind the density
     of the generator, as importance sampling is; ``state.negative_ess`` says how many
     negatives count. Where that is few, as in many dimensions, weights are cut off and
@@ -205,10 +209,6 @@ class AmortizedSampler(Objective):
     Cost: ``num_draws`` gradients and ``num_draws + num_noise`` values a step, and one
     value a data point; ``1 + num_posterior`` passes of the generator a draw, one of
     them backwards, and 1,024 more a step.
-
-    Raises:
-        TypeError: If ``generator`` is no module.
-        ValueError: If a number is out of range.
 
     Example:
         >>> generator = torch.nn.Linear(2, 2)

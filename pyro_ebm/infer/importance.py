@@ -98,14 +98,14 @@ class ImportanceSampledLikelihood(_ByProposal):
             :class:`~pyro_ebm.EnergyModel`.
         num_draws: :math:`N`, drawn anew at each step.
 
+    Raises:
+        ValueError: If ``num_draws`` is below 2.
+
     Exactness: *consistent* in :math:`N`, as the :math:`\log\hat Z` in its state; both
     fail without a sign but ``state.ess`` where the proposal misses the model.
 
     Cost: ``num_draws`` values a step and one a data point, with gradient in the
     parameters only.
-
-    Raises:
-        ValueError: If ``num_draws`` is below 2.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
@@ -147,15 +147,15 @@ class BoundedLikelihood(_ByProposal):
         proposal: See :class:`ImportanceSampledLikelihood`.
         num_draws: :math:`N`, drawn anew at each step.
 
+    Raises:
+        ValueError: If ``num_draws`` is below 2.
+
     Exactness: the mean of the objective is a *lower bound* of the log-likelihood, its
     gradient is unbiased. ``state.log_partition`` is :math:`c`, a *consistent* log Z of
     the current parameters, started at :math:`\log\hat Z`.
 
     Cost: ``num_draws`` values a step and one a data point, with gradient in the
     parameters only.
-
-    Raises:
-        ValueError: If ``num_draws`` is below 2.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))

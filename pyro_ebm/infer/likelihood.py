@@ -58,11 +58,11 @@ def log_likelihood(distribution: EnergyDistribution, x: Tensor) -> LogLikelihood
     Returns:
         Nats a point.
 
-    Exactness: as exact as the log Z of ``distribution``; *unnormalised* if that is
-    unknown, and ``is_normalized`` says so.
-
     Raises:
         ValueError: If there are fewer than two points.
+
+    Exactness: as exact as the log Z of ``distribution``; *unnormalised* if that is
+    unknown, and ``is_normalized`` says so.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(1))
@@ -94,10 +94,10 @@ def log_likelihood_difference(
     Returns:
         Nats a point, positive where the first model is the better one.
 
-    Exactness: as :func:`log_likelihood`, of both models.
-
     Raises:
         ValueError: If there are fewer than two points.
+
+    Exactness: as :func:`log_likelihood`, of both models.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(1))

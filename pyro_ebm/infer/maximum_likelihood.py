@@ -31,20 +31,21 @@ class MaximumLikelihood(Objective):
     Args:
         num_chains: Chains that estimate the expectation.
         num_steps: Transitions of each chain between two parameter steps.
-        kernel: A corrected kernel; its step size is adapted on the way.
+        kernel: A corrected kernel, default :class:`~pyro_ebm.mcmc.MALA`; its step size
+            is adapted on the way.
         restart_fraction: Part of the chains that begin anew from the base at each step,
             so that a mode which no chain has visited is found before it grows. Fresh
             chains take a while to arrive and bias the gradient: keep it small.
+
+    Raises:
+        TypeError: If ``kernel`` is no kernel.
+        ValueError: If a count is not positive, or ``restart_fraction`` not in [0, 1).
 
     Exactness: the gradient is *consistent* as the parameters settle and the chains
     catch up (Younes 1989). It leaves no log Z.
 
     Cost: ``num_steps * kernel.num_gradients + 1`` gradients and one value a chain, and
     one value a data point.
-
-    Raises:
-        TypeError: If ``kernel`` is no kernel.
-        ValueError: If a count is not positive, or ``restart_fraction`` not in [0, 1).
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))

@@ -50,6 +50,9 @@ class NoiseContrastive(Objective):
             not of mass that no noise point has seen.
         num_noise: :math:`\nu`, noise points a data point, drawn anew at each step.
 
+    Raises:
+        ValueError: If ``num_noise`` is not positive.
+
     Exactness: *consistent*, for any :math:`\nu`, if the noise reaches wherever there
     are data or the model may have mass, and the energy can be theirs.
     ``state.log_partition`` is :math:`c`, a *consistent* log Z of the current
@@ -61,9 +64,6 @@ class NoiseContrastive(Objective):
     to the data, 0.23 to 0.75 with all of it from those.
 
     Cost: ``1 + num_noise`` values a data point, with gradient in the parameters only.
-
-    Raises:
-        ValueError: If ``num_noise`` is not positive.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))

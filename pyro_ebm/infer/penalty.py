@@ -39,16 +39,16 @@ class EnergyPenalty(Objective):
         objective: Any that has negatives: chains, noise or a generator.
         weight: :math:`\alpha`, in units of one over nats; 0.001 to 0.1 is usual.
 
+    Raises:
+        TypeError: If ``objective`` is none.
+        ValueError: If ``weight`` is not positive, or the objective has no negatives.
+
     Exactness: *biased*, as any penalty: the energy is made flatter, and where it could
     be that of the data it no longer is. For a Gaussian energy with a free constant the
     bias is of the order of ``weight``. It leaves what the objective leaves.
 
     Cost: that of the objective, and one value a negative point, with gradient in the
     parameters.
-
-    Raises:
-        TypeError: If ``objective`` is none.
-        ValueError: If ``weight`` is not positive, or the objective has no negatives.
 
     Example:
         >>> objective = EnergyPenalty(pyro_ebm.infer.MaximumLikelihood(), weight=0.01)

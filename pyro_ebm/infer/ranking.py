@@ -1,9 +1,9 @@
 r"""Ranking noise contrast: find the datum among noise; log Z cancels.
 
 .. math::
-    s(x) = -f_\theta(x) - \log p_n(x), \qquad
-    J = s(x) - \log\frac{1}{K + 1}\Big(e^{s(x)} + \sum_{j=1}^{K} e^{s(y_j)}\Big),
-    \qquad y_j \sim p_n                                                    \tag{1}
+    s(x) &= -f_\theta(x) - \log p_n(x), \qquad y_j \sim p_n                     \\
+    J    &= s(x) - \log\frac{1}{K + 1}
+        \Big(e^{s(x)} + \sum_{j=1}^{K} e^{s(y_j)}\Big)                     \tag{1}
 
 References:
     Ma & Collins (2018), EMNLP, 3698-3707.
@@ -33,13 +33,13 @@ class RankingNoiseContrastive(Objective):
             well as the data, or the energy is free where no noise falls.
         num_noise: :math:`K`, noise points a data point, drawn anew at each step.
 
+    Raises:
+        ValueError: If ``num_noise`` is not positive.
+
     Exactness: *consistent* for any :math:`K`, under the conditions of
     :class:`~pyro_ebm.infer.NoiseContrastive`. It leaves no log Z.
 
     Cost: ``1 + num_noise`` values a data point, with gradient in the parameters only.
-
-    Raises:
-        ValueError: If ``num_noise`` is not positive.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))

@@ -3,7 +3,7 @@ r"""Score matching: fit the gradient of the log-density; log Z drops out.
 .. math::
     J        &= \operatorname{tr}\nabla^2 f_\theta(x)
                 - \tfrac12 \lVert\nabla f_\theta(x)\rVert^2                 \tag{1} \\
-    J_{sliced} &= \frac1M \sum_{m=1}^{M} v_m^\top \nabla^2 f_\theta(x)\, v_m
+    J_{\text{sliced}} &= \frac1M \sum_{m=1}^{M} v_m^\top \nabla^2 f_\theta(x)\, v_m
                 - \tfrac12 \lVert\nabla f_\theta(x)\rVert^2,
                 \qquad v_m \in \{-1, 1\}^D                                 \tag{2}
 
@@ -43,18 +43,18 @@ from pyro_ebm.infer.objective import (
 class ScoreMatching(Objective):
     r"""Exact score matching (1), by the trace of the Hessian; for few dimensions.
 
-    Exactness: *consistent* for smooth energies. Blind to the relative weight of modes
-    far from each other, whose scores do not know it. It leaves no log Z.
-
-    Cost: one gradient and ``D`` products with the Hessian a data point, each about as
-    much as two gradients, and the gradient of all that in the parameters.
-
     Raises:
         NotImplementedError: At its first use, if the support is discrete.
 
     Warns:
         UnreliableWarning: If the energy is piecewise linear in what is learned, as
             networks of ``nn.ReLU`` are: (1) then lacks its first term.
+
+    Exactness: *consistent* for smooth energies. Blind to the relative weight of modes
+    far from each other, whose scores do not know it. It leaves no log Z.
+
+    Cost: one gradient and ``D`` products with the Hessian a data point, each about as
+    much as two gradients, and the gradient of all that in the parameters.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
@@ -92,17 +92,17 @@ class SlicedScoreMatching(Objective):
     Args:
         num_directions: :math:`M`, directions of random signs a data point.
 
-    Exactness: *consistent*: (2) is unbiased for (1), and equal to it where the Hessian
-    is diagonal; otherwise as :class:`ScoreMatching`. It leaves no log Z.
-
-    Cost: one gradient and ``num_directions`` products with the Hessian a data point,
-    each about as much as two gradients, and the gradient of that in the parameters.
-
     Raises:
         ValueError: If ``num_directions`` is not positive.
 
     Warns:
         UnreliableWarning: See :class:`ScoreMatching`.
+
+    Exactness: *consistent*: (2) is unbiased for (1), and equal to it where the Hessian
+    is diagonal; otherwise as :class:`ScoreMatching`. It leaves no log Z.
+
+    Cost: one gradient and ``num_directions`` products with the Hessian a data point,
+    each about as much as two gradients, and the gradient of that in the parameters.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))

@@ -78,17 +78,17 @@ def parameter_errors(
             default, infinity, if it was drawn anew at each of many steps and the
             parameters averaged, as :func:`~pyro_ebm.fit` does.
 
-    Exactness: *consistent* in the number of data.
-
-    Cost: one backward pass over the data a parameter; 8 of them where an objective
-    other than the likelihood draws something.
-
     Raises:
         NotImplementedError: If the objective solves no equation that is known here.
         TypeError: If an argument is of another type.
         ValueError: If there is no parameter or more than 1,000, no more data than
             parameters, an argument out of range, or a direction in which the parameters
             can move without any effect: the message names it.
+
+    Exactness: *consistent* in the number of data.
+
+    Cost: one backward pass over the data a parameter; 8 of them where an objective
+    other than the likelihood draws something.
 
     Example:
         >>> _ = torch.manual_seed(0)

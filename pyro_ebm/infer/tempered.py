@@ -114,8 +114,13 @@ class TemperedMaximumLikelihood(Objective):
         num_temperatures: :math:`K`, base and energy included;
             :math:`\beta_k = (k / (K - 1))^3`.
         num_steps: Moves, each followed by swaps, between two parameter steps.
-        kernel: Its step size is adapted at each temperature.
+        kernel: Its step size is adapted at each temperature; default: one of three
+            leapfrog steps.
         warmup_steps: Moves before the first parameter step.
+
+    Raises:
+        TypeError: If ``kernel`` is not :class:`~pyro_ebm.mcmc.HMC`.
+        ValueError: If a count is too small.
 
     Exactness: the gradient is *consistent* as the parameters settle and the chains
     catch up, across modes too as long as ``state.swap_prob`` is not near 0. It leaves
@@ -123,10 +128,6 @@ class TemperedMaximumLikelihood(Objective):
 
     Cost: ``K + num_steps * ((K - 1) * kernel.num_gradients + 1)`` gradients and one
     value a chain, and one value a data point.
-
-    Raises:
-        TypeError: If ``kernel`` is not :class:`~pyro_ebm.mcmc.HMC`.
-        ValueError: If a count is too small.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))

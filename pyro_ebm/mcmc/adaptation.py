@@ -76,8 +76,8 @@ class StepSizeAdaptation(nn.Module):
 
     _state: Tensor
 
-    #: Twice Pyro's value: half the gain. The mean of many chains has little noise, and
-    #: with the full gain the step size swings where the acceptance falls off steeply.
+    #: Twice Pyro's value, so half the gain. The mean of many chains has little noise,
+    #: and with the full gain the step size swings where the acceptance falls steeply.
     GAMMA = 0.1
 
     def __init__(self, step_size: float | Tensor) -> None:

@@ -43,7 +43,7 @@ class IndependentChains:
 
     Args:
         base: Where the chains start; default: a standard normal in unconstrained space.
-        kernel: Any kernel of :mod:`pyro_ebm.mcmc`.
+        kernel: Any kernel of :mod:`pyro_ebm.mcmc`; default: :class:`HMC`.
         warmup_steps: Transitions in which the step size adapts.
         num_steps: Transitions after that.
         min_chains: At least so many chains are run, so that the step size of a single

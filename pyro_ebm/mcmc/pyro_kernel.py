@@ -90,7 +90,7 @@ class PyroKernel(MCMCKernel):
 
     @property
     def initial_params(self) -> dict[str, Tensor] | None:
-        """Where the chain starts, in unconstrained space; None: found by ``setup``."""
+        """Where the chain starts, unconstrained; if None, ``setup`` finds it."""
         return self._initial_params
 
     @initial_params.setter

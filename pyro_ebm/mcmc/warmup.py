@@ -62,7 +62,7 @@ class Warmup(nn.Module):
 
     #: Where the windows end, in parts of the warm-up.
     WINDOW_ENDS = (0.2, 0.4, 0.7)
-    #: Draws that a scale must come from: in all, and for each column of a dense one.
+    #: Draws that a scale must come from, in all and for each column of a dense one.
     MIN_DRAWS = 10
     MIN_DRAWS_DENSE = 5
     #: Mean acceptance of a chain, relative to the target, below which it is stuck.
@@ -130,7 +130,7 @@ class Warmup(nn.Module):
 
     @property
     def kernel(self) -> Kernel:
-        """As adapted so far: the one to make the next transition with.
+        """The kernel as adapted so far, to make the next transition with.
 
         Once frozen it holds plain numbers, and need not be asked for again.
         """
@@ -156,7 +156,7 @@ class Warmup(nn.Module):
             info: What it returned with the state.
 
         Returns:
-            The state to go on from: at the end of a window, chains that were stuck in
+            The state to go on from. At the end of a window, chains that were stuck in
             it stand where randomly chosen others do.
         """
         if self.is_done:

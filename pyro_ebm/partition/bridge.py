@@ -37,7 +37,7 @@ def bridge_sampling(
     energy: Energy,
     draws: Tensor,
     *,
-    proposal: Literal["gaussian", "student"] | dist.TorchDistribution = "gaussian",
+    proposal: dist.TorchDistribution | Literal["gaussian", "student"] = "gaussian",
     num_proposal_draws: int | None = None,
     progress_bar: bool = True,
 ) -> LogPartitionEstimate:

@@ -70,9 +70,6 @@ def quadrature(
 ) -> LogPartitionEstimate:
     r"""Integrate ``e^-f`` over its support, for events of up to three numbers.
 
-    Exactness: *exact* up to ``tolerance`` where the status says so; the last change on
-    halving the grid is reported as the standard error.
-
     Args:
         energy: Its support may be anything that ``biject_to`` knows.
         loc: About where the mass is, in unconstrained space; broadcast to the event.
@@ -88,6 +85,9 @@ def quadrature(
 
     Raises:
         ValueError: If the event has more than three numbers.
+
+    Exactness: *exact* up to ``tolerance`` where the status says so; the last change on
+    halving the grid is reported as the standard error.
 
     Example:
         >>> f = pyro_ebm.energies.FunctionEnergy(lambda x: x**2 / 2, ())

@@ -4,9 +4,9 @@ Draws of :math:`e^{-f}`, however rough, tell where it is. A multivariate Student
 fitted to them in unconstrained space by expectation maximisation,
 
 .. math::
-    w_n = \frac{\nu + d}{\nu + (u_n - m)^\top S^{-1} (u_n - m)}, \qquad
-    m \leftarrow \frac{\sum_n w_n u_n}{\sum_n w_n}, \qquad
-    S \leftarrow \frac1N \sum_n w_n (u_n - m)(u_n - m)^\top               \tag{1}
+    w_n &= \frac{\nu + d}{\nu + (u_n - m)^\top S^{-1} (u_n - m)}               \\
+    m   &\leftarrow \frac{\sum_n w_n u_n}{\sum_n w_n}                         \\
+    S   &\leftarrow \frac1N \sum_n w_n (u_n - m)(u_n - m)^\top            \tag{1}
 
 and mixed with the old base :math:`p_0`, so that a mode which the draws have missed
 still has its share of particles:

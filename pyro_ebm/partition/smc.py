@@ -101,14 +101,14 @@ def smc(
         progress_bar: Whether to show the energy evaluations, if it takes more than a
             second.
 
-    Exactness: *consistent*; the islands' spread cannot see a mode that all missed.
-
     Returns:
         The estimate with Student's 95 % interval over the islands.
 
     Raises:
         DivergenceError: If the energy is finite at no draw of the base.
         ValueError: If a count is out of range or the base does not fit the energy.
+
+    Exactness: *consistent*; the islands' spread cannot see a mode that all missed.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.ones(2))

@@ -3,8 +3,8 @@ r"""A triangular map that undoes the dependence between the coordinates of draws
 Coordinate by coordinate, with features of those before it,
 
 .. math::
-    x_k = \mu_k(x_{<k}) + e^{s_k(x_{<k})}\, z_k, \qquad
-    \mu_k = a_k + \sum_{j<k} b_{kj} x_j + c_{kj} x_j^2, \qquad
+    x_k   &= \mu_k(x_{<k}) + e^{s_k(x_{<k})}\, z_k                            \\
+    \mu_k &= a_k + \sum_{j<k} b_{kj} x_j + c_{kj} x_j^2, \qquad
     s_k = d_k + \sum_{j<k} g_{kj} x_j                                      \tag{1}
 
 so that a correlation, a bend and a funnel are all within reach, and the coefficients

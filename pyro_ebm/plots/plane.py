@@ -55,12 +55,12 @@ def density(
     Returns:
         The axes.
 
-    Exactness: as exact as ``distribution.log_prob``; the title says so where the
-    distribution is not normalised.
-
     Raises:
         ValueError: If the event is not a vector of two numbers, or ``bounds`` are not
             two intervals.
+
+    Exactness: as exact as ``distribution.log_prob``; the title says so where the
+    distribution is not normalised.
 
     Example:
         >>> normal = dist.Normal(torch.zeros(2), 1.0).to_event(1)

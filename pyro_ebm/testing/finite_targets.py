@@ -119,11 +119,13 @@ def kaufman(rows: int, columns: int, coupling: float) -> float:
     :math:`\gamma_0 = 2J + \log\tanh J`,
 
     .. math::
-        Z = \tfrac12 (2 \sinh 2J)^{mn/2} \Big[\prod_{k} 2\cosh\tfrac m2\gamma_{2k+1}
-            + \prod_{k} 2\sinh\tfrac m2\gamma_{2k+1}
-            + \prod_{k} 2\cosh\tfrac m2\gamma_{2k}
-            + \prod_{k} 2\sinh\tfrac m2\gamma_{2k}\Big],
-            \quad k = 0, \dots, n - 1 .
+        Z = \tfrac12 (2 \sinh 2J)^{mn/2} \Big[
+            &\prod_{k} 2\cosh\tfrac m2\gamma_{2k+1}
+            + \prod_{k} 2\sinh\tfrac m2\gamma_{2k+1}                           \\
+            &+ \prod_{k} 2\cosh\tfrac m2\gamma_{2k}
+            + \prod_{k} 2\sinh\tfrac m2\gamma_{2k}\Big]
+
+    for :math:`m` rows and :math:`n` columns, :math:`k = 0, \dots, n - 1`.
 
     Exactness: *exact*.
 

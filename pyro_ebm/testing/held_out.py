@@ -133,7 +133,10 @@ def banana(dim: int = 10, bend: float = 0.03, scale: float = 10.0) -> Target:
 
 
 def two_modes(dim: int = 6, distance: float = 9.0, weight: float = 0.7) -> Target:
-    r"""Two far modes: :math:`-f = \log(w e^{-|x-m|^2/2} + (1-w) e^{-|x+m|^2/2})`.
+    r"""Two far modes.
+
+    .. math::
+        -f = \log\left(w e^{-|x-m|^2/2} + (1-w) e^{-|x+m|^2/2}\right)
 
     ``m`` is on the diagonal and ``distance`` is that of the modes in units of their
     standard deviation: at 9 the way from one to the other climbs by 10 nats. The base
@@ -253,7 +256,10 @@ def beta_product(
     first: Sequence[float] = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0),
     second: Sequence[float] = (4.0, 0.8, 0.6, 3.0, 1.0, 2.0),
 ) -> Target:
-    r"""In a box: :math:`-f = \sum_i (a_i - 1) \log x_i + (b_i - 1) \log(1 - x_i)`.
+    r"""Independent beta variables, in a box.
+
+    .. math::
+        -f = \sum_i (a_i - 1) \log x_i + (b_i - 1) \log(1 - x_i)
 
     The base is the uniform distribution.
 
