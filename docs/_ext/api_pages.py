@@ -186,6 +186,13 @@ def hide_factories(app, what, name, value, options, signature, returns):
     return (signature or "").replace("<factory>", "...") or None, returns
 
 
+def show_public_bases(app, name, value, options, bases):
+    """In the place of a private base, a private home of shared code, stand its own."""
+    for number, base in reversed(list(enumerate(bases))):
+        if getattr(base, "__name__", "").startswith("_"):
+            bases[number : number + 1] = base.__bases__
+
+
 def setup(app):
     app.setup_extension("sphinx.ext.autodoc")  # whose event this listens to
     app.add_config_value("api_packages", list(pyro_ebm.__all__), "env", types=[list])
@@ -193,4 +200,5 @@ def setup(app):
     app.connect("missing-reference", resolve)
     app.connect("object-description-transform", drop_repeated)
     app.connect("autodoc-process-signature", hide_factories)
+    app.connect("autodoc-process-bases", show_public_bases)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

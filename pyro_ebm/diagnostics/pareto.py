@@ -4,8 +4,8 @@ The excesses of the ``M`` largest weights over the next one are fitted by a gene
 Pareto distribution with shape ``k`` and scale ``sigma``,
 
 .. math::
-    P(w - c > y \mid w > c) = (1 + k y / \sigma)^{-1/k}, \qquad
-    M = \lceil \min(N / 5,\ 3 \sqrt N) \rceil                              \tag{1}
+    P(w - c > y \mid w > c) &= (1 + k y / \sigma)^{-1/k}                       \\
+    M &= \lceil \min(N / 5,\ 3 \sqrt N) \rceil                              \tag{1}
 
 Moments of order ``1 / k`` and above are infinite: beyond ``k = 1/2`` the weights have
 no variance, and beyond about 0.7 their mean cannot be estimated with any practical

@@ -3,14 +3,14 @@ r"""The restricted Boltzmann machine over its visible units.
 With binary visible units :math:`v` and hidden units :math:`h`,
 
 .. math::
-    f(v) = -\log \sum_h e^{v^\top W h + b^\top v + c^\top h}
-         = -b^\top v - \sum_j \log\left(1 + e^{c_j + (W^\top v)_j}\right)  \tag{1}
+    f(v) &= -\log \sum_h e^{v^\top W h + b^\top v + c^\top h}                  \\
+         &= -b^\top v - \sum_j \log\left(1 + e^{c_j + (W^\top v)_j}\right)  \tag{1}
 
 the free energy. Either layer is independent given the other:
 
 .. math::
-    p(h_j = 1 \mid v) = \sigma(c_j + (W^\top v)_j), \qquad
-    p(v_i = 1 \mid h) = \sigma(b_i + (W h)_i)                              \tag{2}
+    p(h_j = 1 \mid v) &= \sigma(c_j + (W^\top v)_j)                            \\
+    p(v_i = 1 \mid h) &= \sigma(b_i + (W h)_i)                              \tag{2}
 
 References:
     Hinton (2002), Neural Computation 14, 1771-1800.

@@ -1,8 +1,8 @@
 r"""A linear layer that never stretches a vector by more than a given factor.
 
 .. math::
-    \tilde W = W \min\Big(1, \frac{c}{\hat\sigma(W)}\Big), \qquad
-    \hat\sigma(W) = \big(\operatorname{tr} (W^\top W)^{32}\big)^{1/64}
+    \tilde W &= W \min\Big(1, \frac{c}{\hat\sigma(W)}\Big)                    \\
+    \hat\sigma(W) &= \big(\operatorname{tr} (W^\top W)^{32}\big)^{1/64}
     \ge \sigma_{\max}(W)                                                   \tag{1}
 
 :math:`\hat\sigma` is the Schatten norm of order 64, by four squarings of the smaller

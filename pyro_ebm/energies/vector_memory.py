@@ -13,9 +13,9 @@ The update (3) is one head of attention with :math:`x` as the query and the patt
 keys and values; it never raises the energy. Completing the square in (1),
 
 .. math::
-    e^{-f(x)} = \sum_\mu e^{\ell_\mu + \beta |\xi^\mu|^2 / 2}\,
-        e^{-\beta |x - \xi^\mu|^2 / 2}, \qquad
-    \log Z = \frac D2 \log \frac{2\pi}\beta
+    e^{-f(x)} &= \sum_\mu e^{\ell_\mu + \beta |\xi^\mu|^2 / 2}\,
+        e^{-\beta |x - \xi^\mu|^2 / 2}                                        \\
+    \log Z &= \frac D2 \log \frac{2\pi}\beta
         + \log \sum_\mu e^{\ell_\mu + \beta |\xi^\mu|^2 / 2}                \tag{4}
 
 So the memory is a mixture of Gaussians, (3) is an EM step for where a draw was before

@@ -6,9 +6,9 @@ a map in front (:mod:`pyro_ebm.partition.triangular`). For each coordinate of th
 the components and residuals :math:`y_{nk} = (z_n - m_k) / s_k`,
 
 .. math::
-    v_{nk} = r_{nk}\,\frac{\nu + 1}{\nu + y_{nk}^2}, \qquad
-    m_k \leftarrow \frac{\sum_n v_{nk} z_n}{\sum_n v_{nk}}, \qquad
-    s_k^2 \leftarrow \frac{\sum_n v_{nk} (z_n - m_k)^2 + s_0^2}
+    v_{nk} &= r_{nk}\,\frac{\nu + 1}{\nu + y_{nk}^2}, \qquad
+    m_k \leftarrow \frac{\sum_n v_{nk} z_n}{\sum_n v_{nk}}                    \\
+    s_k^2 &\leftarrow \frac{\sum_n v_{nk} (z_n - m_k)^2 + s_0^2}
                           {\sum_n r_{nk} + 1}                              \tag{1}
 
 with one pseudo-draw at the centre of each, of scale :math:`s_0`, so that no component

@@ -14,9 +14,9 @@ further evaluation of the energy; its trapezoidal sum is corrected at the ends b
 slopes,
 
 .. math::
-    -\log \hat Z = \sum_k \tfrac{h_k}{2} (u_k + u_{k+1})
-        + \tfrac{h_k^2}{12} (v_{k+1} - v_k),
-    \qquad v_k = \mathrm{Var}_{\beta_k}[f - f_0]                            \tag{2}
+    -\log \hat Z &= \sum_k \tfrac{h_k}{2} (u_k + u_{k+1})
+        + \tfrac{h_k^2}{12} (v_{k+1} - v_k)                                   \\
+    v_k &= \mathrm{Var}_{\beta_k}[f - f_0]                            \tag{2}
 
 References:
     Gelman & Meng (1998), Statistical Science 13, 163-185.

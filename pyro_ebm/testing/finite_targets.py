@@ -115,14 +115,13 @@ def rbm(num_visible: int = 60, num_hidden: int = 16, scale: float = 0.5) -> Targ
 def kaufman(rows: int, columns: int, coupling: float) -> float:
     r""":math:`\log Z` of the Ising torus with ``coupling > 0``, by Kaufman's formula.
 
-    With :math:`\cosh\gamma_l = \cosh^2(2J)/\sinh(2J) - \cos(l\pi/n)` and
-    :math:`\gamma_0 = 2J + \log\tanh J`,
-
     .. math::
-        Z = \tfrac12 (2 \sinh 2J)^{mn/2} \Big[
-            &\prod_{k} 2\cosh\tfrac m2\gamma_{2k+1}
+        \cosh\gamma_l &= \frac{\cosh^2 2J}{\sinh 2J} - \cos\frac{l\pi}{n}, \qquad
+        \gamma_0 = 2J + \log\tanh J                                            \\
+        Z &= \tfrac12 (2 \sinh 2J)^{mn/2} \Big[
+            \prod_{k} 2\cosh\tfrac m2\gamma_{2k+1}
             + \prod_{k} 2\sinh\tfrac m2\gamma_{2k+1}                           \\
-            &+ \prod_{k} 2\cosh\tfrac m2\gamma_{2k}
+            &\qquad + \prod_{k} 2\cosh\tfrac m2\gamma_{2k}
             + \prod_{k} 2\sinh\tfrac m2\gamma_{2k}\Big]
 
     for :math:`m` rows and :math:`n` columns, :math:`k = 0, \dots, n - 1`.

@@ -289,8 +289,8 @@ def eight_schools(prior_scale: float = 5.0) -> Target:
     r"""A hierarchical model: eight effects of coaching, each with its standard error.
 
     .. math::
-        y_i \sim \mathcal N(\mu + \tau z_i, s_i), \quad z_i \sim \mathcal N(0, 1),
-        \quad \mu \sim \mathcal N(0, c), \quad \tau \sim \mathrm{HalfCauchy}(c)
+        &y_i \sim \mathcal N(\mu + \tau z_i, s_i), \quad z_i \sim \mathcal N(0, 1) \\
+        &\mu \sim \mathcal N(0, c), \quad \tau \sim \mathrm{HalfCauchy}(c)
 
     The coordinates are ``(mu, log tau, z_1, ..., z_8)`` and ``log Z`` is the evidence:
     with :math:`\mu` and :math:`z` summed out in closed form, an integral over
