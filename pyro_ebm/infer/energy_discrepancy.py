@@ -1,10 +1,10 @@
 r"""Energy discrepancy: compare a datum with what it could have been perturbed from.
 
 .. math::
-    J &= -\log\Big(\frac wM + \frac1M \sum_{m=1}^{M}
-        e^{f_\theta(x) - f_\theta(x + \sqrt t\, \xi + \sqrt t\, \xi_m)}\Big)      \\
-    \xi, \xi_m &\sim \mathcal{N}(0, I)                               \tag{1}
+    J = -\log\Big(\frac wM + \frac1M \sum_{m=1}^{M}
+        e^{f_\theta(x) - f_\theta(x + \sqrt t\, \xi + \sqrt t\, \xi_m)}\Big) \tag{1}
 
+With standard normal :math:`\xi` and :math:`\xi_m`,
 :math:`x + \sqrt t\,\xi` is what is seen of the datum, and :math:`\xi_m` lead back to
 where it may have come from; log Z cancels. The population value is that of score
 matching for :math:`t \to 0` and of maximum likelihood for :math:`t \to \infty`. The
