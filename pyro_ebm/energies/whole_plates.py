@@ -5,8 +5,9 @@ A plate that subsamples :math:`B` of :math:`N` rows scales what is inside by
 
 .. math::
     f(z) = -\log p(z) - \sum_{k=1}^{\lceil N / B \rceil} \sum_{i \in I_k}
-        \log p(y_i \mid z),
-    \qquad I_1 \cup I_2 \cup \dots = \{1, \dots, N\}                       \tag{1}
+        \log p(y_i \mid z)                                                \tag{1}
+
+over parts :math:`I_k` of :math:`B` rows each, the last of those that are left.
 
 Pyro fixes the number of rows in a plate before a handler hears of it, but leaves open
 which they are. So the model is run once for each :math:`I_k`; what is outside of the
