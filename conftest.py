@@ -2,6 +2,7 @@
 
 import doctest
 import os
+import sys
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -44,7 +45,7 @@ def dtype(request):
 
 @pytest.fixture(autouse=True)
 def fresh_state(dtype):
-    """Give each test the same random numbers, no parameters and one thread."""
+    """Give each test the same random numbers, one thread, no parameters, no figures."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     torch.set_num_threads(1)
@@ -52,6 +53,8 @@ def fresh_state(dtype):
     pyro.set_rng_seed(0)
     yield
     torch.set_default_dtype(before)
+    if plt := sys.modules.get("matplotlib.pyplot"):
+        plt.close("all")  # else the next test draws into what this one left
 
 
 @pytest.fixture(autouse=True)
