@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import pyro_ebm
+from pyro_ebm.energies import conjugate
 
 
 def pytest_addoption(parser):
@@ -44,8 +45,10 @@ def dtype(request):
 
 
 @pytest.fixture(autouse=True)
-def fresh_state(dtype):
-    """Give each test the same random numbers, one thread, no parameters, no figures."""
+def fresh_state(dtype, monkeypatch):
+    """Give each test the same random numbers, and nothing that another left behind."""
+    rules = list(conjugate._RULES)  # to which a test or an example may add
+    monkeypatch.setattr(conjugate, "_RULES", rules)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     torch.set_num_threads(1)
