@@ -23,6 +23,7 @@ from torch.distributions.transforms import _InverseTransform
 
 from pyro_ebm.energies.base import ClosedForm, Energy
 from pyro_ebm.energies.model_prior import ModelPrior
+from pyro_ebm.energies.normalization import require_normalized
 from pyro_ebm.energies.unconstrained import same_support
 
 
@@ -39,7 +40,7 @@ class DistributionEnergy(Energy):
 
     Raises:
         TypeError: If it is no distribution.
-        ValueError: If the distribution has a batch shape.
+        ValueError: If the distribution has a batch shape or is not normalised.
 
     Example:
         >>> f = DistributionEnergy(dist.Gamma(3.0, 1.0))
@@ -51,6 +52,7 @@ class DistributionEnergy(Energy):
 
     def __init__(self, distribution: dist.TorchDistribution) -> None:
         require_single(distribution, "distribution")
+        require_normalized(distribution, "distribution")
         super().__init__(distribution.event_shape, distribution.support)
         self.distribution = distribution
         with torch.random.fork_rng(devices=[]):  # building must not move the stream
@@ -119,12 +121,13 @@ def base_energy(
 
     Raises:
         TypeError: If ``base`` is no distribution.
-        ValueError: If its batch shape is not empty, or its event shape or support is
-            not that of the energy.
+        ValueError: If its batch shape is not empty, its event shape or support is not
+            that of the energy, or it is not normalised.
     """
     if base is None:
         return None
     require_single(base, "base")
+    require_normalized(base, "base")
     if base.event_shape != energy.event_shape:
         raise ValueError(
             f"base must have event_shape {tuple(energy.event_shape)}, that of the "

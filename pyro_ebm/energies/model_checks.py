@@ -1,6 +1,12 @@
 """Which Pyro models have a density that an energy can hold."""
 
-__all__ = ["check_same", "check_site", "check_supports", "is_masked"]
+__all__ = [
+    "check_log_partitions",
+    "check_same",
+    "check_site",
+    "check_supports",
+    "is_masked",
+]
 
 from typing import Any
 
@@ -11,6 +17,7 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.energies.model_runs import samples, unwrapped
+from pyro_ebm.energies.normalization import require_normalized, unnormalized_part
 from pyro_ebm.energies.unconstrained import same_support
 
 
@@ -20,6 +27,20 @@ def is_masked(site: Any) -> bool:
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
     return site["mask"] is not None or isinstance(fn, dist.MaskedDistribution)
+
+
+def check_log_partitions(trace: Trace) -> None:
+    """Check that the energies at the sites of a model know their log Z.
+
+    A posterior can do without, an evidence cannot.
+
+    Raises:
+        ValueError: If one does not.
+    """
+    for name, site in samples(trace):
+        part = unnormalized_part(site["fn"])
+        if hasattr(part, "is_normalized"):  # masks and improper priors are allowed
+            require_normalized(part, f"site {name!r}")
 
 
 def check_site(name: str, site: Any) -> None:

@@ -25,6 +25,7 @@ from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.model_checks import is_masked
 from pyro_ebm.energies.model_runs import Model, samples
 from pyro_ebm.energies.model_sites import ModelSites
+from pyro_ebm.energies.normalization import unnormalized_part
 
 #: Draws of a vectorised run whose densities are compared with those of the energy.
 _NUM_CHECKED = 4
@@ -39,7 +40,8 @@ def prior_model(model: Model, trace: Trace) -> Model:
 
     Raises:
         NotImplementedError: If the prior is not normalised: a latent site is scaled,
-            masked or improper, or has a density that a reparametriser gave it.
+            masked or improper, an energy whose log Z is unknown, or has a density that
+            a reparametriser gave it.
     """
     sites = samples(trace)
     for name, site in sites:
@@ -191,6 +193,8 @@ def _require_normalized(name: str, site: dict[str, Any]) -> None:
         reason = "is scaled"
     elif is_masked(site):
         reason = "is masked"
+    elif unnormalized_part(fn) is not None:
+        reason = "is an energy whose log Z is unknown or unreliable"
     if reason:
         raise NotImplementedError(
             f"the prior of the model is not a normalised density: site {name!r} "

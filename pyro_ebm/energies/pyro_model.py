@@ -21,11 +21,13 @@ from typing import Any, final
 import pyro
 import pyro.poutine as poutine
 import torch
+from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.graph_recording import UntraceableError, first_line
+from pyro_ebm.energies.model_checks import check_log_partitions
 from pyro_ebm.energies.model_prior import ModelPrior, prior_model
 from pyro_ebm.energies.model_runs import run_model, samples
 from pyro_ebm.energies.model_sites import ModelSites, find_sites
@@ -262,9 +264,7 @@ class PyroModelEnergy(Energy):
                 masked or scaled.
         """
         if self._prior is None:
-            with torch.random.fork_rng(devices=[]):
-                trace = run_model(self.model, self._args, self._kwargs)
-            model = prior_model(self.model, trace)
+            model = prior_model(self.model, self._run())
             energy = PyroModelEnergy(
                 model, *self._args, compile=self._compile, **self._kwargs
             )
@@ -273,6 +273,18 @@ class PyroModelEnergy(Energy):
                 energy, model, self._args, self._kwargs, self._sites
             )
         return self._prior
+
+    def check_evidence(self) -> None:
+        r"""Check that :math:`\log Z` is the log evidence of the model.
+
+        Raises:
+            ValueError: If an energy at one of its sites does not know its log Z.
+        """
+        check_log_partitions(self._run())
+
+    def _run(self) -> Trace:
+        with torch.random.fork_rng(devices=[]):
+            return run_model(self.model, self._args, self._kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Energy":  # noqa: FBT001, FBT002
         # nn.Module moves parameters and buffers only; the data go with them.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Energy, same_support
+from pyro_ebm.energies.normalization import require_normalized
 
 #: A distribution, a module that returns one, or ``None`` for the base of the model.
 Noise = dist.TorchDistribution | torch.distributions.Distribution | nn.Module | None
@@ -104,7 +105,8 @@ def require_noise(noise: Any, energy: Energy, argument: str = "noise") -> None:
 
     Raises:
         TypeError: If the noise cannot be sampled or scored.
-        ValueError: If it is not one distribution over the same events and support.
+        ValueError: If it is not one distribution over the same events and support, or
+            not normalised.
     """
     kind = type(noise).__name__
     for name in ("sample", "log_prob"):
@@ -113,6 +115,7 @@ def require_noise(noise: Any, energy: Energy, argument: str = "noise") -> None:
                 f"{argument} must have sample and log_prob, and {kind} has no {name}. "
                 "Take a Pyro distribution, or a flow; a guide must return one."
             )
+    require_normalized(noise, argument)
     if noise.batch_shape or noise.event_shape != energy.event_shape:
         raise ValueError(
             f"{argument} must be one distribution with event_shape "

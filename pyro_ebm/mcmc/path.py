@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_ebm.energies import DistributionEnergy, Energy, same_support, unconstrained
 from pyro_ebm.energies.distribution import require_single
+from pyro_ebm.energies.normalization import require_normalized
 from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
 
@@ -77,11 +78,13 @@ class GeometricPath(Energy):
         num_evaluations: Evaluations of the target so far, one a point.
 
     Raises:
-        ValueError: If the base has a batch shape, another event or another support.
+        ValueError: If the base has a batch shape, another event or another support, or
+            is not normalised.
     """
 
     def __init__(self, energy: Energy, base: dist.TorchDistribution) -> None:
         require_single(base, "base")
+        require_normalized(base, "base")
         base_energy = DistributionEnergy(base)
         if base.event_shape != energy.event_shape:
             raise ValueError(

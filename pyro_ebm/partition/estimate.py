@@ -67,7 +67,8 @@ def estimate(
 
     Raises:
         TypeError: If ``target`` is no energy, has none and is no Pyro model.
-        ValueError: If an argument is out of range, or a base is needed and missing.
+        ValueError: If an argument is out of range, a base is needed and missing or not
+            normalised, or a model has an energy whose log Z is unknown.
 
     Warns:
         UnreliableWarning: If the status is neither ``"exact"`` nor ``"ok"``.
@@ -80,6 +81,8 @@ def estimate(
         exact 0.5949
     """
     energy = _energy_of(target)
+    if isinstance(energy, PyroModelEnergy):
+        energy.check_evidence()
     if budget is not None and budget < 1:
         raise ValueError(f"budget must be positive, got {budget}.")
     result = closed_form(energy) if method in ("auto", "exact") else None

@@ -22,6 +22,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_ebm.energies.model_checks import check_log_partitions
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.importance import chunks, estimate_from_weights
 
@@ -65,7 +66,8 @@ def importance_sampling_of_model(
 
     Raises:
         ValueError: If guide and model do not have the same latent sites, a plate is
-            subsampled, a number is out of range, or ``vectorized=True`` cannot be.
+            subsampled, an energy does not know its log Z, a number is out of range, or
+            ``vectorized=True`` cannot be.
 
     Exactness: *unbiased for Z*, if the guide covers the posterior.
 
@@ -219,7 +221,7 @@ def _latent(trace: Trace) -> dict[str, Any]:
 
 
 def _check_sites(traces: _Traces) -> None:
-    """Check that guide and model have the same latent sites and all the data.
+    """Check that guide and model have the same latent sites, all the data and log Z.
 
     Raises:
         ValueError: If not.
@@ -234,6 +236,7 @@ def _check_sites(traces: _Traces) -> None:
             'Mark a site that only helps with infer={"is_auxiliary": True}.'
         )
     for trace in traces:
+        check_log_partitions(trace)
         for name, site in trace.nodes.items():
             for frame in site.get("cond_indep_stack", ()):
                 if frame.full_size not in (None, frame.size):

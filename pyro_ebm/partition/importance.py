@@ -39,6 +39,7 @@ from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
 from pyro_ebm.diagnostics.pareto import pareto_k, pareto_std_error
 from pyro_ebm.energies import Energy, is_unconstrained, same_support
 from pyro_ebm.energies.model_runs import unwrapped
+from pyro_ebm.energies.normalization import require_normalized
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.progress import watched
 
@@ -82,7 +83,8 @@ def importance_sampling(
 
     Raises:
         TypeError: If ``proposal`` is no distribution.
-        ValueError: If it does not fit the energy or ``num_samples`` is below 25.
+        ValueError: If it does not fit the energy, is not normalised, or ``num_samples``
+            is below 25.
 
     Exactness: *unbiased for Z*, if the proposal covers the support.
 
@@ -214,13 +216,15 @@ def check_proposal(energy: Energy, proposal: dist.TorchDistribution, name: str) 
 
     Raises:
         TypeError: If it is no distribution.
-        ValueError: If its batch, event or support does not fit.
+        ValueError: If its batch, event or support does not fit, or it is not
+            normalised.
     """
     if not isinstance(proposal, torch.distributions.Distribution):
         raise TypeError(
             f"{name} must be a distribution with sample and log_prob, got "
             f"{type(proposal).__name__}. A zuko flow becomes one when called: flow()."
         )
+    require_normalized(proposal, name)
     shapes = tuple(proposal.batch_shape), tuple(proposal.event_shape)
     if shapes != ((), tuple(energy.event_shape)):
         raise ValueError(
