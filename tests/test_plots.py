@@ -69,7 +69,7 @@ def test_density_says_what_it_shows(ax):
 
 
 def test_density_says_that_it_is_not_normalised(ax):
-    energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+    energy = pyro_ebm.energies.FunctionEnergy(lambda x: x.square().sum(-1), (2,))
     plots.density(pyro_ebm.EnergyDistribution(energy), BOUNDS, ax)
     assert ax.get_title() == "unnormalised density $e^{-f(x)}$"
 

@@ -40,8 +40,8 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
     Args:
         energy: The energy :math:`f`.
         log_partition: :math:`\log Z` in nats: a number, a scalar tensor, an estimate of
-            :mod:`pyro_ebm.partition`, or ``None`` where it is unknown; then it counts
-            as 0 and ``is_normalized`` is false.
+            :mod:`pyro_ebm.partition`, or ``None`` for that of the energy's closed form.
+            Without one it is unknown, counts as 0, and ``is_normalized`` is false.
         sampler: How to draw; default: one HMC chain a draw, or exactly where the energy
             has a closed form.
         validate_args: Whether ``log_prob`` checks its argument; Pyro's default.
@@ -81,6 +81,9 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
                 "callable: pyro_ebm.energies.FunctionEnergy(fn, event_shape)."
             )
         _bind_parameters(energy)
+        known = energy.closed_form() if log_partition is None else None
+        if known is not None:  # with its gradient
+            log_partition = known.log_partition
         self.energy = energy
         self.log_partition = _as_scalar(log_partition, energy)
         #: Standard error of ``log_partition`` in nats; 0 where none was given.
@@ -230,7 +233,7 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
                 f"{self} stands in a guide, where its log_prob must be normalised with "
                 f"a gradient; log_partition is {self.log_partition.item():.6g}, the "
                 f"closed form is {exact.item():.6g}. Build the distribution by an "
-                "EnergyModel, or with log_partition=energy.closed_form().log_partition."
+                "EnergyModel, or leave log_partition=None."
             )
 
     def require_no_free_log_partition(self) -> None:

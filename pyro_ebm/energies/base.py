@@ -59,7 +59,7 @@ class Energy(nn.Module, ABC):
             :math:`\mathbb{R}^{\mathrm{event\_shape}}`.
 
     Raises:
-        TypeError: If ``event_shape`` is a number.
+        TypeError: If ``event_shape`` is a number or ``support`` no constraint.
         ValueError: If the support has another ``event_dim`` than the event.
 
     Example:
@@ -83,6 +83,11 @@ class Energy(nn.Module, ABC):
         event_dim = len(self.event_shape)
         if support is None:
             support = constraints.independent(constraints.real, event_dim)
+        elif not isinstance(support, Constraint):
+            raise TypeError(
+                f"support must be a constraint, got {support!r}. They are in "
+                "pyro.distributions.constraints, such as constraints.positive."
+            )
         elif support.event_dim != event_dim:
             raise ValueError(
                 f"support must have event_dim {event_dim}, the number of dimensions "
@@ -176,12 +181,28 @@ class Energy(nn.Module, ABC):
 
         Returns:
             ``f(x)`` of shape ``(*batch,)`` and the gradient in the shape of ``x``.
+
+        Raises:
+            ValueError: If the energy does not depend on ``x`` by differentiable
+                operations.
         """
+        grad = None
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             energy = self(x)
-            # Ones instead of a sum: one operation less, forward and backward.
-            (grad,) = torch.autograd.grad(energy, x, torch.ones_like(energy))
+            if energy.requires_grad:
+                # Ones instead of a sum: one operation less, forward and backward.
+                ones = torch.ones_like(energy)
+                (grad,) = torch.autograd.grad(energy, x, ones, allow_unused=True)
+        if grad is None:
+            raise ValueError(
+                f"{type(self).__name__} must have a gradient in x, which chains follow "
+                "and so do the walkers that track log Z; it has none: it detaches x, "
+                "compares or rounds it. Build it from differentiable operations. What "
+                "has values only can be learned by "
+                "ObjectiveLoss(energy, NoiseContrastive(noise)), and its log Z is "
+                "found by pyro_ebm.partition.importance_sampling."
+            )
         return energy.detach(), grad
 
     def closed_form(self) -> ClosedForm | None:

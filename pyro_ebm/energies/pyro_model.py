@@ -13,6 +13,7 @@ so :math:`e^{-f} / Z` is the posterior, and :math:`\log Z` the log evidence.
 __all__ = ["PyroModelEnergy"]
 
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -117,6 +118,7 @@ class PyroModelEnergy(Energy):
                 f"model must be a Pyro model, got {type(model).__name__}. An energy "
                 'becomes one as lambda: pyro.sample("x", EnergyDistribution(energy)).'
             )
+        _check_arguments(model, args, kwargs)
         sites = _inspect(model, args, kwargs)
         super().__init__(sites.example.shape)
         self.register_buffer("origin", sites.example, persistent=False)
@@ -301,6 +303,23 @@ class PyroModelEnergy(Energy):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._build(_inspect(self.model, self._args, self._kwargs))
+
+
+def _check_arguments(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    try:
+        signature = inspect.signature(model)
+    except ValueError:  # not known of some callables
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"model cannot be called with the arguments that it was given: {error}. "
+            "Bind them, functools.partial(model, *args). An energy f(x) is no model: "
+            "wrap it as pyro_ebm.energies.FunctionEnergy(fn, event_shape)."
+        ) from None
 
 
 def _owner(model: Any) -> nn.Module | None:

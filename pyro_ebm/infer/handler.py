@@ -21,6 +21,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution, MixtureOfExperts
+from pyro_ebm.energies.normalization import inner_distributions
 from pyro_ebm.infer.checks import require_learnable, require_objective
 from pyro_ebm.infer.maximum_likelihood import MaximumLikelihood
 from pyro_ebm.infer.objective import Objective, Surrogate
@@ -35,8 +36,8 @@ def maximum_likelihood(model: Callable[..., Any], **settings: Any) -> "Objective
         **settings: See :class:`MaximumLikelihood`.
 
     Returns:
-        A model for ``SVI`` under any ELBO. The model itself still goes to NUTS,
-        Predictive and ``poutine.condition``.
+        A model for ``SVI`` under any ELBO but those of torch's JIT. The model itself
+        still goes to NUTS, Predictive and ``poutine.condition``.
 
     Raises:
         TypeError: If the model cannot be called, or a setting is of another type.
@@ -103,7 +104,18 @@ class ObjectiveModel(nn.Module):
         self._checked: set[str] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model with the objective at its energy sites."""
+        """Run the model with the objective at its energy sites.
+
+        Raises:
+            NotImplementedError: Under torch's JIT, or if an energy is inside of another
+                distribution than a mixture of experts.
+        """
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise NotImplementedError(
+                "a model that learns an energy cannot be traced by torch's JIT: its "
+                "chains, and the average over the steps, would be left as they were in "
+                "the first step. Use the ELBO without Jit in its name."
+            )
         with _ObjectiveMessenger(self):
             return self.model(*args, **kwargs)
 
@@ -239,19 +251,24 @@ def _map_energy(
     """Replace the energy distribution inside Pyro's wrappers, if there is one."""
     if isinstance(fn, EnergyDistribution):
         return replace(fn)
-    inner = getattr(fn, "base_dist", None)
-    if inner is None:
-        return fn
-    new = _map_energy(inner, replace)
-    if new is inner:
+    if not _has_energy(fn):
         return fn
     if isinstance(fn, dist.Independent):
+        new = _map_energy(fn.base_dist, replace)
         return new.to_event(fn.reinterpreted_batch_ndims)
     if isinstance(fn, dist.MaskedDistribution):
-        return new.mask(fn._mask)
+        return _map_energy(fn.base_dist, replace).mask(fn._mask)
     if isinstance(fn, dist.ExpandedDistribution):
-        return new.expand(fn.batch_shape)
+        return _map_energy(fn.base_dist, replace).expand(fn.batch_shape)
     raise NotImplementedError(
         f"an EnergyDistribution inside {type(fn).__name__} cannot be learned by "
-        "an objective. Independent (.to_event), .mask and .expand can."
+        "an objective. Inside Independent (.to_event), .mask and .expand it can; for "
+        "a mixture take pyro_ebm.distributions.MixtureOfExperts."
+    )
+
+
+def _has_energy(fn: Any) -> bool:
+    inner = inner_distributions(fn)
+    return any(
+        isinstance(part, EnergyDistribution) or _has_energy(part) for part in inner
     )

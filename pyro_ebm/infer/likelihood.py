@@ -30,9 +30,9 @@ class LogLikelihood(NamedTuple):
         is_normalized: Whether :math:`\log Z` was known, and its verdict good.
 
     Example:
-        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(1))
+        >>> energy = pyro_ebm.energies.FunctionEnergy(lambda x: x**4, ())
         >>> q = pyro_ebm.EnergyDistribution(energy)  # log Z unknown
-        >>> pyro_ebm.infer.log_likelihood(q, torch.randn(10, 1)).is_normalized
+        >>> pyro_ebm.infer.log_likelihood(q, torch.randn(10)).is_normalized
         False
     """
 
@@ -59,6 +59,7 @@ def log_likelihood(distribution: EnergyDistribution, x: Tensor) -> LogLikelihood
         Nats a point.
 
     Raises:
+        TypeError: If it is given anything but energy distributions.
         ValueError: If there are fewer than two points.
 
     Exactness: as exact as the log Z of ``distribution``; *unnormalised* if that is
@@ -66,7 +67,7 @@ def log_likelihood(distribution: EnergyDistribution, x: Tensor) -> LogLikelihood
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(1))
-        >>> q = pyro_ebm.EnergyDistribution(energy, energy.closed_form().log_partition)
+        >>> q = pyro_ebm.EnergyDistribution(energy)
         >>> print(pyro_ebm.infer.log_likelihood(q, torch.tensor([[-1.0], [1.0]])))
         -1.4189 +- 0.0000
     """
@@ -95,13 +96,14 @@ def log_likelihood_difference(
         Nats a point, positive where the first model is the better one.
 
     Raises:
+        TypeError: If it is given anything but energy distributions.
         ValueError: If there are fewer than two points.
 
     Exactness: as :func:`log_likelihood`, of both models.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(1))
-        >>> q = pyro_ebm.EnergyDistribution(energy, energy.closed_form().log_partition)
+        >>> q = pyro_ebm.EnergyDistribution(energy)
         >>> x = torch.tensor([[-1.0], [1.0]])
         >>> pyro_ebm.infer.log_likelihood_difference(q, q, x).value
         0.0
@@ -116,6 +118,12 @@ def log_likelihood_difference(
 
 
 def _values(distribution: EnergyDistribution, x: Tensor) -> Tensor:
+    if not isinstance(distribution, EnergyDistribution):
+        raise TypeError(
+            f"distribution must be an EnergyDistribution, got "
+            f"{type(distribution).__name__}. An EnergyModel gives one, "
+            "model.averaged(); a distribution of Pyro has log_prob(x).mean()."
+        )
     if x.dim() <= distribution.event_dim or len(x) < 2:
         raise ValueError(
             "x must hold at least two points, shape (N, *event) with event_shape "

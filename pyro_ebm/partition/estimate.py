@@ -83,8 +83,8 @@ def estimate(
     energy = _energy_of(target)
     if isinstance(energy, PyroModelEnergy):
         energy.check_evidence()
-    if budget is not None and budget < 1:
-        raise ValueError(f"budget must be positive, got {budget}.")
+    if budget is not None and not (isinstance(budget, int) and budget > 0):
+        raise ValueError(f"budget must be a positive whole number, got {budget}.")
     result = closed_form(energy) if method in ("auto", "exact") else None
     if result is None:
         result = _over_finite(
@@ -171,7 +171,8 @@ def _watched(
     if base is None:
         raise ValueError(
             "base is None, and the energy has no exact log Z: give a normalised "
-            "Pyro distribution on its event and support, wider than the target."
+            "Pyro distribution on its event and support, wider than the target. "
+            '(method="exact" integrates over up to three numbers without one.)'
         )
     with watched(energy, budget, is_shown=progress_bar) as target:
         return sampler(target, base, budget, num_replicates)

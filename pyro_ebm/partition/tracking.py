@@ -133,6 +133,28 @@ class LogPartition(StatefulModule):
         """The normalised distribution that the walkers come from."""
         return self._base.distribution
 
+    def get_extra_state(self) -> Tensor:
+        """Log density of the base at two points, to know it again by."""
+        base, _ = unconstrained(self._base)
+        points = torch.arange(1.0, 1 + base.event_shape.numel()).reciprocal()
+        points = points.reshape(base.event_shape).to(**base.tensor_options())
+        return base(torch.stack([points, -points])).detach()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        r"""Check that what is loaded belongs to this base.
+
+        Raises:
+            ValueError: If not: :math:`\log Z` and the walkers would be wrong.
+        """
+        own = self.get_extra_state()
+        if not torch.allclose(state.to(own), own, rtol=1e-4, atol=1e-4):
+            raise ValueError(
+                f"base must be the one that log Z was saved with; {self.base} has "
+                f"other log densities at two points, {(-own).tolist()} for "
+                f"{(-state).tolist()}. Build the EnergyModel as it was, then load. The "
+                "parameters alone are in energy.state_dict()."
+            )
+
     @property
     def is_closed_form(self) -> bool:
         r"""Whether the energy knows its :math:`\log Z`; then nothing is sampled."""

@@ -70,6 +70,20 @@ def test_unknown_log_partition_counts_as_zero_and_says_so():
     torch.testing.assert_close(q.log_prob(x), -ring(x))
 
 
+def test_a_closed_form_is_the_log_partition_with_its_gradient():
+    energy = QuadraticEnergy(torch.zeros(2))
+    q, x = EnergyDistribution(energy), torch.randn(5, 2)
+    assert q.is_normalized
+    normal = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    torch.testing.assert_close(q.log_prob(x), normal.log_prob(x))
+    log_scale = torch.zeros(2, requires_grad=True)
+    normal = dist.Normal(torch.zeros(2), log_scale.exp()).to_event(1)
+    wanted = torch.autograd.grad(normal.log_prob(x).sum(), log_scale)
+    q.log_prob(x).sum().backward()
+    # Its diagonal is that of the precision's Cholesky factor.
+    torch.testing.assert_close(-energy.log_diagonal.grad, *wanted)
+
+
 def test_log_prob_is_pure():
     """No draw, no state: the same value each time, and the stream is not moved."""
     energy = CountingEnergy(FunctionEnergy(ring, (2,)))
@@ -432,8 +446,9 @@ def test_a_guide_with_a_closed_form_is_exact():
 
         return pyro.infer.Trace_ELBO().differentiable_loss(model, guide)
 
-    assert abs(loss(known)) < 1e-12
-    for wrong in (None, 0.5, known.detach()):
+    for right in (known, None):
+        assert abs(loss(right)) < 1e-12
+    for wrong in (0.5, known.detach()):
         with pytest.raises(NotImplementedError, match=r"the closed form is 0\.918939"):
             loss(wrong)
 
@@ -530,8 +545,7 @@ def test_expand_keeps_all_that_it_is():
 
 def test_a_pyro_distribution_is_an_energy_is_a_distribution():
     gamma = dist.Gamma(torch.tensor(3.0), 2.0)
-    energy = DistributionEnergy(gamma)
-    q = EnergyDistribution(energy, energy.closed_form().log_partition)
+    q = EnergyDistribution(DistributionEnergy(gamma))
     x = gamma.sample((5,))
     torch.testing.assert_close(q.log_prob(x), gamma.log_prob(x))
     assert_moments(q.sample((4000,)), 1.5, 0.75)

@@ -314,7 +314,18 @@ def test_a_copy_shares_nothing():
 
 def test_loading_the_wrong_model_is_an_error():
     with pytest.raises(RuntimeError, match=r"size mismatch.*energy\.network"):
-        EnergyModel(NeuralEnergy((2,), (9,))).load_state_dict(trained().state_dict())
+        EnergyModel(NeuralEnergy((2,), (9,)), wide()).load_state_dict(
+            trained().state_dict()
+        )
+
+
+def test_loading_under_another_base_is_an_error():
+    """Its log Z would be off by what the bases differ, with a verdict of ok."""
+    state = trained().state_dict()
+    other = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    with pytest.raises(ValueError, match="base must be the one that log Z was saved"):
+        EnergyModel(neural().energy, other).load_state_dict(state)
+    neural().float().load_state_dict(state)  # rounding is no other base
 
 
 def test_log_partition_follows_once_a_parameter_step():

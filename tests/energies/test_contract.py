@@ -314,6 +314,8 @@ def test_wrong_arguments_are_errors():
         energies.FunctionEnergy(torch.zeros(2), (2,))
     with pytest.raises(ValueError, match="support must have event_dim 1"):
         energies.FunctionEnergy(torch.sum, (2,), constraints.positive)
+    with pytest.raises(TypeError, match=r"must be a constraint, got 'positive'"):
+        energies.FunctionEnergy(torch.sum, (), "positive")
     with pytest.raises(TypeError, match="distribution must be a Pyro distribution"):
         energies.DistributionEnergy(torch.zeros(2))
     with pytest.raises(ValueError, match=r"empty batch_shape.*\.to_event\(1\)"):

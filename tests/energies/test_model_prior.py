@@ -9,7 +9,8 @@ import pytest
 import torch
 from pyro.distributions import constraints
 
-from pyro_ebm.energies import DistributionEnergy, PyroModelEnergy
+from pyro_ebm import EnergyDistribution
+from pyro_ebm.energies import DistributionEnergy, FunctionEnergy, PyroModelEnergy
 
 
 def observe(name, fn, value):
@@ -129,6 +130,17 @@ def test_improper_prior_is_no_path():
     torch.testing.assert_close(energy(u), expected.squeeze(-1))
     with pytest.raises(NotImplementedError, match="site 'x' is improper"):
         energy.prior.sample()
+
+
+def test_an_energy_of_unknown_log_partition_is_no_prior():
+    well = EnergyDistribution(FunctionEnergy(lambda x: x.square() / 8, ()))
+
+    def model():
+        x = pyro.sample("x", well)
+        observe("y", dist.Normal(x, 1.0), 1.0)
+
+    with pytest.raises(NotImplementedError, match="log Z is unknown"):
+        PyroModelEnergy(model).prior.sample()
 
 
 @pytest.mark.parametrize(

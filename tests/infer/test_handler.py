@@ -600,6 +600,36 @@ def test_a_transformed_energy_is_refused():
         run_once(model)
 
 
+def test_an_energy_in_a_mixture_of_pyro_is_refused():
+    """Its log Z had no gradient there, and the loss fell without end."""
+    ring = ring_model()
+    normal = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+
+    def model():
+        pyro.module("ring", ring)
+        fn = dist.MaskedMixture(torch.tensor(False), ring(), normal)
+        pyro.sample("x", fn, obs=torch.zeros(2))
+
+    with pytest.raises(NotImplementedError, match=r"inside MaskedMixture.*Experts"):
+        run_once(model)
+
+
+def test_the_jit_is_refused():
+    """It froze the chains and the average at the first step."""
+    ring = ring_model()
+
+    def model(data):
+        pyro.module("ring", ring)
+        with pyro.plate("data", len(data)):
+            pyro.sample("x", ring(), obs=data)
+
+    loss = pyro.infer.JitTrace_ELBO(ignore_jit_warnings=True)
+    optim = pyro.optim.Adam({"lr": 1e-2})
+    svi = SVI(maximum_likelihood(model), lambda data: None, optim, loss)
+    with pytest.raises(NotImplementedError, match="ELBO without Jit in its name"):
+        svi.step(torch.randn(5, 2))
+
+
 def test_other_wrapped_distributions_are_left_alone():
     ring = ring_model()
 

@@ -57,6 +57,12 @@ def test_an_unknown_log_partition_is_said():
     assert not log_likelihood_difference(normal(0.0), q, torch.randn(9)).is_normalized
 
 
+def test_other_distributions_are_refused():
+    for other in (dist.Normal(0.0, 1.0), pyro_ebm.EnergyModel(normal(0.0).energy)):
+        with pytest.raises(TypeError, match=r"EnergyDistribution, got.*averaged\(\)"):
+            log_likelihood(other, torch.randn(10))
+
+
 def test_one_point_has_no_error():
     with pytest.raises(ValueError, match="at least two points"):
         log_likelihood(normal(0.0), torch.randn(1))

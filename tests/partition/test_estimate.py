@@ -176,7 +176,13 @@ def test_unreliable_warns_and_is_not_normalized():
         ({"target": GAUSSIAN, "base": BASE, "budget": 100}, ValueError, "budget must"),
         ({"target": GAUSSIAN, "base": BASE, "method": "magic"}, ValueError, "magic"),
         ({"target": 3.0}, TypeError, "float"),
+        (
+            {"target": GAUSSIAN, "budget": 2e4},
+            ValueError,
+            "got 20000.0",
+        ),
         ({"target": lambda: None}, ValueError, "latent"),
+        ({"target": lambda y: None}, TypeError, r"'y'\. Bind them.*FunctionEnergy"),
         (
             {"target": GAUSSIAN, "base": BASE, "num_replicates": 1},
             ValueError,
