@@ -49,8 +49,11 @@ class UnconstrainedEnergy(Energy):
         if energy.support.is_discrete:
             raise NotImplementedError(
                 "energy must have a continuous support to be seen from real space, got "
-                f"the discrete {energy.support}. Take what works on it as it is, such "
-                "as the kernel pyro_ebm.mcmc.Gibbs."
+                f"the discrete {energy.support}, where an EnergyModel, IndependentChains "
+                "and sample do not work yet. pyro_ebm.mcmc.Gibbs draws by its init and "
+                "step, pyro_ebm.partition.estimate gives log Z, and pyro_ebm.infer."
+                "ObjectiveLoss learns the bare energy by NoiseContrastive or "
+                "ExactMaximumLikelihood."
             )
         transform = biject_to(energy.support)
         super().__init__(transform.inverse_shape(energy.event_shape))
