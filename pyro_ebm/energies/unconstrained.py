@@ -49,7 +49,7 @@ class UnconstrainedEnergy(Energy):
         if energy.support.is_discrete:
             raise NotImplementedError(
                 "energy must have a continuous support to be seen from real space, got "
-                f"the discrete {energy.support}, where an EnergyModel, IndependentChains "
+                f"the discrete {energy.support}, where EnergyModel, IndependentChains "
                 "and sample do not work yet. pyro_ebm.mcmc.Gibbs draws by its init and "
                 "step, pyro_ebm.partition.estimate gives log Z, and pyro_ebm.infer."
                 "ObjectiveLoss learns the bare energy by NoiseContrastive or "
