@@ -30,14 +30,23 @@ def is_masked(site: Any) -> bool:
 
 
 def check_log_partitions(trace: Trace) -> None:
-    """Check that the energies at the sites of a model know their log Z.
+    """Check that the log Z of a model's energy is its log evidence.
 
-    A posterior can do without, an evidence cannot.
+    A posterior can do without: there a constant does not count.
 
     Raises:
-        ValueError: If one does not.
+        ValueError: If an energy at a site does not know its log Z, or discrete sites
+            that are summed out are masked, each of which counts as many times as it
+            has values.
     """
     for name, site in samples(trace):
+        is_summed = not site["is_observed"] and site["fn"].support.is_discrete
+        if is_summed and is_masked(site):
+            raise ValueError(
+                f"site {name!r} must not be masked for an evidence: it is discrete, "
+                "and where its mask is False each of its values counts for one. Leave "
+                "the masked rows out of the model; obs_mask makes such sites too."
+            )
         part = unnormalized_part(site["fn"])
         if hasattr(part, "is_normalized"):  # masks and improper priors are allowed
             require_normalized(part, f"site {name!r}")

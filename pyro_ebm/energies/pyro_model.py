@@ -61,9 +61,10 @@ class PyroModelEnergy(Energy):
     Parameters stay live: those of modules and of Pyro's parameter store are read at
     each evaluation, and :meth:`forward` gives them gradients; so do the buffers and
     modes of modules. Everything else is fixed as it was when the energy was built: the
-    arguments and their shapes, tensors in closures, plain numbers. A model that is a
-    module, or a method of one, brings its parameters with it; others stay where they
-    are, and ``.to()`` moves the arguments but no closure.
+    arguments and their shapes, bounds of supports, tensors in closures, plain numbers,
+    and what left torch by ``.tolist()`` or ``.numpy()``. A model that is a module, or a
+    method of one, brings its parameters with it; others stay where they are, and
+    ``.to()`` moves the arguments but no closure.
 
     Plates that subsample are given all their rows, a part after another: as many runs
     of the model as there are parts, traced into one graph.
@@ -109,6 +110,7 @@ class PyroModelEnergy(Energy):
     def __init__(
         self,
         model: Callable[..., Any],
+        /,
         *args: Any,
         compile: bool = False,
         **kwargs: Any,
@@ -150,6 +152,7 @@ class PyroModelEnergy(Energy):
                 CompilationWarning,
                 stacklevel=4,
             )
+            _check_deterministic(looped, self.origin)
             return looped
         return traced
 
@@ -303,6 +306,24 @@ class PyroModelEnergy(Energy):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._build(_inspect(self.model, self._args, self._kwargs))
+
+
+def _check_deterministic(function: LoopedFunction, origin: Tensor) -> None:
+    """Check that the energy is the same twice.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    with torch.random.fork_rng(devices=[]):
+        u = origin.new_empty((2, *origin.shape)).uniform_(-2, 2)
+        first, second = (function.value_and_grad(u)[0] for _ in range(2))
+    if not torch.equal(first.nan_to_num(), second.nan_to_num()):
+        raise ValueError(
+            "model must give the same density for the same values; it gave log "
+            f"densities {(-first).tolist()} and then {(-second).tolist()}. It draws "
+            "random numbers that are no sample site: put a module with dropout into "
+            "eval mode, and choose rows by pyro.plate."
+        )
 
 
 def _check_arguments(

@@ -18,6 +18,8 @@ __all__ = ["check_rows", "whole_plates"]
 
 import itertools
 import math
+import warnings
+from collections import Counter
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_ebm.energies.model_runs import Model, samples
+from pyro_ebm.errors import UnreliableWarning
 
 #: Most runs of a model in one.
 _MAX_RUNS = 1000
@@ -40,7 +43,7 @@ def whole_plates(model: Model) -> Model:
 
     Sites in such a plate come once for each of its parts, as ``name[0]``, ``name[1]``;
     the others come once. With several such plates there is a run for each combination
-    of their parts.
+    of parts of those that a site is in.
 
     Args:
         model: A Pyro model.
@@ -71,6 +74,9 @@ def check_rows(trace: Trace) -> None:
 
     Raises:
         ValueError: If a site has the same tensor for observation in every part.
+
+    Warns:
+        UnreliableWarning: If it has the same numbers, which may be chance.
     """
     sites: dict[str, list[Any]] = {}
     for _, site in samples(trace):
@@ -79,16 +85,27 @@ def check_rows(trace: Trace) -> None:
             sites.setdefault(site["infer"][_KEY], []).append(site)
     for name, parts in sites.items():
         values = [site["value"] for site in parts]
-        if len({value.data_ptr() for value in values}) > 1 or not values[0].numel():
+        is_one_tensor = len({value.data_ptr() for value in values}) == 1
+        if not values[0].numel() or not (is_one_tensor or _is_repeated(values)):
             continue
         first, *others = [site["fn"].log_prob(site["value"]) for site in parts]
         if others and all(map(first.equal, others)):
-            raise ValueError(
+            message = (
                 f"site {name!r} must observe the rows that its plate chooses, and it "
                 "observes the same in all parts of the plate. Give the model all the "
                 "data, and index them by what the plate returns: with pyro.plate(...) "
                 "as rows: ... obs=data[rows]."
             )
+            if is_one_tensor:
+                raise ValueError(message)
+            warnings.warn(message, UnreliableWarning, stacklevel=2)
+
+
+def _is_repeated(values: list[Tensor]) -> bool:
+    """Whether the parts have the same rows, of which not all are one number."""
+    first, *others = values
+    is_constant = bool((first == first.flatten()[0]).all())
+    return not is_constant and all(map(first.equal, others))
 
 
 class _Parts(Messenger):
@@ -102,20 +119,31 @@ class _Parts(Messenger):
         super().__init__()
         self.current: dict[str, int] = {}
         self._plates: dict[str, _Subsample] = {}
-        self._used: dict[str, int] = {}  # plates with sites, and their parts
+        self._used: dict[tuple[str, ...], None] = {}  # plates around a site, in order
+        self._renamed: dict[str, str] = {}
         self._values: dict[str, Tensor] = {}
 
     def others(self) -> list[dict[str, int]]:
         """The combinations of parts after the first, which was run."""
-        number = math.prod(self._used.values())
+        parts = {
+            name: math.ceil(plate.size / (plate.subsample_size or plate.size))
+            for name, plate in self._plates.items()
+        }
+        number = sum(math.prod(parts[name] for name in names) for names in self._used)
         if number > _MAX_RUNS:
             raise NotImplementedError(
-                f"the plates {list(self._used)} subsample so few rows that the model "
-                f"would run {number:,} times to see all of them; {_MAX_RUNS:,} times "
-                "is the limit. Give a larger subsample_size, or None for all rows."
+                f"the plates {list(parts)} subsample so few rows that the model would "
+                f"run {number:,} times to see all of them; {_MAX_RUNS:,} times is the "
+                "limit. Give a larger subsample_size, or None for all rows."
             )
-        runs = itertools.product(*map(range, self._used.values()))
-        return [dict(zip(self._used, numbers, strict=True)) for numbers in runs][1:]
+        runs = {  # by the parts other than 0, as a run may serve several sites
+            frozenset(
+                (name, part) for name, part in zip(names, run, strict=True) if part
+            ): None
+            for names in self._used
+            for run in itertools.product(*(range(parts[name]) for name in names))
+        }
+        return [dict(run) for run in runs if run]
 
     def _pyro_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], _Subsample):
@@ -123,6 +151,7 @@ class _Parts(Messenger):
             return
         frames = [f for f in msg["cond_indep_stack"] if f.name in self._plates]
         inside = {frame.name for frame in frames}
+        self._rename_scope(msg["infer"])
         if frames:
             self._name_part(msg, frames)
         if any(part for name, part in self.current.items() if name not in inside):
@@ -158,16 +187,23 @@ class _Parts(Messenger):
                 "subsample_size: let the model take the size as an argument, and give "
                 "None here."
             )
+        self._used[tuple(frame.name for frame in frames)] = None
         for frame in frames:
             fn = self._plates[frame.name]
-            self._used[frame.name] = math.ceil(fn.size / frame.size)
             msg["scale"] = msg["scale"] * frame.size / fn.size
             if msg["is_observed"]:  # discrete latent sites sum to one in any row
                 self._mask_repeated(msg, frame)
         parts = ", ".join(str(self.current.get(frame.name, 0)) for frame in frames)
-        msg["name"] = f"{name}[{parts}]"
+        msg["name"] = self._renamed[name] = f"{name}[{parts}]"
         msg["infer"] = {**msg["infer"], _KEY: name}
         msg["cond_indep_stack"] = tuple(map(self._whole, msg["cond_indep_stack"]))
+
+    def _rename_scope(self, infer: dict[str, Any]) -> None:
+        """Tell ``pyro.markov``'s bookkeeping, which knows sites by their old names."""
+        scope = infer.get("_markov_scope")
+        if scope is not None:
+            new = {self._renamed.get(name, name): n for name, n in scope.items()}
+            infer["_markov_scope"] = Counter(new)
 
     def _mask_repeated(self, msg: Any, frame: CondIndepStackFrame) -> None:
         """Hide the rows of the last part that the part before it has too."""

@@ -100,7 +100,7 @@ class MCMC:
         self._saved: dict[str, Any] | None = None
         self._diagnostics: Diagnostics | None = None
 
-    def run(self, target: Any, *args: Any, **kwargs: Any) -> None:
+    def run(self, target: Any, /, *args: Any, **kwargs: Any) -> None:
         """Warm up and draw; what there was of an earlier run is dropped.
 
         An interrupt leaves the draws so far, and :meth:`resume` goes on from there.

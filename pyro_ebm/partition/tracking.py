@@ -38,13 +38,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
+from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc import HMC
 from pyro_ebm.mcmc.persistent import StatefulModule
 from pyro_ebm.partition.average import FollowedEnergy
 from pyro_ebm.partition.base import LogPartitionEstimate, Status, combine_replicates
 from pyro_ebm.partition.exact import closed_form
+from pyro_ebm.partition.known_base import KnownBase
 from pyro_ebm.partition.normalizability import check_normalizability
 from pyro_ebm.partition.progress import watched
 from pyro_ebm.partition.smc import Islands, run_smc
@@ -115,7 +116,7 @@ class LogPartition(StatefulModule):
         num_leapfrog: int = 3,
     ) -> None:
         super().__init__()
-        self._base = DistributionEnergy(base)  # a module, so that .to() moves it
+        self._base = KnownBase(base)
         self.interval, self.check_interval = interval, check_interval
         self.num_islands, self.num_walkers = num_islands, num_walkers
         self.followed = FollowedEnergy(energy)
@@ -132,28 +133,6 @@ class LogPartition(StatefulModule):
     def base(self) -> dist.TorchDistribution:
         """The normalised distribution that the walkers come from."""
         return self._base.distribution
-
-    def get_extra_state(self) -> Tensor:
-        """Log density of the base at two points, to know it again by."""
-        base, _ = unconstrained(self._base)
-        points = torch.arange(1.0, 1 + base.event_shape.numel()).reciprocal()
-        points = points.reshape(base.event_shape).to(**base.tensor_options())
-        return base(torch.stack([points, -points])).detach()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        r"""Check that what is loaded belongs to this base.
-
-        Raises:
-            ValueError: If not: :math:`\log Z` and the walkers would be wrong.
-        """
-        own = self.get_extra_state()
-        if not torch.allclose(state.to(own), own, rtol=1e-4, atol=1e-4):
-            raise ValueError(
-                f"base must be the one that log Z was saved with; {self.base} has "
-                f"other log densities at two points, {(-own).tolist()} for "
-                f"{(-state).tolist()}. Build the EnergyModel as it was, then load. The "
-                "parameters alone are in energy.state_dict()."
-            )
 
     @property
     def is_closed_form(self) -> bool:

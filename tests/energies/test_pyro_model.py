@@ -20,8 +20,9 @@ from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
+from pyro_ebm import mcmc
 from pyro_ebm.energies import PyroModelEnergy
-from pyro_ebm.errors import DivergenceError
+from pyro_ebm.errors import CompilationWarning, DivergenceError, UnreliableWarning
 
 ROOT = Path(__file__).resolve().parents[2]
 DOUBLE = {"dtype": torch.float64}
@@ -482,6 +483,7 @@ def selecting():
 
 
 def training():
+    torch.manual_seed(0)  # else another network, hence another density, at each run
     net = network().train()
     x = pyro.sample("x", dist.Normal(torch.zeros(4, 2), 1.0).to_event(2))
     pyro.factor("network", net(x).sum())
@@ -501,10 +503,9 @@ def test_what_cannot_be_traced_is_run_by_pyro(model, reason):
         energy = PyroModelEnergy(model)
     assert not energy.is_traced
     u = energy.initial_points(3)
-    if model is not training:
-        expected = pyro_value_and_grad(model, energy, u)
-        torch.testing.assert_close(energy.value_and_grad(u), expected)
-        torch.testing.assert_close(energy(u).detach(), expected[0])
+    expected = pyro_value_and_grad(model, energy, u)
+    torch.testing.assert_close(energy.value_and_grad(u), expected)
+    torch.testing.assert_close(energy(u).detach(), expected[0])
 
 
 def test_random_numbers_outside_of_sites_are_an_error():
@@ -514,6 +515,34 @@ def test_random_numbers_outside_of_sites_are_an_error():
 
     with pytest.raises(ValueError, match=r"draws random numbers .*module\.eval"):
         PyroModelEnergy(model)
+
+
+def test_random_numbers_are_refused_where_the_model_is_not_traced():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        scale = 1.0 if x > 0 else 1.5
+        noise = nn.functional.dropout(x.expand(8)).sum()
+        observe("y", dist.Normal(noise, scale), 1.0)
+
+    with (
+        pytest.warns(CompilationWarning, match="cannot be traced"),
+        pytest.raises(ValueError, match="same density for the same values"),
+    ):
+        PyroModelEnergy(model)
+
+
+def test_arguments_may_have_any_name():
+    def model(x, target, model):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        observe("y", dist.Normal(slope * x, model), target)
+
+    data = torch.ones(3)
+    energy = PyroModelEnergy(model, data, target=data, model=2.0)
+    assert energy.event_shape == (1,)
+    chains = mcmc.MCMC(num_chains=8, num_samples=5, progress_bar=False)
+    with pytest.warns(UnreliableWarning):  # as it is short
+        chains.run(model, data, target=data, model=2.0)
+    assert chains.get_samples()["slope"].shape == (40,)
 
 
 @pytest.mark.parametrize("is_traced", [True, False])

@@ -15,6 +15,8 @@ from torch import nn
 
 from pyro_ebm import mcmc, partition
 from pyro_ebm.energies import PyroModelEnergy
+from pyro_ebm.energies.whole_plates import whole_plates
+from pyro_ebm.errors import UnreliableWarning
 
 Y = torch.arange(10, dtype=torch.float64).cos()
 X = torch.arange(30, dtype=torch.float64).reshape(10, 3).sin()
@@ -68,9 +70,19 @@ class Network(PyroModule):
             pyro.sample("y", dist.Normal(mean[rows], 1.0), obs=Y[rows])
 
 
+def hidden_chain(size):
+    """Its classes go by their names in pyro.markov's bookkeeping."""
+    loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", 10, subsample_size=size) as rows:
+        z = torch.tensor(0)
+        for t in pyro.markov(range(3)):
+            z = pyro.sample(f"z_{t}", dist.Bernoulli(0.3 + 0.4 * z)).long()
+            pyro.sample(f"y_{t}", dist.Normal(loc[z], 1.0), obs=X[rows, t])
+
+
 @pytest.mark.parametrize("size", [1, 3, 5, 7])
 @pytest.mark.parametrize(
-    "model", [regression, rows_one_by_one, rows_of_pyro, classes, Network]
+    "model", [regression, rows_one_by_one, rows_of_pyro, classes, hidden_chain, Network]
 )
 def test_the_energy_is_that_of_the_model_without_subsampling(model, size):
     model = model() if model is Network else model
@@ -98,6 +110,24 @@ def test_plates_that_cross(sizes):
     u = torch.linspace(-2, 2, 5).unsqueeze(-1)
     expected = PyroModelEnergy(model, None, None)(u)
     torch.testing.assert_close(PyroModelEnergy(model, *sizes)(u), expected)
+
+
+def test_plates_side_by_side_take_a_run_for_each_part_only():
+    runs = []
+
+    def model(size):
+        runs.append(size)
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        for name in "abcd":
+            with pyro.plate(name, 10, subsample_size=size) as rows:
+                pyro.sample(f"y_{name}", dist.Normal(x, 1.0), obs=Y[rows])
+
+    u = torch.linspace(-2, 2, 5).unsqueeze(-1)
+    expected = PyroModelEnergy(model, None)(u)
+    torch.testing.assert_close(PyroModelEnergy(model, 1)(u), expected)
+    runs.clear()
+    whole_plates(model)(1)
+    assert len(runs) == 1 + 4 * 9  # not 10,000
 
 
 def test_parameters_get_the_gradient_of_all_rows():
@@ -139,6 +169,16 @@ def batch_of_the_caller(size):
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     with pyro.plate("data", 10, subsample_size=size):
         pyro.sample("y", dist.Normal(x, 1.0), obs=Y[:size])
+
+
+def test_a_converted_batch_of_the_caller_is_warned_of():
+    def model(batch):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 10, subsample_size=len(batch)):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=batch * 1.0)
+
+    with pytest.warns(UnreliableWarning, match="the same in all parts of the plate"):
+        PyroModelEnergy(model, Y[:5])
 
 
 def rows_of_the_caller(size):

@@ -168,6 +168,21 @@ def test_unreliable_warns_and_is_not_normalized():
         assert not pyro_ebm.EnergyDistribution(GAUSSIAN, found).is_normalized
 
 
+def test_masked_classes_are_no_evidence():
+    """Each masked row counted log 2: here -0.41 [exact] for log(1 / 12) = -2.48."""
+    data, seen = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([True] * 3 + [False])
+
+    def model(mask):
+        p = pyro.sample("p", dist.Beta(torch.ones(()), 1.0))
+        with pyro.plate("data", 4):
+            pyro.sample("y", dist.Bernoulli(p), obs=data, obs_mask=mask)
+
+    with pytest.raises(ValueError, match="'y_unobserved' must not be masked"):
+        estimate(functools.partial(model, seen))
+    kept = functools.partial(model, None)
+    assert estimate(kept).value == pytest.approx(-math.log(20), abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
