@@ -29,6 +29,7 @@ def to_arviz(run: ChainRun, samples: dict[str, Tensor]) -> Any:
     Raises:
         ImportError: If ArviZ is not installed.
         RuntimeError: If draws were not kept.
+        ValueError: If a site has the name of one of ArviZ's own dimensions.
     """
     try:
         import arviz
@@ -39,6 +40,13 @@ def to_arviz(run: ChainRun, samples: dict[str, Tensor]) -> Any:
         raise RuntimeError(
             "to_arviz needs the draws, and keep_draws is False. Use summary(), or run "
             "with keep_draws=True."
+        )
+    taken = sorted({"chain", "draw"} & samples.keys())
+    if taken:
+        raise ValueError(
+            f"sites must not be called {taken} in ArviZ, which would drop them for its "
+            "dimensions of that name. Rename them in the model, or build the object "
+            "from get_samples(group_by_chain=True)."
         )
     draws = run.draws
     statistics = {

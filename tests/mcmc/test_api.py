@@ -559,6 +559,15 @@ def test_without_arviz(monkeypatch):
 
 
 @unreliable_is_fine
+def test_arviz_would_drop_a_site_called_chain():
+    pytest.importorskip("arviz")
+    chains = sampler(num_samples=4)
+    chains.run(lambda: pyro.sample("chain", dist.Normal(0.0, 1.0)))
+    with pytest.raises(ValueError, match=r"not be called \['chain'\] in ArviZ"):
+        chains.to_arviz()
+
+
+@unreliable_is_fine
 def test_ten_thousand_chains():
     chains = sampler(MALA(), 20, 100, 10_000)
     chains.run(gaussian())
