@@ -199,6 +199,12 @@ class PyroModelEnergy(Energy):
         self.batch_shape_of(u)
         return self._sites.constrain(u)
 
+    @property
+    def is_constrained(self) -> bool:
+        """Whether a latent site has another support than all real numbers."""
+        values = self.constrain(torch.ones_like(self.origin)).values()
+        return any(bool((value != 1).any()) for value in values)
+
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         """Inverse of :meth:`constrain`.
 

@@ -11,7 +11,7 @@ fall with :math:`\log s` in the end. The slope of (1) is taken over the far half
 octaves that floating-point numbers reach. On a constrained support the energy is moved
 to unconstrained space, where the change of variables is as accurate as its round trip;
 if that ends early, power laws at the boundary have become exponentials, and it is
-:math:`f` itself that must rise.
+:math:`f` itself that must rise, unless it is out of reach of the bulk already.
 
 The directions of the lines are the axes, the extreme eigenvectors of the covariance of
 the points, and those of a secant Hessian from differences of the gradient.
@@ -23,12 +23,19 @@ narrow way which no line meets.
 __all__ = ["Normalizability", "check_normalizability"]
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_ebm.energies import Energy, UnconstrainedEnergy, unconstrained
+from pyro_ebm.energies import (
+    Energy,
+    PyroModelEnergy,
+    UnconstrainedEnergy,
+    unconstrained,
+)
+from pyro_ebm.partition.progress import WatchedEnergy
 
 #: A slope of (1) above this is none that falls.
 _MIN_FALL = -0.003
@@ -36,6 +43,9 @@ _MIN_FALL = -0.003
 _FLAT = 0.005
 #: The same for f against the distance, where it must rise exponentially.
 _MIN_RISE = 0.01
+#: Where the change of variables ends early, an energy so far above the least of all
+#: particles, in nats, is on a hill and tells nothing of what is behind it.
+_NO_MASS = 20.0
 #: Octaves of the particles' spread that a ray reaches: the farthest that works counts.
 _OCTAVES = (300, 200, 100, 60, 40, 28, 20, 14, 10, 7)
 _MAX_OCTAVES = {torch.float64: 300, torch.float32: 60}
@@ -127,16 +137,20 @@ class _Probe:
 
     def __init__(self, energy: Energy, particles: Tensor) -> None:
         self.energy, to_support = unconstrained(energy)
+        self.round_trip = _round_trip(self.energy)
         x = particles.detach().to(**energy.tensor_options(particles))
         u = to_support.inv(x).reshape(len(x), -1)
         self.num_evaluations = 0
-        u = u[self(u).isfinite() & u.isfinite().all(-1)]
+        value = self(u)
+        is_usable = value.isfinite() & u.isfinite().all(-1)
+        u, value = u[is_usable], value[is_usable]
         if len(u) < 2:
             raise ValueError(
                 f"particles must hold at least 2 points of finite energy, got {len(u)} "
                 f"of {len(x)}."
             )
         self.u, self.dim = u, u.shape[-1]
+        self.least = value.min()
         # Robust against a few particles that are far out already.
         self.centre = u.median(0).values
         spread = (u - self.centre).abs().median(0).values
@@ -208,7 +222,7 @@ class _Probe:
             return evidence
         cap = _MAX_OCTAVES.get(self.u.dtype, 14)
         # Where a power law became an exponential, (1) holds only very far out.
-        is_mapped = isinstance(self.energy, UnconstrainedEnergy)
+        is_mapped = self.round_trip is not None
         floor = 28 if is_mapped else 0
         levels = [(self.log_distances(n), False) for n in _OCTAVES if floor <= n <= cap]
         if is_mapped:
@@ -256,11 +270,10 @@ class _Probe:
 
     def is_accurate(self, u: Tensor) -> Tensor:
         """Whether the way to the support and back ends where it began, ``(R,)``."""
-        if not isinstance(self.energy, UnconstrainedEnergy):
+        if self.round_trip is None:
             return torch.ones(len(u), dtype=torch.bool, device=u.device)
         shaped = u.reshape(*u.shape[:-1], *self.energy.event_shape)
-        transform = self.energy.transform
-        back = transform.inv(transform(shaped)).reshape(u.shape)
+        back = self.round_trip(shaped).reshape(u.shape)
         return ((back - u).abs() <= 1e-2 * (1 + u.abs())).flatten(1).all(-1)
 
     def judge(
@@ -280,7 +293,7 @@ class _Probe:
         if is_short:
             run = log_s[half:].exp().mean() - log_s[:half].exp().mean()
             slope = (near.amin(-1) - far.amin(-1)) / run
-            is_bad = slope > -_MIN_RISE
+            is_bad = (slope > -_MIN_RISE) & (far.amin(-1) < self.least + _NO_MASS)
         else:
             run = log_s[half:].mean() - log_s[:half].mean()
             power_log_s = rays.power[:, None] * log_s
@@ -297,3 +310,16 @@ class _Probe:
             f"{log_s[0].exp().item():.1g} and {value[worst, -1].item():.3g} at "
             f"{log_s[-1].exp().item():.1g}"
         )
+
+
+def _round_trip(energy: Energy) -> Callable[[Tensor], Tensor] | None:
+    """From unconstrained points to the support and back, or ``None`` for no way."""
+    while isinstance(energy, WatchedEnergy):
+        energy = energy.energy
+    if isinstance(energy, UnconstrainedEnergy):
+        transform = energy.transform
+        return lambda u: transform.inv(transform(u))
+    if isinstance(energy, PyroModelEnergy) and energy.is_constrained:
+        model = energy
+        return lambda u: model.unconstrain(model.constrain(u))
+    return None

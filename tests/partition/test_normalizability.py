@@ -1,5 +1,6 @@
 """Energies without a partition function are found, and none that has one is accused."""
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -10,6 +11,7 @@ from pyro_ebm.energies import (
     FunctionEnergy,
     MixtureEnergy,
     NeuralEnergy,
+    PyroModelEnergy,
     QuadraticEnergy,
 )
 from pyro_ebm.partition.normalizability import check_normalizability
@@ -281,3 +283,30 @@ def test_particles_outside_the_support_are_refused():
     energy, _ = vector(lambda x: x.sum(-1) * torch.inf)
     with pytest.raises(ValueError, match="at least 2 points of finite energy, got 0"):
         check_normalizability(energy, torch.randn(5, 2))
+
+
+def variance_of_data():
+    variance = pyro.sample("variance", dist.InverseGamma(2.0, 3.0))
+    mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+    data = torch.tensor([0.3, -1.2, 2.0, 0.7, -0.4])
+    likelihood = dist.Normal(mean[..., None], variance[..., None].sqrt())
+    pyro.sample("y", likelihood.expand(mean.shape + (5,)).to_event(1), obs=data)
+
+
+def weights_of_data():
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(4)))
+    counts = torch.tensor([5.0, 6.0, 4.0, 8.0])
+    pyro.sample("counts", dist.Multinomial(23, weights), obs=counts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("model", [variance_of_data, weights_of_data])
+def test_sites_on_a_constrained_support_end_where_their_transforms_do(model, dtype):
+    """Far out in unconstrained space, exp overflows and weights are 0 by rounding.
+
+    Both once were found to have no partition function.
+    """
+    energy = PyroModelEnergy(model)
+    for _ in range(4):
+        found = check_normalizability(energy, energy.prior.sample((256,)))
+        assert found.is_normalizable, found.evidence
