@@ -93,7 +93,11 @@ def estimate(
     dim = energy.event_shape.numel()
     if result is None and (method == "exact" or (method == "auto" and dim <= 2)):
         result = quadrature(energy, progress_bar=progress_bar)
-        if method == "auto" and result.status == "unreliable":
+        # A ridge between the points of a grid looks like a tail that does not end: the
+        # sampler, which follows it, has a test of its own.
+        has_base = base is not None or getattr(target, "base", None) is not None
+        is_doubtful = result.status == "not_normalizable" and has_base
+        if method == "auto" and (result.status == "unreliable" or is_doubtful):
             result = None
     if result is None:
         base = _base_of(target, energy) if base is None else base

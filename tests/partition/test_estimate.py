@@ -218,3 +218,19 @@ def test_masked_classes_are_no_evidence():
 def test_bad_arguments_are_named(kwargs, error, message):
     with pytest.raises(error, match=message):
         estimate(**kwargs)
+
+
+def test_a_ridge_that_the_grid_misses_is_left_to_the_sampler():
+    """Once it was taken for a tail that does not end: inf for log(pi / 10)."""
+
+    def rosenbrock(x):
+        ridge = x[..., 1] - x[..., 0].square()
+        return (1 - x[..., 0]).square() + 100 * ridge.square()
+
+    base = dist.Normal(torch.zeros(2), 3.0).to_event(1)
+    found = estimate(FunctionEnergy(rosenbrock, (2,)), base, progress_bar=False)
+    assert found.lower < math.log(math.pi / 10) < found.upper
+    assert found.status == "ok"
+    valley = FunctionEnergy(lambda x: x[..., 0].square(), (2,))
+    with pytest.warns(UnreliableWarning, match="not_normalizable"):
+        estimate(valley, base, progress_bar=False)
