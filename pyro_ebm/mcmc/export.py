@@ -41,13 +41,7 @@ def to_arviz(run: ChainRun, samples: dict[str, Tensor]) -> Any:
             "to_arviz needs the draws, and keep_draws is False. Use summary(), or run "
             "with keep_draws=True."
         )
-    taken = sorted({"chain", "draw"} & samples.keys())
-    if taken:
-        raise ValueError(
-            f"sites must not be called {taken} in ArviZ, which would drop them for its "
-            "dimensions of that name. Rename them in the model, or build the object "
-            "from get_samples(group_by_chain=True)."
-        )
+    _check_names(samples)
     draws = run.draws
     statistics = {
         "acceptance_rate": draws["accept_prob"],
@@ -75,6 +69,16 @@ def to_arviz(run: ChainRun, samples: dict[str, Tensor]) -> Any:
             posterior={name: value.cpu().numpy() for name, value in samples.items()},
             sample_stats=_by_chain(statistics),
             **groups,
+        )
+
+
+def _check_names(samples: dict[str, Tensor]) -> None:
+    taken = sorted({"chain", "draw"} & samples.keys())
+    if taken:
+        raise ValueError(
+            f"sites must not be called {taken} in ArviZ, which would drop them for its "
+            "dimensions of that name. Rename them in the model, or build the object "
+            "from get_samples(group_by_chain=True)."
         )
 
 
