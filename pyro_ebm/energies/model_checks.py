@@ -4,6 +4,7 @@ __all__ = [
     "check_log_partitions",
     "check_same",
     "check_site",
+    "check_sums",
     "check_supports",
     "is_masked",
 ]
@@ -30,14 +31,27 @@ def is_masked(site: Any) -> bool:
 
 
 def check_log_partitions(trace: Trace) -> None:
-    """Check that the log Z of a model's energy is its log evidence.
+    """Check that the energies at the sites of a model know their log Z.
 
-    A posterior can do without: there a constant does not count.
+    A posterior can do without, an evidence cannot.
 
     Raises:
-        ValueError: If an energy at a site does not know its log Z, or discrete sites
-            that are summed out are masked, each of which counts as many times as it
-            has values.
+        ValueError: If one does not.
+    """
+    for name, site in samples(trace):
+        part = unnormalized_part(site["fn"])
+        if hasattr(part, "is_normalized"):  # masks and improper priors are allowed
+            require_normalized(part, f"site {name!r}")
+
+
+def check_sums(trace: Trace) -> None:
+    """Check that no mask is on a discrete site that is summed out.
+
+    Where the mask is False each value of the site counts for one: a constant in a
+    posterior, an error in an evidence.
+
+    Raises:
+        ValueError: If there is such a mask.
     """
     for name, site in samples(trace):
         is_summed = not site["is_observed"] and site["fn"].support.is_discrete
@@ -45,11 +59,9 @@ def check_log_partitions(trace: Trace) -> None:
             raise ValueError(
                 f"site {name!r} must not be masked for an evidence: it is discrete, "
                 "and where its mask is False each of its values counts for one. Leave "
-                "the masked rows out of the model; obs_mask makes such sites too."
+                "the masked rows out of the model (obs_mask makes such sites too), or "
+                "take pyro_ebm.partition.importance_sampling_of_model."
             )
-        part = unnormalized_part(site["fn"])
-        if hasattr(part, "is_normalized"):  # masks and improper priors are allowed
-            require_normalized(part, f"site {name!r}")
 
 
 def check_site(name: str, site: Any) -> None:

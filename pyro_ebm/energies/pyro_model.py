@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 
 from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.graph_recording import UntraceableError, first_line
-from pyro_ebm.energies.model_checks import check_log_partitions
+from pyro_ebm.energies.model_checks import check_log_partitions, check_sums
 from pyro_ebm.energies.model_prior import ModelPrior, prior_model
 from pyro_ebm.energies.model_runs import run_model, samples
 from pyro_ebm.energies.model_sites import ModelSites, find_sites
@@ -289,9 +289,12 @@ class PyroModelEnergy(Energy):
         r"""Check that :math:`\log Z` is the log evidence of the model.
 
         Raises:
-            ValueError: If an energy at one of its sites does not know its log Z.
+            ValueError: If an energy at one of its sites does not know its log Z, or a
+                discrete site that is summed out is masked.
         """
-        check_log_partitions(self._run())
+        trace = self._run()
+        check_log_partitions(trace)
+        check_sums(trace)
 
     def _run(self) -> Trace:
         with torch.random.fork_rng(devices=[]):

@@ -50,7 +50,7 @@ def to_arviz(run: ChainRun, samples: dict[str, Tensor]) -> Any:
         "potential_energy": draws["energy"],
         "step_size": step_size_of(run.warmup.kernel).expand_as(draws["energy"]),
     }
-    groups: dict[str, Any] = {}
+    groups: dict[str, Any] = {"sample_stats": _by_chain(statistics)}
     if run.warmup_accept_probs:
         accept_prob = torch.stack(run.warmup_accept_probs)
         step_sizes = torch.stack(run.warmup_step_sizes)
@@ -67,7 +67,6 @@ def to_arviz(run: ChainRun, samples: dict[str, Tensor]) -> Any:
         warnings.filterwarnings("ignore", "More chains", UserWarning)
         return arviz.from_dict(
             posterior={name: value.cpu().numpy() for name, value in samples.items()},
-            sample_stats=_by_chain(statistics),
             **groups,
         )
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import pyro_ebm
+from pyro_ebm import partition
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
 from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.partition import estimate
@@ -179,6 +180,8 @@ def test_masked_classes_are_no_evidence():
 
     with pytest.raises(ValueError, match="'y_unobserved' must not be masked"):
         estimate(functools.partial(model, seen))
+    sampled = partition.importance_sampling_of_model(model, None, seen)
+    assert sampled.lower < -math.log(12) < sampled.upper  # there they are drawn
     kept = functools.partial(model, None)
     assert estimate(kept).value == pytest.approx(-math.log(20), abs=1e-6)
 
