@@ -22,7 +22,7 @@ LAYERS = (
     "infer",
 )
 LEAVES = ("datasets", "plots", "testing")
-MAX_LINES = 400
+MAX_LINES = 700
 
 
 class Module(NamedTuple):

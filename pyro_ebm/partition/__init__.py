@@ -26,21 +26,24 @@ __all__ = [
     "thermodynamic_integration",
 ]
 
-from pyro_ebm.partition.annealed import annealed_importance_sampling, bidirectional
 from pyro_ebm.partition.base import LogPartitionEstimate
-from pyro_ebm.partition.bridge import bridge_sampling
-from pyro_ebm.partition.enumeration import enumeration
+from pyro_ebm.partition.bridge.bridge import bridge_sampling
+from pyro_ebm.partition.bridge.ratio import LogRatioEstimate, log_ratio
 from pyro_ebm.partition.estimate import estimate
-from pyro_ebm.partition.evidence import importance_sampling_of_model
-from pyro_ebm.partition.exact import closed_form, quadrature
-from pyro_ebm.partition.gibbs_annealing import gibbs_annealing
-from pyro_ebm.partition.importance import importance_sampling
+from pyro_ebm.partition.exact.enumeration import enumeration
+from pyro_ebm.partition.exact.exact import closed_form, quadrature
+from pyro_ebm.partition.importance.evidence import importance_sampling_of_model
+from pyro_ebm.partition.importance.importance import importance_sampling
 from pyro_ebm.partition.normalizability import check_normalizability
-from pyro_ebm.partition.ratio import LogRatioEstimate, log_ratio
-from pyro_ebm.partition.refined import refined_smc
-from pyro_ebm.partition.smc import smc
-from pyro_ebm.partition.thermodynamic import (
+from pyro_ebm.partition.particles.annealed import (
+    annealed_importance_sampling,
+    bidirectional,
+)
+from pyro_ebm.partition.particles.gibbs_annealing import gibbs_annealing
+from pyro_ebm.partition.particles.refined import refined_smc
+from pyro_ebm.partition.particles.smc import smc
+from pyro_ebm.partition.particles.thermodynamic import (
     ThermodynamicCurve,
     thermodynamic_integration,
 )
-from pyro_ebm.partition.tracking import LogPartition
+from pyro_ebm.partition.tracking.tracking import LogPartition

@@ -11,16 +11,16 @@ import pyro.distributions as dist
 from pyro_ebm.energies import Energy, PyroModelEnergy
 from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.mcmc.path import GeometricPath
-from pyro_ebm.partition.annealed import annealed_importance_sampling
 from pyro_ebm.partition.base import LogPartitionEstimate
-from pyro_ebm.partition.bridge import bridge_sampling
-from pyro_ebm.partition.enumeration import enumeration, num_states
-from pyro_ebm.partition.exact import closed_form, quadrature
-from pyro_ebm.partition.gibbs_annealing import gibbs_annealing
-from pyro_ebm.partition.importance import importance_sampling
+from pyro_ebm.partition.bridge.bridge import bridge_sampling
+from pyro_ebm.partition.exact.enumeration import enumeration, num_states
+from pyro_ebm.partition.exact.exact import closed_form, quadrature
+from pyro_ebm.partition.importance.importance import importance_sampling
+from pyro_ebm.partition.particles.annealed import annealed_importance_sampling
+from pyro_ebm.partition.particles.gibbs_annealing import gibbs_annealing
+from pyro_ebm.partition.particles.refined import refined_smc
+from pyro_ebm.partition.particles.smc import run_smc
 from pyro_ebm.partition.progress import watched
-from pyro_ebm.partition.refined import refined_smc
-from pyro_ebm.partition.smc import run_smc
 
 Method = Literal["auto", "exact", "smc", "importance", "ais", "bridge", "gibbs"]
 

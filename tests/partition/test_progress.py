@@ -17,7 +17,13 @@ from pyro_ebm.partition.progress import watched
 BASE = dist.Normal(torch.zeros(2).double(), 1.5).to_event(1)
 #: They take no time.
 WITHOUT = {"check_normalizability", "closed_form"}
-MODULES = ("progress", "exact", "ratio", "evidence", "gibbs_annealing")
+MODULES = (
+    "progress",
+    "exact.exact",
+    "bridge.ratio",
+    "importance.evidence",
+    "particles.gibbs_annealing",
+)
 
 
 def bowl(x):

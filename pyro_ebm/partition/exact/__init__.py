@@ -1,0 +1,3 @@
+"""Log Z without sampling: closed forms, quadrature, sums over finite supports."""
+
+__all__: list[str] = []

@@ -1,0 +1,296 @@
+r"""Annealing over a finite support by Gibbs sampling, to the target and back.
+
+Chains go from exact draws of independent sites through the energies :math:`f_t` of a
+path to the target :math:`f_T`, one sweep of Gibbs sampling at each temperature; from
+there, resampled by their weights, they go back by the time-reversed sweeps:
+
+.. math::
+    \ell = \sum_{t=1}^T f_{t-1}(x_{t-1}) - f_t(x_{t-1}), \qquad
+    \frac{p_{\mathrm{there}}(\ell)}{p_{\mathrm{back}}(\ell)} = \frac{e^\ell}{Z_T / Z_0}
+                                                                           \tag{1}
+
+so that Bennett's acceptance ratio of the two sets of :math:`\ell` estimates
+:math:`Z_T / Z_0`; the errors that either direction makes alone have opposite signs and
+cancel. No chain is resampled on the way: at equal cost that was worse on Ising lattices
+and no better on restricted Boltzmann machines.
+
+The temperatures are laid so that the increments of (1) have equal variance, as a pilot
+run finds them. The chains form independent islands, whose spread is the error bar: over
+200 seeds each of nine settings (Ising, Potts and machines, 10,000 and 26,000 sweeps)
+0.97 to 0.99 of the intervals held; of a machine so strong that a tenth of the runs was
+called unreliable, 0.97 of the others.
+
+References:
+    Neal (2001), Statistics and Computing 11, 125-139. Crooks (2000), Physical Review E
+    61, 2361-2366 (equation 1). Shirts, Bair, Hooker & Pande (2003), Physical Review
+    Letters 91, 140601. Salakhutdinov & Murray (2008), ICML.
+"""
+
+__all__ = ["gibbs_annealing"]
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, cast, final
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_ebm.energies import Energy
+from pyro_ebm.energies.base import ClosedForm
+from pyro_ebm.energies.distribution import base_energy
+from pyro_ebm.energies.finite import AnnealingPath, FiniteUniform, finite_values
+from pyro_ebm.energies.lattice import LatticeEnergy
+from pyro_ebm.energies.rbm import RBMEnergy
+from pyro_ebm.errors import DivergenceError
+from pyro_ebm.mcmc.gibbs import Gibbs
+from pyro_ebm.partition.base import LogPartitionEstimate, student_t_quantile
+from pyro_ebm.partition.bridge.bennett import bennett
+from pyro_ebm.partition.particles.resampling import systematic_resample
+from pyro_ebm.partition.particles.smc import bennett_of_islands
+
+#: Chains of the pilot run, and what it may cost of the budget.
+_PILOT_CHAINS = 32
+_PILOT_SHARE = 0.1
+_MIN_CHAINS = 32
+_MIN_TEMPERATURES = 8
+#: Standard deviation of the islands, in nats, that is too much.
+_MAX_SPREAD = 0.5
+#: Half-width, in nats, below which all weights are equal.
+_ROUNDING = 1e-9
+
+
+@torch.no_grad()
+def gibbs_annealing(
+    energy: Energy,
+    base: dist.TorchDistribution | None = None,
+    *,
+    budget: int | None = None,
+    num_islands: int = 4,
+    progress_bar: bool = True,
+) -> LogPartitionEstimate:
+    r"""Estimate :math:`\log Z` over a finite support by (1).
+
+    Lattices start from uniform sites and restricted Boltzmann machines from independent
+    units at their mean field; both move by blocks. Any other energy starts from
+    ``base``, or uniform sites, and moves site by site.
+
+    Args:
+        energy: Over a finite support.
+        base: A normalised distribution over the same support, to start from. A lattice
+            or a machine then moves site by site too, at many times the cost.
+        budget: Evaluations aimed at. A sweep by blocks, with its weight, counts as one.
+            Default: 50,000, and enough for 10,000 sweeps site by site.
+        num_islands: Independent sets of chains, at least 4.
+        progress_bar: Whether to show the temperatures, if it takes more than a second.
+
+    Returns:
+        The estimate; ``"unreliable"`` if the two directions hardly overlap or
+        contradict each other, the islands disagree by more than half a nat, or an
+        energy is ``nan`` or ``-inf``. A mode that no chain enters leaves no trace. The
+        interval is the wider of Student's over the islands and two standard errors of
+        Bennett's ratio.
+
+    Raises:
+        DivergenceError: If the energy is finite at no draw of the base.
+        ValueError: If the support is not finite, the base does not fit, or an argument
+            is out of range.
+
+    Exactness: *consistent*.
+
+    Example:
+        >>> energy = pyro_ebm.energies.IsingEnergy((8, 8), coupling=0.3)
+        >>> estimate = gibbs_annealing(energy, budget=10_000)
+        >>> estimate.status, abs(estimate.value - 50.6093) < 0.5
+        ('ok', True)
+    """
+    path = _path(energy, base)
+    sizes = _sizes(path, budget, num_islands)
+    with _watched(path, sizes, is_shown=progress_bar) as under_bar:
+        betas = _schedule(under_bar, sizes)
+        there, back = _there_and_back(under_bar, betas, num_islands, sizes.num_chains)
+    num_evaluations = sizes.cost * (
+        _PILOT_CHAINS * sizes.num_pilot + 2 * there.numel() * sizes.num_temperatures
+    )
+    start = float(path.start.log_partition)
+    name = f"Gibbs annealing there and back, {sizes.num_temperatures} temperatures"
+    return _judge(start, there, back, name, num_evaluations)
+
+
+@final
+class _Between(Energy):
+    """The geometric path, for energies that have none in their own family."""
+
+    def __init__(self, base: Energy, target: Energy, beta: float) -> None:
+        super().__init__(target.event_shape, target.support)
+        self.base, self.target, self.beta = base, target, beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.beta == 0:  # where the target may be infinite
+            return self.base(x)
+        if self.beta == 1:
+            return self.target(x)
+        return (1 - self.beta) * self.base(x) + self.beta * self.target(x)
+
+
+def _path(energy: Energy, base: dist.TorchDistribution | None) -> AnnealingPath:
+    if finite_values(energy.support) is None:
+        raise ValueError(
+            f"energy must have a finite support for Gibbs annealing, got "
+            f"{energy.support}. On a continuous support use pyro_ebm.partition.estimate"
+            "."
+        )
+    if base is None and isinstance(energy, LatticeEnergy | RBMEnergy):
+        return energy.annealing_path()
+    if base is None:
+        like = torch.empty(0, **energy.tensor_options())
+        base = FiniteUniform(energy.support, energy.event_shape, like)
+    first = cast(Energy, base_energy(base, energy))  # None only for no base
+    return AnnealingPath(
+        ClosedForm(torch.zeros(()), base), lambda beta: _Between(first, energy, beta)
+    )
+
+
+class _Sizes(NamedTuple):
+    """How a budget is spent; costs are in evaluations for a chain and temperature."""
+
+    cost: int
+    num_pilot: int
+    num_chains: int
+    num_temperatures: int
+
+
+def _sizes(path: AnnealingPath, budget: int | None, num_islands: int) -> _Sizes:
+    if num_islands < 4:
+        raise ValueError(
+            f"num_islands must be at least 4 for an error bar, got {num_islands}."
+        )
+    cost = Gibbs().num_evaluations(path.at(1.0))
+    if cost > 1:
+        cost += 2  # site by site a weight is two evaluations more, not a small part
+    budget = max(50_000, 10_000 * cost) if budget is None else budget
+    num_pilot = max(
+        _MIN_TEMPERATURES, int(_PILOT_SHARE * budget / _PILOT_CHAINS / cost)
+    )
+    left = budget // cost - num_pilot * _PILOT_CHAINS
+    each = left // (2 * num_islands)  # chains times temperatures, one way, an island
+    # More chains only once the temperatures are many more than the chains.
+    num_chains = max(_MIN_CHAINS, int(math.sqrt(each / 8))) if each > 0 else _MIN_CHAINS
+    num_temperatures = each // num_chains
+    if num_temperatures < _MIN_TEMPERATURES:
+        least = 2 * num_islands * _MIN_CHAINS * _MIN_TEMPERATURES
+        least = cost * (least + _PILOT_CHAINS * _MIN_TEMPERATURES)
+        raise ValueError(
+            f"budget must be at least {least:,} for {num_islands} islands of this "
+            f"energy, at {cost} evaluations a chain and temperature; got {budget:,}."
+        )
+    return _Sizes(cost, num_pilot, num_chains, num_temperatures)
+
+
+@contextmanager
+def _watched(
+    path: AnnealingPath, sizes: _Sizes, *, is_shown: bool
+) -> Iterator[AnnealingPath]:
+    """The path, under a progress bar that counts the temperatures taken."""
+    total = sizes.num_pilot + 2 * sizes.num_temperatures + 4  # and each end
+    with tqdm(total=total, desc="log Z", delay=1, disable=not is_shown) as bar:
+
+        def at(beta: float) -> Energy:
+            bar.update()
+            return path.at(beta)
+
+        yield path._replace(at=at)
+
+
+def _schedule(path: AnnealingPath, sizes: _Sizes) -> list[float]:
+    """Inverse temperatures at which the increments have about equal variance."""
+    x = path.start.distribution.sample(torch.Size((_PILOT_CHAINS,)))
+    grid = torch.linspace(0, 1, sizes.num_pilot + 1, dtype=torch.float64)
+    _, increments = _travel(path, x, grid.tolist(), Gibbs())
+    is_finite = increments.isfinite()
+    if not is_finite.all(0).any():
+        raise DivergenceError(
+            f"energy is finite at none of {_PILOT_CHAINS} draws of the base. Give a "
+            "base whose draws fall where the energy is finite."
+        )
+    spread = increments[:, is_finite.all(0)].std(-1, correction=0).cpu()
+    # A spread of a few chains may be nil by chance: no part of the path is left out.
+    length = (spread + 0.1 * spread.mean() + 1e-12).cumsum(0)
+    length = torch.cat([length.new_zeros(1), length]) / length[-1]
+    wanted = torch.linspace(0, 1, sizes.num_temperatures + 1, dtype=torch.float64)
+    right = torch.searchsorted(length, wanted).clamp(1, sizes.num_pilot)
+    fraction = (wanted - length[right - 1]) / (length[right] - length[right - 1])
+    betas = grid[right - 1] + fraction * (grid[right] - grid[right - 1])
+    return [0.0, *betas[1:-1].tolist(), 1.0]
+
+
+def _there_and_back(
+    path: AnnealingPath, betas: list[float], num_islands: int, num_chains: int
+) -> tuple[Tensor, Tensor]:
+    """The log-weights (1) of both directions, each of shape ``(M, N)``."""
+    x = path.start.distribution.sample(torch.Size((num_islands, num_chains)))
+    x, increments = _travel(path, x, betas, Gibbs())
+    there = increments.sum(0)
+    arrived = there.isfinite()
+    if not arrived.any(-1).all():
+        raise DivergenceError(
+            f"energy is finite at none of the {num_chains} draws of the base of an "
+            "island. Give a base whose draws fall where the energy is finite."
+        )
+    x = x[systematic_resample(there.where(arrived, -torch.inf), num_chains)]
+    x = Gibbs().sweep(path.at(1.0), x)
+    _, increments = _travel(path, x, betas[::-1], Gibbs(is_reversed=True))
+    return there, -increments.sum(0)
+
+
+def _travel(
+    path: AnnealingPath, x: Tensor, betas: list[float], kernel: Gibbs
+) -> tuple[Tensor, Tensor]:
+    """Where the chains get, and the increments of (1), shape ``(T, *chains)``."""
+    current = path.at(betas[0])
+    x = x.to(**current.tensor_options(x))
+    increments = []
+    for beta in betas[1:]:
+        following = path.at(beta)
+        below, above = current(x).double(), following(x).double()
+        increments.append(torch.where(above == torch.inf, -torch.inf, below - above))
+        if beta != betas[-1]:
+            x = kernel.sweep(following, x)
+        current = following
+    return x, torch.stack(increments)
+
+
+def _judge(
+    start: float, there: Tensor, back: Tensor, name: str, num_evaluations: int
+) -> LogPartitionEstimate:
+    """Value, error bar and verdict from the log-weights of both directions."""
+    bad = ~(there < torch.inf)
+    there = there.masked_fill(bad, -torch.inf)
+    ratio = bennett(there.flatten(), back.flatten())
+    islands = bennett_of_islands(there, back.clamp(max=1e6))
+    num_islands = len(islands)
+    spread = islands.std().item()
+    spread_error = spread / math.sqrt(num_islands)
+    # Few islands may agree by chance, and Bennett's error takes all chains for
+    # independent: neither alone is enough.
+    half = max(student_t_quantile(num_islands - 1) * spread_error, 2 * ratio.std_error)
+    # Log-weights that differ by rounding alone have no slope to test.
+    reason = ratio.reason if half > _ROUNDING else ""
+    if bad.any():
+        reason = f"the energy is nan or -inf at {int(bad.sum())} draws of the base"
+    elif not spread < _MAX_SPREAD:
+        reason = f"the islands disagree by more than {_MAX_SPREAD} nats"
+    value = start + ratio.log_ratio
+    return LogPartitionEstimate(
+        value,
+        max(spread_error, ratio.std_error),
+        value - half,
+        value + half,
+        ratio.num_shared,
+        "unreliable" if reason else "ok",
+        name,
+        num_evaluations,
+        reason,
+    )

@@ -1,0 +1,395 @@
+r""":math:`\log Z` of an energy that is being learned, nearly for free.
+
+The parameters :math:`\theta_t` are shaken by the optimiser; their average moves
+smoothly, and is the better model:
+
+.. math::
+    a_t = a_{t-1} + \min\left(.01, \tfrac{9}{t + 8}\right)
+        (\theta_t - a_{t-1})                                               \tag{1}
+
+Weighted walkers follow the average. When the energy changes from :math:`f` to
+:math:`f'`, the weight of each walker changes, and then the walker moves with a kernel
+that leaves :math:`e^{-f'}` invariant:
+
+.. math::
+    \log w \mathrel{+}= f(u) - f'(u), \qquad
+    \log Z' = \log Z + \log \overline{w}                                   \tag{2}
+
+Walkers are resampled within their island when the effective sample size of the weights
+falls. The islands are independent: their spread is the error bar. Walkers give no
+gradient to the learning: those that do stand just where the energy is pushed up, and
+:math:`\log Z` read off them drifts. For the iterate :math:`\theta_t` itself,
+
+.. math::
+    \log Z(\theta_t) = \log Z(a_t) +
+        \log \mathbb{E}_{a_t}\left[e^{f_{a_t}(u) - f_{\theta_t}(u)}\right]    \tag{3}
+
+References:
+    Jarzynski (1997), Physical Review Letters 78, 2690. Neal (2001), Statistics and
+    Computing 11, 125-139. Carbone, Hua, Coste & Vanden-Eijnden (2023), NeurIPS.
+    Polyak & Juditsky (1992), SIAM J. Control Optim. 30, 838-855 (averaging).
+"""
+
+__all__ = ["LogPartition"]
+
+import math
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_ebm.energies import Energy, unconstrained
+from pyro_ebm.errors import DivergenceError
+from pyro_ebm.mcmc import HMC
+from pyro_ebm.mcmc.persistent import StatefulModule
+from pyro_ebm.partition.base import LogPartitionEstimate, Status, combine_replicates
+from pyro_ebm.partition.exact.exact import closed_form
+from pyro_ebm.partition.normalizability import check_normalizability
+from pyro_ebm.partition.particles.smc import Islands, run_smc
+from pyro_ebm.partition.progress import watched
+from pyro_ebm.partition.tracking.average import FollowedEnergy
+from pyro_ebm.partition.tracking.known_base import KnownBase
+from pyro_ebm.partition.tracking.walkers import Walkers
+
+_REASONS = (
+    "",
+    "not estimated yet: train, or call refresh()",
+    "the islands of walkers disagree by more than 0.5 nats",
+    "the walkers are resampled too often: the parameters move too fast for them",
+    "a fresh run of SMC from the base disagrees with the walkers",
+    "the parameters are too far from their average: effective sample size below 10 %",
+    "the energy is not finite at the walkers",
+    "the energy seems to have no partition function, or no run from the base arrives",
+)
+
+
+class LogPartition(StatefulModule):
+    r"""A running estimate of :math:`\log Z(\theta)` with error bar and verdict.
+
+    :class:`pyro_ebm.distributions.EnergyModel` owns one; the handlers of
+    :mod:`pyro_ebm.infer` call :meth:`follow` after each parameter step. Its own
+    ``value``, ``std_error`` and ``status`` belong to the parameters as they were at the
+    last update, up to ``interval`` steps ago, or at the last call of :meth:`read`;
+    :meth:`averaged` to their running average at the last update.
+
+    Args:
+        energy: The energy that will be learned.
+        base: A normalised distribution on its event and support; the walkers come from
+            exact draws of it.
+        num_islands: Independent groups of walkers, for the error bar.
+        num_walkers: Walkers an island.
+        interval: Parameter steps between two moves of the walkers; the weights
+            telescope, so nothing is lost in between.
+        check_interval: Parameter steps between two short SMC runs from the base, that
+            can see a mode which all walkers have lost.
+        num_leapfrog: Leapfrog steps in a move of the walkers.
+
+    Exactness: *consistent* in the number of walkers, and unbiased for ``Z`` up to
+    adaptation of the step size.
+
+    Example:
+        >>> energy = pyro_ebm.energies.FunctionEnergy(
+        ...     lambda x: x.square().sum(-1) / 2, (2,)
+        ... )
+        >>> base = dist.Normal(torch.zeros(2), 1.5).to_event(1)
+        >>> tracker = LogPartition(energy, base)
+        >>> tracker.refresh(energy)  # a short run from the base
+        >>> abs(tracker.value.item() - 1.8379) < 0.3  # log(2 pi)
+        True
+    """
+
+    value: Tensor
+    std_error: Tensor
+    num_steps: Tensor
+    num_check_evaluations: Tensor
+    verdict: Tensor
+
+    def __init__(
+        self,
+        energy: Energy,
+        base: dist.TorchDistribution,
+        *,
+        num_islands: int = 4,
+        num_walkers: int = 128,
+        interval: int = 10,
+        check_interval: int = 1000,
+        num_leapfrog: int = 3,
+    ) -> None:
+        super().__init__()
+        self._base = KnownBase(base)
+        self.interval, self.check_interval = interval, check_interval
+        self.num_islands, self.num_walkers = num_islands, num_walkers
+        self.followed = FollowedEnergy(energy)
+        self.walkers = Walkers(HMC(num_leapfrog=num_leapfrog))
+        options = energy.tensor_options()
+        self.register_buffer("value", torch.tensor(math.nan, **options))
+        self.register_buffer("std_error", torch.tensor(math.nan, **options))
+        self.register_buffer("num_steps", torch.tensor(0))
+        self.register_buffer("num_check_evaluations", torch.tensor(0))
+        # Reasons of the average and of the iterate, and whether the last check failed.
+        self.register_buffer("verdict", torch.tensor([1, 1, 0]))
+
+    @property
+    def base(self) -> dist.TorchDistribution:
+        """The normalised distribution that the walkers come from."""
+        return self._base.distribution
+
+    @property
+    def is_closed_form(self) -> bool:
+        r"""Whether the energy knows its :math:`\log Z`; then nothing is sampled."""
+        return self.averaged_energy.closed_form() is not None
+
+    @property
+    def is_started(self) -> bool:
+        """Whether there is an estimate."""
+        return self.walkers.is_started or bool(self.verdict[1] != 1)
+
+    @property
+    def status(self) -> Status:
+        """``"exact"``, ``"ok"`` or ``"unreliable"``, for the current parameters."""
+        if self.verdict[1]:
+            return "unreliable"
+        return "exact" if self.is_closed_form else "ok"
+
+    @property
+    def reason(self) -> str:
+        """Why the status is unreliable; empty if it is not."""
+        return _REASONS[int(self.verdict[1])]
+
+    @property
+    def num_evaluations(self) -> int:
+        """Energy evaluations spent so far on following and checking, a point each."""
+        return int(self.walkers.num_evaluations + self.num_check_evaluations)
+
+    @property
+    def averaged_energy(self) -> Energy:
+        """The energy that :meth:`averaged` belongs to; its parameters are buffers."""
+        return self.followed.energy
+
+    def averaged(self) -> LogPartitionEstimate:
+        r""":math:`\log Z` of the averaged parameters, with a 95 % interval."""
+        known = closed_form(self.averaged_energy) if self.is_started else None
+        if known is not None:
+            return known
+        reason = _REASONS[int(self.verdict[0])]
+        if not self.walkers.is_started:
+            nan, spent = math.nan, self.num_evaluations
+            return LogPartitionEstimate(
+                nan, nan, nan, nan, nan, "unreliable", "walkers", spent, reason
+            )
+        value, std_error, half = combine_replicates(self.walkers.log_partition())
+        return LogPartitionEstimate(
+            value,
+            std_error,
+            value - half,
+            value + half,
+            self.walkers.ess(),
+            "unreliable" if self.verdict[0] else "ok",
+            "walkers",
+            self.num_evaluations,
+            reason,
+        )
+
+    @torch.no_grad()
+    def follow(self, energy: Energy) -> None:
+        """Take note of the parameters after a step of learning.
+
+        Args:
+            energy: The energy being learned, of the class and shapes given at first.
+        """
+        if not self.is_started:
+            self.refresh(energy, progress_bar=False)
+            return
+        self.num_steps += 1
+        step = int(self.num_steps)
+        self.followed.average(energy, min(0.01, 9 / (step + 8)))  # (1)
+        if step % self.interval == 0:
+            self._advance()
+            if step % self.check_interval == 0:
+                self.check()
+            self.read(energy)
+
+    @torch.no_grad()
+    def refresh(self, energy: Energy, *, progress_bar: bool = True) -> None:
+        r"""Estimate anew from the base, for the current parameters.
+
+        The average begins again at these parameters.
+
+        Args:
+            energy: With its current parameters.
+            progress_bar: Whether to show the energy evaluations, if it takes more than
+                a second.
+        """
+        self.followed.reset(energy)
+        self.num_steps.zero_()
+        self.verdict.zero_()
+        if not self.is_closed_form:
+            islands = self._run_smc(self.num_walkers, progress_bar=progress_bar)
+            if islands is not None:
+                self._adopt(islands)
+        self.read(energy)
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        energy: Energy,
+        estimate: LogPartitionEstimate,
+        *,
+        progress_bar: bool = True,
+    ) -> None:
+        r"""Take over a better estimate of :math:`\log Z` of the current parameters.
+
+        The walkers begin anew at these parameters, as in :meth:`refresh`, but with the
+        value and the standard error of the estimate; they follow from there.
+
+        Args:
+            energy: With the parameters that the estimate belongs to.
+            estimate: From :func:`pyro_ebm.partition.estimate`, say.
+            progress_bar: As in :meth:`refresh`.
+
+        Raises:
+            DivergenceError: If no walkers arrive at the energy from the base.
+            ValueError: If the estimate is not reliable.
+        """
+        if not estimate.is_reliable:
+            raise ValueError(
+                f"estimate must be reliable to stand for log Z, got {estimate}. Raise "
+                "its budget, or give it a base nearer to the energy."
+            )
+        self.refresh(energy, progress_bar=progress_bar)
+        if self.is_closed_form:
+            return
+        if not self.walkers.is_started:
+            raise DivergenceError(
+                f"no walkers arrive from the base to follow the estimate: {self.reason}"
+            )
+        self.walkers.anchor(estimate.value, estimate.std_error)
+        self.read(energy)
+
+    @torch.no_grad()
+    def check(self) -> bool:
+        """Compare the walkers with a fresh SMC run from the base.
+
+        If both the short run and one of four times its size lie more than 3 combined
+        standard errors from the walkers, the estimate is unreliable until a later check
+        agrees; the walkers are replaced if the fresh run has found more mass.
+
+        Returns:
+            Whether they agree.
+        """
+        if self.is_closed_form:
+            return True
+        agree = False
+        for size in (self.num_walkers, 4 * self.num_walkers):
+            fresh = self._run_smc(size)
+            if fresh is None:
+                return False
+            if not self.walkers.is_started:
+                self._adopt(fresh)  # for the larger run to judge
+                continue
+            value, std_error, _ = combine_replicates(fresh.log_partition)
+            own, own_error, _ = combine_replicates(self.walkers.log_partition())
+            agree = abs(value - own) <= 3 * math.hypot(std_error, own_error)
+            if agree:
+                break
+        if not agree and not value < own and fresh is not None:
+            self._adopt(fresh)
+        self.verdict[2] = int(not agree)
+        self.verdict[:2] = self._judge(self.walkers.log_partition())
+        return agree
+
+    @torch.no_grad()
+    def finish(self, energy: Energy) -> None:
+        """Bring the walkers up to date, check, and write the average into ``energy``.
+
+        From here on the current parameters and their average are one.
+        """
+        if not self.is_started:
+            self.refresh(energy, progress_bar=False)
+        self._advance()
+        self.check()
+        self.followed.write(energy)
+        self.read(energy)
+
+    def _advance(self) -> None:
+        old, new = self.followed.begin_update()
+        if self.is_closed_form or not self.walkers.is_started:
+            self.followed.load(new)
+            return
+        position, step = 0.0, 1.0
+        while position < 1:
+            self.followed.load(torch.lerp(old, new, position + step))
+            # A parameter step that would leave too few walkers is taken in halves.
+            if self.walkers.reweight(self.followed.flat, force=step < 1 / 64):
+                position += step
+                self.walkers.move(self.followed.flat)
+            else:
+                step /= 2
+
+    @torch.no_grad()
+    def read(self, energy: Energy) -> None:
+        """Set value, error and verdict for parameters near their average, by (3).
+
+        Args:
+            energy: With its current parameters; it is evaluated once at each walker.
+        """
+        known = energy.closed_form()
+        if known is not None:
+            self.value.copy_(known.log_partition)
+            self.std_error.zero_()
+            self.verdict.zero_()
+            return
+        if not self.walkers.is_started:
+            return
+        log_partitions = self.walkers.log_partition()
+        self.verdict[0] = self._judge(log_partitions)
+        flat, _ = unconstrained(energy)
+        ratio, ess = self.walkers.log_ratio(flat)
+        iterate = log_partitions + ratio
+        self.value.copy_(torch.logsumexp(iterate, 0) - math.log(len(iterate)))
+        # Four islands may agree by chance where few walkers carry the weight.
+        spread = (iterate.std() / math.sqrt(len(iterate))).item()
+        few = math.sqrt(max(1 / max(ess, 1e-6) - 1, 0) / self.walkers.energy.numel())
+        self.std_error.fill_(max(spread, few))
+        self.verdict[1] = self.verdict[0]
+        if not self.verdict[0] and ess < 0.1:
+            self.verdict[1] = 5
+
+    def _judge(self, log_partitions: Tensor) -> int:
+        if not log_partitions.isfinite().all():
+            return 6
+        if self.verdict[2]:
+            return 7 if self.verdict[2] == 7 else 4
+        if log_partitions.std() > 0.5:
+            return 2
+        return 3 if self.walkers.resampling_rate() > 0.01 else 0
+
+    def _run_smc(
+        self, num_particles: int, *, progress_bar: bool = False
+    ) -> Islands | None:
+        """Fresh islands at the averaged parameters; ``None`` if they do not arrive."""
+        draws = self.base.sample((self.num_walkers,))
+        rays = check_normalizability(self.averaged_energy, draws)
+        self.num_check_evaluations += rays.num_evaluations
+        if not rays.is_normalizable:
+            self.verdict.fill_(7)
+            return None
+        try:
+            with watched(self.averaged_energy, is_shown=progress_bar) as energy:
+                islands = run_smc(
+                    energy,
+                    self.base,
+                    num_islands=self.num_islands,
+                    num_particles=num_particles,
+                    chain_length=8,
+                )
+        except DivergenceError:
+            self.verdict.fill_(7)
+            return None
+        self.num_check_evaluations += islands.num_evaluations
+        return islands
+
+    def _adopt(self, islands: Islands) -> None:
+        self.walkers.start(
+            islands.state.chains(), islands.log_partition, islands.kernel
+        )

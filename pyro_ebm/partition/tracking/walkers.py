@@ -1,0 +1,168 @@
+r"""Islands of weighted walkers that keep up with a changing energy.
+
+See :mod:`pyro_ebm.partition.tracking.tracking` for what they are good for. A walker
+``n`` of island ``i`` has a weight, and
+
+.. math::
+    \log Z_i = o_i + \log \frac1N \sum_n w_{in}                           \tag{1}
+
+where the offset :math:`o_i` takes in the mean weight at each resampling.
+"""
+
+__all__ = ["Walkers"]
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
+from pyro_ebm.energies import Energy
+from pyro_ebm.mcmc import HMC, ChainState, StepSizeAdaptation
+from pyro_ebm.mcmc.persistent import StatefulModule
+from pyro_ebm.partition.particles.resampling import systematic_resample
+
+
+class Walkers(StatefulModule):
+    """Weighted walkers in unconstrained space, in islands.
+
+    Args:
+        kernel: How they move; its step size and metric are replaced by adapted ones.
+    """
+
+    u: Tensor
+    energy: Tensor
+    grad: Tensor
+    log_weights: Tensor
+    log_offset: Tensor
+    metric: Tensor
+    num_updates: Tensor
+    num_resamplings: Tensor
+    num_evaluations: Tensor
+
+    #: Effective fraction of the weights at which an island is resampled.
+    ESS_RESAMPLE = 0.5
+    #: Effective fraction of one change of the weights below which it is refused.
+    ESS_INCREMENT = 0.8
+
+    def __init__(self, kernel: HMC) -> None:
+        super().__init__()
+        self.kernel = kernel
+        for name in ("u", "energy", "grad", "log_weights", "log_offset", "metric"):
+            self.register_buffer(name, torch.empty(0))
+        for name in ("num_updates", "num_resamplings", "num_evaluations"):
+            self.register_buffer(name, torch.tensor(0))
+        self.adaptation = StepSizeAdaptation(1.0)
+
+    @property
+    def is_started(self) -> bool:
+        """Whether there are walkers."""
+        return self.u.numel() > 0
+
+    def start(self, chains: ChainState, log_partition: Tensor, kernel: HMC) -> None:
+        """Place the walkers, with equal weights.
+
+        Args:
+            chains: Draws of the energy, chain shape ``(M, N)``.
+            log_partition: The estimate of each island, shape ``(M,)``.
+            kernel: With step size and metric that suit the energy.
+        """
+        self.u, self.energy, self.grad = (part.clone() for part in chains)
+        self.log_weights = torch.zeros_like(self.energy)
+        self.log_offset = log_partition.clone()
+        metric = kernel.scale if kernel.scale_tril is None else kernel.scale_tril
+        self.metric = self.u.new_ones(self.u.shape[2:]) if metric is None else metric
+        self.adaptation.reset(kernel.step_size)
+        self.num_updates.zero_()
+        self.num_resamplings.zero_()
+
+    def log_partition(self) -> Tensor:
+        """The estimate (1) of each island, shape ``(M,)``."""
+        return self.log_offset + log_mean_exp(self.log_weights)
+
+    def anchor(self, value: float, std_error: float) -> None:
+        """Give the islands a mean and a standard error from elsewhere.
+
+        Their own deviations from the mean are kept, to scale.
+        """
+        own = self.log_partition()
+        scale = std_error * math.sqrt(len(own)) / own.std().clamp(min=1e-12)
+        deviations = (own - own.mean()) * scale
+        wanted = value + deviations - log_mean_exp(deviations)
+        self.log_offset = self.log_offset + wanted - own
+
+    def ess(self) -> float:
+        """Effective number of walkers."""
+        log_weights = self.log_weights + self.log_offset[:, None]
+        pooled = effective_sample_fraction(log_weights.flatten())
+        return pooled.item() * log_weights.numel()
+
+    def resampling_rate(self) -> float:
+        """Resamplings per island and update since the start."""
+        count = self.num_resamplings / (self.num_updates.clamp(min=100) * len(self.u))
+        return count.item()
+
+    def reweight(self, energy: Energy, *, force: bool) -> bool:
+        """Take over a changed energy, unless the weights would suffer too much.
+
+        Args:
+            energy: The changed energy, over unconstrained space.
+            force: Take it over in any case.
+
+        Returns:
+            Whether it was taken over.
+        """
+        value, grad = energy.value_and_grad(self.u)
+        self.num_evaluations += value.numel()
+        increment = torch.where(value.isfinite(), self.energy - value, -torch.inf)
+        fraction = effective_sample_fraction(increment.flatten())
+        if fraction < self.ESS_INCREMENT and not force:
+            return False
+        self.energy, self.grad = value, grad
+        self.log_weights = self.log_weights + increment
+        self.num_updates += 1
+        poor = effective_sample_fraction(self.log_weights) < self.ESS_RESAMPLE
+        if poor.any():
+            self._resample(poor)
+        return True
+
+    def move(self, energy: Energy) -> None:
+        """One transition of all walkers under the energy last taken over."""
+        is_dense = self.metric.dim() > self.u.dim() - 2
+        kernel = dataclasses.replace(
+            self.kernel,
+            step_size=self.adaptation.step_size,
+            scale_tril=self.metric if is_dense else None,
+            scale=None if is_dense else self.metric,
+        )
+        state = ChainState(self.u, self.energy, self.grad)
+        state, info = kernel.step(energy, state)
+        self.u, self.energy, self.grad = state
+        self.adaptation.update(kernel, info)
+        self.num_evaluations += kernel.num_gradients * self.energy.numel()
+
+    def log_ratio(self, energy: Energy) -> tuple[Tensor, float]:
+        """Log of the mean of ``e^(own - other)`` an island, and its effective fraction.
+
+        Args:
+            energy: Another energy, over unconstrained space.
+        """
+        value = energy(self.u)
+        self.num_evaluations += value.numel()
+        increment = torch.where(value.isfinite(), self.energy - value, -torch.inf)
+        log_weights = self.log_weights + increment
+        ratio = log_mean_exp(log_weights) - log_mean_exp(self.log_weights)
+        pooled = (log_weights + self.log_offset[:, None]).flatten()
+        return ratio, effective_sample_fraction(pooled).item()
+
+    def _resample(self, poor: Tensor) -> None:
+        """Resample the islands that a mask of shape ``(M,)`` names."""
+        chosen = systematic_resample(self.log_weights, self.log_weights.shape[1])
+        self.log_offset = torch.where(poor, self.log_partition(), self.log_offset)
+        self.log_weights = self.log_weights.masked_fill(poor[:, None], 0.0)
+        for name in ("u", "energy", "grad"):
+            old = getattr(self, name)
+            mask = poor.reshape(-1, *[1] * (old.dim() - 1))
+            setattr(self, name, torch.where(mask, old[chosen], old))
+        self.num_resamplings += poor.sum()

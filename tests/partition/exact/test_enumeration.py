@@ -1,0 +1,187 @@
+"""Sums over finite supports, against closed forms and written truth."""
+
+import importlib
+import itertools
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+
+from pyro_ebm.energies import (
+    DistributionEnergy,
+    FunctionEnergy,
+    IsingEnergy,
+    PottsEnergy,
+    RBMEnergy,
+    spins,
+)
+from pyro_ebm.partition import enumeration, estimate
+from pyro_ebm.testing import CountingEnergy, finite_targets
+
+BETA_C = math.log(1 + math.sqrt(2)) / 2
+
+
+def linear(event, support):
+    """Independent sites: log Z is a sum over sites of a sum over values."""
+    a = torch.linspace(-1, 2, math.prod(event)).reshape(event)
+    dims = tuple(range(-len(event), 0))
+    return a, FunctionEnergy(
+        lambda x: (a * x).sum(dims) if dims else a * x,
+        event,
+        constraints.independent(support, len(event)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("energy", "expected"),
+    [
+        (IsingEnergy((4, 4), 0.3), 12.78552333),
+        (IsingEnergy((4, 4), BETA_C), 15.52191546),
+        (IsingEnergy((3, 3), 0.3, periodic=False), 6.80154),
+    ],
+)
+def test_written_truth(energy, expected):
+    found = enumeration(energy.double())
+    assert found.status == "exact"
+    assert found.value == pytest.approx(expected, abs=1e-5)
+    assert found.lower == found.upper == found.value
+    assert found.std_error == 0
+    assert found.num_evaluations == 2 ** energy.event_shape.numel()
+
+
+@pytest.mark.parametrize("event", [(), (3,), (2, 3)])
+@pytest.mark.parametrize(
+    ("support", "values"),
+    [
+        (constraints.boolean, (0, 1)),
+        (constraints.integer_interval(-2, 1), (-2, -1, 0, 1)),
+        (constraints.integer_interval(5, 5), (5,)),
+        (spins, (-1, 1)),
+    ],
+    ids=["boolean", "interval", "one-value", "spins"],
+)
+def test_independent_sites(event, support, values):
+    a, energy = linear(event, support)
+    expected = torch.stack([-value * a for value in values]).logsumexp(0).sum()
+    assert enumeration(energy).value == pytest.approx(expected.item())
+
+
+def test_every_state_once(monkeypatch):
+    """In chunks that do not divide their number, too."""
+    module = importlib.import_module("pyro_ebm.partition.exact.enumeration")
+    monkeypatch.setattr(module, "_CHUNK", 5 * 7)
+    seen = []
+
+    def fn(x):
+        seen.append(x)
+        return x.sum((-2, -1))
+
+    support = constraints.independent(constraints.integer_interval(0, 2), 2)
+    enumeration(FunctionEnergy(fn, (5, 1), support))
+    assert max(map(len, seen)) == 7
+    found = [tuple(x.flatten().tolist()) for x in torch.cat(seen)]
+    assert sorted(found) == sorted(itertools.product((0.0, 1.0, 2.0), repeat=5))
+
+
+@pytest.mark.parametrize(("num_visible", "num_hidden"), [(7, 3), (3, 7), (4, 4)])
+def test_machine_over_its_smaller_layer(num_visible, num_hidden):
+    energy = RBMEnergy(
+        torch.randn(num_visible, num_hidden),
+        torch.randn(num_visible),
+        torch.randn(num_hidden),
+    )
+    found = enumeration(energy)
+    assert found.num_evaluations == 2 ** min(num_visible, num_hidden)
+    plain = FunctionEnergy(energy, energy.event_shape, energy.support)
+    assert found.value == pytest.approx(enumeration(plain).value)
+
+
+def test_a_constant_moves_log_partition_alone():
+    energy = IsingEnergy((2, 3), 0.4)
+    value = enumeration(energy).value
+    for c in (3.0, 1000.0, -1000.0):
+        assert enumeration(energy + c).value == pytest.approx(value - c)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_float32_energies_are_summed_in_double(dtype):
+    found = enumeration(PottsEnergy((3, 3), 3, 0.7).to(torch.float32)).value
+    assert found == pytest.approx(
+        finite_targets.transfer_matrix(3, 3, 0.7 * torch.eye(3)), abs=1e-5
+    )
+
+
+def test_evaluations_are_counted():
+    energy = CountingEnergy(IsingEnergy((2, 3), 0.4))
+    assert enumeration(energy).num_evaluations == energy.num_values == 64
+
+
+def test_forbidden_states_have_no_mass():
+    _, energy = linear((3,), constraints.boolean)
+    hard = FunctionEnergy(
+        lambda x: torch.where(x[..., 0] == 1, torch.inf, energy(x)),
+        (3,),
+        energy.support,
+    )
+    a = torch.linspace(-1, 2, 3)
+    expected = (-a[1:]).exp().log1p().sum().item()
+    assert enumeration(hard).value == pytest.approx(expected)
+    assert enumeration(hard).status == "exact"
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (torch.nan, "nan or -inf"),
+        (-torch.inf, "nan or -inf"),
+        (torch.inf, "infinite at all"),
+    ],
+)
+def test_what_is_no_number_is_unreliable(bad, reason):
+    energy = FunctionEnergy(
+        lambda x: torch.where(x.sum(-1) > (-1 if bad == torch.inf else 2), bad, 0.0),
+        (3,),
+        constraints.independent(constraints.boolean, 1),
+    )
+    found = enumeration(energy)
+    assert found.status == "unreliable"
+    assert reason in found.reason
+
+
+def test_too_many_states_and_continuous_ones():
+    with pytest.raises(ValueError, match=r"has 2\^64 states .*4,194,304.*gibbs_anneal"):
+        enumeration(IsingEnergy((8, 8), 0.3))
+    with pytest.raises(ValueError, match=r"more than max_states = 10"):
+        enumeration(IsingEnergy((2, 2), 0.3), max_states=10)
+    with pytest.raises(ValueError, match=r"finite support to be enumerated.*estimate"):
+        enumeration(FunctionEnergy(lambda x: x**2, ()))
+
+
+def test_estimate_enumerates_what_is_small():
+    for energy in (
+        IsingEnergy((4, 4), BETA_C),
+        finite_targets.rbm().energy,
+        linear((2,), constraints.boolean)[1],
+        linear((), constraints.integer_interval(0, 3))[1],
+    ):
+        found = estimate(energy)
+        assert (found.status, found.method) == ("exact", "enumeration")
+    # Larger, but not too large to be asked for.
+    energy = IsingEnergy((4, 5), 0.3, periodic=False)
+    assert estimate(energy, method="exact").method == "enumeration"
+    with pytest.raises(ValueError, match=r"2\^64 states"):
+        estimate(IsingEnergy((8, 8), 0.3), method="exact")
+    known = estimate(DistributionEnergy(dist.Bernoulli(torch.tensor(0.3))))
+    assert known.method == "closed form"
+
+
+def test_estimators_that_need_a_gradient_say_so():
+    energy = IsingEnergy((2, 2), 0.3)
+    base = finite_targets.ising(2).base
+    for method in ("smc", "ais", "bridge"):
+        with pytest.raises(NotImplementedError, match=r"continuous support.*Gibbs"):
+            estimate(energy, base, method=method)
+    found = estimate(energy, base, method="importance")
+    assert abs(found.value - estimate(energy).value) < 4 * found.std_error
