@@ -13,6 +13,7 @@ import pytest
 PACKAGE = "pyro_ebm"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 LAYERS = (
+    "core",
     "errors",
     "diagnostics",
     "energies",

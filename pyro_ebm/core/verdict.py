@@ -1,0 +1,115 @@
+"""The verdict of a result: a status, and the findings that led to it.
+
+Every result of the library that may be wrong without looking wrong, an estimate of
+:math:`\\log Z`, the draws of a run of MCMC, a fit, says how far it can be trusted in
+the same words. A rule that speaks against a result adds a :class:`Finding`; the status
+follows from the findings.
+"""
+
+__all__ = ["Finding", "Reason", "Status", "sentence"]
+
+from collections.abc import Iterable
+from enum import Enum
+from typing import NamedTuple
+
+
+class Status(str, Enum):
+    """How far a result can be trusted; equal to the string that it prints as.
+
+    Example:
+        >>> Status.OK == "ok", f"{Status.OK}", Status("exact").is_reliable
+        (True, 'ok', True)
+    """
+
+    #: Known up to rounding.
+    EXACT = "exact"
+    #: An estimate whose error bar can be believed.
+    OK = "ok"
+    #: Something speaks against the result; the findings say what.
+    UNRELIABLE = "unreliable"
+    #: There is evidence that the integral is infinite.
+    NOT_NORMALIZABLE = "not_normalizable"
+
+    __str__ = str.__str__
+    __format__ = str.__format__
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether the result can be used as it is."""
+        return self in (Status.EXACT, Status.OK)
+
+
+class Reason(str, Enum):
+    """What can speak against a result, one member a rule.
+
+    Example:
+        >>> Reason("not finite") is Reason.NOT_FINITE
+        True
+    """
+
+    # The energy itself.
+    NOT_FINITE = "not finite"
+    NUMERICAL = "numerical nonsense"
+    DIVERGENT = "the integrand does not vanish far out"
+    # The base or the proposal.
+    BASE_MISSES = "the base misses the target"
+    BASE_INCONSISTENT = "the draws of the base are not those of its density"
+    HEAVY_WEIGHTS = "heavy-tailed weights"
+    FEW_EFFECTIVE = "few effective draws"
+    POOR_OVERLAP = "poor overlap"
+    NOT_COVERED = "the proposal does not cover the particles"
+    # Two looks at the same number.
+    ROUTES_DISAGREE = "independent estimates disagree"
+    ISLANDS_DISAGREE = "the islands disagree"
+    DIRECTIONS_DISAGREE = "forward and reverse disagree"
+    ONE_ROUTE = "only one estimate, and nothing to hold it against"
+    ONE_SIDED = "one-sided"
+    WRONG_DRAWS = "the draws are not those of the density"
+    # Budgets.
+    NOT_ARRIVED = "the path did not end"
+    NOT_CONVERGED = "not converged"
+    OUT_OF_BUDGET = "out of budget"
+    NOT_ESTIMATED = "not estimated yet"
+    # Chains.
+    NOT_MIXED = "the chains have not mixed"
+    STUCK = "chains are stuck"
+    DIVERGENCES = "divergent transitions"
+    BIASED_KERNEL = "the kernel is biased"
+    # Learning.
+    MOVING_TOO_FAST = "the parameters move too fast"
+    NOT_AT_EQUILIBRIUM = "not at equilibrium"
+    STILL_LEARNING = "still learning"
+    NOISE_TOO_FAR = "the noise is too far from the data"
+    UNKNOWN_LOG_PARTITION = "log Z is unknown"
+    INCONSISTENT_ESTIMATOR = "the estimator does not tend to the truth"
+
+    __str__ = str.__str__
+    __format__ = str.__format__
+
+
+class Finding(NamedTuple):
+    """A rule that was broken, and by how much.
+
+    Attributes:
+        reason: The rule.
+        detail: A sentence with the value seen, the value wanted and the way out.
+
+    Example:
+        >>> str(Finding(Reason.FEW_EFFECTIVE, "effective sample size 12, below 50"))
+        'effective sample size 12, below 50'
+    """
+
+    reason: Reason
+    detail: str
+
+    def __str__(self) -> str:
+        return self.detail or str(self.reason)
+
+
+def sentence(findings: Iterable[Finding]) -> str:
+    """All findings in one line; empty if there are none.
+
+    Args:
+        findings: In the order in which they are to be read.
+    """
+    return "; ".join(map(str, findings))
