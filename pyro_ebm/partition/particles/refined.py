@@ -26,6 +26,7 @@ import math
 import pyro.distributions as dist
 import torch
 
+from pyro_ebm.core.verdict import Finding, Reason, Status
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition.base import (
@@ -167,15 +168,15 @@ def _measure(
     more = first - result.value
     # One-sided: with few particles SMC errs downwards, and that proves nothing.
     if more > 3 * math.hypot(first_error, result.std_error) + 0.1:
-        reason = f"SMC found {more:.2g} nats more than the proposal fitted to it"
-        reasons = "; ".join(filter(None, (result.reason, reason)))
-        return result._replace(status="unreliable", reason=reasons)
+        missed = f"SMC found {more:.2g} nats more than the proposal fitted to it"
+        reasons = (*result.reasons, Finding(Reason.NOT_COVERED, missed))
+        return result._replace(status=Status.UNRELIABLE, reasons=reasons)
     return result
 
 
 def _not_normalizable(rays: Normalizability) -> LogPartitionEstimate:
     nan = math.nan
     return LogPartitionEstimate(
-        math.inf, nan, nan, nan, nan, "not_normalizable", "ray test",
-        rays.num_evaluations, rays.evidence,
+        math.inf, nan, nan, nan, nan, Status.NOT_NORMALIZABLE, "ray test",
+        rays.num_evaluations, (Finding(Reason.DIVERGENT, rays.evidence),),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pyro.distributions as dist
 
+from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.diagnostics import pareto_k
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.path import GeometricPath
@@ -122,33 +123,35 @@ def _judge(pilot: Run, final: Run, spent: int) -> LogPartitionEstimate:
     value, std_error, half = combine_replicates(islands.bennett)
     forward, _, _ = combine_replicates(islands.log_partition)
     reverse = -combine_replicates(-islands.reverse)[0]
-    reasons = []
+    reasons: list[Finding] = []
     if not math.isfinite(value):
-        reasons.append("the estimate is not finite")
+        reasons.append(Finding(Reason.NOT_FINITE, "the estimate is not finite"))
     if half > 0.3:
-        reasons.append(f"the islands disagree: 95 % half-width {half:.2g}")
+        text = f"the islands disagree: 95 % half-width {half:.2g}"
+        reasons.append(Finding(Reason.ISLANDS_DISAGREE, text))
     # Far from any refit the tails are unknown, and the run itself must tell.
     limit = 0.2 if final.is_refitted else 0.1
     if not abs(reverse - forward) < limit:
-        reasons.append(f"forwards and backwards differ by {abs(reverse - forward):.2g}")
+        text = f"forwards and backwards differ by {abs(reverse - forward):.2g}"
+        reasons.append(Finding(Reason.DIRECTIONS_DISAGREE, text))
     k_hat = pareto_k(islands.initial_log_weights.flatten())
     if final.is_refitted and k_hat > _MAX_PARETO_K:
-        reasons.append(
-            f"heavy-tailed weights from the refitted base: k-hat {k_hat:.2f}"
-        )
+        text = f"heavy-tailed weights from the refitted base: k-hat {k_hat:.2f}"
+        reasons.append(Finding(Reason.HEAVY_WEIGHTS, text))
     first, first_error, _ = combine_replicates(pilot.islands.bennett)
     apart = abs(first - value)
     if final is not pilot and apart > 3 * math.hypot(first_error, std_error) + 0.1:
-        reasons.append(f"the two stages differ by {apart:.2g}")
+        text = f"the two stages differ by {apart:.2g}"
+        reasons.append(Finding(Reason.ROUTES_DISAGREE, text))
     return LogPartitionEstimate(
         value,
         std_error,
         value - half,
         value + half,
         islands.ess * islands.state.target.numel(),
-        "unreliable" if reasons else "ok",
+        status_of(reasons),
         f"SMC from the {'refitted ' if final.is_refitted else ''}base, "
         f"{final.num_temperatures} temperatures, {final.particles} particles",
         spent,
-        "; ".join(reasons),
+        tuple(reasons),
     )
