@@ -60,7 +60,7 @@ def check_sums(trace: Trace) -> None:
                 f"site {name!r} must not be masked for an evidence: it is discrete, "
                 "and where its mask is False each of its values counts for one. Leave "
                 "the masked rows out of the model (obs_mask makes such sites too), or "
-                "take pyro_ebm.partition.importance_sampling_of_model."
+                "take pyro_ebm.partition.evidence, which does."
             )
 
 

@@ -219,6 +219,10 @@ class PyroModelEnergy(Energy):
         """
         return self._sites.unconstrain(values)
 
+    def log_abs_det(self, u: Tensor) -> Tensor:
+        """Log-volume of :meth:`constrain` at ``u`` of shape ``(*batch, D)``."""
+        return self._sites.log_abs_det(u, self.constrain(u))
+
     @torch.no_grad()
     def initial_points(self, num_chains: int) -> Tensor:
         """Starting points: uniform in (-2, 2), where energy and gradient are finite.

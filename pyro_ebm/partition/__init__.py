@@ -16,9 +16,9 @@ __all__ = [
     "closed_form",
     "enumeration",
     "estimate",
+    "evidence",
     "gibbs_annealing",
     "importance_sampling",
-    "importance_sampling_of_model",
     "log_ratio",
     "quadrature",
     "refined_smc",
@@ -32,7 +32,7 @@ from pyro_ebm.partition.bridge.ratio import LogRatioEstimate, log_ratio
 from pyro_ebm.partition.estimate import estimate
 from pyro_ebm.partition.exact.enumeration import enumeration
 from pyro_ebm.partition.exact.exact import closed_form, quadrature
-from pyro_ebm.partition.importance.evidence import importance_sampling_of_model
+from pyro_ebm.partition.importance.evidence import evidence
 from pyro_ebm.partition.importance.importance import importance_sampling
 from pyro_ebm.partition.normalizability import check_normalizability
 from pyro_ebm.partition.particles.annealed import (
