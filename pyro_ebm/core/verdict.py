@@ -1,7 +1,7 @@
-"""The verdict of a result: a status, and the findings that led to it.
+r"""The verdict of a result: a status, and the findings that led to it.
 
 Every result of the library that may be wrong without looking wrong, an estimate of
-:math:`\\log Z`, the draws of a run of MCMC, a fit, says how far it can be trusted in
+:math:`\log Z`, the draws of a run of MCMC, a fit, says how far it can be trusted in
 the same words. A rule that speaks against a result adds a :class:`Finding`; the status
 follows from the findings.
 """
@@ -30,8 +30,11 @@ class Status(str, Enum):
     #: There is evidence that the integral is infinite.
     NOT_NORMALIZABLE = "not_normalizable"
 
-    __str__ = str.__str__
-    __format__ = str.__format__
+    def __str__(self) -> str:
+        return str.__str__(self)
+
+    def __format__(self, spec: str) -> str:
+        return str.__format__(self, spec)
 
     @property
     def is_reliable(self) -> bool:
@@ -83,8 +86,11 @@ class Reason(str, Enum):
     UNKNOWN_LOG_PARTITION = "log Z is unknown"
     INCONSISTENT_ESTIMATOR = "the estimator does not tend to the truth"
 
-    __str__ = str.__str__
-    __format__ = str.__format__
+    def __str__(self) -> str:
+        return str.__str__(self)
+
+    def __format__(self, spec: str) -> str:
+        return str.__format__(self, spec)
 
 
 class Finding(NamedTuple):
