@@ -18,7 +18,7 @@ from pyro_ebm.partition.importance.adaptive import (
 )
 from pyro_ebm.partition.importance.importance import estimate_from_weights
 from pyro_ebm.partition.importance.proposal import fit_proposal
-from pyro_ebm.testing import CountingEnergy, held_out, targets
+from pyro_ebm.testing import CountingEnergy, targets, validation_targets
 
 
 def adapted_to(target, num_draws=1000, num_rounds=6, rough=64, energy=None):
@@ -51,7 +51,12 @@ def test_the_weights_become_even_on_a_funnel():
 
 @pytest.mark.parametrize(
     "build",
-    [targets.gamma, held_out.dirichlet, held_out.beta_product, lambda: targets.trap(4)],
+    [
+        targets.gamma,
+        validation_targets.dirichlet,
+        validation_targets.beta_product,
+        lambda: targets.trap(4),
+    ],
 )
 def test_the_weights_measure_log_z(build):
     """On any support, with draws of the final proposal alone."""
@@ -81,7 +86,7 @@ def test_all_rounds_share_the_mixture_of_all_proposals():
     """The weights (1) of draws of two proposals average to Z, though neither alone
     covers the target. Planted: the first proposal for the mixture; seen to fail with a
     mean of 500 for 1."""
-    target = held_out.two_modes()
+    target = validation_targets.two_modes()
     path = GeometricPath(target.energy, target.base)
     loc = target.mean / 0.4
     pool = _Pool(path)
@@ -141,7 +146,7 @@ def test_what_is_not_finite_has_no_weight():
 
 @pytest.mark.parametrize("dtype", [torch.float32])
 def test_single_precision_works(dtype):
-    for build in (lambda: targets.neals_funnel(4), held_out.dirichlet):
+    for build in (lambda: targets.neals_funnel(4), validation_targets.dirichlet):
         target = build()
         path, found = adapted_to(target, num_rounds=4)
         assert found.proposal.sample(3).dtype == dtype

@@ -9,7 +9,7 @@ import torch
 from pyro_ebm.energies import DistributionEnergy
 from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition.importance.proposal import Proposal, fit_proposal
-from pyro_ebm.testing import held_out, targets
+from pyro_ebm.testing import targets, validation_targets
 
 
 def path_of(target):
@@ -36,9 +36,9 @@ def log_weights(path, proposal, u):
         lambda: targets.gaussian(4, 100.0),
         lambda: targets.neals_funnel(4),
         lambda: targets.student_t_product(3),
-        held_out.two_modes,
-        held_out.dirichlet,
-        held_out.beta_product,
+        validation_targets.two_modes,
+        validation_targets.dirichlet,
+        validation_targets.beta_product,
     ],
 )
 def test_density_and_draws_belong_together(build, explore):
@@ -58,8 +58,8 @@ def test_density_and_draws_belong_together(build, explore):
     [
         targets.student_t_product,
         targets.gaussian,
-        held_out.multivariate_student_t,
-        held_out.banana,
+        validation_targets.multivariate_student_t,
+        validation_targets.banana,
         targets.neals_funnel,
     ],
 )
@@ -142,7 +142,11 @@ def test_draws_that_no_component_can_have_do_no_harm():
 
 def test_few_draws_may_lack_a_component():
     """Planted: the flat shape of no draws of the base left to be inferred."""
-    for target in (targets.gamma(), targets.gaussian(3, 10.0), held_out.dirichlet()):
+    for target in (
+        targets.gamma(),
+        targets.gaussian(3, 10.0),
+        validation_targets.dirichlet(),
+    ):
         path, proposal = fitted_to(target, num=200)
         dim = path.event_shape.numel()
         assert all(proposal.sample(num).shape == (num, dim) for num in (1, 1, 1, 2))

@@ -13,7 +13,7 @@ from pyro_ebm.partition.importance.adaptive import Adaptation
 from pyro_ebm.partition.importance.proposal import Proposal
 from pyro_ebm.partition.importance.refit import RefittedBase, fit_student_t
 from pyro_ebm.partition.particles.refined import refined_smc
-from pyro_ebm.testing import CountingEnergy, held_out, targets
+from pyro_ebm.testing import CountingEnergy, targets, validation_targets
 
 
 def test_the_fit_recovers_a_student_t():
@@ -75,11 +75,16 @@ HARD = [
 
 
 def build(name):
-    return getattr(held_out if name in held_out.__all__ else targets, name)()
+    return getattr(
+        validation_targets if name in validation_targets.__all__ else targets, name
+    )()
 
 
 def test_no_target_is_forgotten():
-    known = {*targets.__all__, *held_out.__all__} - {"Target", "unnormalizable"}
+    known = {*targets.__all__, *validation_targets.__all__} - {
+        "Target",
+        "unnormalizable",
+    }
     assert known == {*EASY, *HARD}
 
 
@@ -179,7 +184,7 @@ def test_a_small_budget_is_exceeded_by_what_cannot_be_less(name, budget, monkeyp
 def test_a_mode_that_only_smc_has_seen_is_flagged(monkeypatch):
     """The proposal is at the lighter of two modes, its weights are even, and what it
     lacks is 1.2 nats. Planted: the pilot run not asked; the wrong number is ok."""
-    target = held_out.two_modes()
+    target = validation_targets.two_modes()
     lighter = dist.Normal(-target.mean / 0.4, 1.1).to_event(1)
 
     def adapt_to_one_mode(path, *_, num_draws, **__):
