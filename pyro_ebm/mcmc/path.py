@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_ebm.energies import DistributionEnergy, Energy, same_support, unconstrained
 from pyro_ebm.energies.distribution import require_single
+from pyro_ebm.energies.double import in_double
 from pyro_ebm.energies.normalization import require_normalized
 from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, flat_event
@@ -75,6 +76,8 @@ class GeometricPath(Energy):
     Args:
         energy: The target, on any support that ``biject_to`` knows.
         base: A normalised Pyro distribution over the same event and support.
+        is_double: Whether both ends are evaluated in double precision, whatever the
+            energy and the base are in.
 
     Attributes:
         inverse_temperature: Where on the path the energy is, in [0, 1].
@@ -85,7 +88,13 @@ class GeometricPath(Energy):
             is not normalised.
     """
 
-    def __init__(self, energy: Energy, base: dist.TorchDistribution) -> None:
+    def __init__(
+        self,
+        energy: Energy,
+        base: dist.TorchDistribution,
+        *,
+        is_double: bool = False,
+    ) -> None:
         require_single(base, "base")
         require_normalized(base, "base")
         base_energy = DistributionEnergy(base)
@@ -105,6 +114,8 @@ class GeometricPath(Energy):
         super().__init__(flat.event_shape)
         self.target, self.transform = flat, transform
         self.base, _ = unconstrained(base_energy)
+        if is_double:
+            self.target, self.base = in_double(self.target), in_double(self.base)
         self.distribution = base
         self.inverse_temperature = 1.0
         self.num_evaluations = 0
@@ -130,8 +141,13 @@ class GeometricPath(Energy):
     def sample_base(self, *shape: int) -> PathState:
         """Exact draws of the base, evaluated; ``shape`` is that of the chains."""
         with torch.no_grad():
-            x = self.distribution.sample(torch.Size(shape))
-            return self.evaluate(self.transform.inv(x))
+            return self.evaluate(self.draw_base(*shape))
+
+    @torch.no_grad()
+    def draw_base(self, *shape: int) -> Tensor:
+        """Draws of the base in unconstrained space, not evaluated."""
+        x = self.distribution.sample(torch.Size(shape))
+        return self.transform.inv(x.to(**self.target.tensor_options(x)))
 
     def start(self, *shape: int) -> PathState:
         """Go to the base; exact draws of it, evaluated, with chains of this shape.

@@ -35,7 +35,7 @@ from pyro_ebm.energies import (
     UnconstrainedEnergy,
     unconstrained,
 )
-from pyro_ebm.partition.progress import WatchedEnergy
+from pyro_ebm.partition.progress import CountedEnergy
 
 #: A slope of (1) above this is none that falls.
 _MIN_FALL = -0.003
@@ -314,7 +314,7 @@ class _Probe:
 
 def _round_trip(energy: Energy) -> Callable[[Tensor], Tensor] | None:
     """From unconstrained points to the support and back, or ``None`` for no way."""
-    while isinstance(energy, WatchedEnergy):
+    while isinstance(energy, CountedEnergy):
         energy = energy.energy
     if isinstance(energy, UnconstrainedEnergy):
         transform = energy.transform
