@@ -2,6 +2,7 @@
 
 __all__ = ["CountedEnergy", "watched"]
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,8 @@ class CountedEnergy(Energy):
 
     Attributes:
         num_evaluations: Points so far.
-        num_seconds: CPU seconds inside the energy so far.
+        seconds_each: CPU seconds of an evaluation in the cheapest call so far: the
+            first of a kind also pay for tracing. Infinite before the second call.
         bar: The progress bar, closed by its owner.
     """
 
@@ -49,7 +51,7 @@ class CountedEnergy(Energy):
         super().__init__(energy.event_shape, energy.support)
         self.energy = energy
         self.max_bytes = max_bytes
-        self.num_evaluations, self.num_seconds = 0, 0.0
+        self.num_evaluations, self.seconds_each = 0, math.inf
         self._max_points: int | None = None
         self.bar = tqdm(
             total=total,
@@ -59,11 +61,6 @@ class CountedEnergy(Energy):
             delay=1,
             disable=not is_shown,
         )
-
-    @property
-    def seconds_each(self) -> float:
-        """CPU seconds of an evaluation, on average."""
-        return self.num_seconds / max(self.num_evaluations, 1)
 
     def tensor_options(self, like: Tensor | None = None) -> dict[str, Any]:
         """Those of the energy."""
@@ -96,7 +93,8 @@ class CountedEnergy(Energy):
                 torch.cat(pieces).reshape(batch_shape + pieces[0].shape[1:])
                 for pieces in zip(*parts, strict=True)
             )
-        self.num_seconds += time.process_time() - start
+        each = (time.process_time() - start) / max(batch_shape.numel(), 1)
+        self.seconds_each = min(self.seconds_each, each)
         return result
 
     def _measured(self, x: Tensor) -> int:

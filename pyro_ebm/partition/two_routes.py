@@ -63,6 +63,7 @@ _CHAIN_LENGTH = 16
 #: Evaluations a particle that a run takes, roughly, by which it is sized.
 _COST = 80
 _NUM_STARTS = 256
+_MIN_STARTS = 32
 _NUM_DRAWS = 4000
 #: Effective fraction from which on a proposal is good, and below which it is none.
 _GOOD_FRACTION = 0.2
@@ -179,10 +180,15 @@ class _TwoRoutes:
         """The modes that draws of the base descend to."""
         start = self.path.draw_base(_NUM_STARTS).reshape(_NUM_STARTS, -1).double()
         start = start[start.isfinite().all(-1)]
-        log_density(self.target, start[:32])  # to learn what an evaluation costs
-        number = int(self.limits.affordable(self.target, 0.2) / 300)
-        if len(start) < 2 or number < 4:
+        if len(start) < 2:
             return None
+        for _ in range(3):  # to learn what an evaluation costs, once it is traced
+            self.value_and_grad(start[:64])
+        number = int(self.limits.affordable(self.target, 0.2) / 100)
+        if number < _MIN_STARTS:
+            text = f"time or budget for {number} descents, fewer than {_MIN_STARTS}"
+            self.findings.append(Finding(Reason.OUT_OF_BUDGET, text))
+            return None if number < 4 else find_modes(self.value_and_grad, start[:number])
         return find_modes(self.value_and_grad, start[:number])
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.verdict import Finding, Reason, Status, status_of
 from pyro_ebm.diagnostics import log_mean_exp
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc import Kernel
@@ -119,15 +120,15 @@ def annealed_importance_sampling(
     name = f"{direction} AIS, {len(run.schedule.inverse_temperatures) - 1} temperatures"
     bound = guaranteed_lower(log_weights, delta)
     estimate = estimate_from_weights(log_weights, name, run.path.num_evaluations)
-    reason = "one-sided only: nothing in the run bounds log Z from "
-    reason += "above" if draws is None else "below"
+    side = "above" if draws is None else "below"
+    one_sided = f"one-sided only: nothing in the run bounds log Z from {side}"
+    reasons = (Finding(Reason.ONE_SIDED, one_sided), *estimate.reasons)
     if draws is None:
         estimate = estimate._replace(lower=bound, upper=math.inf)
     else:
         value = -estimate.value
         estimate = estimate._replace(value=value, lower=-math.inf, upper=-bound)
-    reason += f"; {estimate.reason}" if estimate.reason else ""
-    return estimate._replace(status="unreliable", reason=reason)
+    return estimate._replace(status=Status.UNRELIABLE, reasons=reasons)
 
 
 def _require_direction(direction: str, draws: Tensor | None) -> None:
@@ -203,19 +204,20 @@ def bidirectional(
     lower = guaranteed_lower(forward, delta / 2)
     upper = -guaranteed_lower(reverse, delta / 2)
     ratio = bennett(forward, -reverse)
-    reason = ratio.reason
+    reasons = ratio.reasons
     if lower > upper:
-        reason = "the bounds contradict each other: the draws are not of this energy"
+        wrong = "the bounds contradict each other: the draws are not of this energy"
+        reasons = (Finding(Reason.WRONG_DRAWS, wrong),)
     return LogPartitionEstimate(
         ratio.log_ratio,
         ratio.std_error,
         lower,
         upper,
         ratio.num_shared,
-        "unreliable" if reason else "ok",
+        status_of(reasons),
         f"bidirectional AIS, {len(run.schedule.inverse_temperatures) - 1} temperatures",
         run.path.num_evaluations,
-        reason,
+        reasons,
     )
 
 

@@ -27,6 +27,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc import HMC
 from pyro_ebm.mcmc.path import GeometricPath, PathState
@@ -115,21 +116,22 @@ def smc(
             chain_length=chain_length,
         )
     value, std_error, half = combine_replicates(islands.log_partition)
-    reason = ""
+    reasons: tuple[Finding, ...] = ()
     if not math.isfinite(value):
-        reason = "the estimate is not finite"
+        reasons = (Finding(Reason.NOT_FINITE, "the estimate is not finite"),)
     elif not std_error * math.sqrt(num_islands) < 0.5:
-        reason = "the islands disagree by more than 0.5 nats"
+        apart = "the islands disagree by more than 0.5 nats"
+        reasons = (Finding(Reason.ISLANDS_DISAGREE, apart),)
     return LogPartitionEstimate(
         value,
         std_error,
         value - half,
         value + half,
         islands.ess * num_islands * num_particles,
-        "unreliable" if reason else "ok",
+        status_of(reasons),
         f"SMC, {len(islands.inverse_temperatures) - 1} temperatures",
         islands.num_evaluations,
-        reason,
+        reasons,
     )
 
 
