@@ -143,7 +143,7 @@ def seeds(dtype):
             logits = x @ torch.stack(a) + b
             pyro.sample("r", dist.Binomial(n, logits=logits), obs=r)
 
-    return EvidenceProblem("seeds", model, None, -73.407, truth_error=0.001)
+    return EvidenceProblem("seeds", model, None, -73.407, truth_error=0.002)
 
 
 DATA_PROBLEMS = {
