@@ -49,7 +49,7 @@ def eight_schools(dtype: torch.dtype) -> EvidenceProblem:
             pyro.sample("y", dist.Normal(mu + tau * z, errors), obs=y)
 
     truth = validation_targets.eight_schools().log_partition
-    return EvidenceProblem("eight_schools", model, None, truth)
+    return EvidenceProblem("eight_schools_noncentered", model, None, truth)
 
 
 def random_effects(
