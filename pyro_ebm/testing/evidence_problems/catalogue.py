@@ -25,7 +25,7 @@ def problems() -> dict[str, Builder]:
         235.8559
     """
     return {
-        "eight_schools": hierarchies.eight_schools,
+        "eight_schools_noncentered": hierarchies.eight_schools,
         "gaussian_shells_5d": partial(boxes.gaussian_shells, 5),
         "gaussian_shells_10d": partial(boxes.gaussian_shells, 10),
         "eggbox_2d": partial(boxes.eggbox, 2),

@@ -49,7 +49,7 @@ def eight_schools(dtype: torch.dtype) -> EvidenceProblem:
             pyro.sample("y", dist.Normal(mu + tau * z, errors), obs=y)
 
     truth = validation_targets.eight_schools().log_partition
-    return EvidenceProblem("eight_schools", model, None, truth)
+    return EvidenceProblem("eight_schools_noncentered", model, None, truth)
 
 
 def random_effects(
@@ -258,5 +258,5 @@ def gaussian_process(dtype: torch.dtype, *, error: float = 0.003) -> EvidencePro
         return normal.log_prob(y.double()) + prior
 
     # Beyond these ends the prior alone is below e^-32, and the data make it less.
-    truth = log_integral(log_joint, (-4.0, 4.0, 801), (-5.0, 8.0, 521))
+    truth = log_integral(log_joint, (-4.0, 4.0, 401), (-5.0, 8.0, 261))
     return EvidenceProblem("gaussian_process", model, None, truth)

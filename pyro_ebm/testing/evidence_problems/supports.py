@@ -196,7 +196,7 @@ def label_switching(num_groups: int, dtype: torch.dtype) -> EvidenceProblem:
         prior = sum(log_normal(m, 0.0, 25.0) for m in means)
         return (data.logsumexp(0) - even).sum(-1) + prior
 
-    axes = [(-12.0, 12.0, 121)] * num_groups
+    axes = [(-12.0, 12.0, 97)] * num_groups
     truth = log_integral(log_joint, *axes)
     return EvidenceProblem(f"label_switching_{num_groups}", model, None, truth)
 
