@@ -397,7 +397,7 @@ class _Probe:
 
     def rounding(self, rays: _Rays, look: _Look) -> Tensor:
         """Rounding of the energies in the far groups, shape ``(R,)``."""
-        distance = look.distance[:, 1:, 0]
+        distance = look.distance[:, 1:].flatten(1)
         step = max(1e-7, 8 * self.energy.eps) * distance[..., None]
         u, h = rays.at(distance), step * rays.direction[:, None]
         shape = (-1, *self.energy.event_shape)
