@@ -41,7 +41,9 @@ from pyro_ebm.energies.graph_recording import (
 from pyro_ebm.errors import CompilationWarning
 
 #: Numbers of points for which a graph is kept.
-_MAX_SIZES = 8
+_MAX_SIZES = 24
+#: Times that a number of points must have come for a graph of its own.
+_MIN_USES = 4
 #: Points at which tracing is tried, where a matrix may be singular.
 _MAX_TRIES = 10
 
@@ -176,7 +178,7 @@ class TracedFunction:
         if torch._C._functorch.is_functorch_wrapped_tensor(u):  # has no one value
             return batch
         self._num_uses[key] += 1
-        if self._num_uses[key] == 1:  # a number of points that may not come again
+        if self._num_uses[key] < _MIN_USES:  # points that may not come again
             return batch
         live = [tensor.detach() for tensor in one_point.inputs()]
         self._batches[key] = self._recorded(batch, key[1] == "value", u.detach(), live)

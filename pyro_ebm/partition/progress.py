@@ -20,6 +20,8 @@ from pyro_ebm.energies import Energy
 MAX_BYTES = 2**29
 #: Points by which the memory of an evaluation is measured.
 _NUM_MEASURED = 4
+#: Sizes of the pieces.
+_SIZES = tuple(4**power for power in range(3, 9))
 
 
 @final
@@ -80,22 +82,38 @@ class CountedEnergy(Energy):
     ) -> tuple[Tensor, ...]:
         start = time.process_time()
         batch_shape = self.batch_shape_of(x)
+        if not batch_shape.numel():
+            return function(x)
         self.num_evaluations += batch_shape.numel()
         self.bar.update(batch_shape.numel())
         if self._max_points is None:
             self._max_points = self._measured(x)
-        if batch_shape.numel() <= self._max_points:
-            result = function(x)
+        flat = x.reshape(-1, *self.event_shape)
+        parts = [function(part) for part in self._pieces(flat)]
+        if len(parts) > 1:
+            joined = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
         else:
-            flat = x.reshape(-1, *self.event_shape)
-            parts = [function(part) for part in flat.split(self._max_points)]
-            result = tuple(
-                torch.cat(pieces).reshape(batch_shape + pieces[0].shape[1:])
-                for pieces in zip(*parts, strict=True)
-            )
+            joined = (piece for piece in parts[0])
+        number = batch_shape.numel()
+        result = tuple(
+            piece[:number].reshape(batch_shape + piece.shape[1:]) for piece in joined
+        )
         each = (time.process_time() - start) / max(batch_shape.numel(), 1)
         self.seconds_each = min(self.seconds_each, each)
         return result
+
+    def _pieces(self, x: Tensor) -> Iterator[Tensor]:
+        """Points in pieces of a few sizes; the last piece is filled up with copies.
+
+        An energy that is traced or compiled has a graph for each size.
+        """
+        sizes = [size for size in _SIZES if size <= (self._max_points or 1)] or [1]
+        while len(x) > sizes[0]:
+            size = max(size for size in sizes if size <= len(x))
+            yield x[:size]
+            x = x[size:]
+        if len(x):
+            yield torch.cat([x, x[-1:].expand(sizes[0] - len(x), *x.shape[1:])])
 
     def _measured(self, x: Tensor) -> int:
         """How many points fit into the memory, by what a few allocate."""

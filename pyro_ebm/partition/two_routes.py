@@ -138,6 +138,7 @@ def two_routes(
     path = GeometricPath(energy, base, is_double=True)
     target = CountedEnergy(path.target, limits.budget, is_shown=is_shown)
     path.target = target
+    path.base = CountedEnergy(path.base)
     try:
         return _TwoRoutes(path, target, limits).run()
     finally:

@@ -78,6 +78,7 @@ class Journey(NamedTuple):
         reverse: The same by (1) taken backwards; errs upwards.
         initial_log_weights: Weights of the first population for the whole path.
         ess: Smallest effective fraction of the weights of a step.
+        has_arrived: Whether the run came to the end of the path.
     """
 
     state: Any
@@ -88,11 +89,7 @@ class Journey(NamedTuple):
     reverse: Tensor
     initial_log_weights: Tensor
     ess: float
-
-    @property
-    def has_arrived(self) -> bool:
-        """Whether the run came to the end of the path."""
-        return self.inverse_temperatures[-1] in (0.0, 1.0)
+    has_arrived: bool
 
 
 def travel(
@@ -131,7 +128,8 @@ def travel(
     sums = _Sums(weights)
     initial = state.log_weight(0.0, 1.0)
     look(state)
-    while not (betas[-1] == (1.0 if fixed is None else fixed[-1]) or is_over()):
+    end = 1.0 if fixed is None else fixed[-1]
+    while betas[-1] != end and not is_over():
         if len(betas) > max_temperatures:
             raise DivergenceError(
                 f"the path from the base has not ended after {max_temperatures} "
@@ -146,7 +144,7 @@ def travel(
         ancestors = state
         if num_ancestors is not None:
             ancestors = state.select(systematic_resample(weights, num_ancestors))
-        if moves_last or high != (1.0 if fixed is None else fixed[-1]):
+        if moves_last or high != end:
             new = move(state, weights, ancestors, high)
             sums.add(increment, new.log_weight(low, high))
             state = new
@@ -155,7 +153,7 @@ def travel(
             weights = torch.zeros_like(weights)
     return Journey(
         state, betas, weights, sums.forward, sums.bennett, sums.reverse, initial,
-        sums.ess,
+        sums.ess, betas[-1] == end,
     )  # fmt: skip
 
 
