@@ -11,7 +11,6 @@ References:
 
 __all__ = ["evidence"]
 
-import inspect
 import math
 import time
 import warnings
@@ -248,18 +247,14 @@ def _base_of(
 def _from_base(
     energy: PyroModelEnergy, base: dist.TorchDistribution, limits: _Limits
 ) -> LogPartitionEstimate:
-    known = inspect.signature(estimate).parameters
-    wanted: dict[str, Any] = {
-        "tolerance": limits.tolerance,
-        "max_seconds": limits.seconds_left(),
-    }
     return estimate(
         energy,
         base,
         limits.method,
+        tolerance=limits.tolerance,
+        max_seconds=limits.seconds_left(),
         budget=limits.budget,
         progress_bar=limits.progress_bar,
-        **{name: value for name, value in wanted.items() if name in known},
     )
 
 
