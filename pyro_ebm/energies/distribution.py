@@ -22,6 +22,7 @@ from torch.distributions import Distribution, Transform
 from torch.distributions.transforms import _InverseTransform
 
 from pyro_ebm.energies.base import ClosedForm, Energy, require_precision
+from pyro_ebm.energies.corrections import corrected
 from pyro_ebm.energies.model_prior import ModelPrior
 from pyro_ebm.energies.normalization import require_normalized
 from pyro_ebm.energies.unconstrained import same_support
@@ -32,8 +33,10 @@ class DistributionEnergy(Energy):
     r"""The energy :math:`-\log p(x)` of a Pyro distribution: :math:`\log Z = 0`.
 
     The energy is infinite outside the support, whether the distribution validates its
-    arguments or not. The distribution stays as it is: its tensors are no parameters and
-    not in the ``state_dict``, but ``.to(device_or_dtype)`` moves (a copy of) them.
+    arguments or not. Angles go from :math:`-\pi` to :math:`\pi`, where torch says that
+    their support is the real line. The distribution stays as it is: its tensors are no
+    parameters and not in the ``state_dict``, but ``.to(device_or_dtype)`` moves (a copy
+    of) them.
 
     Args:
         distribution: Normalised, with an empty ``batch_shape``.
@@ -53,6 +56,7 @@ class DistributionEnergy(Energy):
     def __init__(self, distribution: dist.TorchDistribution) -> None:
         require_single(distribution, "distribution")
         require_normalized(distribution, "distribution")
+        distribution = corrected(distribution)
         super().__init__(distribution.event_shape, distribution.support)
         self.distribution = distribution
         with torch.random.fork_rng(devices=[]):  # building must not move the stream

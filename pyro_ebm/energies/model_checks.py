@@ -18,7 +18,8 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.energies.base import require_precision
-from pyro_ebm.energies.model_runs import samples, unwrapped
+from pyro_ebm.energies.corrections import support_of
+from pyro_ebm.energies.model_runs import samples
 from pyro_ebm.energies.normalization import require_normalized, unnormalized_part
 from pyro_ebm.energies.unconstrained import same_support
 
@@ -100,12 +101,12 @@ def check_site(name: str, site: Any) -> None:
                 "it by hand."
             )
     else:
-        _require_bijection(name, site["fn"].support)
+        _require_bijection(name, support_of(site["fn"]))
 
 
 def _require_bijection(name: str, support: Constraint) -> None:
     try:
-        biject_to(unwrapped(support))
+        biject_to(support)
     except NotImplementedError:
         raise NotImplementedError(
             f"the support {support} of site {name!r} has no bijection from real space "
@@ -150,7 +151,7 @@ def check_supports(first: Trace, second: Trace) -> None:
         other: Any = second.nodes[name]["fn"]
         if site["is_observed"] or site["fn"].support.is_discrete:
             continue
-        if not same_support(unwrapped(site["fn"].support), unwrapped(other.support)):
+        if not same_support(support_of(site["fn"]), support_of(other)):
             raise NotImplementedError(
                 f"the support of site {name!r} depends on other sites: "
                 f"{site['fn'].support}, then {other.support}. Sample a "

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.model_checks import is_masked
-from pyro_ebm.energies.model_runs import Model, samples
+from pyro_ebm.energies.model_runs import CorrectedDraws, Model, samples
 from pyro_ebm.energies.model_sites import ModelSites
 from pyro_ebm.energies.normalization import unnormalized_part
 
@@ -144,7 +144,7 @@ class ModelPrior(dist.TorchDistribution):
         return u.reshape(shape).to(**self.energy.tensor_options())
 
     def _one(self) -> Tensor:
-        with poutine.block():
+        with poutine.block(), CorrectedDraws():
             trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
         values = {name: site["value"] for name, site in samples(trace)}
         return self._sites.unconstrain(values)
@@ -154,7 +154,7 @@ class ModelPrior(dist.TorchDistribution):
         dim = -1 - self._sites.max_plate_nesting
         plate = pyro.plate("_pyro_ebm_draws", num_draws, dim=dim)
         try:
-            with poutine.block():
+            with poutine.block(), CorrectedDraws():
                 trace = poutine.trace(plate(self._model)).get_trace(
                     *self._args, **self._kwargs
                 )

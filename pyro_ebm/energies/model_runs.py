@@ -1,6 +1,7 @@
 """Runs of a Pyro model, for what its sites are."""
 
 __all__ = [
+    "CorrectedDraws",
     "Model",
     "WithoutValidation",
     "initial_value",
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.distributions import Distribution, transform_to
 
 from pyro_ebm.energies.base import _unwrap_mixture as unwrapped
+from pyro_ebm.energies.corrections import corrected, support_of
 from pyro_ebm.energies.graph_recording import LinAlgError
 
 Model = Callable[..., Any]
@@ -72,10 +74,17 @@ def initial_value(site: dict[str, Any]) -> Tensor:
         return fn.sample()
     # Pyro's own strategy knows neither improper priors nor the support of a mixture.
     like = torch.empty(0) if isinstance(fn, dist.ImproperUniform) else fn.sample()
-    transform = transform_to(unwrapped(fn.support))
+    transform = transform_to(support_of(fn))
     shape = transform.inverse_shape(fn.shape())
     value: Tensor = transform(like.new_empty(shape).uniform_(-2, 2))
     return value
+
+
+class CorrectedDraws(Messenger):
+    """Lets a model draw from the densities of its sites, where torch does not."""
+
+    def _pyro_sample(self, site: Any) -> None:
+        site["fn"] = corrected(site["fn"])
 
 
 class WithoutValidation(Messenger):

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
 import torch
+from pyro.distributions.util import sum_rightmost
 from pyro.infer.mcmc.util import initialize_model
 from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
+from pyro_ebm.energies.corrections import support_of
 from pyro_ebm.energies.model_checks import check_same, check_site, check_supports
 from pyro_ebm.energies.model_runs import (
     Model,
@@ -20,7 +22,6 @@ from pyro_ebm.energies.model_runs import (
     retried,
     run_model,
     samples,
-    unwrapped,
 )
 from pyro_ebm.energies.whole_plates import check_rows, whole_plates
 
@@ -74,7 +75,8 @@ class ModelSites(NamedTuple):
                     f"{tuple(value.shape)}."
                 )
             flat = self.transforms[name].inv(value)
-            parts.append(flat.reshape(value.shape[:batch_dim] + (-1,)))
+            size = self.flat_shapes[name].numel()
+            parts.append(flat.reshape(value.shape[:batch_dim] + (size,)))
         batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([p.expand(*batch_shape, p.shape[-1]) for p in parts], -1)
 
@@ -83,7 +85,7 @@ class ModelSites(NamedTuple):
         total = u.new_zeros(u.shape[:-1])
         for name, part in self.split(u).items():
             volume = self.transforms[name].log_abs_det_jacobian(part, values[name])
-            total = total + volume.reshape(*u.shape[:-1], -1).sum(-1)
+            total = total + sum_rightmost(volume, volume.dim() - total.dim())
         return total
 
     def energy(self, u: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ def find_sites(
         check_site(name, site)
     check_same(first, run_model(model, args, kwargs))
     sites = _continuous(first)
-    transforms = {n: biject_to(unwrapped(s["fn"].support)) for n, s in sites.items()}
+    transforms = {n: biject_to(support_of(s["fn"])) for n, s in sites.items()}
     nesting = _max_plate_nesting(first)
     _, potential, _, enumerated = retried(
         lambda: initialize_model(

@@ -1,22 +1,30 @@
-r"""Whether the draws of a base are those of its density.
+r"""Whether the draws of a distribution are those of its density.
 
-A base is trusted twice: its draws start the path, and its density weighs them. Where
-the two are not of one law, as of ``LKJCholesky`` for three and more dimensions in
-torch, log Z is off by a constant that no other diagnostic shows. A Metropolis step
-keeps the law of the density, so of draws :math:`u` of that law and
-:math:`u' = u + \sigma \xi`,
+A base is believed twice, in its draws and in its density; where they differ, every
+estimate that starts from it is off, with nothing to show it. With a proposal :math:`q`
+fitted to some draws, and both densities normalised, for any function :math:`\varphi`
 
 .. math::
-    \mathbb{E}\left[\min\left(1, e^{f_0(u) - f_0(u')}\right)
-        \left(g(u') - g(u)\right)\right] = 0                                \tag{1}
+    n \, \mathbb{E}_p\left[\varphi \, \frac{m q}{n p + m q}\right] =
+    m \, \mathbb{E}_q\left[\varphi \, \frac{n p}{n p + m q}\right]          \tag{1}
 
-for each bounded :math:`g`; here the coordinates and the energy, and the squares of the
-former, through ``tanh``. It takes two evaluations a draw, and no gradient.
+so the difference of the two sums, over :math:`n` draws of the one and :math:`m` of the
+other, is a score statistic with mean zero. The fractions are those of Bennett's ratio:
+bounded, whatever the tails are. Here :math:`\varphi` is one (is the integral one?), the
+log ratio, and each coordinate and its square.
+
+Draws that fail are not condemned at once: a second, larger sample decides. Seen: no
+alarm in 20 runs on each of 40 sound distributions; LKJ of torch for three to six
+dimensions, and a normal whose draws are 3 % too wide, in 40 of 40 runs.
+
+References:
+    Shirts (2013), J. Chem. Theory Comput. 9, 909-926.
 """
 
 __all__ = ["check_draws"]
 
 import math
+from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -24,87 +32,162 @@ from torch import Tensor
 
 from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
+from pyro_ebm.energies.double import in_double
 
-#: Probability below which more draws are made, and below which they speak against it.
-_SUSPECT, _CONFIRMED = 1e-2, 1e-6
-#: Of the first look.
-_NUM_DRAWS, _NUM_MORE = 4_000, 16_000
-#: Share of draws without a finite place in unconstrained space that is let pass.
-_MAX_LOST = 0.01
-#: Mean acceptance below which (1) has too few draws that move.
-_MIN_MOVED = 0.02
+#: Draws that the proposal is fitted to; draws of it for each draw that is tested.
+_NUM_FITTED = 2000
+_PROPOSALS = 4
+#: Degrees of freedom of the proposal, and scales after which a draw is an outlier.
+_DEGREES = 6.0
+_MAX_SCALES = 5.0
+#: Chance of a second look at sound draws, how much larger it is, and of a false alarm.
+_LOOK_AGAIN = 0.1
+_LARGER = 4
+_ALARM = 1e-5
+#: What the log ratio is cut off at.
+_MAX_RATIO = 50.0
+#: Points at which the densities are evaluated at once.
+_CHUNK = 20_000
+#: Effective number of draws below which nothing can be said, and the largest share that
+#: one draw may have in the variance of a statistic.
+_MIN_EFFECTIVE = 200.0
+_MAX_SHARE = 0.05
 
 
 @torch.no_grad()
-def check_draws(base: dist.TorchDistribution) -> Finding | None:
-    """Compare the draws of a distribution with its density by (1).
-
-    First with 4,000 draws, and where these are in doubt with 16,000 others. A sound
-    base is accused once in a million times.
+def check_draws(
+    distribution: dist.TorchDistribution,
+    num: int = 20_000,
+    *,
+    draws: Tensor | None = None,
+) -> Finding | None:
+    """Test the draws of a distribution against its density, by (1).
 
     Args:
-        base: A normalised distribution over one event, on a continuous support.
+        distribution: Normalised, continuous, without a batch shape.
+        num: Draws that are tested, at least 4,000. It is enough to see a scale that is
+            3 % off.
+        draws: These instead, independent, of shape ``(N, *event)``.
 
     Returns:
-        The finding; ``None`` if nothing was found, or the support is discrete.
+        What is wrong, or ``None``; also ``None`` for discrete distributions, and where
+        no proposal comes close enough to say anything. Fewer than one of a hundred
+        thousand sound distributions is condemned.
 
     Example:
-        >>> check_draws(dist.Gamma(2.0, 1.0))
-        >>> wrong = dist.LKJCholesky(4, torch.tensor(2.0))
-        >>> check_draws(wrong).reason == Reason.BASE_INCONSISTENT
+        >>> check_draws(dist.Gamma(2.0, 1.0)) is None
         True
+        >>> print(check_draws(dist.LKJCholesky(4, 1.0)).reason)
+        the draws of the base are not those of its density
     """
-    energy = DistributionEnergy(base)
+    energy = DistributionEnergy(distribution)
     if energy.support.is_discrete:
         return None
-    flat, to_support = unconstrained(energy)
-    for num, limit in ((_NUM_DRAWS, _SUSPECT), (_NUM_MORE, _CONFIRMED)):
-        u = to_support.inv(base.sample(torch.Size((num,))))
-        u = u.reshape(num, *flat.event_shape)
-        kept = u[u.reshape(num, -1).isfinite().all(-1)]
-        if len(kept) < (1 - _MAX_LOST) * num:
-            return Finding(
-                Reason.BASE_INCONSISTENT,
-                f"{num - len(kept)} of {num} draws of the base are at the boundary of "
-                "its support, where rounding put them",
-            )
-        probability = _probability(flat, kept)
-        if probability > limit:
+    flat, transform = unconstrained(in_double(energy))
+    draws = distribution.sample(torch.Size((num,))) if draws is None else draws
+    with torch.random.fork_rng(devices=[]):
+        chance, _ = _smallest_chance(flat, transform.inv(draws.double()))
+        if chance > _LOOK_AGAIN:
             return None
+        again = distribution.sample(torch.Size((_LARGER * len(draws),)))
+        chance, what = _smallest_chance(flat, transform.inv(again.double()))
+    if chance > _ALARM:
+        return None
     return Finding(
         Reason.BASE_INCONSISTENT,
-        "the draws of the base do not have its density: a Metropolis step moves their "
-        f"law, by a test of which the probability is {probability:.0e}",
+        f"the draws of {type(distribution).__name__} are not those of its density: "
+        f"{what} is off in {len(again):,} draws, with a chance of "
+        f"{max(chance, 1e-99):.1g}. "
+        "Take another base, or mend its sample.",
     )
 
 
-def _probability(energy: Energy, u: Tensor) -> float:
-    """Of a mean (1) as far from zero, by the worst statistic and their number."""
-    flat = u.reshape(len(u), -1)
-    centre, spread = _location(flat)
-    step = 2.38 / math.sqrt(flat.shape[-1]) * spread
-    moved = flat + step * torch.randn_like(flat)
-    here, there = energy(u), energy(moved.reshape(u.shape))
-    accept = (here - there).clamp(max=0.0).exp().nan_to_num(0.0)
-    if accept.mean() < _MIN_MOVED:
-        return 1.0
-    level, width = _location(here[:, None])
-
-    def statistics(points: Tensor, value: Tensor) -> Tensor:
-        scaled = ((points - centre) / spread).tanh()
-        energies = ((value[:, None] - level) / width).tanh()
-        return torch.cat([scaled, scaled.square(), energies], -1)
-
-    change = statistics(moved, there) - statistics(flat, here)
-    terms = (accept[:, None] * change.nan_to_num(0.0)).double()  # (1)
-    z = terms.mean(0) / terms.std(0) * math.sqrt(len(terms))
-    worst = z.nan_to_num(0.0).abs().max().item()
-    return math.erfc(worst / math.sqrt(2)) * z.numel()
+def _smallest_chance(flat: Energy, u: Tensor) -> tuple[float, str]:
+    """The least p-value of all statistics, for as many as they are, and its name."""
+    u = u.reshape(len(u), -1)
+    u = u[u.isfinite().all(-1)]
+    proposal = _fitted(u[:_NUM_FITTED])
+    mine, theirs = _Sums(), _Sums()
+    for points in u[_NUM_FITTED:].split(_CHUNK):
+        mine.add(flat, proposal, points, -1.0)
+        for _ in range(_PROPOSALS):
+            theirs.add(flat, proposal, proposal.sample(len(points)), 1.0)
+    z = (mine.total - theirs.total) / (mine.variance + theirs.variance).sqrt()
+    p = torch.special.erfc(z.abs() / math.sqrt(2))
+    p = p.where(mine.is_known & theirs.is_known & z.isfinite(), 1.0)
+    index = int(p.argmin())
+    names = ["its integral", "the log density"]
+    what = names[index] if index < 2 else f"coordinate {(index - 2) % u.shape[1]}"
+    return min(1.0, (p[index] * len(p)).item()), what
 
 
-def _location(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Median and standard deviation by the quartiles, of each column."""
-    ordered = values.sort(0).values
-    lower, centre, upper = (ordered[int(p * len(values))] for p in (0.25, 0.5, 0.75))
-    tiny = torch.finfo(values.dtype).tiny
-    return centre, ((upper - lower) / 1.349).clamp(min=tiny)
+class _Sums:
+    """Sums over draws of either side of (1), one for each function."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self.total = self.squares = self.largest = torch.zeros(())
+
+    def add(self, flat: Energy, proposal: "_Student", u: Tensor, sign: float) -> None:
+        z = proposal.standardised(u)
+        log_prob = -flat(u.reshape(-1, *flat.event_shape)).to(u)
+        log_ratio = log_prob.nan_to_num(-torch.inf, torch.inf) - proposal.log_prob(z)
+        weight = (sign * (log_ratio - math.log(_PROPOSALS))).sigmoid()
+        ratio = log_ratio.clamp(-_MAX_RATIO, _MAX_RATIO).unsqueeze(-1)
+        functions = torch.cat([torch.ones_like(ratio), ratio, z, z.square()], -1)
+        values = weight.unsqueeze(-1) * functions
+        self.num += len(u)
+        self.total = self.total + values.sum(0)
+        self.squares = self.squares + values.square().sum(0)
+        self.largest = torch.maximum(self.largest, values.square().amax(0))
+
+    @property
+    def variance(self) -> Tensor:
+        """Of the totals."""
+        return self.squares - self.total.square() / self.num
+
+    @property
+    def is_known(self) -> Tensor:
+        """Where the normal approximation holds: no few draws decide."""
+        effective = self.total[0].square() / self.squares[0]
+        is_shared = self.largest < _MAX_SHARE * self.variance
+        return is_shared & self.variance.isfinite() & (effective > _MIN_EFFECTIVE)
+
+
+class _Student(NamedTuple):
+    """A multivariate Student distribution."""
+
+    loc: Tensor
+    scale_tril: Tensor
+
+    def sample(self, num: int) -> Tensor:
+        normal = torch.randn(num, len(self.loc)).to(self.loc)
+        mixing = dist.Chi2(torch.full((num, 1), _DEGREES).to(self.loc)).sample()
+        z = normal * (_DEGREES / mixing).sqrt()
+        return self.loc + z @ self.scale_tril.mT
+
+    def standardised(self, u: Tensor) -> Tensor:
+        difference = (u - self.loc).mT
+        return torch.linalg.solve_triangular(
+            self.scale_tril, difference, upper=False
+        ).mT
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log density of points that are given standardised."""
+        dim, half = len(self.loc), _DEGREES / 2
+        constant = math.lgamma(half + dim / 2) - math.lgamma(half)
+        constant -= dim / 2 * math.log(math.pi * _DEGREES)
+        volume = self.scale_tril.diagonal().log().sum()
+        squares = z.square().sum(-1) / _DEGREES
+        return constant - volume - (half + dim / 2) * squares.log1p()
+
+
+def _fitted(u: Tensor) -> _Student:
+    """A proposal with the median, scales and correlations of draws, outliers cut."""
+    low, loc, high = u.quantile(u.new_tensor([0.25, 0.5, 0.75]), 0)
+    scale = ((high - low) / 1.349).clamp(min=torch.finfo(u.dtype).tiny ** 0.5)
+    z = ((u - loc) / scale).clamp(-_MAX_SCALES, _MAX_SCALES)
+    covariance = z.mT @ z / len(z)
+    covariance.diagonal().add_(1e-6 + 2 * z.shape[1] / len(z))
+    factor = torch.linalg.cholesky(covariance)
+    return _Student(loc, scale.unsqueeze(-1) * factor)
