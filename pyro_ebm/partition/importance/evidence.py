@@ -54,6 +54,9 @@ _NUM_DRAWS, _MAX_DRAWS = 10_000, 160_000
 _MIN_DRAWS = 25
 #: Draws made at once, and one by one between two looks at the clock.
 _CHUNK, _FEW = 1_000, 25
+#: Draws of the prior that are checked, if so many times as many, in case a second look
+#: is needed, take no more than a share of the time.
+_NUM_CHECKED, _LOOKS, _SHARE_CHECKED = (20_000, 4_000), 5, 0.25
 #: Share of runs that may raise.
 _MAX_FAILED = 0.01
 #: Weights that are believed with nothing to hold them against: effective share of the
@@ -205,7 +208,7 @@ def _evidence(program: _Program, guide: Any, limits: _Limits) -> LogPartitionEst
     if guide is None:
         if isinstance(energy, str):
             return _by_runs(program, None, limits, energy)
-        base, note = _base_of(energy)
+        base, note = _base_of(energy, limits)
         return _noted(_from_base(energy, base, limits), note)
     density, trace = as_distribution(guide), None
     if density is None:
@@ -227,7 +230,7 @@ def _evidence(program: _Program, guide: Any, limits: _Limits) -> LogPartitionEst
 
 
 def _base_of(
-    energy: PyroModelEnergy,
+    energy: PyroModelEnergy, limits: _Limits
 ) -> tuple[dist.TorchDistribution, tuple[Finding, ...]]:
     """The prior, or what stands in for one that cannot be a base, and why."""
     stand_in = default_base(energy)
@@ -236,12 +239,31 @@ def _base_of(
     except NotImplementedError as error:
         why = Finding(Reason.BASE_INCONSISTENT, first_line(error))
     else:
-        found = check_draws(prior)
+        num = _num_checked(prior, limits)
+        found = check_draws(prior, num) if num else None
         if found is None:
             return prior, ()
         why = found
     detail = f"started from a {describe(stand_in)}, not from the prior: {why}"
     return stand_in, (Finding(why.reason, detail),)
+
+
+def _num_checked(prior: dist.TorchDistribution, limits: _Limits) -> int:
+    """Draws of the prior that are checked; none if they cost too much of the time."""
+
+    def seconds(num: int) -> float:
+        start = time.monotonic()
+        prior.sample(torch.Size((num,)))
+        return time.monotonic() - start
+
+    seconds(2)  # finds out whether many can be made at once
+    two = seconds(2)
+    many = 100 if two < 0.05 else 10
+    each = max(seconds(many) - two, 0.0) / (many - 2)
+    for num in _NUM_CHECKED:
+        if _LOOKS * num * each < _SHARE_CHECKED * limits.seconds_left():
+            return num
+    return 0
 
 
 def _from_base(
@@ -267,7 +289,7 @@ def _held_against_prior(
     limits: _Limits,
 ) -> LogPartitionEstimate:
     """The weights of a guide, and the estimate from the prior."""
-    base, note = _base_of(energy)
+    base, note = _base_of(energy, limits)
     if limits.budget is not None:
         limits = limits._replace(budget=limits.budget // 2)
     _, args, kwargs = program

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import sys
+import time
 
 import pyro
 import pyro.distributions as dist
@@ -24,6 +26,8 @@ from pyro_ebm.core.verdict import Reason
 from pyro_ebm.energies import FunctionEnergy, PyroModelEnergy
 from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.partition import evidence, quadrature
+
+module = sys.modules[evidence.__module__]
 
 DATA = torch.tensor([0.3, -0.2, 1.1, 0.8, 0.4], dtype=torch.float64)
 #: By quadrature over mu and tau.
@@ -535,6 +539,23 @@ def test_classes_that_the_guide_draws_too():
     assert found.value == pytest.approx(summed.value, abs=1e-6)
     assert "from the guide, vectorised, held against" in found.method
     assert not found.reasons
+
+
+@pytest.mark.filterwarnings("ignore::pyro_ebm.errors.UnreliableWarning")
+@pytest.mark.parametrize("is_vectorized", [True, False])
+def test_a_prior_that_takes_long_is_not_checked(is_vectorized, monkeypatch):
+    """Where twenty thousand draws of it would take more than the time that there is."""
+    checked = []
+    monkeypatch.setattr(module, "check_draws", lambda *given: checked.append(given))
+
+    def slow():
+        z = pyro.sample("z", dist.Normal(torch.zeros(4), 0.5).to_event(1))
+        loc = z.sum(-1) if is_vectorized else z.sum(-1).reshape(())
+        time.sleep(0.005)
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.tensor(0.3))
+
+    evidence(slow, budget=50, max_seconds=5.0, method="importance")
+    assert bool(checked) == is_vectorized
 
 
 def test_the_clock_ends_it():
