@@ -10,8 +10,9 @@ difference in log Z:
 
 __all__ = ["ModelPrior", "prior_model"]
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, final
 
 import pyro
@@ -23,11 +24,20 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_ebm.energies.base import Energy
+from pyro_ebm.energies.graph_recording import LinAlgError
 from pyro_ebm.energies.model_checks import is_masked
-from pyro_ebm.energies.model_runs import CorrectedDraws, Model, samples
+from pyro_ebm.energies.model_runs import (
+    FailuresAreNan,
+    Model,
+    WithoutValidation,
+    run_until,
+    samples,
+)
 from pyro_ebm.energies.model_sites import ModelSites
 from pyro_ebm.energies.normalization import unnormalized_part
 
+#: Runs that may all fail before that is an error of the model.
+_MAX_FAILURES = 20
 #: Draws of a vectorised run whose densities are compared with those of the energy.
 _NUM_CHECKED = 4
 
@@ -140,27 +150,42 @@ class ModelPrior(dist.TorchDistribution):
             u = self._many(num_draws)
             self._is_vectorized = u is not None
         if u is None:
-            u = torch.stack([self._one() for _ in range(num_draws)])
+            u = self._one_by_one(num_draws)
         return u.reshape(shape).to(**self.energy.tensor_options())
 
-    def _one(self) -> Tensor:
-        with poutine.block(), CorrectedDraws():
-            trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
-        values = {name: site["value"] for name, site in samples(trace)}
-        return self._sites.unconstrain(values)
+    def _one_by_one(self, num_draws: int) -> Tensor:
+        draws, failure = [], None
+        for _ in range(num_draws):
+            try:
+                trace = self._run(self._model)
+            except (ValueError, LinAlgError) as error:  # at this draw
+                failure = error
+                draws.append(torch.full_like(self._sites.example, torch.nan))
+            else:
+                values = {name: site["value"] for name, site in samples(trace)}
+                draws.append(self._sites.unconstrain(values))
+        u = torch.stack(draws)
+        if failure is not None and num_draws > _MAX_FAILURES and u.isnan().all():
+            raise failure
+        return u
+
+    def _run(self, model: Model) -> Trace:
+        last = list(self._sites.shapes)[-1]
+        return run_until(last, model, self._args, self._kwargs)
 
     def _many(self, num_draws: int) -> Tensor | None:
         """Draws of one vectorised run, or ``None`` where that does not work."""
         dim = -1 - self._sites.max_plate_nesting
         plate = pyro.plate("_pyro_ebm_draws", num_draws, dim=dim)
-        try:
-            with poutine.block(), CorrectedDraws():
-                trace = poutine.trace(plate(self._model)).get_trace(
-                    *self._args, **self._kwargs
-                )
-            return self._checked(trace, num_draws)
-        except (ValueError, RuntimeError, IndexError):  # not written for batches
-            return None
+        for is_validated in (True, False):  # a draw may have no distribution after it
+            checks = contextlib.nullcontext() if is_validated else _without_errors()
+            try:
+                with checks:
+                    u = self._checked(self._run(plate(self._model)), num_draws)
+            except (ValueError, RuntimeError, IndexError):  # not written for batches
+                continue
+            return u
+        return None
 
     def _checked(self, trace: Trace, num_draws: int) -> Tensor | None:
         values, log_prob = {}, torch.zeros(())
@@ -175,13 +200,18 @@ class ModelPrior(dist.TorchDistribution):
         if self._is_vectorized:
             return u
         log_prob = log_prob + self._sites.log_abs_det(u, values)
-        checked = slice(None, _NUM_CHECKED)
+        checked = log_prob.isfinite().nonzero().squeeze(-1)[:_NUM_CHECKED]
         options = self.energy.tensor_options()
         expected = -self.energy(u[checked].to(**options)).to(log_prob)
-        is_same = torch.allclose(
-            log_prob[checked], expected, rtol=1e-3, atol=1e-3, equal_nan=True
-        )
-        return u if is_same else None
+        is_same = torch.allclose(log_prob[checked], expected, rtol=1e-3, atol=1e-3)
+        return u if is_same and len(checked) else None
+
+
+@contextlib.contextmanager
+def _without_errors() -> Iterator[None]:
+    """A draw that has no density gives nan, not an error for all the others."""
+    with WithoutValidation(), FailuresAreNan():
+        yield
 
 
 def _is_observed(site: Any) -> bool:
