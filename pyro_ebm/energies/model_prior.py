@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.graph_recording import LinAlgError
+from pyro_ebm.energies.missing_data import with_missing_data
 from pyro_ebm.energies.model_checks import is_masked
 from pyro_ebm.energies.model_runs import (
     FailuresAreNan,
@@ -68,6 +69,7 @@ def prior_model(model: Model, trace: Trace) -> Model:
         for name, site in sites[max(continuous) + 1 :]
         if not site["is_observed"]
     }
+    model = with_missing_data(model)
     conditioned = poutine.condition(model, ignored) if ignored else model
     return poutine.block(conditioned, hide_fn=_is_observed)
 
