@@ -16,17 +16,20 @@ References:
     Lewandowski, Kurowicka & Joe (2009), J. Multivariate Analysis 100, 1989-2001.
 """
 
-__all__ = ["corrected", "support_of"]
+__all__ = ["corrected", "map_tensors", "support_of"]
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from torch.distributions import Distribution
+from torch import Tensor
+from torch.distributions import Distribution, Transform
 from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import _InverseTransform
 
 from pyro_ebm.energies.base import _unwrap_mixture
 
@@ -97,3 +100,20 @@ def support_of(distribution: Any) -> Constraint:
         distribution: Of torch or Pyro; a mixture has the support of its components.
     """
     return _unwrap_mixture(corrected(distribution).support)
+
+
+def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """Copy of a distribution in which ``fn`` is applied to each tensor."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if type(value) in (list, tuple):
+        return type(value)(map_tensors(item, fn) for item in value)
+    if not isinstance(value, Distribution | Transform):
+        return value
+    if isinstance(value, _InverseTransform):
+        return map_tensors(value.inv, fn).inv
+    clone = copy.copy(value)
+    for key, part in vars(value).items():
+        # A transform and its inverse refer to each other; the latter is made anew.
+        vars(clone)[key] = None if key == "_inv" else map_tensors(part, fn)
+    return clone

@@ -7,22 +7,20 @@ Normal distributions have the gradient in closed form: with precision :math:`A`,
     \nabla f(x) = A\, (x - \mu)                                            \tag{1}
 """
 
-__all__ = ["DistributionEnergy", "base_energy", "map_tensors", "require_single"]
+__all__ = ["DistributionEnergy", "base_energy", "require_single"]
 
-import copy
 import math
 from collections.abc import Callable
-from typing import Any, final
+from typing import final
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import Distribution, Transform
-from torch.distributions.transforms import _InverseTransform
+from torch.distributions import Distribution
 
 from pyro_ebm.energies.base import ClosedForm, Energy, require_precision
-from pyro_ebm.energies.corrections import corrected
+from pyro_ebm.energies.corrections import corrected, map_tensors
 from pyro_ebm.energies.model_prior import ModelPrior
 from pyro_ebm.energies.normalization import require_normalized
 from pyro_ebm.energies.unconstrained import same_support
@@ -167,20 +165,3 @@ def require_single(distribution: dist.TorchDistribution, name: str) -> None:
             f"one event; got batch_shape {tuple(distribution.batch_shape)}. "
             f"Declare it an event: .to_event({len(distribution.batch_shape)})."
         )
-
-
-def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """Copy of a distribution in which ``fn`` is applied to each tensor."""
-    if isinstance(value, Tensor):
-        return fn(value)
-    if type(value) in (list, tuple):
-        return type(value)(map_tensors(item, fn) for item in value)
-    if not isinstance(value, Distribution | Transform):
-        return value
-    if isinstance(value, _InverseTransform):
-        return map_tensors(value.inv, fn).inv
-    clone = copy.copy(value)
-    for key, part in vars(value).items():
-        # A transform and its inverse refer to each other; the latter is made anew.
-        vars(clone)[key] = None if key == "_inv" else map_tensors(part, fn)
-    return clone

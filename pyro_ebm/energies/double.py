@@ -25,7 +25,7 @@ from torch.distributions import Distribution, Transform, biject_to
 
 from pyro_ebm.energies.base import ClosedForm, Energy
 from pyro_ebm.energies.compiled import CompiledEnergy
-from pyro_ebm.energies.distribution import map_tensors
+from pyro_ebm.energies.corrections import map_tensors
 from pyro_ebm.energies.finite import finite_values
 from pyro_ebm.energies.graph_precision import is_rounded, wide
 from pyro_ebm.energies.model_prior import ModelPrior

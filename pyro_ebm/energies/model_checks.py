@@ -26,10 +26,15 @@ from pyro_ebm.energies.unconstrained import same_support
 
 def is_masked(site: Any) -> bool:
     """Whether a mask hides a part of a site's density."""
-    fn = site["fn"]
+    mask = site["mask"]
+    is_hidden = mask is not None and not torch.as_tensor(mask).all()
+    return is_hidden or isinstance(_stripped(site["fn"]), dist.MaskedDistribution)
+
+
+def _stripped(fn: Any) -> Any:
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
-    return site["mask"] is not None or isinstance(fn, dist.MaskedDistribution)
+    return fn
 
 
 def check_log_partitions(trace: Trace) -> None:
@@ -61,8 +66,8 @@ def check_sums(trace: Trace) -> None:
             raise ValueError(
                 f"site {name!r} must not be masked for an evidence: it is discrete, "
                 "and where its mask is False each of its values counts for one. Leave "
-                "the masked rows out of the model (obs_mask makes such sites too), or "
-                "take pyro_ebm.partition.evidence, which does."
+                "the masked rows out of the model, say by obs_mask which of its data "
+                "are missing, or take pyro_ebm.partition.evidence, which does."
             )
 
 
@@ -85,12 +90,13 @@ def check_site(name: str, site: Any) -> None:
     value = site["value"]
     require_precision(value, f"the value of site {name!r}")
     if site["is_observed"]:
-        if value.is_floating_point() and value.isnan().any() and not is_masked(site):
+        num_nan = _num_nan(site)
+        if num_nan:
             raise ValueError(
                 f"obs of site {name!r} must not contain nan, got "
-                f"{int(value.isnan().sum())} in {value.numel()} numbers. Drop them, or "
-                "fill them with any number of the support and mask them with "
-                "poutine.mask."
+                f"{num_nan} in {value.numel()} numbers. Drop them, say that they are "
+                "missing by obs_mask, or fill them with any number of the support and "
+                "mask them with poutine.mask."
             )
     elif site["fn"].support.is_discrete:
         if not site["fn"].has_enumerate_support:
@@ -102,6 +108,17 @@ def check_site(name: str, site: Any) -> None:
             )
     else:
         _require_bijection(name, support_of(site["fn"]))
+
+
+def _num_nan(site: Any) -> int:
+    """How many numbers of an observed value are nan, and not hidden by a mask."""
+    is_nan = site["value"].isnan()
+    if isinstance(_stripped(site["fn"]), dist.MaskedDistribution):
+        return 0
+    if site["mask"] is not None:
+        mask = torch.as_tensor(site["mask"], device=is_nan.device)
+        is_nan = is_nan & mask.reshape(mask.shape + (1,) * site["fn"].event_dim)
+    return int(is_nan.sum())
 
 
 def _require_bijection(name: str, support: Constraint) -> None:

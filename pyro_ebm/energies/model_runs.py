@@ -2,15 +2,18 @@
 
 __all__ = [
     "CorrectedDraws",
+    "FailuresAreNan",
     "Model",
     "WithoutValidation",
     "initial_value",
     "retried",
     "run_model",
+    "run_until",
     "samples",
     "unwrapped",
 ]
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -25,11 +28,13 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import Distribution, transform_to
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_ebm.energies.base import _unwrap_mixture as unwrapped
 from pyro_ebm.energies.corrections import corrected, support_of
 from pyro_ebm.energies.graph_recording import LinAlgError
 
+aten = torch.ops.aten
 Model = Callable[..., Any]
 _T = TypeVar("_T")
 #: Runs of a model at random values before an error is taken as final.
@@ -43,6 +48,30 @@ def run_model(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
     """
     initialized = poutine.trace(InitMessenger(initial_value)(model))
     return retried(lambda: initialized.get_trace(*args, **kwargs))
+
+
+class _Stop(Exception):  # noqa: N818
+    pass
+
+
+class _StopAfter(Messenger):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def _pyro_post_sample(self, site: Any) -> None:
+        if site["name"] == self.name:
+            raise _Stop
+
+
+def run_until(
+    name: str, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Trace:
+    """Trace of a run that ends after a site, drawn by what precedes it."""
+    tracer = poutine.trace(_StopAfter(name)(model))
+    with poutine.block(), CorrectedDraws(), contextlib.suppress(_Stop):
+        tracer(*args, **kwargs)
+    return tracer.msngr.trace
 
 
 def retried(run: Callable[[], _T]) -> _T:
@@ -85,6 +114,35 @@ class CorrectedDraws(Messenger):
 
     def _pyro_sample(self, site: Any) -> None:
         site["fn"] = corrected(site["fn"])
+
+
+_FACTORS = {
+    aten.linalg_cholesky_ex.default,
+    aten.linalg_inv_ex.default,
+    aten.linalg_lu_factor_ex.default,
+    aten._linalg_solve_ex.default,
+}
+
+
+class FailuresAreNan(TorchDispatchMode):
+    """Lets a factorisation give nan where it fails, instead of raising an error."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is aten._linalg_check_errors.default:
+            return None
+        result = func(*args, **(kwargs or {}))
+        if func not in _FACTORS:
+            return result
+        *factors, info = result
+        for factor in factors:
+            if factor.is_floating_point():
+                failed = (info != 0).reshape(
+                    info.shape + (1,) * (factor.dim() - info.dim())
+                )
+                factor.masked_fill_(failed, torch.nan)
+        return result
 
 
 class WithoutValidation(Messenger):

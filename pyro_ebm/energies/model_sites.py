@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 
 from pyro_ebm.energies.corrections import support_of
+from pyro_ebm.energies.missing_data import with_missing_data
 from pyro_ebm.energies.model_checks import check_same, check_site, check_supports
 from pyro_ebm.energies.model_runs import (
     Model,
@@ -106,7 +107,7 @@ def find_sites(
         NotImplementedError: If a discrete site cannot be enumerated, a plate is
             subsampled in a way that cannot be undone, or a support depends on others.
     """
-    model = whole_plates(model)
+    model = whole_plates(with_missing_data(model))
     first = run_model(model, args, kwargs)
     check_rows(first)
     for name, site in samples(first):

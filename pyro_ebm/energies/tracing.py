@@ -328,7 +328,7 @@ class LoopedFunction:
     def _value(self, u: Tensor) -> Tensor:
         try:
             return self.function(u)
-        except LinAlgError:  # one chain must not stop the others
+        except (ValueError, LinAlgError):  # one chain must not stop the others
             return u.sum() * torch.nan
 
 
