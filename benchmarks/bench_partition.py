@@ -26,7 +26,7 @@ import torch
 from report import as_markdown, save
 
 from pyro_ebm.partition import LogPartitionEstimate, refined_smc
-from pyro_ebm.testing import held_out, targets
+from pyro_ebm.testing import targets, validation_targets
 
 TUNED_ON = (
     "gaussian",
@@ -38,7 +38,7 @@ TUNED_ON = (
     "gaussian_mixture",
     "many_well",
 )
-HELD_OUT = tuple(held_out.__all__)
+HELD_OUT = tuple(validation_targets.__all__)
 #: Budgets of one target each, to compare with what is known of other estimators.
 GOALS = {
     "gaussian": 15_000,
@@ -73,7 +73,7 @@ def measure(name, budget, seed):
 
 def build(name):
     """The target of this name."""
-    return getattr(held_out if name in HELD_OUT else targets, name)()
+    return getattr(validation_targets if name in HELD_OUT else targets, name)()
 
 
 def summarise(name, runs):

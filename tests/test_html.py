@@ -11,6 +11,7 @@ import torch
 
 import pyro_ebm
 from pyro_ebm import EnergyDistribution, EnergyModel
+from pyro_ebm.core import Finding, Reason, Status
 from pyro_ebm.distributions import MixtureOfExperts, ProductOfExperts
 from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy
 from pyro_ebm.errors import UnreliableWarning
@@ -20,8 +21,13 @@ from pyro_ebm.mcmc import HMC, MCMC, ReplicaExchange
 from pyro_ebm.mcmc.tables import columns_table, rows_table
 from pyro_ebm.partition import LogPartitionEstimate
 
-ESTIMATE = LogPartitionEstimate(1.25, 0.125, 0.85, 1.65, 900.0, "ok", "walkers", 1_000)
-BAD = ESTIMATE._replace(status="unreliable", reason="k-hat > 0.7 & more")
+ESTIMATE = LogPartitionEstimate(
+    1.25, 0.125, 0.85, 1.65, 900.0, Status.OK, "walkers", 1_000
+)
+BAD = ESTIMATE._replace(
+    status=Status.UNRELIABLE,
+    reasons=(Finding(Reason.HEAVY_WEIGHTS, "k-hat > 0.7 & more"),),
+)
 ALLOWED = {"table", "caption", "thead", "tbody", "tr", "th", "td", "p"}
 
 

@@ -14,6 +14,7 @@ from matplotlib.colors import to_rgb
 
 import pyro_ebm
 from pyro_ebm import plots
+from pyro_ebm.core import Finding, Reason, Status
 from pyro_ebm.infer import FitRecord, LogLikelihood
 
 BOUNDS = [(-3.0, 3.0), (-2.0, 4.0)]
@@ -155,7 +156,9 @@ def test_likelihood_curve_of_a_fit(ax):
 
 def test_log_partition_curve_has_its_interval_and_marks_what_is_unreliable(ax):
     history = [record(step) for step in (100, 200, 300)]
-    bad = ESTIMATE._replace(status="unreliable", reason="why")
+    bad = ESTIMATE._replace(
+        status=Status.UNRELIABLE, reasons=(Finding(Reason.NOT_MIXED, "why"),)
+    )
     history[1] = history[1]._replace(log_partition=bad)
     assert plots.log_partition_curve(history, ax) is ax
     band = ax.collections[0].get_datalim(ax.transData)

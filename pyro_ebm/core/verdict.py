@@ -1,14 +1,14 @@
-"""The verdict of a result: a status, and the findings that led to it.
+r"""The verdict of a result: a status, and the findings that led to it.
 
 Every result of the library that may be wrong without looking wrong, an estimate of
-:math:`\\log Z`, the draws of a run of MCMC, a fit, says how far it can be trusted in
+:math:`\log Z`, the draws of a run of MCMC, a fit, says how far it can be trusted in
 the same words. A rule that speaks against a result adds a :class:`Finding`; the status
 follows from the findings.
 """
 
-__all__ = ["Finding", "Reason", "Status", "sentence"]
+__all__ = ["Finding", "Reason", "Status", "in_words", "sentence", "status_of"]
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ class Status(str, Enum):
     NOT_NORMALIZABLE = "not_normalizable"
 
     __str__ = str.__str__
-    __format__ = str.__format__
+    __repr__ = str.__repr__
 
     @property
     def is_reliable(self) -> bool:
@@ -76,15 +76,16 @@ class Reason(str, Enum):
     DIVERGENCES = "divergent transitions"
     BIASED_KERNEL = "the kernel is biased"
     # Learning.
+    LOSS_NOT_FINITE = "loss not finite"
     MOVING_TOO_FAST = "the parameters move too fast"
     NOT_AT_EQUILIBRIUM = "not at equilibrium"
     STILL_LEARNING = "still learning"
-    NOISE_TOO_FAR = "the noise is too far from the data"
-    UNKNOWN_LOG_PARTITION = "log Z is unknown"
+    NOISE_TOO_FAR = "noise too far from data"
+    UNKNOWN_LOG_PARTITION = "log Z unknown: run partition.estimate"
     INCONSISTENT_ESTIMATOR = "the estimator does not tend to the truth"
 
     __str__ = str.__str__
-    __format__ = str.__format__
+    __repr__ = str.__repr__
 
 
 class Finding(NamedTuple):
@@ -113,3 +114,32 @@ def sentence(findings: Iterable[Finding]) -> str:
         findings: In the order in which they are to be read.
     """
     return "; ".join(map(str, findings))
+
+
+def status_of(findings: Sequence[Finding], otherwise: Status = Status.OK) -> Status:
+    """``Status.UNRELIABLE`` if anything was found.
+
+    Args:
+        findings: What speaks against the result.
+        otherwise: The status if nothing does.
+
+    Example:
+        >>> status_of([]), status_of([Finding(Reason.STUCK, "")])
+        ('ok', 'unreliable')
+    """
+    return Status.UNRELIABLE if findings else otherwise
+
+
+def in_words(status: Status, findings: Iterable[Finding]) -> str:
+    """The status, and after a colon why it is not better.
+
+    Args:
+        status: Of the result.
+        findings: Behind it.
+
+    Example:
+        >>> in_words(Status.UNRELIABLE, [Finding(Reason.STUCK, "2 chains are stuck")])
+        'unreliable: 2 chains are stuck'
+    """
+    reason = sentence(findings)
+    return f"{status}: {reason}" if reason else str(status)

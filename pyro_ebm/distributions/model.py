@@ -97,7 +97,7 @@ class EnergyModel(Factor, nn.Module):
             tracked.read(self.energy)
         value = tracked.value.clone() if tracked.value.isfinite() else None
         distribution = self._distribution(self.energy, value)
-        distribution.is_normalized = tracked.status == "ok"
+        distribution.is_normalized = tracked.status.is_reliable
         distribution.log_partition_std_error = tracked.std_error
         return distribution
 

@@ -35,6 +35,7 @@ import torch
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
+from pyro_ebm.core.verdict import Finding, Reason, Status
 from pyro_ebm.distributions.bound import LogPartitionBound, hoelder_bound
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.mixture import MixtureOfExperts
@@ -253,8 +254,8 @@ class ProductOfExperts(EnergyDistribution):
         if self._improper:
             nan = math.nan
             result = LogPartitionEstimate(
-                math.inf, nan, nan, nan, nan, "not_normalizable", "closed form", 0,
-                self._improper,
+                math.inf, nan, nan, nan, nan, Status.NOT_NORMALIZABLE, "closed form", 0,
+                (Finding(Reason.DIVERGENT, self._improper),),
             )  # fmt: skip
             warnings.warn(str(result), UnreliableWarning, stacklevel=2)
             return result

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pyro_ebm.core.verdict import in_words
 from pyro_ebm.mcmc.tables import rows_table
 
 
@@ -62,9 +63,8 @@ def tracked_text(model: Any) -> tuple[str, str]:
         return _with_error(known.log_partition.detach().item(), 0.0), "exact"
     tracked = model.log_partition
     value, error = tracked.value.item(), tracked.std_error.item()
-    reason = f": {tracked.reason}" if tracked.reason else ""
     shown = _with_error(value, error) if math.isfinite(value) else "unknown"
-    return shown, f"{tracked.status}{reason}"
+    return shown, in_words(tracked.status, tracked.reasons)
 
 
 def model_html(model: Any) -> str:

@@ -7,7 +7,7 @@ Normal distributions have the gradient in closed form: with precision :math:`A`,
     \nabla f(x) = A\, (x - \mu)                                            \tag{1}
 """
 
-__all__ = ["DistributionEnergy", "base_energy", "require_single"]
+__all__ = ["DistributionEnergy", "base_energy", "map_tensors", "require_single"]
 
 import copy
 import math
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform
 from torch.distributions.transforms import _InverseTransform
 
-from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.base import ClosedForm, Energy, require_precision
 from pyro_ebm.energies.model_prior import ModelPrior
 from pyro_ebm.energies.normalization import require_normalized
 from pyro_ebm.energies.unconstrained import same_support
@@ -57,6 +57,7 @@ class DistributionEnergy(Energy):
         self.distribution = distribution
         with torch.random.fork_rng(devices=[]):  # building must not move the stream
             self.register_buffer("inside", distribution.sample(), persistent=False)
+        require_precision(self.inside, "distribution")
 
     def forward(self, x: Tensor) -> Tensor:
         """Negative log-density at ``x`` of shape ``(*batch, *event)``."""
@@ -106,7 +107,7 @@ class DistributionEnergy(Energy):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Energy":  # noqa: FBT001, FBT002
         # nn.Module moves parameters and buffers only; the distribution goes with them.
         super()._apply(fn, recurse)
-        self.distribution = _map_tensors(self.distribution, fn)
+        self.distribution = map_tensors(self.distribution, fn)
         return self
 
 
@@ -164,18 +165,18 @@ def require_single(distribution: dist.TorchDistribution, name: str) -> None:
         )
 
 
-def _map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     """Copy of a distribution in which ``fn`` is applied to each tensor."""
     if isinstance(value, Tensor):
         return fn(value)
     if type(value) in (list, tuple):
-        return type(value)(_map_tensors(item, fn) for item in value)
+        return type(value)(map_tensors(item, fn) for item in value)
     if not isinstance(value, Distribution | Transform):
         return value
     if isinstance(value, _InverseTransform):
-        return _map_tensors(value.inv, fn).inv
+        return map_tensors(value.inv, fn).inv
     clone = copy.copy(value)
     for key, part in vars(value).items():
         # A transform and its inverse refer to each other; the latter is made anew.
-        vars(clone)[key] = None if key == "_inv" else _map_tensors(part, fn)
+        vars(clone)[key] = None if key == "_inv" else map_tensors(part, fn)
     return clone

@@ -17,6 +17,7 @@ from pyro.poutine import Trace
 from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 
+from pyro_ebm.energies.base import require_precision
 from pyro_ebm.energies.model_runs import samples, unwrapped
 from pyro_ebm.energies.normalization import require_normalized, unnormalized_part
 from pyro_ebm.energies.unconstrained import same_support
@@ -68,7 +69,7 @@ def check_site(name: str, site: Any) -> None:
     """Check that a site is continuous, observed, or can be enumerated.
 
     Raises:
-        ValueError: If it is observed to be nan.
+        ValueError: If it is observed to be nan, or of half precision.
         NotImplementedError: If it cannot, has no bijection from real space, or is in a
             plate that is subsampled.
     """
@@ -80,8 +81,9 @@ def check_site(name: str, site: Any) -> None:
                 "the data. Build the plate inside of the model and without the "
                 "argument subsample."
             )
+    value = site["value"]
+    require_precision(value, f"the value of site {name!r}")
     if site["is_observed"]:
-        value = site["value"]
         if value.is_floating_point() and value.isnan().any() and not is_masked(site):
             raise ValueError(
                 f"obs of site {name!r} must not contain nan, got "

@@ -10,6 +10,7 @@ difference in log Z:
 
 __all__ = ["ModelPrior", "prior_model"]
 
+import copy
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -97,6 +98,12 @@ class ModelPrior(dist.TorchDistribution):
         self._sites = sites
         self._is_vectorized: bool | None = None  # not known before the first draws
         super().__init__(torch.Size(), energy.event_shape, validate_args=False)
+
+    def with_energy(self, energy: Energy) -> "ModelPrior":
+        """The same distribution, its density given by another energy."""
+        new = copy.copy(self)
+        new.energy = energy
+        return new
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "ModelPrior":
         """The same distribution with another batch shape."""

@@ -15,6 +15,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.errors import DivergenceError
 from pyro_ebm.infer.diagnosis import FitDiagnostics, diagnose, energy_gap
@@ -217,7 +218,7 @@ class _Fit:
             energy_gap=gap, gradient_snr=self.noise.signal_to_noise()
         )
         held_out = self.validation_data
-        verdict, reasons = judge(found, log_partition, stopped, self.history)
+        reasons = judge(found, log_partition, stopped, self.history)
         wall, cpu = self.began
         return FitResult(
             distribution,
@@ -235,7 +236,7 @@ class _Fit:
                 self.step_seconds / max(self.num_steps, 1),
             ),
             found,
-            verdict,
+            status_of(reasons),
             reasons,
         )
 
@@ -342,8 +343,9 @@ def _with_advice(estimate: LogPartitionEstimate) -> LogPartitionEstimate:
     """Say how to find a log Z that the walkers have not found."""
     if estimate.is_reliable:
         return estimate
-    advice = "; log Z is unknown: run pyro_ebm.partition.estimate(model)"
-    return estimate._replace(reason=estimate.reason + advice)
+    advice = "log Z is unknown: run pyro_ebm.partition.estimate(model)"
+    unknown = Finding(Reason.UNKNOWN_LOG_PARTITION, advice)
+    return estimate._replace(reasons=(*estimate.reasons, unknown))
 
 
 def _as_pyro_model(energy_model: EnergyModel) -> Any:

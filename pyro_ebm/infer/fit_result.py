@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from torch import nn
 
+from pyro_ebm.core.verdict import Finding, Status
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.diagnosis import FitDiagnostics
 from pyro_ebm.infer.fit_record import FitRecord
 from pyro_ebm.infer.fit_table import fit_html
 from pyro_ebm.infer.likelihood import LogLikelihood
-from pyro_ebm.infer.verdict import FitVerdict
 from pyro_ebm.partition import LogPartitionEstimate
 
 #: Characters in a printed line.
@@ -57,15 +57,9 @@ class FitResult(NamedTuple):
         stages: Name of the objective, and steps taken with it, of each stage.
         timings: Seconds.
         diagnostics: Energy gap, chains, gradients and noise at the end.
-        verdict: ``"ok"``, or the gravest of what was found: ``"loss not finite"``;
-            ``"noise too far from data"``, for fewer than 5 effective noise points a
-            step, or data told from noise in 99.5 % of pairs; ``"not at equilibrium"``,
-            for a drift or an energy gap beyond 4 standard errors that is worth 0.05
-            nats a point (gap squared by twice the variance of the energy), or a nested
-            R-hat above 1.05; ``"log Z unknown: run partition.estimate"``; ``"still
-            learning"``, for a log-likelihood that rose by 0.05 nats in the last quarter
-            of the records.
-        reasons: A sentence for each thing found, with a way out; empty if ``"ok"``.
+        status: ``"ok"`` or ``"unreliable"``.
+        reasons: What speaks against the fit, the gravest first, each with a way out;
+            empty if the status is ``"ok"``.
 
     Example:
         >>> data = torch.randn(500, 2)
@@ -92,8 +86,27 @@ class FitResult(NamedTuple):
     stages: tuple[tuple[str, int], ...]
     timings: FitTimings
     diagnostics: FitDiagnostics
-    verdict: FitVerdict
-    reasons: tuple[str, ...]
+    status: Status
+    reasons: tuple[Finding, ...]
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether the status is ``"ok"``."""
+        return self.status.is_reliable
+
+    @property
+    def verdict(self) -> str:
+        """``"ok"``, or the gravest of what was found, in a few words.
+
+        ``"loss not finite"``; ``"noise too far from data"``, for fewer than 5 effective
+        noise points a step, or data told from noise in 99.5 % of pairs; ``"not at
+        equilibrium"``, for a drift or an energy gap beyond 4 standard errors that is
+        worth 0.05 nats a point (gap squared by twice the variance of the energy), or a
+        nested R-hat above 1.05; ``"log Z unknown: run partition.estimate"``; ``"still
+        learning"``, for a log-likelihood that rose by 0.05 nats in the last quarter of
+        the records.
+        """
+        return str(self.reasons[0].reason if self.reasons else self.status)
 
     def _repr_html_(self) -> str:
         return fit_html(self)

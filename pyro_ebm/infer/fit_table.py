@@ -4,6 +4,7 @@ __all__ = ["fit_html"]
 
 from typing import Any
 
+from pyro_ebm.core.verdict import in_words
 from pyro_ebm.mcmc.tables import columns_table, rows_table
 
 #: Records of the history in the table: the last ones, and the first.
@@ -18,16 +19,15 @@ def fit_html(result: Any) -> str:
         result: A :class:`~pyro_ebm.infer.FitResult`.
     """
     estimate = result.log_partition
-    reason = f": {estimate.reason}" if estimate.reason else ""
     held_out = result.validation
     summary = {
         "model": repr(result.distribution),
         "ended": f"{result.stopped} after {result.num_steps:,} steps",
         "log Z": f"{estimate.value:.4f} +- {estimate.std_error:.4f} nats",
-        "log Z verdict": f"{estimate.status}{reason}",
+        "log Z verdict": in_words(estimate.status, estimate.reasons),
         "train log-likelihood": f"{result.train} nats a point",
         "held-out log-likelihood": f"{held_out} nats a point" if held_out else "",
-        "verdict": ": ".join([result.verdict, *result.reasons]),
+        "verdict": ": ".join([result.verdict, *map(str, result.reasons)]),
     }
     table = rows_table("Fit", summary)
     if not result.history:
@@ -52,5 +52,5 @@ def _cells(record: Any) -> list[str]:
         str(record.train),
         "" if held_out is None else str(held_out),
         f"{estimate.value:.4f} +- {estimate.std_error:.4f}",
-        estimate.status,
+        str(estimate.status),
     ]

@@ -18,14 +18,20 @@ References:
 
 __all__ = ["ParameterErrors", "Solved"]
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.verdict import (
+    Finding,
+    Reason,
+    Status,
+    in_words,
+    sentence,
+    status_of,
+)
 from pyro_ebm.infer.estimating_equations import Equation
-
-Status = Literal["ok", "biased", "unreliable"]
 
 #: Half-width of a 95 % interval, in standard errors.
 _NORMAL_QUANTILE = 1.959963984540054
@@ -47,9 +53,10 @@ class ParameterErrors(NamedTuple):
         lower: Lower ends of the 95 % intervals, shape ``(P,)``.
         upper: Upper ends.
         method: What the covariance is, and how expectations under the model were taken.
-        status: ``"ok"``; ``"biased"`` where the estimator does not tend to the truth
-            and the intervals are about what it tends to; ``"unreliable"``.
-        reason: Why the status is not ``"ok"``; empty otherwise.
+        status: ``"ok"`` or ``"unreliable"``.
+        reasons: The findings that led to it; empty if it is ``"ok"``. Of
+            ``INCONSISTENT_ESTIMATOR`` or ``BIASED_KERNEL`` alone, the intervals are
+            right, but about what the estimator tends to and not about the truth.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(1), torch.eye(1))
@@ -69,12 +76,17 @@ class ParameterErrors(NamedTuple):
     upper: Tensor
     method: str
     status: Status
-    reason: str = ""
+    reasons: tuple[Finding, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """The findings in one line; empty if there are none."""
+        return sentence(self.reasons)
 
     @property
     def is_reliable(self) -> bool:
         """Whether the status is ``"ok"``."""
-        return self.status == "ok"
+        return self.status.is_reliable
 
     def __str__(self) -> str:
         width = max(map(len, self.names))
@@ -82,8 +94,8 @@ class ParameterErrors(NamedTuple):
         lines = [
             f"{name:{width}}  {x:.4f} +- {error:.4f}" for name, x, error in columns
         ]
-        reason = f": {self.reason}" if self.reason else ""
-        return "\n".join([*lines, f"[{self.status}{reason}], {self.method}"])
+        verdict = in_words(self.status, self.reasons)
+        return "\n".join([*lines, f"[{verdict}], {self.method}"])
 
 
 class Solved(NamedTuple):
@@ -117,18 +129,18 @@ class Solved(NamedTuple):
             "its own log_partition is held.)"
         )
 
-    def errors(self, kind: str, biases: list[str]) -> ParameterErrors:
+    def errors(self, kind: str, biases: list[Finding]) -> ParameterErrors:
         """Evaluate (1), and judge it."""
         scale, equation = self._scale(), self.equation
         inverse = torch.linalg.inv(self._scaled_curvature()) / scale.outer(scale)
         matrix = inverse @ equation.spread @ inverse / self.num_points  # (1)
         std_error = matrix.diagonal().sqrt()
         half_width = _NORMAL_QUANTILE * std_error
-        unreliable = [
+        reasons = (
             *self._doubts_of_curvature(),
             *self._doubts_of_place(inverse, std_error),
-        ]
-        status: Status = "unreliable" if unreliable else "biased" if biases else "ok"
+            *biases,
+        )
         return ParameterErrors(
             tuple(self.names),
             self.estimate,
@@ -137,8 +149,8 @@ class Solved(NamedTuple):
             self.estimate - half_width,
             self.estimate + half_width,
             f"{kind} {equation.how}",
-            status,
-            "; ".join([*unreliable, *biases]),
+            status_of(reasons),
+            reasons,
         )
 
     def _scale(self) -> Tensor:
@@ -149,38 +161,41 @@ class Solved(NamedTuple):
         scale = self._scale()
         return self.equation.curvature / scale.outer(scale)
 
-    def _doubts_of_curvature(self) -> list[str]:
+    def _doubts_of_curvature(self) -> list[Finding]:
         doubts, count = [], len(self.names)
         values, vectors = torch.linalg.eigh(self._scaled_curvature())
         if values[0] < 0:
             direction = _combination(self.names, vectors[:, 0] / self._scale())
-            doubts.append(
+            upwards = (
                 "the parameters are at no maximum, the objective curves upwards along "
                 f"{direction}: fit on from elsewhere"
             )
+            doubts.append(Finding(Reason.NOT_CONVERGED, upwards))
         if self.num_points < 10 * count:
-            doubts.append(
+            few = (
                 f"{self.num_points} points are few for {count} parameters: hold some "
                 "parameters, or take the bootstrap"
             )
+            doubts.append(Finding(Reason.FEW_EFFECTIVE, few))
         return doubts
 
-    def _doubts_of_place(self, inverse: Tensor, std_error: Tensor) -> list[str]:
+    def _doubts_of_place(self, inverse: Tensor, std_error: Tensor) -> list[Finding]:
         step = (inverse @ self.equation.mean).abs()
         noise = inverse @ self.equation.noise @ inverse
         noise = noise.diagonal().clamp(min=0.0).sqrt()
         if (noise > _MAX_NOISE * std_error).any():
-            return [self.equation.too_noisy]
+            return [Finding(Reason.FEW_EFFECTIVE, self.equation.too_noisy)]
         if (step <= _MAX_DISTANCE * std_error + 3 * noise).all():
             return []
         distances = step / std_error
         worst = int(distances.argmax())
-        return [
+        far = (
             f"{self.names[worst]} is {distances[worst].item():.2g} standard errors "
             "from the solution: fit longer, by smaller steps or on more chains, and "
             "average; if the objective's own noise was drawn once and held, say "
             "num_redraws=1"
-        ]
+        )
+        return [Finding(Reason.NOT_CONVERGED, far)]
 
 
 def _combination(names: list[str], direction: Tensor) -> str:

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.distributions import EnergyDistribution, EnergyModel
 from pyro_ebm.energies import Energy
 from pyro_ebm.infer.checks import require_objective
@@ -130,19 +131,23 @@ def parameter_errors(
     return solved.errors(covariance, _biases(objective))
 
 
-def _biases(objective: Objective) -> list[str]:
-    found = [_BIASES[type(objective)]] if type(objective) in _BIASES else []
+def _biases(objective: Objective) -> list[Finding]:
+    found = []
+    if type(objective) in _BIASES:
+        found.append(Finding(Reason.INCONSISTENT_ESTIMATOR, _BIASES[type(objective)]))
     # With weight 1 the datum is ranked among its copies, which is consistent.
     if isinstance(objective, EnergyDiscrepancy) and objective.stabilizer != 1:
-        found.append(
+        off = (
             "the interval is about a value that is off by O(1 / num_copies), as it is "
             "not with stabilizer=1"
         )
+        found.append(Finding(Reason.INCONSISTENT_ESTIMATOR, off))
     if isinstance(getattr(objective, "kernel", None), ULA):
-        found.append(
+        beside = (
             "chains of ULA settle beside the model, by O(step_size), and the interval "
             "is about what they make of the data"
         )
+        found.append(Finding(Reason.BIASED_KERNEL, beside))
     return found
 
 

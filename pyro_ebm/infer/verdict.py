@@ -10,25 +10,15 @@ The second is, to leading order, the log-likelihood a point that a better scale 
 energy would gain, in nats: less than that is not worth an alarm.
 """
 
-__all__ = ["FitVerdict", "judge"]
+__all__ = ["judge"]
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
+from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.infer.diagnosis import EnergyDifference, FitDiagnostics
 from pyro_ebm.infer.fit_record import FitRecord
 from pyro_ebm.partition import LogPartitionEstimate
-
-#: What may be said of a fit; the first that applies is said, in this order.
-FitVerdict = Literal[
-    "loss not finite",
-    "noise too far from data",
-    "not at equilibrium",
-    "log Z unknown: run partition.estimate",
-    "still learning",
-    "ok",
-]
 
 #: Standard errors beyond which a difference is none by chance ...
 NUM_ERRORS = 4.0
@@ -47,8 +37,8 @@ def judge(
     log_partition: LogPartitionEstimate,
     stopped: str,
     history: Sequence[FitRecord] = (),
-) -> tuple[FitVerdict, tuple[str, ...]]:
-    """The verdict, and a sentence for each rule that was broken.
+) -> tuple[Finding, ...]:
+    """Every rule that was broken, the gravest first.
 
     Args:
         found: From the end of the fit.
@@ -56,19 +46,18 @@ def judge(
         stopped: Why the fit ended.
         history: Of the fit.
     """
-    broken: list[tuple[FitVerdict, str]] = []
+    broken: list[Finding] = []
     if stopped == "loss not finite":
-        reason = "the loss became nan or infinite; the model is that of the last record"
-        broken.append(("loss not finite", reason))
-    broken += [("noise too far from data", text) for text in _noise_faults(found)]
-    broken += [("not at equilibrium", text) for text in _equilibrium_faults(found)]
+        nan = "the loss became nan or infinite; the model is that of the last record"
+        broken.append(Finding(Reason.LOSS_NOT_FINITE, nan))
+    broken += [Finding(Reason.NOISE_TOO_FAR, text) for text in _noise_faults(found)]
+    broken += [
+        Finding(Reason.NOT_AT_EQUILIBRIUM, text) for text in _equilibrium_faults(found)
+    ]
     if not log_partition.is_reliable:
-        verdict: FitVerdict = "log Z unknown: run partition.estimate"
-        broken.append((verdict, log_partition.reason))
-    broken += [("still learning", text) for text in _progress(history)]
-    if not broken:
-        return "ok", ()
-    return broken[0][0], tuple(text for _, text in broken)
+        broken.append(Finding(Reason.UNKNOWN_LOG_PARTITION, log_partition.reason))
+    broken += [Finding(Reason.STILL_LEARNING, text) for text in _progress(history)]
+    return tuple(broken)
 
 
 def _noise_faults(found: FitDiagnostics) -> list[str]:

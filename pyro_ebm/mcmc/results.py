@@ -3,11 +3,12 @@
 __all__ = ["Diagnostics", "Moments", "verdict"]
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.verdict import Finding, Reason, Status, in_words, sentence, status_of
 from pyro_ebm.diagnostics import Convergence
 from pyro_ebm.mcmc.tables import rows_table
 
@@ -57,7 +58,7 @@ class Diagnostics(NamedTuple):
         num_superchains: Groups of chains that started at the same point; where these
             are fewer than the chains, ``nested_r_hat`` decides.
         status: ``"ok"`` or ``"unreliable"``.
-        reason: Why it is not ``"ok"``; empty otherwise.
+        reasons: The findings that led to it; empty if it is ``"ok"``.
     """
 
     sites: dict[str, Convergence]
@@ -69,13 +70,18 @@ class Diagnostics(NamedTuple):
     num_chains: int
     num_draws: int
     num_superchains: int
-    status: Literal["ok", "unreliable"] = "unreliable"
-    reason: str = ""
+    status: Status = Status.UNRELIABLE
+    reasons: tuple[Finding, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """The findings in one line; empty if there are none."""
+        return sentence(self.reasons)
 
     @property
     def is_reliable(self) -> bool:
         """Whether the status is ``"ok"``."""
-        return self.status == "ok"
+        return self.status.is_reliable
 
     @property
     def is_nested(self) -> bool:
@@ -88,20 +94,19 @@ class Diagnostics(NamedTuple):
         return found.nested_r_hat if self.is_nested else found.r_hat
 
     def __str__(self) -> str:
-        reason = f": {self.reason}" if self.reason else ""
+        verdict = in_words(self.status, self.reasons)
         step = "" if math.isnan(self.step_size) else f"step size {self.step_size:.3g}, "
         return (
-            f"{self.num_chains:,} chains of {self.num_draws:,} draws [{self.status}"
-            f"{reason}], acceptance {self.accept_prob:.2f}, {step}"
+            f"{self.num_chains:,} chains of {self.num_draws:,} draws [{verdict}], "
+            f"acceptance {self.accept_prob:.2f}, {step}"
             f"{self.num_divergences:,} divergences"
         )
 
     def _repr_html_(self) -> str:
-        reason = f": {self.reason}" if self.reason else ""
         step = "" if math.isnan(self.step_size) else f"{self.step_size:.3g}"
         rows = {
             "chains": f"{self.num_chains:,} of {self.num_draws:,} draws",
-            "verdict": f"{self.status}{reason}",
+            "verdict": in_words(self.status, self.reasons),
             "acceptance": f"{self.accept_prob:.2f}",
             "step size": step,
             "divergences": f"{self.num_divergences:,}",
@@ -111,30 +116,33 @@ class Diagnostics(NamedTuple):
 
 
 def verdict(found: Diagnostics, num_transitions: int) -> Diagnostics:
-    """Fill in status and reason.
+    """Fill in the status and the findings that led to it.
 
     Args:
         found: All the rest.
         num_transitions: Of each chain, after the warmup.
     """
-    reasons = [*_site_reasons(found), *_chain_reasons(found, num_transitions)]
-    status: Literal["ok", "unreliable"] = "unreliable" if reasons else "ok"
-    return found._replace(status=status, reason="; ".join(reasons))
+    reasons = (*_site_findings(found), *_chain_findings(found, num_transitions))
+    return found._replace(status=status_of(reasons), reasons=reasons)
 
 
-def _site_reasons(found: Diagnostics) -> list[str]:
+def _site_findings(found: Diagnostics) -> list[Finding]:
     errors = {site: c.mean_std_error.isnan() for site, c in found.sites.items()}
     if all(nan.all() for nan in errors.values()):
-        return [f"{found.num_draws} draws of each chain are too few to judge"]
-    reasons = [
-        f"draws of {site!r} are not finite" for site, nan in errors.items() if nan.any()
+        few = f"{found.num_draws} draws of each chain are too few to judge"
+        return [Finding(Reason.FEW_EFFECTIVE, few)]
+    findings = [
+        Finding(Reason.NOT_FINITE, f"draws of {site!r} are not finite")
+        for site, nan in errors.items()
+        if nan.any()
     ]
     # A constant, such as the zeros of a triangular matrix, has no R-hat.
     r_hats = {site: _largest(found.r_hat(site)) for site in found.sites}
     worst = max(r_hats, key=r_hats.__getitem__)
     if r_hats[worst] > _MAX_R_HAT:
         name = "nested R-hat" if found.is_nested else "R-hat"
-        reasons.append(f"{name} of {worst!r} is {r_hats[worst]:.3f} > {_MAX_R_HAT}")
+        large = f"{name} of {worst!r} is {r_hats[worst]:.3f} > {_MAX_R_HAT}"
+        findings.append(Finding(Reason.NOT_MIXED, large))
     for kind in ("bulk", "tail"):
         sizes = {
             site: -_largest(-getattr(c, f"{kind}_ess"))
@@ -142,10 +150,9 @@ def _site_reasons(found: Diagnostics) -> list[str]:
         }
         least = min(sizes, key=sizes.__getitem__)
         if sizes[least] < _MIN_ESS:
-            reasons.append(
-                f"{kind} ESS of {least!r} is {sizes[least]:.0f} < {_MIN_ESS}"
-            )
-    return reasons
+            small = f"{kind} ESS of {least!r} is {sizes[least]:.0f} < {_MIN_ESS}"
+            findings.append(Finding(Reason.FEW_EFFECTIVE, small))
+    return findings
 
 
 def _largest(values: Tensor) -> float:
@@ -153,17 +160,20 @@ def _largest(values: Tensor) -> float:
     return known.max().item() if len(known) else -torch.inf
 
 
-def _chain_reasons(found: Diagnostics, num_transitions: int) -> list[str]:
-    reasons = []
+def _chain_findings(found: Diagnostics, num_transitions: int) -> list[Finding]:
+    findings = []
     share = found.num_divergences / (found.num_chains * num_transitions)
     if share > _MAX_DIVERGENT:
-        reasons.append(f"{share:.2%} of the transitions diverged")
+        diverged = f"{share:.2%} of the transitions diverged"
+        findings.append(Finding(Reason.DIVERGENCES, diverged))
     if found.num_stuck:
-        reasons.append(f"{found.num_stuck:,} of {found.num_chains:,} chains are stuck")
+        stuck = f"{found.num_stuck:,} of {found.num_chains:,} chains are stuck"
+        findings.append(Finding(Reason.STUCK, stuck))
     bfmi = found.energy_bfmi.nanmedian().item()
     if bfmi < _MIN_BFMI:
-        reasons.append(
+        slow = (
             f"the energy fraction of missing information is {bfmi:.2f}, below "
             f"{_MIN_BFMI}: chains are slow to reach the tails"
         )
-    return reasons
+        findings.append(Finding(Reason.NOT_MIXED, slow))
+    return findings

@@ -17,11 +17,12 @@ References:
 __all__ = ["LadderSums", "TemperedDraws"]
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.verdict import Finding, Reason, Status, in_words, sentence, status_of
 from pyro_ebm.diagnostics import log_mean_exp
 from pyro_ebm.mcmc.base import StepInfo
 from pyro_ebm.mcmc.tables import rows_table
@@ -48,7 +49,7 @@ class TemperedDraws(NamedTuple):
             single chain.
         num_evaluations: Energy evaluations spent, warm-up included, a point each.
         status: ``"ok"`` or ``"unreliable"``.
-        reason: Why it is not ``"ok"``; empty otherwise.
+        reasons: The findings that led to it; empty if it is ``"ok"``.
     """
 
     draws: Tensor
@@ -61,13 +62,18 @@ class TemperedDraws(NamedTuple):
     log_partition: float
     log_partition_std_error: float
     num_evaluations: int
-    status: Literal["ok", "unreliable"]
-    reason: str = ""
+    status: Status
+    reasons: tuple[Finding, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """The findings in one line; empty if there are none."""
+        return sentence(self.reasons)
 
     @property
     def is_reliable(self) -> bool:
         """Whether the status is ``"ok"``."""
-        return self.status == "ok"
+        return self.status.is_reliable
 
     def __str__(self) -> str:
         return "; ".join(f"{name}: {value}" for name, value in self._rows().items())
@@ -76,14 +82,13 @@ class TemperedDraws(NamedTuple):
         return rows_table("Replica exchange", self._rows())
 
     def _rows(self) -> dict[str, str]:
-        reason = f": {self.reason}" if self.reason else ""
         log_partition = (
             f"{self.log_partition:.4f} +- {self.log_partition_std_error:.4f}"
         )
         none = int((self.round_trips == 0).sum())
         return {
             "draws": f"{len(self.draws):,} chains of {self.draws.shape[1]:,}",
-            "verdict": f"{self.status}{reason}",
+            "verdict": in_words(self.status, self.reasons),
             "round trips": f"{int(self.round_trips.sum()):,}, none in {none:,} chains",
             "swap rates": f"{self.swap_rates.min().item():.2f} to "
             f"{self.swap_rates.max().item():.2f}, barrier {self.barrier:.2f}, "
@@ -161,7 +166,7 @@ class LadderSums:
         if len(groups) > 1:
             std_error = values.std().item() / math.sqrt(len(groups))
         swap_rates = self.swaps / self.count
-        reason = self._reason(upper - lower)
+        reasons = self._findings(upper - lower)
         return TemperedDraws(
             draws,
             self.inverse_temperatures,
@@ -173,8 +178,8 @@ class LadderSums:
             (lower + upper) / 2,
             std_error,
             num_evaluations,
-            "unreliable" if reason else "ok",
-            reason,
+            status_of(reasons),
+            reasons,
         )
 
     def _log_partitions(self, chains: Tensor) -> tuple[float, float]:
@@ -185,14 +190,16 @@ class LadderSums:
         log_finite = self.num_finite[chains].to(upper).mean().log() - log_count
         return lower.item(), (upper + log_finite).item()
 
-    def _reason(self, gap: float) -> str:
+    def _findings(self, gap: float) -> tuple[Finding, ...]:
         none = int((self.arrivals == 0).sum())
-        reasons = []
+        findings = []
         if none > self.MAX_SHARE * len(self.arrivals):
-            reasons.append(
+            few = (
                 f"no point of the base has arrived in {none} of {len(self.arrivals)} "
                 "chains; run them longer, or take more temperatures or a nearer base"
             )
+            findings.append(Finding(Reason.NOT_MIXED, few))
         if not gap < self.MAX_GAP:
-            reasons.append(f"log Z from above and from below differ by {gap:.2g} nats")
-        return "; ".join(reasons)
+            apart = f"log Z from above and from below differ by {gap:.2g} nats"
+            findings.append(Finding(Reason.DIRECTIONS_DISAGREE, apart))
+        return tuple(findings)

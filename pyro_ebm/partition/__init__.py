@@ -21,7 +21,6 @@ __all__ = [
     "importance_sampling_of_model",
     "log_ratio",
     "quadrature",
-    "refined_smc",
     "smc",
     "thermodynamic_integration",
 ]
@@ -40,7 +39,6 @@ from pyro_ebm.partition.particles.annealed import (
     bidirectional,
 )
 from pyro_ebm.partition.particles.gibbs_annealing import gibbs_annealing
-from pyro_ebm.partition.particles.refined import refined_smc
 from pyro_ebm.partition.particles.smc import smc
 from pyro_ebm.partition.particles.thermodynamic import (
     ThermodynamicCurve,

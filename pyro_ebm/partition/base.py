@@ -11,15 +11,14 @@ __all__ = ["LogPartitionEstimate", "Status", "combine_replicates", "student_t_qu
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.verdict import Finding, Status, in_words, sentence
 from pyro_ebm.diagnostics import log_mean_exp
 from pyro_ebm.mcmc.tables import rows_table
-
-Status = Literal["exact", "ok", "unreliable", "not_normalizable"]
 
 
 class LogPartitionEstimate(NamedTuple):
@@ -35,7 +34,9 @@ class LogPartitionEstimate(NamedTuple):
         status: ``"exact"``, ``"ok"``, ``"unreliable"`` or ``"not_normalizable"``.
         method: The estimator that was used.
         num_evaluations: Energy evaluations spent, one a point, with gradient or not.
-        reason: Why the status is not ``"exact"`` or ``"ok"``; empty otherwise.
+        reasons: The findings that led to the status; empty if nothing speaks against
+            the estimate.
+        num_seconds: Seconds that it took; ``nan`` where they were not counted.
 
     Example:
         >>> energy = pyro_ebm.energies.FunctionEnergy(lambda x: x**2 / 2, ())
@@ -52,27 +53,31 @@ class LogPartitionEstimate(NamedTuple):
     status: Status
     method: str
     num_evaluations: int
-    reason: str = ""
+    reasons: tuple[Finding, ...] = ()
+    num_seconds: float = math.nan
+
+    @property
+    def reason(self) -> str:
+        """The findings in one line; empty if there are none."""
+        return sentence(self.reasons)
 
     @property
     def is_reliable(self) -> bool:
         """Whether the status is ``"exact"`` or ``"ok"``."""
-        return self.status in ("exact", "ok")
+        return Status(self.status).is_reliable
 
     def __str__(self) -> str:
-        reason = f": {self.reason}" if self.reason else ""
         return (
             f"log Z = {self.value:.4f} +- {self.std_error:.4f} "
-            f"[{self.status}{reason}] by {self.method}, "
+            f"[{in_words(self.status, self.reasons)}] by {self.method}, "
             f"{self.num_evaluations:,} energy evaluations"
         )
 
     def _repr_html_(self) -> str:
-        reason = f": {self.reason}" if self.reason else ""
         rows = {
             "log Z": f"{self.value:.4f} +- {self.std_error:.4f} nats",
             "95 % interval": f"{self.lower:.4f} to {self.upper:.4f}",
-            "verdict": f"{self.status}{reason}",
+            "verdict": in_words(self.status, self.reasons),
             "method": self.method,
             "energy evaluations": f"{self.num_evaluations:,}",
             "effective sample size": "" if math.isnan(self.ess) else f"{self.ess:,.0f}",

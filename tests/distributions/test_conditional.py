@@ -13,6 +13,7 @@ from pyro.ops.stats import effective_sample_size
 from torch import nn
 
 from pyro_ebm import EnergyDistribution, EnergyModel, partition
+from pyro_ebm.core import Finding, Reason, Status
 from pyro_ebm.distributions import Conditional, MixtureOfExperts
 from pyro_ebm.energies import (
     ClampedEnergy,
@@ -90,7 +91,9 @@ def test_log_prob_is_normalised_once_log_z_is_estimated():
     whole = partition.quadrature(banana().energy).value
     marginal = dist.Normal(0.0, 1.0).log_prob(torch.tensor(1.5))
     assert abs(estimate.value - whole - marginal) < 1e-4
-    unreliable = estimate._replace(status="unreliable", reason="why")
+    unreliable = estimate._replace(
+        status=Status.UNRELIABLE, reasons=(Finding(Reason.NOT_MIXED, "why"),)
+    )
     with pytest.warns(UnreliableWarning, match="why"):
         assert not conditional.with_log_partition(unreliable).is_normalized
 

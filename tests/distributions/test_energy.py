@@ -16,6 +16,7 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
 from pyro_ebm import EnergyDistribution
+from pyro_ebm.core import Finding, Reason, Status
 from pyro_ebm.distributions import energy as energy_module
 from pyro_ebm.energies import (
     DistributionEnergy,
@@ -299,7 +300,8 @@ def test_log_partition_must_be_one_number():
 def test_estimates_bring_their_verdict():
     nan = math.nan
     energy = FunctionEnergy(ring, (2,))
-    bad = LogPartitionEstimate(1.0, 0.5, 0.0, 2.0, nan, "unreliable", "x", 1, "why")
+    why = (Finding(Reason.NOT_MIXED, "why"),)
+    bad = LogPartitionEstimate(1.0, 0.5, 0.0, 2.0, nan, Status.UNRELIABLE, "x", 1, why)
     with pytest.warns(UnreliableWarning, match="why"):
         q = EnergyDistribution(energy, bad)
     assert not q.is_normalized

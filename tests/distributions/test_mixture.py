@@ -14,6 +14,7 @@ from pyro.ops.stats import effective_sample_size
 from torch import nn
 
 from pyro_ebm import EnergyDistribution, EnergyModel, partition
+from pyro_ebm.core import Finding, Reason, Status
 from pyro_ebm.distributions import MixtureOfExperts
 from pyro_ebm.energies import (
     DistributionEnergy,
@@ -130,7 +131,7 @@ def test_errors_of_the_parts_add_up():
     nan = math.nan
     experts = [
         EnergyDistribution(
-            energy, LogPartitionEstimate(0.0, e.item(), nan, nan, nan, "ok", "", 1)
+            energy, LogPartitionEstimate(0.0, e.item(), nan, nan, nan, Status.OK, "", 1)
         )
         for energy, e in zip(wells(), std_errors, strict=True)
     ]
@@ -534,7 +535,8 @@ def test_unknown_log_partitions_are_refused():
 
 def test_unreliable_log_partitions_are_flagged():
     nan = math.nan
-    bad = LogPartitionEstimate(1.0, 0.5, 0.0, 2.0, nan, "unreliable", "x", 1, "why")
+    why = (Finding(Reason.NOT_MIXED, "why"),)
+    bad = LogPartitionEstimate(1.0, 0.5, 0.0, 2.0, nan, Status.UNRELIABLE, "x", 1, why)
     energy = FunctionEnergy(lambda x: (x.norm(dim=-1) - 1) ** 2, (2,))
     with pytest.warns(UnreliableWarning, match="why"):
         expert = EnergyDistribution(energy, bad)

@@ -14,6 +14,7 @@ from torch import nn
 
 import pyro_ebm
 from pyro_ebm import EnergyDistribution, EnergyModel
+from pyro_ebm.core import Status
 from pyro_ebm.distributions import MixtureOfExperts, ProductOfExperts
 from pyro_ebm.distributions.terms import normalised_experts
 from pyro_ebm.energies import (
@@ -470,7 +471,7 @@ def test_hoelders_bound(weight):
 
 
 def test_hoelders_bound_takes_estimates():
-    known = LogPartitionEstimate(1.0, 0.2, 0.6, 1.4, 100.0, "ok", "x", 1)
+    known = LogPartitionEstimate(1.0, 0.2, 0.6, 1.4, 100.0, Status.OK, "x", 1)
     product = dist.Normal(0.0, 1.0) * EnergyDistribution(quartic(), known) ** 0.5
     with pytest.raises(ValueError, match="add up to 1 for Hoelder"):
         product.upper_bound()

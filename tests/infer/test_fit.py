@@ -12,6 +12,7 @@ from pyro.distributions import constraints
 from torch import nn
 
 from pyro_ebm import EnergyModel, fit
+from pyro_ebm.core import Finding, Reason
 from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy
 from pyro_ebm.errors import DivergenceError
 from pyro_ebm.infer import (
@@ -66,7 +67,7 @@ def test_long_lines_are_wrapped_and_no_number_loses_its_name():
     result = quick(neural())._replace(
         diagnostics=FitDiagnostics(gap, gap, 1.0, 50.0, 10, 0.5, 2.0, 3.0, 0.1, 9.0),
         stages=(("MaximumLikelihood with penalty 0.1", 20),) * 3,
-        reasons=("a sentence that goes on and on, " * 4,),
+        reasons=(Finding(Reason.STILL_LEARNING, "a sentence that goes on, " * 5),),
     )
     text = str(result)
     assert max(map(len, text.splitlines())) <= 88

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pyro_ebm import EnergyDistribution, EnergyModel, fit
+from pyro_ebm.core import Reason
 from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy
 from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.infer import (
@@ -319,7 +320,7 @@ def test_denoising_is_judged_about_what_it_learns():
         energy = gaussian_fitted(data)
         solve(energy, objective, data, seed=500 + index)
         errors = parameter_errors(energy, data, objective, num_redraws=1)
-        assert errors.status == "biased"
+        assert [f.reason for f in errors.reasons] == [Reason.INCONSISTENT_ESTIMATOR]
         assert "noise_scale squared" in errors.reason
         found.append((errors.estimate - torch.tensor([0.0, known])) / errors.std_error)
     assert_standard(torch.stack(found))
@@ -340,19 +341,24 @@ def test_parameters_that_are_not_the_solution_are_told():
 
 
 @pytest.mark.parametrize(
-    ("objective", "reason"),
+    ("objective", "rule", "reason"),
     [
-        (EnergyDiscrepancy(stabilizer=0.0), "num_copies"),
-        (ContrastiveDivergence(), "short chains"),
-        (MaximumLikelihood(kernel=ULA()), "ULA"),
+        (
+            EnergyDiscrepancy(stabilizer=0.0),
+            Reason.INCONSISTENT_ESTIMATOR,
+            "num_copies",
+        ),
+        (ContrastiveDivergence(), Reason.INCONSISTENT_ESTIMATOR, "short chains"),
+        (MaximumLikelihood(kernel=ULA()), Reason.BIASED_KERNEL, "ULA"),
     ],
 )
-def test_biased_objectives_say_so(objective, reason):
+def test_biased_objectives_say_so(objective, rule, reason):
     data = quartic_density().sample((500,))
     energy = quartic_energy()
     solve(energy, ExactMaximumLikelihood(num_nodes=257), data, 0)
     found = parameter_errors(energy, data, objective)
-    assert found.status == "biased"
+    assert found.status == "unreliable"
+    assert [finding.reason for finding in found.reasons] == [rule]
     assert reason in found.reason
 
 

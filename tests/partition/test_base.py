@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pyro_ebm.core import Finding, Reason, Status
 from pyro_ebm.partition import LogPartitionEstimate
 from pyro_ebm.partition.base import combine_replicates, student_t_quantile
 
@@ -61,12 +62,13 @@ def test_intervals_cover():
 
 
 def test_verdicts_and_text():
+    why = (Finding(Reason.NOT_MIXED, "why not"),)
     estimate = LogPartitionEstimate(
-        1.0, 0.1, 0.7, 1.3, 50.0, "unreliable", "SMC", 1234, "why not"
+        1.0, 0.1, 0.7, 1.3, 50.0, Status.UNRELIABLE, "SMC", 1234, why
     )
     assert not estimate.is_reliable
-    assert estimate._replace(status="ok").is_reliable
-    assert estimate._replace(status="exact").is_reliable
-    assert not estimate._replace(status="not_normalizable").is_reliable
+    assert estimate._replace(status=Status.OK).is_reliable
+    assert estimate._replace(status=Status.EXACT).is_reliable
+    assert not estimate._replace(status=Status.NOT_NORMALIZABLE).is_reliable
     for part in ("1.0000 +- 0.1000", "unreliable: why not", "SMC", "1,234"):
         assert part in str(estimate)

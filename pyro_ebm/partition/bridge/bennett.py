@@ -42,6 +42,7 @@ import torch
 from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 
+from pyro_ebm.core.verdict import Finding, Reason, sentence
 from pyro_ebm.energies import Energy
 
 #: Overlap (3), and effective number of draws in it, below which there is no error bar.
@@ -62,7 +63,8 @@ class BennettRatio(NamedTuple):
             where the densities overlap.
         slope_z: Score statistic for a slope of one; standard normal if the draws are
             those of the two densities.
-        reason: Why the numbers cannot be trusted; empty if nothing speaks against them.
+        reasons: Why the numbers cannot be trusted; empty if nothing speaks against
+            them.
     """
 
     log_ratio: float
@@ -70,7 +72,12 @@ class BennettRatio(NamedTuple):
     overlap: float
     num_shared: float
     slope_z: float
-    reason: str
+    reasons: tuple[Finding, ...]
+
+    @property
+    def reason(self) -> str:
+        """The findings in one line; empty if there are none."""
+        return sentence(self.reasons)
 
 
 @torch.no_grad()
@@ -110,8 +117,9 @@ def bennett(
     middle = _solve(first, second, n_1, n_2)
     log_ratio = middle - math.log(n_1) + math.log(n_2)
     if not math.isfinite(middle):
-        reason = "no draw of either density lies where the other is positive"
-        return BennettRatio(log_ratio, math.inf, 0.0, 0.0, math.nan, reason)
+        apart = "no draw of either density lies where the other is positive"
+        none = (Finding(Reason.POOR_OVERLAP, apart),)
+        return BennettRatio(log_ratio, math.inf, 0.0, 0.0, math.nan, none)
     t_1, t_2 = (first - middle).sigmoid(), (middle - second).sigmoid()
     variance = _relative_variance(t_1) / n_1 + _relative_variance(t_2) / n_2  # (2)
     overlap = min(t_1.mean().item() * (n_1 + n_2) / n_2, 1.0)  # (3)
@@ -120,9 +128,9 @@ def bennett(
         for t, n in ((t_1, n_1), (t_2, n_2))
     )
     slope_z = _slope_z(first - middle, second - middle, n_1, n_2)
-    reason = _reason(overlap, num_shared, slope_z)
+    reasons = _findings(overlap, num_shared, slope_z)
     std_error = math.sqrt(variance) if math.isfinite(variance) else math.inf
-    return BennettRatio(log_ratio, std_error, overlap, num_shared, slope_z, reason)
+    return BennettRatio(log_ratio, std_error, overlap, num_shared, slope_z, reasons)
 
 
 def chains_ess(values: Tensor) -> float:
@@ -215,14 +223,18 @@ def _slope_z(first: Tensor, second: Tensor, n_1: float, n_2: float) -> float:
     return ((n_1 * u_1.mean() + n_2 * u_2.mean()) / variance.sqrt()).item()
 
 
-def _reason(overlap: float, num_shared: float, slope_z: float) -> str:
+def _findings(overlap: float, num_shared: float, slope_z: float) -> tuple[Finding, ...]:
+    """The first thing that speaks against the ratio, if anything does."""
     if not overlap > _MIN_OVERLAP:
-        return f"poor overlap of the two densities: {overlap:.2g} of 1"
+        poor = f"poor overlap of the two densities: {overlap:.2g} of 1"
+        return (Finding(Reason.POOR_OVERLAP, poor),)
     if not num_shared > _MIN_SHARED:
-        return f"poor overlap: only {num_shared:.1f} draws lie where both densities are"
+        few = f"poor overlap: only {num_shared:.1f} draws lie where both densities are"
+        return (Finding(Reason.POOR_OVERLAP, few),)
     if not abs(slope_z) < _MAX_Z:
-        return (
+        wrong = (
             "the draws are not those of the two densities: the slope of their log "
             f"ratio is {abs(slope_z):.1f} standard errors from 1"
         )
-    return ""
+        return (Finding(Reason.WRONG_DRAWS, wrong),)
+    return ()

@@ -20,6 +20,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.bridge.bennett import (
@@ -88,22 +89,24 @@ def bridge_sampling(
         halves = [bridge.cross(fit, count // 2) for fit in (0, 1)]
     value = sum(h.log_ratio for h in halves) / 2
     std_error = _combined_error(*halves)
-    reasons = list(dict.fromkeys(h.reason for h in halves if h.reason))
+    reasons = list(dict.fromkeys(finding for h in halves for finding in h.reasons))
     apart = abs(halves[0].log_ratio - halves[1].log_ratio)
     if not apart < 4 * max(math.hypot(*(h.std_error for h in halves)), 1e-3):
-        reasons.append(f"the two halves of the draws differ by {apart:.2g} nats")
+        differ = f"the two halves of the draws differ by {apart:.2g} nats"
+        reasons.append(Finding(Reason.WRONG_DRAWS, differ))
     if bridge.num_nan:
-        reasons.append(f"the energy is nan at {bridge.num_nan} draws of the proposal")
+        nan = f"the energy is nan at {bridge.num_nan} draws of the proposal"
+        reasons.append(Finding(Reason.NOT_FINITE, nan))
     return LogPartitionEstimate(
         value,
         std_error,
         value - 1.96 * std_error,
         value + 1.96 * std_error,
         min(h.num_shared for h in halves),
-        "unreliable" if reasons else "ok",
+        status_of(reasons),
         f"bridge sampling, {bridge.name} proposal",
         bridge.num_evaluations,
-        "; ".join(reasons),
+        tuple(reasons),
     )
 
 

@@ -11,13 +11,14 @@ References:
 
 __all__ = ["LogRatioEstimate", "log_ratio"]
 
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_ebm.core.verdict import Finding, Status, in_words, sentence, status_of
 from pyro_ebm.energies import Energy, same_support
 from pyro_ebm.mcmc import IndependentChains, Sampler
 from pyro_ebm.partition.bridge.bennett import (
@@ -39,7 +40,7 @@ class LogRatioEstimate(NamedTuple):
         overlap: How far the two densities overlap, from 0 to 1.
         status: ``"ok"`` or ``"unreliable"``.
         num_evaluations: Energy evaluations spent on both, one a point.
-        reason: Why the status is not ``"ok"``; empty otherwise.
+        reasons: The findings that led to it; empty if it is ``"ok"``.
 
     Example:
         It is what :func:`log_ratio` returns.
@@ -56,20 +57,25 @@ class LogRatioEstimate(NamedTuple):
     lower: float
     upper: float
     overlap: float
-    status: Literal["ok", "unreliable"]
+    status: Status
     num_evaluations: int
-    reason: str = ""
+    reasons: tuple[Finding, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """The findings in one line; empty if there are none."""
+        return sentence(self.reasons)
 
     @property
     def is_reliable(self) -> bool:
         """Whether the status is ``"ok"``."""
-        return self.status == "ok"
+        return self.status.is_reliable
 
     def __str__(self) -> str:
-        reason = f": {self.reason}" if self.reason else ""
         return (
             f"log Z1 - log Z2 = {self.value:.4f} +- {self.std_error:.4f} "
-            f"[{self.status}{reason}], {self.num_evaluations:,} energy evaluations"
+            f"[{in_words(self.status, self.reasons)}], "
+            f"{self.num_evaluations:,} energy evaluations"
         )
 
 
@@ -134,9 +140,9 @@ def log_ratio(
         value - half,
         value + half,
         result.overlap,
-        "unreliable" if result.reason else "ok",
+        status_of(result.reasons),
         first.num_evaluations + second.num_evaluations,
-        result.reason,
+        result.reasons,
     )
 
 

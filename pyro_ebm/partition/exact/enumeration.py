@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.verdict import Finding, Reason, Status, status_of
 from pyro_ebm.energies import Energy
 from pyro_ebm.energies.finite import finite_values
 from pyro_ebm.energies.rbm import RBMEnergy
@@ -55,27 +56,28 @@ def enumeration(
     energy = _smaller_layer(energy)
     values, total = _states_to_sum(energy, max_states)
     chunk = max(1, _CHUNK // max(1, energy.event_shape.numel()))
-    log_sum, reason = torch.tensor(-torch.inf, dtype=torch.float64), ""
+    log_sum, why = torch.tensor(-torch.inf, dtype=torch.float64), ""
     with watched(energy, total, is_shown=progress_bar) as target:
         for start in range(0, total, chunk):
             x = _states(target, values, start, min(start + chunk, total))
             log_density = -target(x).double()
             if not (log_density < torch.inf).all():
-                reason = "the energy is nan or -inf at some states"
+                why = "the energy is nan or -inf at some states"
             log_sum = torch.logaddexp(log_sum.to(x.device), log_density.logsumexp(0))
     value = log_sum.item()
     if value == -math.inf:
-        reason = "the energy is infinite at all states"
+        why = "the energy is infinite at all states"
+    reasons = (Finding(Reason.NOT_FINITE, why),) if why else ()
     return LogPartitionEstimate(
         value,
         0.0,
         value,
         value,
         math.nan,
-        "unreliable" if reason else "exact",
+        status_of(reasons, Status.EXACT),
         "enumeration",
         total,
-        reason,
+        reasons,
     )
 
 

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_ebm.core.verdict import Finding, Reason, Status
 from pyro_ebm.energies import Energy, UnconstrainedEnergy, unconstrained
-from pyro_ebm.partition.base import LogPartitionEstimate, Status
+from pyro_ebm.partition.base import LogPartitionEstimate
 
 #: Points given to the energy at once.
 _CHUNK = 2**18
@@ -54,7 +55,7 @@ def closed_form(energy: Energy) -> LogPartitionEstimate | None:
         return None
     value = known.log_partition.item()
     return LogPartitionEstimate(
-        value, 0.0, value, value, math.nan, "exact", "closed form", 0
+        value, 0.0, value, value, math.nan, Status.EXACT, "closed form", 0
     )
 
 
@@ -121,21 +122,23 @@ def quadrature(
 def _judge(
     value: float, change: float, edge: float, tolerance: float, num_evaluations: int
 ) -> LogPartitionEstimate:
-    status: Status = "exact"
-    reason = ""
+    reasons: tuple[Finding, ...] = ()
+    status = Status.UNRELIABLE
     if value == -math.inf:
-        status, reason = "unreliable", "the energy is infinite or nan all over the grid"
+        nowhere = "the energy is infinite or nan all over the grid"
+        reasons = (Finding(Reason.NOT_FINITE, nowhere),)
     elif not edge < -8:
-        status = "not_normalizable"
-        reason = f"the integrand does not vanish far out: e^{edge:.1f} of its peak"
+        status, value, change = Status.NOT_NORMALIZABLE, math.inf, math.nan
+        heavy = f"the integrand does not vanish far out: e^{edge:.1f} of its peak"
+        reasons = (Finding(Reason.DIVERGENT, heavy),)
     elif not change < tolerance:
-        status = "unreliable"
-        reason = f"halving the grid still changes log Z by {change:.2g} nats"
-    if status == "not_normalizable":
-        value, change = math.inf, math.nan
+        coarse = f"halving the grid still changes log Z by {change:.2g} nats"
+        reasons = (Finding(Reason.NOT_CONVERGED, coarse),)
+    else:
+        status = Status.EXACT
     return LogPartitionEstimate(
         value, change, value - change, value + change, math.nan,
-        status, "quadrature", num_evaluations, reason,
+        status, "quadrature", num_evaluations, reasons,
     )  # fmt: skip
 
 

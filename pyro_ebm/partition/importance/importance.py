@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
+from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
 from pyro_ebm.diagnostics.pareto import pareto_k, pareto_std_error
 from pyro_ebm.energies import Energy, is_unconstrained, same_support
@@ -137,7 +138,7 @@ def log_weights_of(
 class _Verdict(NamedTuple):
     k: float
     ess: float
-    reasons: list[str]
+    reasons: list[Finding]
 
 
 def estimate_from_weights(
@@ -172,10 +173,10 @@ def estimate_from_weights(
         lower,
         upper,
         verdict.ess,
-        "unreliable" if verdict.reasons else "ok",
+        status_of(verdict.reasons),
         method,
         num_evaluations,
-        "; ".join(verdict.reasons),
+        tuple(verdict.reasons),
     )
 
 
@@ -185,29 +186,35 @@ def judge_weights(log_weights: Tensor) -> _Verdict:
     Args:
         log_weights: Shape ``(N,)``.
     """
-    count, reasons = len(log_weights), []
+    count = len(log_weights)
+    reasons: list[Finding] = []
     num_nan = int(log_weights.isnan().sum())
     if num_nan:
-        reasons.append(f"the energy is nan at {num_nan} of {count} draws")
+        nan = f"the energy is nan at {num_nan} of {count} draws"
+        reasons.append(Finding(Reason.NOT_FINITE, nan))
     clean = log_weights.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     if (clean == torch.inf).any():
-        reasons.append("the energy is -inf, or the proposal density 0, at a draw")
+        infinite = "the energy is -inf, or the proposal density 0, at a draw"
+        reasons.append(Finding(Reason.NOT_FINITE, infinite))
         return _Verdict(math.inf, 0.0, reasons)
     if (clean == -torch.inf).all():
-        reasons.append(f"the energy is finite at none of {count} draws")
+        nowhere = f"the energy is finite at none of {count} draws"
+        reasons.append(Finding(Reason.BASE_MISSES, nowhere))
         return _Verdict(math.inf, 0.0, reasons)
     k = pareto_k(clean)
     ess = effective_sample_fraction(clean).item() * count
     # So many draws are too few to see by their tail that it is heavier still.
     max_k = min(_MAX_K, 1 - 1 / math.log10(count))
     if k > max_k:
-        reasons.append(
+        heavy = (
             f"the tail of the weights is too heavy: k-hat {k:.2f} exceeds {max_k:.2f}"
             if math.isfinite(k)
             else "a few draws hold all the weight, so that k-hat cannot be fitted"
         )
+        reasons.append(Finding(Reason.HEAVY_WEIGHTS, heavy))
     if ess < _MIN_ESS:
-        reasons.append(f"effective sample size {ess:.1f}, below {_MIN_ESS}")
+        few = f"effective sample size {ess:.1f}, below {_MIN_ESS}"
+        reasons.append(Finding(Reason.FEW_EFFECTIVE, few))
     return _Verdict(k, ess, reasons)
 
 

@@ -40,6 +40,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.verdict import Finding, Reason, Status, status_of
 from pyro_ebm.diagnostics import log_mean_exp
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc import Kernel
@@ -47,6 +48,8 @@ from pyro_ebm.mcmc.path import GeometricPath, PathState
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.bridge.bennett import bennett
 from pyro_ebm.partition.importance.importance import estimate_from_weights
+from pyro_ebm.partition.particles.engine import travel
+from pyro_ebm.partition.particles.movers import GivenKernels
 from pyro_ebm.partition.particles.schedule import Schedule, plan_schedule
 from pyro_ebm.partition.progress import watched
 
@@ -117,15 +120,15 @@ def annealed_importance_sampling(
     name = f"{direction} AIS, {len(run.schedule.inverse_temperatures) - 1} temperatures"
     bound = guaranteed_lower(log_weights, delta)
     estimate = estimate_from_weights(log_weights, name, run.path.num_evaluations)
-    reason = "one-sided only: nothing in the run bounds log Z from "
-    reason += "above" if draws is None else "below"
+    side = "above" if draws is None else "below"
+    one_sided = f"one-sided only: nothing in the run bounds log Z from {side}"
+    reasons = (Finding(Reason.ONE_SIDED, one_sided), *estimate.reasons)
     if draws is None:
         estimate = estimate._replace(lower=bound, upper=math.inf)
     else:
         value = -estimate.value
         estimate = estimate._replace(value=value, lower=-math.inf, upper=-bound)
-    reason += f"; {estimate.reason}" if estimate.reason else ""
-    return estimate._replace(status="unreliable", reason=reason)
+    return estimate._replace(status=Status.UNRELIABLE, reasons=reasons)
 
 
 def _require_direction(direction: str, draws: Tensor | None) -> None:
@@ -201,19 +204,20 @@ def bidirectional(
     lower = guaranteed_lower(forward, delta / 2)
     upper = -guaranteed_lower(reverse, delta / 2)
     ratio = bennett(forward, -reverse)
-    reason = ratio.reason
+    reasons = ratio.reasons
     if lower > upper:
-        reason = "the bounds contradict each other: the draws are not of this energy"
+        wrong = "the bounds contradict each other: the draws are not of this energy"
+        reasons = (Finding(Reason.WRONG_DRAWS, wrong),)
     return LogPartitionEstimate(
         ratio.log_ratio,
         ratio.std_error,
         lower,
         upper,
         ratio.num_shared,
-        "unreliable" if reason else "ok",
+        status_of(reasons),
         f"bidirectional AIS, {len(run.schedule.inverse_temperatures) - 1} temperatures",
         run.path.num_evaluations,
-        reason,
+        reasons,
     )
 
 
@@ -302,33 +306,22 @@ class _Annealing:
 
     def forward(self) -> Tensor:
         """Log-weights of mean ``Z`` from the base, shape ``(num_chains,)``."""
-        state = self.path.sample_base(self.num_chains)
-        log_weights = torch.zeros_like(state.target)
-        betas, kernels = self.schedule
-        for t in range(1, len(betas)):
-            log_weights = log_weights + state.log_weight(betas[t] - betas[t - 1])  # (1)
-            if t < len(betas) - 1:
-                state = self.step(kernels[t], betas[t], state)
-        return log_weights
+        state = self.path.sample_base(1, self.num_chains)
+        return self._travel(state, self.schedule.inverse_temperatures)
 
     def reverse(self, draws: Tensor) -> Tensor:
         """Log-weights of mean ``1 / Z`` from the draws, shape ``(num_chains,)``."""
-        state = self.path.evaluate(self.path.transform.inv(draws))
+        state = self.path.evaluate(self.path.transform.inv(draws)[None])
         if not state.target.isfinite().all():
             raise ValueError(
                 "draws must have finite energy, and "
                 f"{int((~state.target.isfinite()).sum())} of {len(draws)} have not. "
                 "They are no draws of this energy."
             )
-        log_weights = torch.zeros_like(state.target)
-        betas, kernels = self.schedule
-        for t in range(len(betas) - 1, 0, -1):
-            log_weights = log_weights - state.log_weight(betas[t] - betas[t - 1])
-            if t > 1:
-                state = self.step(kernels[t - 1], betas[t - 1], state)
-        return log_weights
+        return self._travel(state, self.schedule.inverse_temperatures[::-1])
 
-    def step(self, kernel: Kernel, beta: float, state: PathState) -> PathState:
-        """One transition at a temperature."""
-        self.path.inverse_temperature = beta
-        return self.path.step(kernel, state)[0]
+    def _travel(self, state: PathState, betas: list[float]) -> Tensor:
+        kernels = dict(zip(*self.schedule, strict=True))
+        move = GivenKernels(self.path, kernels.__getitem__)
+        journey = travel(state, move, inverse_temperatures=betas, moves_last=False)
+        return journey.log_weights[0]

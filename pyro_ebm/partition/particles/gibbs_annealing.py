@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.energies import Energy
 from pyro_ebm.energies.base import ClosedForm
 from pyro_ebm.energies.distribution import base_energy
@@ -48,8 +49,8 @@ from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc.gibbs import Gibbs
 from pyro_ebm.partition.base import LogPartitionEstimate, student_t_quantile
 from pyro_ebm.partition.bridge.bennett import bennett
+from pyro_ebm.partition.particles.engine import bennett_of_islands
 from pyro_ebm.partition.particles.resampling import systematic_resample
-from pyro_ebm.partition.particles.smc import bennett_of_islands
 
 #: Chains of the pilot run, and what it may cost of the budget.
 _PILOT_CHAINS = 32
@@ -277,11 +278,13 @@ def _judge(
     # independent: neither alone is enough.
     half = max(student_t_quantile(num_islands - 1) * spread_error, 2 * ratio.std_error)
     # Log-weights that differ by rounding alone have no slope to test.
-    reason = ratio.reason if half > _ROUNDING else ""
+    reasons = ratio.reasons if half > _ROUNDING else ()
     if bad.any():
-        reason = f"the energy is nan or -inf at {int(bad.sum())} draws of the base"
+        nan = f"the energy is nan or -inf at {int(bad.sum())} draws of the base"
+        reasons = (Finding(Reason.NOT_FINITE, nan),)
     elif not spread < _MAX_SPREAD:
-        reason = f"the islands disagree by more than {_MAX_SPREAD} nats"
+        apart = f"the islands disagree by more than {_MAX_SPREAD} nats"
+        reasons = (Finding(Reason.ISLANDS_DISAGREE, apart),)
     value = start + ratio.log_ratio
     return LogPartitionEstimate(
         value,
@@ -289,8 +292,8 @@ def _judge(
         value - half,
         value + half,
         ratio.num_shared,
-        "unreliable" if reason else "ok",
+        status_of(reasons),
         name,
         num_evaluations,
-        reason,
+        reasons,
     )

@@ -38,11 +38,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.verdict import Finding, Reason, Status, sentence, status_of
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc import HMC
 from pyro_ebm.mcmc.persistent import StatefulModule
-from pyro_ebm.partition.base import LogPartitionEstimate, Status, combine_replicates
+from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
 from pyro_ebm.partition.exact.exact import closed_form
 from pyro_ebm.partition.normalizability import check_normalizability
 from pyro_ebm.partition.particles.smc import Islands, run_smc
@@ -51,16 +52,39 @@ from pyro_ebm.partition.tracking.average import FollowedEnergy
 from pyro_ebm.partition.tracking.known_base import KnownBase
 from pyro_ebm.partition.tracking.walkers import Walkers
 
-_REASONS = (
-    "",
-    "not estimated yet: train, or call refresh()",
-    "the islands of walkers disagree by more than 0.5 nats",
-    "the walkers are resampled too often: the parameters move too fast for them",
-    "a fresh run of SMC from the base disagrees with the walkers",
-    "the parameters are too far from their average: effective sample size below 10 %",
-    "the energy is not finite at the walkers",
-    "the energy seems to have no partition function, or no run from the base arrives",
+#: What may speak against the estimate, by the code that the buffer ``verdict`` holds.
+_FINDINGS = (
+    None,
+    Finding(Reason.NOT_ESTIMATED, "not estimated yet: train, or call refresh()"),
+    Finding(
+        Reason.ISLANDS_DISAGREE,
+        "the islands of walkers disagree by more than 0.5 nats",
+    ),
+    Finding(
+        Reason.MOVING_TOO_FAST,
+        "the walkers are resampled too often: the parameters move too fast for them",
+    ),
+    Finding(
+        Reason.ROUTES_DISAGREE,
+        "a fresh run of SMC from the base disagrees with the walkers",
+    ),
+    Finding(
+        Reason.FEW_EFFECTIVE,
+        "the parameters are too far from their average: effective sample size below "
+        "10 %",
+    ),
+    Finding(Reason.NOT_FINITE, "the energy is not finite at the walkers"),
+    Finding(
+        Reason.DIVERGENT,
+        "the energy seems to have no partition function, or no run from the base "
+        "arrives",
+    ),
 )
+
+
+def _findings_of(code: Tensor) -> tuple[Finding, ...]:
+    finding = _FINDINGS[int(code)]
+    return () if finding is None else (finding,)
 
 
 class LogPartition(StatefulModule):
@@ -147,14 +171,18 @@ class LogPartition(StatefulModule):
     @property
     def status(self) -> Status:
         """``"exact"``, ``"ok"`` or ``"unreliable"``, for the current parameters."""
-        if self.verdict[1]:
-            return "unreliable"
-        return "exact" if self.is_closed_form else "ok"
+        known = Status.EXACT if self.is_closed_form else Status.OK
+        return status_of(self.reasons, known)
+
+    @property
+    def reasons(self) -> tuple[Finding, ...]:
+        """The findings that led to the status; empty if it is reliable."""
+        return _findings_of(self.verdict[1])
 
     @property
     def reason(self) -> str:
-        """Why the status is unreliable; empty if it is not."""
-        return _REASONS[int(self.verdict[1])]
+        """The findings in one line; empty if there are none."""
+        return sentence(self.reasons)
 
     @property
     def num_evaluations(self) -> int:
@@ -171,11 +199,11 @@ class LogPartition(StatefulModule):
         known = closed_form(self.averaged_energy) if self.is_started else None
         if known is not None:
             return known
-        reason = _REASONS[int(self.verdict[0])]
+        reasons = _findings_of(self.verdict[0])
         if not self.walkers.is_started:
             nan, spent = math.nan, self.num_evaluations
             return LogPartitionEstimate(
-                nan, nan, nan, nan, nan, "unreliable", "walkers", spent, reason
+                nan, nan, nan, nan, nan, Status.UNRELIABLE, "walkers", spent, reasons
             )
         value, std_error, half = combine_replicates(self.walkers.log_partition())
         return LogPartitionEstimate(
@@ -184,10 +212,10 @@ class LogPartition(StatefulModule):
             value - half,
             value + half,
             self.walkers.ess(),
-            "unreliable" if self.verdict[0] else "ok",
+            status_of(reasons),
             "walkers",
             self.num_evaluations,
-            reason,
+            reasons,
         )
 
     @torch.no_grad()
