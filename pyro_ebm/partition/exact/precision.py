@@ -23,7 +23,7 @@ _NUM_COPIES = 9
 
 @final
 class PreciseEnergy(Energy):
-    r"""An energy in double precision that counts its evaluations and knows its rounding.
+    r"""An energy in double precision that counts evaluations and knows its rounding.
 
     Args:
         energy: Over unconstrained space.
