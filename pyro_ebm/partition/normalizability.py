@@ -30,7 +30,7 @@ Not found are singularities within the bulk, and mass that escapes along a curve
 narrow way which no line meets.
 """
 
-__all__ = ["Normalizability", "check_normalizability"]
+__all__ = ["Normalizability", "check_normalizability", "round_trip"]
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -47,6 +47,7 @@ from pyro_ebm.energies import (
     unconstrained,
 )
 from pyro_ebm.energies.distribution import base_energy
+from pyro_ebm.energies.double import DoubleEnergy
 from pyro_ebm.partition.exact.precision import PreciseEnergy
 from pyro_ebm.partition.progress import CountedEnergy
 
@@ -207,7 +208,7 @@ class _Probe:
         self, energy: Energy, particles: Tensor, base: dist.TorchDistribution | None
     ) -> None:
         flat, to_support = unconstrained(energy)
-        self.round_trip = _round_trip(flat)
+        self.round_trip = round_trip(flat)
         x = particles.detach().to(**energy.tensor_options(particles))
         u = to_support.inv(x)
         self.energy = PreciseEnergy(flat, u)
@@ -373,7 +374,9 @@ class _Probe:
         if self.round_trip is None:
             return torch.ones(len(u), dtype=torch.bool, device=u.device)
         shaped = u.reshape(*u.shape[:-1], *self.energy.event_shape)
-        back = self.round_trip(self.energy.cast(shaped)).double().reshape(u.shape)
+        # Where the energy insists on single precision its bijection is no better.
+        seen = shaped if self.energy.is_double else shaped.float()
+        back = self.round_trip(seen).double().reshape(u.shape)
         return ((back - u).abs() <= 1e-2 + 1e-5 * u.abs()).flatten(1).all(-1)
 
     def trend(self, rays: _Rays, look: _Look, level: _Level) -> _Trend:
@@ -468,9 +471,13 @@ class _Probe:
         )
 
 
-def _round_trip(energy: Energy) -> Callable[[Tensor], Tensor] | None:
-    """From unconstrained points to the support and back, or ``None`` for no way."""
-    while isinstance(energy, CountedEnergy):
+def round_trip(energy: Energy) -> Callable[[Tensor], Tensor] | None:
+    """From unconstrained points to the support and back, or ``None`` for no way.
+
+    Args:
+        energy: Over unconstrained space.
+    """
+    while isinstance(energy, CountedEnergy | DoubleEnergy):
         energy = energy.energy
     if isinstance(energy, UnconstrainedEnergy):
         transform = energy.transform

@@ -7,37 +7,31 @@ are in single precision. Far out, and where large terms cancel, the difference b
 
 __all__ = ["PreciseEnergy"]
 
-import copy
-import warnings
 from typing import final
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.energies import Energy
-from pyro_ebm.errors import CompilationWarning
+from pyro_ebm.energies.double import in_double
 
-#: What an energy may raise that was not written for double precision.
-_REFUSED = (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError)
 #: Points at which it is seen whether an energy computes in double precision.
 _NUM_TRIED = 8
-#: Copies of a point, a few units of the last place apart, that show its rounding.
+#: Copies of a point that show the rounding of its energy.
 _NUM_COPIES = 9
 
 
 @final
 class PreciseEnergy(Energy):
-    r"""An energy that takes and gives double precision, and counts its evaluations.
-
-    The energy itself is asked first, then a copy of it in double precision; if neither
-    computes in double precision, points are rounded to the type of the energy.
+    r"""An energy in double precision that counts evaluations and knows its rounding.
 
     Args:
         energy: Over unconstrained space.
         points: Points like those that will come, shape ``(N, *event)``.
 
     Attributes:
-        eps: Relative rounding of the type in which the energy computes.
+        eps: Relative rounding of the type in which the energy computes: that of single
+            precision where it insists on it.
         num_evaluations: Evaluations so far, one a point, with gradient or not.
 
     Example:
@@ -51,44 +45,37 @@ class PreciseEnergy(Energy):
     def __init__(self, energy: Energy, points: Tensor) -> None:
         super().__init__(energy.event_shape)
         points = points[:_NUM_TRIED].detach().double()
-        self.own_type: torch.dtype = energy.tensor_options(points)["dtype"]
-        self.num_evaluations = 0
         self.energy = energy
-        self.is_double = self._computes_in_double(energy, points)
-        if not self.is_double:
-            twin = _copy_in_double(energy)
-            if twin is not None and self._computes_in_double(twin, points):
-                self.energy, self.is_double = twin, True
-        if not self.is_double and self.own_type == torch.float64:
-            self.own_type = torch.get_default_dtype()
-        computed = torch.float64 if self.is_double else self.own_type
-        self.eps = torch.finfo(computed).eps
-
-    def _computes_in_double(self, energy: Energy, points: Tensor) -> bool:
-        self.num_evaluations += len(points)
-        try:
-            value = energy(points)
-        except _REFUSED:
-            return False
+        self.num_evaluations = 0
+        is_said = energy.tensor_options()["dtype"] == torch.float64
+        value = self._tried(points) if is_said else None
+        if value is None:
+            self.energy = in_double(energy)
+            value = self(points)
         # What was computed in single precision and then cast is a single number.
         seen = value[value.isfinite() & (value != value.round())].detach()
-        is_cast = len(seen) > 0 and bool((seen == seen.float()).all())
-        return value.dtype == torch.float64 and not is_cast
+        is_single = len(seen) > 0 and bool((seen == seen.float()).all())
+        self.is_double = not is_single
+        self.eps = torch.finfo(torch.float32 if is_single else torch.float64).eps
+
+    def _tried(self, points: Tensor) -> Tensor | None:
+        """Energies, or ``None`` if some tensor is not of double precision after all."""
+        try:
+            value = self(points)
+        except RuntimeError:
+            return None
+        return value if value.dtype == torch.float64 else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Energies of points of shape ``(*batch, *event)``, in double precision."""
         self.num_evaluations += self.batch_shape_of(x).numel()
-        return self.energy(self.cast(x)).double()
+        return self.energy(x.double())
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Energies and gradients, in double precision."""
         self.num_evaluations += self.batch_shape_of(x).numel()
-        value, grad = self.energy.value_and_grad(self.cast(x))
+        value, grad = self.energy.value_and_grad(x.double())
         return value.double(), grad.double()
-
-    def cast(self, x: Tensor) -> Tensor:
-        """Points in the type in which the energy takes them."""
-        return x.double() if self.is_double else x.to(self.own_type)
 
     @torch.no_grad()
     def rounding(self, x: Tensor, step: Tensor) -> Tensor:
@@ -114,13 +101,3 @@ class PreciseEnergy(Energy):
         scatter = (residual.square().sum(0) / (_NUM_COPIES - 3)).sqrt()
         floor = self.eps * self(x).abs()
         return torch.maximum(scatter, floor).nan_to_num(torch.inf, torch.inf)
-
-
-def _copy_in_double(energy: Energy) -> Energy | None:
-    """A copy of an energy in double precision, or ``None`` if there can be none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CompilationWarning)
-            return copy.deepcopy(energy).double()
-    except _REFUSED:  # a copy of tensors that carry a graph, or of a progress bar
-        return None
