@@ -11,11 +11,12 @@ from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc import HMC, MALA
 from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition.particles.annealed import (
+    _Annealing,
     annealed_importance_sampling,
     bidirectional,
     guaranteed_lower,
 )
-from pyro_ebm.partition.particles.schedule import plan_schedule
+from pyro_ebm.partition.particles.schedule import Schedule, plan_schedule
 from pyro_ebm.testing import CountingEnergy, targets
 
 BETAS = [0.0, 0.1, 0.3, 0.6, 1.0]
@@ -134,6 +135,30 @@ def test_reverse_is_unbiased_for_the_reciprocal():
     ratio = torch.tensor([truth - r.value for r in runs]).exp()
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / math.sqrt(200)
     assert ratio.std() < 0.3
+
+
+def test_the_reverse_run_takes_the_steps_of_the_forward_run_backwards(monkeypatch):
+    """The same kernel at the same temperature: Bennett's ratio needs that, while the
+    weights of either run alone have their mean with any kernel.
+
+    Planted fault: in reverse the kernel of the temperature above.
+    """
+    energy, _, draw = shifted()
+    run, steps = _Annealing(energy, normal(2), 32, 0.05), []
+    kernels = [HMC(step_size=0.1 * t) for t in range(1, len(FINE) + 1)]
+
+    def step(kernel, beta, state):
+        steps.append((kernel.step_size, beta))
+        return state
+
+    run.schedule = Schedule(FINE, kernels)
+    monkeypatch.setattr(run, "step", step)
+    run.forward()
+    there = steps.copy()
+    steps.clear()
+    run.reverse(draw(32))
+    assert steps == there[::-1]
+    assert [beta for _, beta in there] == FINE[1:-1]
 
 
 CASES = [

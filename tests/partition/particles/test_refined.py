@@ -9,10 +9,10 @@ from pyro_ebm.energies import DistributionEnergy, FunctionEnergy, unconstrained
 from pyro_ebm.errors import DivergenceError, UnreliableWarning
 from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition import estimate
-from pyro_ebm.partition.particles import refined
 from pyro_ebm.partition.importance.adaptive import Adaptation
 from pyro_ebm.partition.importance.proposal import Proposal
 from pyro_ebm.partition.importance.refit import RefittedBase, fit_student_t
+from pyro_ebm.partition.particles import refined
 from pyro_ebm.partition.particles.refined import refined_smc
 from pyro_ebm.testing import CountingEnergy, held_out, targets
 
