@@ -14,6 +14,7 @@ from pyro_ebm.energies import NeuralEnergy, QuadraticEnergy
 from pyro_ebm.infer import (
     DenoisingScoreMatching,
     EnergyDifference,
+    EnergyPenalty,
     FitDiagnostics,
     FitRecord,
     ImportanceSampledLikelihood,
@@ -24,7 +25,7 @@ from pyro_ebm.infer import (
 )
 from pyro_ebm.infer.diagnosis import _drift, _hold_still, diagnose, energy_gap
 from pyro_ebm.infer.verdict import judge
-from pyro_ebm.mcmc import MALA
+from pyro_ebm.mcmc import MALA, ULA
 from pyro_ebm.partition import LogPartition, LogPartitionEstimate
 from tests.infer.problems import base
 
@@ -291,6 +292,14 @@ FITS = {
     "scores": (DenoisingScoreMatching(0.2), {}, "ok"),
     "scores of blurred data": (DenoisingScoreMatching(1.5), {}, "not at equilibrium"),
 }
+
+
+def test_a_fit_by_biased_chains_is_never_ok():
+    biased = MaximumLikelihood(num_chains=64, num_steps=3, kernel=ULA())
+    result = fitted(EnergyPenalty(biased, 1e-3))
+    assert result.reasons[0].reason is Reason.BIASED_KERNEL
+    assert result.verdict == "the kernel is biased"
+    assert not result.is_reliable
 
 
 @pytest.mark.parametrize("name", FITS)

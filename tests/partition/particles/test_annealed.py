@@ -6,9 +6,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_ebm.core import Reason
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
 from pyro_ebm.errors import DivergenceError
-from pyro_ebm.mcmc import HMC, MALA
+from pyro_ebm.mcmc import HMC, MALA, ULA
 from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition.particles.annealed import (
     _Annealing,
@@ -252,6 +253,16 @@ def test_draws_that_lack_a_mode_make_the_bounds_contradict_each_other():
     assert estimate.status == "ok"
     truth = math.log(2 * math.pi) / 2 - math.log(share)
     assert estimate.lower < truth < estimate.upper
+
+
+def test_a_biased_kernel_voids_the_bounds():
+    energy, _, draw = shifted()
+    settings = {"inverse_temperatures": FINE, "kernel": ULA(0.01), "num_chains": 64}
+    both = bidirectional(energy, normal(2), draw(64), **settings)
+    forward = annealed_importance_sampling(energy, normal(2), **settings)
+    for estimate in (both, forward):
+        assert Reason.BIASED_KERNEL in [found.reason for found in estimate.reasons]
+        assert estimate.status == "unreliable"
 
 
 def test_too_few_temperatures_are_seen():
