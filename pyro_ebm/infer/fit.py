@@ -35,8 +35,9 @@ from pyro_ebm.infer.optimiser import (
     as_fit_optim,
     default_optim,
 )
-from pyro_ebm.infer.stages import Stage, as_stages, begin_chains
+from pyro_ebm.infer.stages import Stage, as_stages, begin_chains, unwrapped
 from pyro_ebm.infer.verdict import judge
+from pyro_ebm.mcmc.base import bias_of
 from pyro_ebm.partition import LogPartitionEstimate
 
 _LOG = logging.getLogger(__name__)
@@ -218,7 +219,8 @@ class _Fit:
             energy_gap=gap, gradient_snr=self.noise.signal_to_noise()
         )
         held_out = self.validation_data
-        reasons = judge(found, log_partition, stopped, self.history)
+        bias = bias_of(getattr(unwrapped(last), "kernel", None))
+        reasons = judge(found, log_partition, stopped, self.history, bias)
         wall, cpu = self.began
         return FitResult(
             distribution,

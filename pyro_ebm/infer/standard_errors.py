@@ -27,7 +27,7 @@ from pyro_ebm.infer.maximum_likelihood import MaximumLikelihood
 from pyro_ebm.infer.noise import LearnedLogPartition
 from pyro_ebm.infer.objective import Objective, as_distribution
 from pyro_ebm.infer.sandwich import ParameterErrors, Solved
-from pyro_ebm.mcmc import ULA
+from pyro_ebm.mcmc.base import bias_of
 
 #: Above this number of parameters their covariance is neither affordable nor of use.
 _MAX_PARAMETERS = 1000
@@ -142,10 +142,11 @@ def _biases(objective: Objective) -> list[Finding]:
             "not with stabilizer=1"
         )
         found.append(Finding(Reason.INCONSISTENT_ESTIMATOR, off))
-    if isinstance(getattr(objective, "kernel", None), ULA):
+    kernel = getattr(objective, "kernel", None)
+    if bias_of(kernel):
         beside = (
-            "chains of ULA settle beside the model, by O(step_size), and the interval "
-            "is about what they make of the data"
+            f"chains of {type(kernel).__name__} settle beside the model, and the "
+            "interval is about what they make of the data"
         )
         found.append(Finding(Reason.BIASED_KERNEL, beside))
     return found

@@ -37,6 +37,7 @@ def judge(
     log_partition: LogPartitionEstimate,
     stopped: str,
     history: Sequence[FitRecord] = (),
+    known: Sequence[Finding] = (),
 ) -> tuple[Finding, ...]:
     """Every rule that was broken, the gravest first.
 
@@ -45,11 +46,13 @@ def judge(
         log_partition: Of the averaged model.
         stopped: Why the fit ended.
         history: Of the fit.
+        known: What is known against the estimator without looking at the fit.
     """
     broken: list[Finding] = []
     if stopped == "loss not finite":
         nan = "the loss became nan or infinite; the model is that of the last record"
         broken.append(Finding(Reason.LOSS_NOT_FINITE, nan))
+    broken += known
     broken += [Finding(Reason.NOISE_TOO_FAR, text) for text in _noise_faults(found)]
     broken += [
         Finding(Reason.NOT_AT_EQUILIBRIUM, text) for text in _equilibrium_faults(found)

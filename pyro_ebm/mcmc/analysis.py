@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyro_ebm.diagnostics import Convergence, convergence, energy_bfmi
 from pyro_ebm.diagnostics.ranks import quantiles
+from pyro_ebm.mcmc.base import bias_of
 from pyro_ebm.mcmc.batch_moments import BatchMoments
 from pyro_ebm.mcmc.draws import KeptDraws
 from pyro_ebm.mcmc.driver import ChainRun, step_size_of
@@ -64,7 +65,7 @@ def diagnose(run: ChainRun) -> Diagnostics:
         num_draws=run.draws.num_draws,
         num_superchains=run.num_superchains,
     )
-    return verdict(found, count)
+    return verdict(found, count, bias_of(kernel))
 
 
 def _convergence_of(run: ChainRun) -> dict[str, Convergence]:

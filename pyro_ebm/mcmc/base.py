@@ -1,9 +1,9 @@
 r"""The contract of a Markov kernel that moves many chains at once.
 
-A kernel leaves :math:`e^{-f}` invariant. It holds settings only and takes the energy at
-each step, so one kernel serves every temperature and every iterate of a fit; the state
-carries the energy and the gradient of the current points, so that neither is computed
-twice.
+A kernel leaves :math:`e^{-f}` invariant, or says that it does not. It holds settings
+only and takes the energy at each step, so one kernel serves every temperature and every
+iterate of a fit; the state carries the energy and the gradient of the current points,
+so that neither is computed twice.
 """
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "StepInfo",
     "accept",
     "acceptance",
+    "bias_of",
     "flat_event",
     "move_to_others",
     "replace_nonfinite",
@@ -26,6 +27,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.energies import Energy, is_unconstrained
 from pyro_ebm.errors import DivergenceError
 
@@ -81,6 +83,8 @@ class Kernel(ABC):
     Attributes:
         step_size: Size of a move, a number or a scalar tensor.
         target_accept_prob: Mean acceptance that step-size adaptation aims at.
+        is_exact: Whether it leaves :math:`e^{-f}` invariant. What was drawn with a
+            kernel that does not is never ``"ok"``.
 
     Example:
         One kernel serves any energy, from wherever the chains are.
@@ -96,6 +100,7 @@ class Kernel(ABC):
 
     step_size: float | Tensor
     target_accept_prob: float
+    is_exact: ClassVar[bool] = True
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # so that replace() is typed
 
     @property
@@ -162,6 +167,27 @@ class Kernel(ABC):
         Returns:
             The new state, and what happened in each chain.
         """
+
+
+def bias_of(kernel: Any) -> tuple[Finding, ...]:
+    """What speaks against whatever a kernel has drawn; nothing if it is exact.
+
+    Args:
+        kernel: That moved the chains, or ``None``. One that does not say whether it is
+            exact is taken at its word that it is a kernel.
+
+    Example:
+        >>> bias_of(pyro_ebm.mcmc.MALA())
+        ()
+    """
+    if getattr(kernel, "is_exact", True):
+        return ()
+    name = type(kernel).__name__
+    beside = (
+        f"{name} does not leave the target invariant: its chains settle beside it, "
+        "however many draws there are. Take a corrected kernel, such as MALA"
+    )
+    return (Finding(Reason.BIASED_KERNEL, beside),)
 
 
 def accept(

@@ -115,14 +115,21 @@ class Diagnostics(NamedTuple):
         return rows_table("Diagnostics", rows)
 
 
-def verdict(found: Diagnostics, num_transitions: int) -> Diagnostics:
+def verdict(
+    found: Diagnostics, num_transitions: int, known: tuple[Finding, ...] = ()
+) -> Diagnostics:
     """Fill in the status and the findings that led to it.
 
     Args:
         found: All the rest.
         num_transitions: Of each chain, after the warmup.
+        known: What is known against the run without looking at the draws.
     """
-    reasons = (*_site_findings(found), *_chain_findings(found, num_transitions))
+    reasons = (
+        *known,
+        *_site_findings(found),
+        *_chain_findings(found, num_transitions),
+    )
     return found._replace(status=status_of(reasons), reasons=reasons)
 
 

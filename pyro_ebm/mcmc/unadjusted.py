@@ -19,7 +19,7 @@ References:
 __all__ = ["ULA"]
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 
@@ -31,7 +31,7 @@ from pyro_ebm.mcmc.langevin import LangevinKernel
 @final
 @dataclass(frozen=True)
 class ULA(LangevinKernel):
-    r"""Langevin moves without a test; biased, and therefore never a default.
+    r"""Langevin moves without a test: biased, so never a default and never ``"ok"``.
 
     What MALA's test would have said is still computed: it is in the info, as the
     measure of the bias, and step-size adaptation keeps it at its target. A proposal
@@ -59,6 +59,7 @@ class ULA(LangevinKernel):
     """
 
     target_accept_prob: float = 0.95
+    is_exact: ClassVar[bool] = False
 
     @torch.no_grad()
     def step(self, energy: Energy, state: ChainState) -> tuple[ChainState, StepInfo]:

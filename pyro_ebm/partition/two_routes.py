@@ -51,8 +51,8 @@ from pyro_ebm.partition.importance.pool import (
     log_density,
     tempered,
 )
-from pyro_ebm.partition.importance.proposal import Proposal, families
-from pyro_ebm.partition.importance.student_mixture import StudentMixture
+from pyro_ebm.partition.importance.proposal import Proposal
+from pyro_ebm.partition.importance.student_mixture import StudentMixture, fit_clusters
 from pyro_ebm.partition.particles.engine import Journey, travel
 from pyro_ebm.partition.particles.movers import AdaptiveHMC
 from pyro_ebm.partition.progress import CountedEnergy
@@ -65,9 +65,8 @@ _COST = 80
 _NUM_STARTS = 256
 _MIN_STARTS = 32
 _NUM_DRAWS = 4000
-#: Effective fraction from which on a proposal is good, and below which it is none.
-_GOOD_FRACTION = 0.2
-_MIN_FRACTION = 0.01
+#: Effective fraction below which a proposal is none.
+_MIN_FRACTION = 0.003
 _MAX_K = 0.7
 _MIN_ESS = 200.0
 #: Share of the particles that may lie where the proposal is too thin.
@@ -75,9 +74,9 @@ _MAX_UNCOVERED = 0.003
 #: What a difference of two routes may be, in nats, beyond three standard errors.
 _SLACK = 0.05
 _MAX_HALF_WIDTH = 0.5
-#: Dimensions up to which covariances can be told from a few thousand draws.
-_MAX_DENSE = 200
-_MAX_FAMILIES = 64
+#: Components for the particles, and times that one is added where they are bare.
+_NUM_CLUSTERS = 12
+_MAX_REPAIRS = 4
 
 
 class Limits:
@@ -162,7 +161,7 @@ class _TwoRoutes:
 
     def run(self) -> LogPartitionEstimate:
         modes = self.descend()
-        proposal = self.adapt(self.proposal(modes), 3, self.num_draws())
+        proposal = self.adapt(self.around(modes), 3)
         journey = self.particles(self.path, self.size(0.25, 1024))
         if journey is None:
             return self.from_weights(proposal, None, None)
@@ -202,43 +201,26 @@ class _TwoRoutes:
         value, grad = self.target.value_and_grad(shaped)
         return value.double(), grad.reshape(u.shape).double()
 
-    def proposal(self, modes: Modes | None) -> Proposal:
-        """The Student mixture on the modes, and the base."""
+    def around(self, modes: Modes | None) -> Proposal:
+        """A Student mixture on the modes."""
         if modes is None:
-            return Proposal([], self.path, torch.ones(1, dtype=torch.float64))
+            return Proposal(self.path)
         weights = modes.log_mass.softmax(0).clamp(min=1e-3)
         mixture = StudentMixture(weights / weights.sum(), modes.loc, modes.scale_tril)
-        shares = torch.tensor([0.9, 0.1], dtype=torch.float64)
-        return Proposal([mixture], self.path, shares)
+        return Proposal(self.path, mixture)
 
-    def adapt(self, proposal: Proposal, num_rounds: int, num_draws: int) -> Proposal:
+    def adapt(self, proposal: Proposal, num_rounds: int) -> Proposal:
         """Refit a proposal to the weighted draws of a few rounds."""
         for _ in range(num_rounds):
             if self.limits.is_over(self.target):
                 break
-            self.pool.add(proposal, num_draws)
-            proposal = self.refitted(proposal)
+            self.pool.add(proposal, self.num_draws())
+            log_weights = self.pool.log_weights()
+            if not (log_weights > -torch.inf).any():
+                break
+            tamed = tempered(log_weights, max(500.0, 5.0 * self.dim))
+            proposal = proposal.refitted(self.pool.draws(), tamed.softmax(0))
         return proposal
-
-    def refitted(self, proposal: Proposal) -> Proposal:
-        """A proposal refitted to the pool."""
-        u, log_weights = self.pool.draws(), self.pool.log_weights()
-        if not (log_weights > -torch.inf).any():
-            return proposal
-        tamed = tempered(log_weights, num_effective=max(500.0, 5.0 * self.dim))
-        weights, parts = tamed.softmax(0), []
-        for part in proposal.parts:
-            if isinstance(part, StudentMixture):
-                for _ in range(3):
-                    part = part.updated(u, weights, 0.02)
-            parts.append(part)
-        if len(parts) > 1:
-            effective = effective_sample_fraction(tamed).item() * len(tamed)
-            number = min(len(u), 8000)
-            chosen = weights.multinomial(number, replacement=True)
-            parts[1:] = families(u[chosen], min(effective, number), self.path)
-        refitted = Proposal(parts, self.path, proposal.weights)
-        return Proposal(parts, self.path, refitted.improved(u, tamed))
 
     def fraction(self, proposal: Proposal) -> float:
         """Effective fraction of the weights of some draws."""
@@ -274,53 +256,19 @@ class _TwoRoutes:
 
     def union(self, proposal: Proposal, journey: Journey, u: Tensor) -> Proposal:
         """The proposal with what the particles have found besides."""
-        log_weights = journey.bennett.log_softmax(0)[:, None] - math.log(
-            journey.state.target.shape[1]
-        )
-        weights = log_weights.expand_as(journey.state.target).flatten().exp()
-        clusters = self.clusters(u, weights, proposal)
-        parts, shares = list(proposal.parts), proposal.weights
-        if not parts:
-            parts, shares = [clusters], shares.new_tensor([0.8, 0.2])
-        elif clusters is not None:
-            parts[0] = parts[0].joined(clusters, 0.5)
-        proposal = Proposal(parts, self.path, shares)
-        proposal = self.adapt(proposal, 2, self.num_draws())
-        if self.fraction(proposal) < _GOOD_FRACTION and self.dim <= _MAX_FAMILIES:
-            ancestors = len(u) / _CHAIN_LENGTH
-            parts = [*proposal.parts, *families(u, ancestors, self.path)]
-            shares = proposal.weights.new_tensor([0.3, 0.3, 0.3, 0.1])
-            proposal = Proposal(parts, self.path, shares)
-            proposal = self.adapt(proposal, 8, self.num_draws())
+        shares = journey.bennett.softmax(0)[:, None] / journey.state.target.shape[1]
+        weights = shares.expand_as(journey.state.target).flatten()
+        clusters = fit_clusters(u, weights, _NUM_CLUSTERS)
+        proposal = self.adapt(proposal.joined(clusters, 0.5), 2)
+        for _ in range(_MAX_REPAIRS):
+            is_bare = self.uncovered(proposal, u, self.pool.log_weights())
+            number = int(is_bare.sum())
+            if number <= _MAX_UNCOVERED / 3 * len(u) or self.limits.is_over(self.target):
+                break
+            bare = weights[is_bare] / weights[is_bare].sum()
+            extra = fit_clusters(u[is_bare], bare, 1 if number < 200 else 4)
+            proposal = self.adapt(proposal.joined(extra, 0.3), 2)
         return proposal
-
-    def clusters(
-        self, u: Tensor, weights: Tensor, proposal: Proposal
-    ) -> StudentMixture | None:
-        """Components for the particles, by the modes nearest to them."""
-        dim = self.dim
-        loc = weights @ u
-        covariance = ((u - loc) * weights[:, None]).mT @ (u - loc)
-        mixture = StudentMixture(
-            torch.ones(1).double(), loc[None], _factor(covariance)[None]
-        )
-        if proposal.parts:
-            known = proposal.parts[0]
-            assert isinstance(known, StudentMixture)
-            square = known.distances(u).amin(0)
-            far = square > 4 * dim + 40
-            mixture = mixture.joined(known, 0.5)
-            if far.any() and not far.all():
-                apart, share = u[far], weights[far] / weights[far].sum()
-                centre = share @ apart
-                spread = ((apart - centre) * share[:, None]).mT @ (apart - centre)
-                extra = StudentMixture(
-                    torch.ones(1).double(), centre[None], _factor(spread)[None]
-                )
-                mixture = mixture.joined(extra, 0.3)
-        for _ in range(8):
-            mixture = mixture.updated(u, weights, 0.01)
-        return mixture
 
     # The estimate.
 
@@ -346,7 +294,7 @@ class _TwoRoutes:
         else:
             findings += _shortfall(value, std_error, first)
         if particles is not None:
-            findings += self.coverage(proposal, particles, log_weights, value)
+            findings += self.coverage(proposal, particles, log_weights)
         return self.estimate(
             value,
             std_error,
@@ -374,15 +322,19 @@ class _TwoRoutes:
             found.append(Finding(Reason.FEW_EFFECTIVE, text))
         return found
 
-    def coverage(
-        self, proposal: Proposal, u: Tensor, log_weights: Tensor, value: float
-    ) -> list[Finding]:
-        """Whether particles lie where a single draw would weigh too much."""
+    def uncovered(
+        self, proposal: Proposal, u: Tensor, log_weights: Tensor
+    ) -> Tensor:
+        """Particles at which a single draw would weigh more than any did, ``(N,)``."""
         own = difference(log_density(self.target, u), proposal.log_prob(u))
-        limit = max(
-            value + math.log(0.02 * len(log_weights)), log_weights.max().item()
-        )
-        share = (own > limit).double().mean().item()
+        heavy = log_mean_exp(log_weights) + math.log(0.02 * len(log_weights))
+        return own > torch.maximum(heavy, log_weights.max())
+
+    def coverage(
+        self, proposal: Proposal, u: Tensor, log_weights: Tensor
+    ) -> list[Finding]:
+        """Whether the proposal is too thin where particles are."""
+        share = self.uncovered(proposal, u, log_weights).double().mean().item()
         if share <= _MAX_UNCOVERED:
             return []
         text = f"{share:.1%} of the particles lie where the proposal is too thin"
@@ -482,12 +434,6 @@ def _shortfall(value: float, std_error: float, first: _Value) -> list[Finding]:
         f"{first.std_error:.2g} against {value:.3f} +- {std_error:.2g}"
     )
     return [Finding(Reason.ROUTES_DISAGREE, text)]
-
-
-def _factor(covariance: Tensor) -> Tensor:
-    variance = covariance.diagonal().clamp(min=1e-20)
-    factor, info = torch.linalg.cholesky_ex(covariance)
-    return factor if info == 0 else variance.sqrt().diag_embed()
 
 
 @final

@@ -79,6 +79,37 @@ def test_ratio_in_closed_form():
     assert nested - plain == pytest.approx(1 / 500, rel=1e-6)
 
 
+def test_nested_ratio_by_hand():
+    """Two superchains of two chains of two draws: chain means 0, 4 and 2, 10, all of
+    variance 2; superchain means 2 and 6, so between them 8, and within each the
+    variance of the means, 8 and 32, and that of the draws, 2.
+
+    Planted faults: (2) without the variance between the chains of a superchain;
+    without that of the draws.
+    """
+    means = torch.tensor([0.0, 4.0, 2.0, 10.0])
+    rows = means[:, None] + torch.tensor([-1.0, 1.0])
+    wanted = 1 + 8 / ((8 + 32) / 2 + 2)
+    assert rhat.nested_ratio(rows[None], 2).item() ** 2 == pytest.approx(wanted)
+    found = rhat.nested_ratio_of_moments(means[None], torch.full((1, 4), 2.0), 2)
+    assert found.item() ** 2 == pytest.approx(wanted)
+
+
+def test_nested_ratio_in_closed_form():
+    """Superchains at means of variance .2, their chains at means of variance .5 around
+    those: ``1 + .2 / (1 + .5)`` for many long chains.
+
+    Planted fault: (2) without the variance between the chains of a superchain, 1.2.
+    """
+    home = math.sqrt(0.2) * torch.randn(400, 1, 1)
+    draws = home + math.sqrt(0.5) * torch.randn(400, 50, 1) + torch.randn(400, 50, 50)
+    found = rhat.nested_ratio(draws.flatten(0, 1)[None], 400).item() ** 2
+    # The means of 50 chains have a variance of their own; the error is that of the
+    # variance of 400 means.
+    wanted = (0.2 + 0.52 / 50) / 1.52
+    assert found - 1 == pytest.approx(wanted, rel=4 * math.sqrt(2 / 399))
+
+
 def test_superchains_of_short_chains():
     """512 chains of 8 draws are enough; superchains that stayed home are not."""
     draws = torch.randn(512, 8) + torch.randn(512, 1)  # that have hardly moved

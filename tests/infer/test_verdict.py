@@ -14,6 +14,7 @@ from pyro_ebm.energies import NeuralEnergy, QuadraticEnergy
 from pyro_ebm.infer import (
     DenoisingScoreMatching,
     EnergyDifference,
+    EnergyPenalty,
     FitDiagnostics,
     FitRecord,
     ImportanceSampledLikelihood,
@@ -22,9 +23,9 @@ from pyro_ebm.infer import (
     NoiseContrastive,
     RankingNoiseContrastive,
 )
-from pyro_ebm.infer.diagnosis import diagnose, energy_gap
+from pyro_ebm.infer.diagnosis import _drift, _hold_still, diagnose, energy_gap
 from pyro_ebm.infer.verdict import judge
-from pyro_ebm.mcmc import MALA
+from pyro_ebm.mcmc import MALA, ULA
 from pyro_ebm.partition import LogPartition, LogPartitionEstimate
 from tests.infer.problems import base
 
@@ -176,6 +177,39 @@ def test_drift_of_chains():
     assert verdict(found)[0] == "not at equilibrium"
 
 
+def test_drift_is_that_of_the_end_of_the_run():
+    """The last quarter less the start: chains that move by 1 a step, in a run of 20,
+    have moved by 18 in the middle of it. Chains that begin to move late are seen, and
+    those that have come home again are not.
+
+    Planted fault: the mean of the whole run less the start.
+    """
+    steps = torch.arange(21.0) + torch.randn(50, 1)
+    assert _drift(steps).value == pytest.approx(18.0)
+    late = (steps - steps[:, :1] - 15).clamp(min=0.0)
+    assert _drift(late).value == pytest.approx(3.0)
+    home = torch.cat([steps[:, :10], steps[:, :1].expand(-1, 11)], 1)
+    assert _drift(home).value == pytest.approx(0.0, abs=1e-12)
+
+
+def test_drift_of_chains_that_relax_slowly():
+    """A step size of .01 takes chains of twice the width a third of the way home in 20
+    moves: the energy of the mean of all moves, and that at their end, differ by more
+    than 4 standard errors.
+
+    Planted fault: the mean of the whole run less the start.
+    """
+    model = quadratic()
+    x = 2 * torch.randn(4000, 2) + 0.5
+    energies, _ = _hold_still(model.energy, x, MALA(torch.tensor(0.01)), 20)
+    found = _drift(energies)
+    # The excess of the mean square over 1 falls as e^(-2 t): 3 at first, t of .185.
+    wanted = 3 * (math.exp(-2 * 0.01 * 18) - 1)
+    assert abs(found.value - wanted) < 4 * found.std_error
+    whole = (energies.mean(1) - energies[:, 0]).mean().item()
+    assert abs(whole - wanted) > 4 * found.std_error
+
+
 def test_chain_age():
     """Two moves a step; of 200 chains one is begun anew in each step."""
     assert still(torch.randn(200, 2), num_steps=1).chain_age == pytest.approx(2)
@@ -258,6 +292,14 @@ FITS = {
     "scores": (DenoisingScoreMatching(0.2), {}, "ok"),
     "scores of blurred data": (DenoisingScoreMatching(1.5), {}, "not at equilibrium"),
 }
+
+
+def test_a_fit_by_biased_chains_is_never_ok():
+    biased = MaximumLikelihood(num_chains=64, num_steps=3, kernel=ULA())
+    result = fitted(EnergyPenalty(biased, 1e-3))
+    assert result.reasons[0].reason is Reason.BIASED_KERNEL
+    assert result.verdict == "the kernel is biased"
+    assert not result.is_reliable
 
 
 @pytest.mark.parametrize("name", FITS)

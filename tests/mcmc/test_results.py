@@ -1,11 +1,18 @@
 """The verdict, one fault at a time."""
 
 import math
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from pyro_ebm.core import Reason
 from pyro_ebm.diagnostics import Convergence
+from pyro_ebm.energies import QuadraticEnergy
+from pyro_ebm.errors import UnreliableWarning
+from pyro_ebm.mcmc import HMC, MALA, MCMC, ULA, Gibbs
+from pyro_ebm.mcmc.base import bias_of
 from pyro_ebm.mcmc.results import Diagnostics, verdict
 
 
@@ -56,6 +63,29 @@ def test_bad_site(site, reason):
     found = diagnostics(convergence(**site))
     assert (found.status, found.reason) == ("unreliable", reason)
     assert reason in str(found)
+
+
+def test_a_biased_kernel_is_never_ok():
+    """``MCMC(ULA(0.1))`` was ok, with a standard deviation of 1.033 +- .006 for 1."""
+    energy = QuadraticEnergy(torch.zeros(2))
+    for kernel in (ULA(0.1), MALA(0.1)):
+        chains = MCMC(kernel, 1000, 300, progress_bar=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnreliableWarning)
+            chains.run(energy)
+        found = chains.diagnostics()
+        rules = [finding.reason for finding in found.reasons]
+        assert rules == ([] if kernel.is_exact else [Reason.BIASED_KERNEL])
+        assert found.is_reliable == kernel.is_exact
+
+
+def test_a_kernel_of_ones_own_says_that_it_is_biased_or_nothing():
+    """By an attribute of the contract, whatever its class."""
+    silent, honest = SimpleNamespace(), SimpleNamespace(is_exact=False)
+    assert bias_of(silent) == bias_of(None) == bias_of(HMC()) == bias_of(Gibbs()) == ()
+    (finding,) = bias_of(honest)
+    assert finding.reason is Reason.BIASED_KERNEL
+    assert "SimpleNamespace does not leave the target invariant" in str(finding)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from pyro_ebm.core.verdict import Finding, Status, in_words, sentence, status_of
 from pyro_ebm.energies import Energy, same_support
 from pyro_ebm.mcmc import IndependentChains, Sampler
+from pyro_ebm.mcmc.base import bias_of
 from pyro_ebm.partition.bridge.bennett import (
     BennettRatio,
     bennett,
@@ -133,6 +134,7 @@ def log_ratio(
         at_1 = _difference(first, second, first, draws1, sampler, num_draws, "draws1")
         at_2 = _difference(first, second, second, draws2, sampler, num_draws, "draws2")
     result = _bennett_of_chains(at_1, at_2)
+    reasons = (*bias_of(getattr(sampler, "kernel", None)), *result.reasons)
     value, half = -result.log_ratio, 1.96 * result.std_error
     return LogRatioEstimate(
         value,
@@ -140,9 +142,9 @@ def log_ratio(
         value - half,
         value + half,
         result.overlap,
-        status_of(result.reasons),
+        status_of(reasons),
         first.num_evaluations + second.num_evaluations,
-        result.reasons,
+        reasons,
     )
 
 

@@ -20,7 +20,7 @@ References:
     Marin & Robert (2008), Statistics and Computing 18, 447-459 (weighted draws).
 """
 
-__all__ = ["StudentMixture"]
+__all__ = ["StudentMixture", "fit_clusters"]
 
 import math
 from typing import NamedTuple
@@ -32,6 +32,8 @@ from torch import Tensor
 DEGREES = 5.0
 #: Numbers in the largest tensor of a density.
 _CHUNK = 2**22
+#: Steps of expectation maximisation from the centres of clusters.
+_NUM_STEPS = 15
 
 
 class StudentMixture(NamedTuple):
@@ -145,3 +147,43 @@ class StudentMixture(NamedTuple):
         )
         joint = self.weights.log()[:, None] + log_density
         return joint.nan_to_num(-torch.inf, -torch.inf), square
+
+
+def fit_clusters(u: Tensor, weights: Tensor, num_clusters: int) -> StudentMixture:
+    """A mixture fitted to weighted draws, from centres far from each other.
+
+    The centres are drawn one after the other, each with a probability that grows with
+    the square of its distance to those before.
+
+    Args:
+        u: Draws, shape ``(N, D)``.
+        weights: Shape ``(N,)``, of sum 1.
+        num_clusters: Components.
+
+    References:
+        Arthur & Vassilvitskii (2007), k-means++. SODA.
+    """
+    loc = weights @ u
+    factor = cholesky(((u - loc) * weights[:, None]).mT @ (u - loc))
+    z = torch.linalg.solve_triangular(factor, (u - loc).mT, upper=False).mT
+    chosen = [int(weights.multinomial(1))]
+    square = torch.full_like(weights, torch.inf)
+    for _ in range(num_clusters - 1):
+        square = torch.minimum(square, (z - z[chosen[-1]]).square().sum(-1))
+        chosen.append(int((weights * square + 1e-300).multinomial(1)))
+    spread = 1.0 if num_clusters == 1 else 0.5
+    mixture = StudentMixture(
+        torch.full_like(weights[:num_clusters], 1 / num_clusters),
+        u[chosen] if num_clusters > 1 else loc[None],
+        (spread * factor).expand(num_clusters, -1, -1).contiguous(),
+    )
+    for _ in range(_NUM_STEPS):
+        mixture = mixture.updated(u, weights, 0.1)
+    return mixture
+
+
+def cholesky(covariance: Tensor) -> Tensor:
+    """Cholesky factor; that of the diagonal where there is none."""
+    variance = covariance.diagonal().clamp(min=1e-20)
+    factor, info = torch.linalg.cholesky_ex(covariance)
+    return factor if info == 0 else variance.sqrt().diag_embed()

@@ -44,6 +44,7 @@ from pyro_ebm.core.verdict import Finding, Reason, Status, status_of
 from pyro_ebm.diagnostics import log_mean_exp
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc import Kernel
+from pyro_ebm.mcmc.base import bias_of
 from pyro_ebm.mcmc.path import GeometricPath, PathState
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.bridge.bennett import bennett
@@ -79,7 +80,7 @@ def annealed_importance_sampling(
         inverse_temperatures: A schedule of your own instead, from 0 to 1.
         kernel: Used as it is at every temperature; default: Hamiltonian Monte Carlo
             with the step sizes and metrics of the pilot run, whose particles are thrown
-            away.
+            away. One that is not exact voids the bound.
         direction: ``"forward"`` bounds :math:`\log Z` from below; ``"reverse"`` from
             above, and starts at ``draws``.
         draws: Independent draws of the target, exact or trusted, at least
@@ -122,7 +123,11 @@ def annealed_importance_sampling(
     estimate = estimate_from_weights(log_weights, name, run.path.num_evaluations)
     side = "above" if draws is None else "below"
     one_sided = f"one-sided only: nothing in the run bounds log Z from {side}"
-    reasons = (Finding(Reason.ONE_SIDED, one_sided), *estimate.reasons)
+    reasons = (
+        Finding(Reason.ONE_SIDED, one_sided),
+        *bias_of(kernel),
+        *estimate.reasons,
+    )
     if draws is None:
         estimate = estimate._replace(lower=bound, upper=math.inf)
     else:
@@ -170,7 +175,8 @@ def bidirectional(
         num_chains: Chains of either run.
         num_temperatures: At least so many transitions a chain.
         inverse_temperatures: A schedule of your own instead.
-        kernel: Used as it is at every temperature.
+        kernel: Used as it is at every temperature; one that is not exact voids the
+            bounds.
         delta: Probability that one of the two bounds fails.
         progress_bar: Whether to show the energy evaluations, if it takes more than a
             second.
@@ -208,6 +214,7 @@ def bidirectional(
     if lower > upper:
         wrong = "the bounds contradict each other: the draws are not of this energy"
         reasons = (Finding(Reason.WRONG_DRAWS, wrong),)
+    reasons = (*bias_of(kernel), *reasons)
     return LogPartitionEstimate(
         ratio.log_ratio,
         ratio.std_error,

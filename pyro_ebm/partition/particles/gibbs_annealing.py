@@ -242,8 +242,12 @@ def _there_and_back(
         )
     x = x[systematic_resample(there.where(arrived, -torch.inf), num_chains)]
     x = Gibbs().sweep(path.at(1.0), x)
-    _, increments = _travel(path, x, betas[::-1], Gibbs(is_reversed=True))
-    return there, -increments.sum(0)
+    return there, -_back(path, x, betas)
+
+
+def _back(path: AnnealingPath, x: Tensor, betas: list[float]) -> Tensor:
+    """Log-weights from draws of the target to the base, by the sweeps reversed."""
+    return _travel(path, x, betas[::-1], Gibbs(is_reversed=True))[1].sum(0)
 
 
 def _travel(

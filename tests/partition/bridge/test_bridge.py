@@ -142,6 +142,41 @@ def test_correlated_chains_widen_the_error():
     assert blind < 22
 
 
+def test_a_single_chain_widens_the_error_by_its_order_in_time_alone():
+    """No second chain shows by its distance that the draws are dependent.
+
+    Planted fault: the draws of each chain out of their order in time.
+    """
+    energy, truth = QuadraticEnergy(torch.zeros(3)), 1.5 * math.log(2 * math.pi)
+    covered = blind = 0
+    for _ in range(40):
+        draws = autoregressive(0.95, num_chains=1, count=2000)
+        estimate = bridge_sampling(energy, draws, proposal="student")
+        covered += estimate.lower <= truth <= estimate.upper
+        shuffled = draws[:, torch.randperm(2000)]
+        found = bridge_sampling(energy, shuffled, proposal="student")
+        blind += found.lower <= truth <= found.upper
+    assert covered >= 34
+    assert blind < 28
+
+
+def test_chains_that_never_meet_widen_the_error():
+    """Each chain stays in one of two modes: two independent draws, not 8,000.
+
+    Planted fault: the draws taken for independent.
+    """
+    modes = torch.tensor([-2.0, 2.0])
+    energy = FunctionEnergy(
+        lambda x: -torch.logsumexp(-2 * (x[..., None] - modes) ** 2, -1), ()
+    )
+    proposal = dist.Normal(2.0, 1.0)  # it tells the modes apart
+    draws = modes[:, None] + torch.randn(2, 4000) / 2
+    apart = bridge_sampling(energy, draws, proposal=proposal)
+    mixed = draws.mT.flatten()[torch.randperm(8000)].reshape(2, 4000)
+    together = bridge_sampling(energy, mixed, proposal=proposal)
+    assert apart.std_error > 5 * together.std_error
+
+
 def test_proposals_of_ones_own():
     target = targets.gamma()
     draws = target.sample((1000,))

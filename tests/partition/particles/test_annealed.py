@@ -6,16 +6,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_ebm.core import Reason
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
 from pyro_ebm.errors import DivergenceError
-from pyro_ebm.mcmc import HMC, MALA
+from pyro_ebm.mcmc import HMC, MALA, ULA
 from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition.particles.annealed import (
+    _Annealing,
     annealed_importance_sampling,
     bidirectional,
     guaranteed_lower,
 )
-from pyro_ebm.partition.particles.schedule import plan_schedule
+from pyro_ebm.partition.particles.schedule import Schedule, plan_schedule
 from pyro_ebm.testing import CountingEnergy, targets
 
 BETAS = [0.0, 0.1, 0.3, 0.6, 1.0]
@@ -136,6 +138,30 @@ def test_reverse_is_unbiased_for_the_reciprocal():
     assert ratio.std() < 0.3
 
 
+def test_the_reverse_run_takes_the_steps_of_the_forward_run_backwards(monkeypatch):
+    """The same kernel at the same temperature: Bennett's ratio needs that, while the
+    weights of either run alone have their mean with any kernel.
+
+    Planted fault: in reverse the kernel of the temperature above.
+    """
+    energy, _, draw = shifted()
+    run, steps = _Annealing(energy, normal(2), 32, 0.05), []
+    kernels = [HMC(step_size=0.1 * t) for t in range(1, len(FINE) + 1)]
+
+    def step(kernel, beta, state):
+        steps.append((kernel.step_size, beta))
+        return state
+
+    run.schedule = Schedule(FINE, kernels)
+    monkeypatch.setattr(run, "step", step)
+    run.forward()
+    there = steps.copy()
+    steps.clear()
+    run.reverse(draw(32))
+    assert steps == there[::-1]
+    assert [beta for _, beta in there] == FINE[1:-1]
+
+
 CASES = [
     (targets.gamma, 20),
     (targets.trap, 40),
@@ -227,6 +253,16 @@ def test_draws_that_lack_a_mode_make_the_bounds_contradict_each_other():
     assert estimate.status == "ok"
     truth = math.log(2 * math.pi) / 2 - math.log(share)
     assert estimate.lower < truth < estimate.upper
+
+
+def test_a_biased_kernel_voids_the_bounds():
+    energy, _, draw = shifted()
+    settings = {"inverse_temperatures": FINE, "kernel": ULA(0.01), "num_chains": 64}
+    both = bidirectional(energy, normal(2), draw(64), **settings)
+    forward = annealed_importance_sampling(energy, normal(2), **settings)
+    for estimate in (both, forward):
+        assert Reason.BIASED_KERNEL in [found.reason for found in estimate.reasons]
+        assert estimate.status == "unreliable"
 
 
 def test_too_few_temperatures_are_seen():

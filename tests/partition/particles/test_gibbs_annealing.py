@@ -67,6 +67,29 @@ def runs(energy, base=None, num=40, budget=8_000):
         ]
 
 
+def test_the_way_back_is_the_way_there_reversed_in_time():
+    """Equation (1): ``E[e^l h(l)]`` there is ``Z_T / Z_0 E[h(l)]`` back, for every h.
+    For a constant h it holds for any kernel, and Bennett's ratio needs the others.
+
+    Planted fault: sweeps back in the order of those there, ``Gibbs()``.
+    """
+    field = torch.tensor([-2.0, 0.0, 0.0, 1.0])
+    energy = FunctionEnergy(
+        lambda x: 3 * x.diff(dim=-1).square().sum(-1) + x @ field, (4,), BOOLEAN
+    )
+    states = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4)
+    chosen = (-energy(states)).softmax(0).multinomial(500_000, replacement=True)
+    path, betas = module._path(energy, None), [0.0, 0.25, 0.5, 0.75, 1.0]
+    x = path.start.distribution.sample((500_000,))
+    there = module._travel(path, x, betas, Gibbs())[1].sum(0)
+    back = -module._back(path, states[chosen], betas)
+    weights = (there - torch.logsumexp(-energy(states), 0)).exp()
+    for power in (0, 1, 2):
+        first, second = weights * there**power, back**power
+        error = ((first.var() + second.var()) / 500_000).sqrt()
+        assert abs(first.mean() - second.mean()) < 4 * error, power
+
+
 def assert_right(found, truth):
     """``|z| < 4`` of the mean, and intervals that cover in at least 36 of 40 runs."""
     assert all(one.status == "ok" for one in found)

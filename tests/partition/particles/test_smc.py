@@ -36,6 +36,35 @@ def test_inside_its_interval_for_most_seeds(target):
     assert planted < 9
 
 
+def test_read_forwards_it_errs_downwards_and_backwards_upwards():
+    """Of few particles, in the mean over 400 islands; Bennett's ratio of the two
+    directions is between them, and all three agree where the temperatures are close.
+
+    Planted faults, in ``reverse``: the weights of the particles before the step, the
+    sign of the logarithm, the forward estimate itself.
+    """
+    target = targets.trap(3)
+    few = run_smc(target.energy, target.base, num_islands=400, num_particles=32)
+    forward, bennett, reverse = (
+        (part - target.log_partition, part.std() / 20)
+        for part in (few.log_partition, few.bennett, few.reverse)
+    )
+    assert forward[0].mean() < -4 * forward[1]
+    assert reverse[0].mean() > 4 * reverse[1]
+    assert forward[0].mean() < bennett[0].mean() < reverse[0].mean()
+    many = run_smc(
+        target.energy,
+        target.base,
+        num_islands=16,
+        num_particles=1024,
+        ess_threshold=0.9,
+    )
+    for part in (many.log_partition, many.bennett, many.reverse):
+        error = part.std() / 4
+        assert abs(part.mean() - target.log_partition) < 4 * error + 0.005
+        assert error < 0.03
+
+
 def test_particles_at_the_end_are_draws_of_the_target():
     target = targets.trap(2, 1.0, 0.5)
     islands = run_smc(target.energy, base(), num_particles=512, chain_length=8)

@@ -50,6 +50,28 @@ def test_start():
     )
 
 
+def test_effective_number_of_islands_of_unlike_log_partition():
+    """An island counts by its log Z, whether that is in its weights or, after it was
+    resampled, in its offset.
+
+    Planted fault: the weights without the offsets.
+    """
+    walkers = started()
+    for offset, wanted in [
+        ([0.0, 0.0, 0.0, -60.0], 3 * 256),
+        ([60.0, 0.0, 0.0, 0.0], 256),
+        ([1.0986123, 0.0, 0.0, 0.0], 256 * 6**2 / 12),  # log 3
+    ]:
+        walkers.log_offset = torch.tensor(offset)
+        assert walkers.ess() == pytest.approx(wanted)
+        walkers._resample(torch.tensor([True, False, False, True]))
+        assert walkers.ess() == pytest.approx(wanted)
+    walkers.log_weights = torch.randn(4, 256) - walkers.log_offset[:, None]
+    weights = (walkers.log_weights + walkers.log_offset[:, None]).exp()
+    wanted = weights.sum() ** 2 / weights.square().sum()
+    assert walkers.ess() == pytest.approx(wanted.item())
+
+
 @pytest.mark.parametrize("end", [(3.0, 1.0), (0.0, 20.0), (-1.5, 0.3)])
 def test_log_partition_along_a_path(end):
     """Within four standard errors half-way and at the end, where the walkers are draws.
