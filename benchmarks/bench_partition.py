@@ -115,18 +115,18 @@ def default_dtype(dtype):
 
 @contextlib.contextmanager
 def time_limit(seconds):
-    """Raise ``TimeoutError`` in what takes longer, as long as it is in Python."""
+    """Raise ``TimeoutError`` after so many CPU seconds, once back in Python."""
 
     def stop(*_):
-        raise TimeoutError(f"stopped after {seconds} s")
+        raise TimeoutError(f"stopped after {seconds} CPU s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def measure(name, problem, dtype, seed, limit):
@@ -300,7 +300,7 @@ def parse():
         help=f"these problems or groups ({', '.join(GROUPS)}); nothing is saved",
     )
     parser.add_argument("--no-dynesty", action="store_true")
-    parser.add_argument("--limit", type=int, default=180, help="seconds a run may take")
+    parser.add_argument("--limit", type=int, default=120, help="CPU seconds of a run")
     args = parser.parse_args()
     args.dtypes = [args.dtype] if args.dtype else list(DTYPES)
     args.is_saved = not (args.quick or args.only or args.dtype)
