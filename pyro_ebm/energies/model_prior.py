@@ -159,19 +159,19 @@ class ModelPrior(dist.TorchDistribution):
         draws, failure = [], None
         for _ in range(num_draws):
             try:
-                trace = self._run(self._model)
+                trace, flat = self._run(self._model)
             except (ValueError, LinAlgError) as error:  # at this draw
                 failure = error
                 draws.append(torch.full_like(self._sites.example, torch.nan))
             else:
                 values = {name: site["value"] for name, site in samples(trace)}
-                draws.append(self._sites.unconstrain(values))
+                draws.append(self._sites.unconstrain(values, flat))
         u = torch.stack(draws)
         if failure is not None and num_draws > _MAX_FAILURES and u.isnan().all():
             raise failure
         return u
 
-    def _run(self, model: Model) -> Trace:
+    def _run(self, model: Model) -> tuple[Trace, dict[str, Tensor]]:
         last = list(self._sites.shapes)[-1]
         return run_until(last, model, self._args, self._kwargs)
 
@@ -183,13 +183,15 @@ class ModelPrior(dist.TorchDistribution):
             checks = contextlib.nullcontext() if is_validated else _without_errors()
             try:
                 with checks:
-                    u = self._checked(self._run(plate(self._model)), num_draws)
+                    u = self._checked(*self._run(plate(self._model)), num_draws)
             except (ValueError, RuntimeError, IndexError):  # not written for batches
                 continue
             return u
         return None
 
-    def _checked(self, trace: Trace, num_draws: int) -> Tensor | None:
+    def _checked(
+        self, trace: Trace, flat: dict[str, Tensor], num_draws: int
+    ) -> Tensor | None:
         values, log_prob = {}, torch.zeros(())
         for name, site in samples(trace):
             if name not in self._sites.shapes:
@@ -198,11 +200,17 @@ class ModelPrior(dist.TorchDistribution):
             values[name] = site["value"].reshape((num_draws, *shape))
             site_log_prob = site["fn"].log_prob(site["value"])
             log_prob = log_prob + site_log_prob.reshape(num_draws, -1).sum(-1)
-        u = self._sites.unconstrain(values)
+        known = {
+            name: part.reshape((num_draws, *self._sites.flat_shapes[name]))
+            for name, part in flat.items()
+        }
+        u = self._sites.unconstrain(values, known)
         if self._is_vectorized:
             return u
         log_prob = log_prob + self._sites.log_abs_det(u, values)
-        checked = log_prob.isfinite().nonzero().squeeze(-1)[:_NUM_CHECKED]
+        # Not far out, where a bijection saturates in single precision only.
+        size = u.abs().amax(-1).where(log_prob.isfinite(), torch.inf)
+        checked = size.argsort()[: min(_NUM_CHECKED, int(log_prob.isfinite().sum()))]
         options = self.energy.tensor_options()
         expected = -self.energy(u[checked].to(**options)).to(log_prob)
         is_same = torch.allclose(log_prob[checked], expected, rtol=1e-3, atol=1e-3)
