@@ -180,19 +180,19 @@ class ModelPrior(dist.TorchDistribution):
         draws, failure = [], None
         for _ in range(num_draws):
             try:
-                trace = self._run(self._model)
+                trace, flat = self._run(self._model)
             except (ValueError, LinAlgError) as error:  # at this draw
                 failure = error
                 draws.append(torch.full_like(self._sites.example, torch.nan))
             else:
                 values = {name: site["value"] for name, site in samples(trace)}
-                draws.append(self._sites.unconstrain(values))
+                draws.append(self._sites.unconstrain(values, flat))
         u = torch.stack(draws)
         if failure is not None and num_draws > _MAX_FAILURES and u.isnan().all():
             raise failure
         return u
 
-    def _run(self, model: Model) -> Trace:
+    def _run(self, model: Model) -> tuple[Trace, dict[str, Tensor]]:
         last = list(self._sites.shapes)[-1]
         return run_until(last, model, self._args, self._kwargs)
 
@@ -205,34 +205,37 @@ class ModelPrior(dist.TorchDistribution):
         )
         try:
             with _precision(is_double=is_double):
-                trace = self._run(plate(self._model))
+                trace, flat = self._run(plate(self._model))
         except ValueError:  # a draw may have no distribution after it
             with _without_errors(), _precision(is_double=is_double):
-                trace = self._run(plate(self._model))
+                trace, flat = self._run(plate(self._model))
         values, log_prob = {}, torch.zeros(())
         for name, site in self._known_samples(trace):
             shape = self._sites.shapes[name]
             values[name] = site["value"].reshape((num_draws, *shape))
             site_log_prob = site["fn"].log_prob(site["value"])
             log_prob = log_prob + site_log_prob.reshape(num_draws, -1).sum(-1)
-        return self._with_density(values, log_prob)
+        flat = {
+            name: part.reshape((num_draws, *self._sites.flat_shapes[name]))
+            for name, part in flat.items()
+        }
+        return self._with_density(values, flat, log_prob)
 
     def _mapped(self, num_draws: int, *, is_double: bool) -> tuple[Tensor, Tensor]:
         """The same by ``vmap`` of a run, for models not written for batches."""
 
-        def one(_: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        def one(_: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
             with _without_errors(), _precision(is_double=is_double):
-                trace = self._run(self._model)
+                trace, flat = self._run(self._model)
             sites = self._known_samples(trace)
             values = {name: site["value"] for name, site in sites}
-            return values, sum(
-                (site["fn"].log_prob(site["value"]).sum() for _, site in sites),
-                torch.zeros(()),
-            )
+            parts = (site["fn"].log_prob(site["value"]).sum() for _, site in sites)
+            return values, flat, sum(parts, torch.zeros(()))
 
         like = torch.zeros(num_draws)
-        values, log_prob = torch.func.vmap(one, randomness="different")(like)
-        return self._with_density(values, log_prob)
+        return self._with_density(
+            *torch.func.vmap(one, randomness="different")(like)
+        )
 
     def _known_samples(self, trace: Trace) -> list[tuple[str, Any]]:
         sites = samples(trace)
@@ -241,14 +244,16 @@ class ModelPrior(dist.TorchDistribution):
         return sites
 
     def _with_density(
-        self, values: dict[str, Tensor], log_prob: Tensor
+        self, values: dict[str, Tensor], flat: dict[str, Tensor], log_prob: Tensor
     ) -> tuple[Tensor, Tensor]:
-        u = self._sites.unconstrain(values)
+        u = self._sites.unconstrain(values, flat)
         return u, log_prob + self._sites.log_abs_det(u, values)
 
     def _is_right(self, u: Tensor, log_prob: Tensor) -> bool:
         """Whether the density at some draws is that of the energy."""
-        checked = log_prob.isfinite().nonzero().squeeze(-1)[:_NUM_CHECKED]
+        # Not far out, where a bijection saturates in single precision only.
+        size = u.abs().amax(-1).where(log_prob.isfinite(), torch.inf)
+        checked = size.argsort()[: min(_NUM_CHECKED, int(log_prob.isfinite().sum()))]
         options = self.energy.tensor_options()
         expected = -self.energy(u[checked].to(**options)).to(log_prob)
         is_same = torch.allclose(log_prob[checked], expected, rtol=1e-3, atol=1e-3)

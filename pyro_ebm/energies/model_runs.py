@@ -27,11 +27,12 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.distributions import Distribution, transform_to
+from torch.distributions import Distribution, biject_to, transform_to
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_ebm.energies.base import _unwrap_mixture as unwrapped
 from pyro_ebm.energies.corrections import corrected, support_of
+from pyro_ebm.energies.edge_draws import edge_draw
 from pyro_ebm.energies.graph_recording import LinAlgError
 
 aten = torch.ops.aten
@@ -66,12 +67,16 @@ class _StopAfter(Messenger):
 
 def run_until(
     name: str, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Trace:
-    """Trace of a run that ends after a site, drawn by what precedes it."""
+) -> tuple[Trace, dict[str, Tensor]]:
+    """A run that ends after a site.
+
+    Returns:
+        Its trace, and the values of sites that were drawn in unconstrained space.
+    """
     tracer = poutine.trace(_StopAfter(name)(model))
-    with poutine.block(), CorrectedDraws(), contextlib.suppress(_Stop):
+    with poutine.block(), CorrectedDraws() as draws, contextlib.suppress(_Stop):
         tracer(*args, **kwargs)
-    return tracer.msngr.trace
+    return tracer.msngr.trace, draws.flat
 
 
 def retried(run: Callable[[], _T]) -> _T:
@@ -110,10 +115,30 @@ def initial_value(site: dict[str, Any]) -> Tensor:
 
 
 class CorrectedDraws(Messenger):
-    """Lets a model draw from the densities of its sites, where torch does not."""
+    """Lets a model draw from the densities of its sites, where torch does not.
+
+    Attributes:
+        flat: Values in unconstrained space, of sites that were drawn there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat: dict[str, Tensor] = {}
 
     def _pyro_sample(self, site: Any) -> None:
-        site["fn"] = corrected(site["fn"])
+        fn = site["fn"] = corrected(site["fn"])
+        if site["value"] is not None or site["is_observed"] or not _is_continuous(fn):
+            return
+        u = edge_draw(fn)
+        if u is not None:
+            self.flat[site["name"]] = u
+            value = biject_to(fn.support)(u.to(fn.mean.dtype))
+            site["value"], site["done"] = value, True
+
+
+def _is_continuous(fn: Any) -> bool:
+    support: Any = getattr(fn, "support", None)
+    return support is not None and not support.is_discrete
 
 
 _FACTORS = {

@@ -59,8 +59,15 @@ class ModelSites(NamedTuple):
         """Values of the sites: ``(*batch, D)`` to ``(*batch, *site_shape)``."""
         return {n: self.transforms[n](part) for n, part in self.split(u).items()}
 
-    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Inverse of :meth:`constrain`."""
+    def unconstrain(
+        self, values: Mapping[str, Tensor], known: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Inverse of :meth:`constrain`.
+
+        Args:
+            values: Of each site.
+            known: Unconstrained values of some sites, in place of the inverse.
+        """
         parts = []
         for name, shape in self.shapes.items():
             if name not in values:
@@ -75,7 +82,9 @@ class ModelSites(NamedTuple):
                     f"site {name!r} must have shape (*batch, *{tuple(shape)}), got "
                     f"{tuple(value.shape)}."
                 )
-            flat = self.transforms[name].inv(value)
+            flat = known.get(name) if known else None
+            if flat is None:
+                flat = self.transforms[name].inv(value)
             size = self.flat_shapes[name].numel()
             parts.append(flat.reshape(value.shape[:batch_dim] + (size,)))
         batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))

@@ -131,11 +131,13 @@ class _Sums:
     def add(self, flat: Energy, proposal: "_Student", u: Tensor, sign: float) -> None:
         z = proposal.standardised(u)
         log_prob = -flat(u.reshape(-1, *flat.event_shape)).to(u)
-        log_ratio = log_prob.nan_to_num(-torch.inf, torch.inf) - proposal.log_prob(z)
+        # (1) holds for any set of points: here those where the density is a number.
+        is_known = log_prob.isfinite()
+        log_ratio = log_prob.where(is_known, 0.0) - proposal.log_prob(z)
         weight = (sign * (log_ratio - math.log(_PROPOSALS))).sigmoid()
         ratio = log_ratio.clamp(-_MAX_RATIO, _MAX_RATIO).unsqueeze(-1)
         functions = torch.cat([torch.ones_like(ratio), ratio, z, z.square()], -1)
-        values = weight.unsqueeze(-1) * functions
+        values = weight.where(is_known, 0.0).unsqueeze(-1) * functions
         self.num += len(u)
         self.total = self.total + values.sum(0)
         self.squares = self.squares + values.square().sum(0)
