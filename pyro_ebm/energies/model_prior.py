@@ -196,9 +196,7 @@ class ModelPrior(dist.TorchDistribution):
         last = list(self._sites.shapes)[-1]
         return run_until(last, model, self._args, self._kwargs)
 
-    def _in_plate(
-        self, num_draws: int, *, is_double: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _in_plate(self, num_draws: int, *, is_double: bool) -> tuple[Tensor, Tensor]:
         """Draws and log densities of one run inside one more plate."""
         plate = pyro.plate(
             "_pyro_ebm_draws", num_draws, dim=-1 - self._sites.max_plate_nesting
@@ -233,9 +231,7 @@ class ModelPrior(dist.TorchDistribution):
             return values, flat, sum(parts, torch.zeros(()))
 
         like = torch.zeros(num_draws)
-        return self._with_density(
-            *torch.func.vmap(one, randomness="different")(like)
-        )
+        return self._with_density(*torch.func.vmap(one, randomness="different")(like))
 
     def _known_samples(self, trace: Trace) -> list[tuple[str, Any]]:
         sites = samples(trace)

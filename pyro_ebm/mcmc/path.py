@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energies import DistributionEnergy, Energy, same_support, unconstrained
+from pyro_ebm.energies.corrections import map_tensors
 from pyro_ebm.energies.distribution import require_single
 from pyro_ebm.energies.double import in_double
+from pyro_ebm.energies.graph_precision import wide
+from pyro_ebm.energies.model_prior import ModelPrior
 from pyro_ebm.energies.normalization import require_normalized
 from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, flat_event
@@ -116,7 +119,7 @@ class GeometricPath(Energy):
         self.base, _ = unconstrained(base_energy)
         if is_double:
             self.target, self.base = in_double(self.target), in_double(self.base)
-        self.distribution = base
+        self.distribution = _drawn_in_double(base) if is_double else base
         self.inverse_temperature = 1.0
         self.num_evaluations = 0
 
@@ -147,7 +150,7 @@ class GeometricPath(Energy):
     def draw_base(self, *shape: int) -> Tensor:
         """Draws of the base in unconstrained space, not evaluated."""
         x = self.distribution.sample(torch.Size(shape))
-        return self.transform.inv(x.to(**self.target.tensor_options(x)))
+        return self.transform.inv(x.to(self.target.tensor_options(x)["dtype"]))
 
     def start(self, *shape: int) -> PathState:
         """Go to the base; exact draws of it, evaluated, with chains of this shape.
@@ -198,6 +201,19 @@ class GeometricPath(Energy):
             state: Chain shape ``(*chains,)``.
         """
         return advance(kernel, self, state, self.evaluate, self.at_temperature)
+
+
+def _drawn_in_double(base: dist.TorchDistribution) -> dist.TorchDistribution:
+    """The base with draws of double precision, where it can be had."""
+    if isinstance(base, ModelPrior):
+        return base.with_energy(in_double(base.energy))
+    wider: dist.TorchDistribution = map_tensors(base, wide)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            is_double = wider.sample().dtype is torch.float64
+    except (RuntimeError, TypeError, ValueError):  # it holds a module, say
+        return base
+    return wider if is_double else base
 
 
 def advance(

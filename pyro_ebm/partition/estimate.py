@@ -172,22 +172,29 @@ def _sampled(
 
 
 def _smc(
-    energy: Energy, base: dist.TorchDistribution, budget: int, is_shown: bool  # noqa: FBT001
+    energy: Energy,
+    base: dist.TorchDistribution,
+    budget: int,
+    is_shown: bool,  # noqa: FBT001
 ) -> LogPartitionEstimate:
     number = max(64, min(8192, budget // 400 // 16 * 16))
     return smc(energy, base, num_particles=number, progress_bar=is_shown)
 
 
 def _importance(
-    energy: Energy, base: dist.TorchDistribution, budget: int, is_shown: bool  # noqa: FBT001
+    energy: Energy,
+    base: dist.TorchDistribution,
+    budget: int,
+    is_shown: bool,  # noqa: FBT001
 ) -> LogPartitionEstimate:
-    return importance_sampling(
-        energy, base, num_samples=budget, progress_bar=is_shown
-    )
+    return importance_sampling(energy, base, num_samples=budget, progress_bar=is_shown)
 
 
 def _ais(
-    energy: Energy, base: dist.TorchDistribution, budget: int, is_shown: bool  # noqa: FBT001
+    energy: Energy,
+    base: dist.TorchDistribution,
+    budget: int,
+    is_shown: bool,  # noqa: FBT001
 ) -> LogPartitionEstimate:
     num_chains = 64
     num_temperatures = max(2, budget // num_chains // 5)

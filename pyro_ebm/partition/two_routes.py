@@ -59,15 +59,25 @@ from pyro_ebm.partition.progress import CountedEnergy
 
 #: Islands of particles, and states kept of each ancestor.
 _NUM_ISLANDS = 8
+#: Draws of the base for each particle.
+_FIRST = 4
 _CHAIN_LENGTH = 16
 #: Evaluations a particle that a run takes, roughly, by which it is sized.
 _COST = 80
 _NUM_STARTS = 256
+#: Draws of the base among which the best starts are looked for.
+_NUM_LOOKS = 2048
 _MIN_STARTS = 32
 _NUM_DRAWS = 4000
-#: Effective fraction below which a proposal is none.
-_MIN_FRACTION = 0.003
 _MAX_K = 0.7
+#: With a lighter tail of the weights, they need no second look.
+_GOOD_K = 0.45
+#: With a heavier one, the proposal is worked on.
+_LIGHT_K = 0.35
+#: Where the last look is by particles, errors are wider than they say.
+_CAUTION = 1.5
+#: Relative rounding of an energy in double precision, with a margin.
+_ROUNDING = 1e-10
 _MIN_ESS = 200.0
 #: Share of the particles that may lie where the proposal is too thin.
 _MAX_UNCOVERED = 0.003
@@ -77,6 +87,12 @@ _MAX_HALF_WIDTH = 0.5
 #: Components for the particles, and times that one is added where they are bare.
 _NUM_CLUSTERS = 12
 _MAX_REPAIRS = 4
+
+
+_BY_DRAWS = "independent draws of a proposal fitted to modes and particles"
+_BY_PARTICLES = "SMC from a proposal fitted to modes and particles"
+#: What may keep one route from arriving, and says nothing against the other.
+_EXCUSES = (Reason.OUT_OF_BUDGET, Reason.NOT_ARRIVED)
 
 
 class Limits:
@@ -103,9 +119,14 @@ class Limits:
         wall, cpu = self.start
         return min(time.monotonic() - wall, time.process_time() - cpu)
 
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return max(self.max_seconds - self.seconds, 0.0)
+
     def affordable(self, energy: CountedEnergy, share: float) -> float:
         """Evaluations that a share of what is left pays for."""
-        seconds = (self.max_seconds - self.seconds) * share
+        seconds = self.left * share
         number = seconds / max(energy.seconds_each, 1e-9)
         if self.budget is not None:
             number = min(number, (self.budget - energy.num_evaluations) * share)
@@ -122,6 +143,18 @@ class _Value(NamedTuple):
 
     value: float
     std_error: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} +- {self.std_error:.2g}"
+
+
+class _Weighed(NamedTuple):
+    """What weighted draws of a proposal say."""
+
+    value: _Value
+    ess: float
+    findings: list[Finding]
+    is_good: bool
 
 
 @torch.no_grad()
@@ -160,20 +193,20 @@ class _TwoRoutes:
         self.findings: list[Finding] = []
 
     def run(self) -> LogPartitionEstimate:
-        modes = self.descend()
-        proposal = self.adapt(self.around(modes), 3)
-        journey = self.particles(self.path, self.size(0.25, 1024))
-        if journey is None:
-            return self.from_weights(proposal, None, None)
-        first = _value_of(journey)
-        particles = journey.state.u.flatten(0, 1).reshape(-1, self.dim)
-        proposal = self.union(proposal, journey, particles)
-        if self.fraction(proposal) > _MIN_FRACTION:
-            found = self.from_weights(proposal, first, particles)
-            if found.is_reliable:
-                return found
-            self.findings = list(found.reasons)
-        return self.from_particles(proposal, first)
+        """Both routes, and independent draws of what they have found."""
+        proposal = self.adapt(self.around(self.descend()), 3)
+        journey = self.particles(self.path, self.size(0.25, 1024), share=0.4)
+        first, particles = None, None
+        if journey is not None:
+            first = _value_of(journey)
+            particles = journey.state.u.flatten(0, 1).reshape(-1, self.dim)
+            proposal = self.union(proposal, journey, particles)
+        weighed = self.weighed(proposal, first, particles)
+        if weighed.is_good:
+            return self.estimate(
+                [weighed.value], weighed.findings, weighed.ess, _BY_DRAWS
+            )
+        return self.from_particles(proposal, first, weighed)
 
     # Route B.
 
@@ -182,18 +215,22 @@ class _TwoRoutes:
 
     def descend(self) -> Modes | None:
         """The modes that draws of the base descend to."""
-        start = self.path.draw_base(_NUM_STARTS).reshape(_NUM_STARTS, -1).double()
-        start = start[start.isfinite().all(-1)]
-        if len(start) < 2:
+        u = self.path.draw_base(_NUM_LOOKS).reshape(_NUM_LOOKS, -1).double()
+        u = u[u.isfinite().all(-1)]
+        if len(u) < 2:
             return None
         for _ in range(3):  # to learn what an evaluation costs, once it is traced
-            self.value_and_grad(start[:64])
+            self.value_and_grad(u[:64])
         number = int(self.limits.affordable(self.target, 0.2) / 100)
         if number < _MIN_STARTS:
             text = f"time or budget for {number} descents, fewer than {_MIN_STARTS}"
             self.findings.append(Finding(Reason.OUT_OF_BUDGET, text))
-            return None if number < 4 else find_modes(self.value_and_grad, start[:number])
-        return find_modes(self.value_and_grad, start[:number])
+            if number < 4:
+                return None
+        # Half of them anywhere, half where the energy is least.
+        number = min(number, _NUM_STARTS)
+        best = log_density(self.target, u).argsort(descending=True)[: number // 2]
+        return find_modes(self.value_and_grad, torch.cat([u[best], u[: number // 2]]))
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The target over flat vectors."""
@@ -218,13 +255,11 @@ class _TwoRoutes:
             log_weights = self.pool.log_weights()
             if not (log_weights > -torch.inf).any():
                 break
+            u = self.pool.draws()
+            proposal = proposal.thickened(u, log_weights)
             tamed = tempered(log_weights, max(500.0, 5.0 * self.dim))
-            proposal = proposal.refitted(self.pool.draws(), tamed.softmax(0))
+            proposal = proposal.refitted(u, tamed.softmax(0))
         return proposal
-
-    def fraction(self, proposal: Proposal) -> float:
-        """Effective fraction of the weights of some draws."""
-        return effective_sample_fraction(self.pool.add(proposal, 1000)).item()
 
     # Route A.
 
@@ -234,22 +269,36 @@ class _TwoRoutes:
         power = int(math.log2(max(number, 4 * _CHAIN_LENGTH)))
         return min(most, 2**power)
 
-    def particles(self, path: GeometricPath, num_particles: int) -> Journey | None:
-        """Islands that have travelled a path, or ``None`` if they did not arrive."""
+    def particles(
+        self, path: GeometricPath, num_particles: int, share: float
+    ) -> Journey | None:
+        """Islands that have travelled a path, or ``None`` if they did not arrive.
+
+        Args:
+            path: From a base to the target.
+            num_particles: An island.
+            share: Of the seconds that are left; it ends where they are spent.
+        """
+        end = self.limits.seconds + share * self.limits.left
         try:
-            state = path.start(_NUM_ISLANDS, num_particles)
+            # More at first: they cost an evaluation each, and no move.
             journey = travel(
-                state,
+                path.start(_NUM_ISLANDS, _FIRST * num_particles),
                 AdaptiveHMC(path, _CHAIN_LENGTH - 1),
                 num_ancestors=num_particles // _CHAIN_LENGTH,
-                is_over=lambda: self.limits.is_over(self.target),
+                is_over=lambda: (
+                    self.limits.is_over(self.target) or self.limits.seconds > end
+                ),
             )
         except DivergenceError as error:
             self.findings.append(Finding(Reason.NOT_ARRIVED, str(error)))
             return None
         if not journey.has_arrived:
             beta = journey.inverse_temperatures[-1]
-            text = f"time or budget ended at the inverse temperature {beta:.2g}"
+            text = (
+                "time or budget of the particles ended at the inverse temperature "
+                f"{beta:.2g}"
+            )
             self.findings.append(Finding(Reason.OUT_OF_BUDGET, text))
             return None
         return journey
@@ -261,48 +310,44 @@ class _TwoRoutes:
         clusters = fit_clusters(u, weights, _NUM_CLUSTERS)
         proposal = self.adapt(proposal.joined(clusters, 0.5), 2)
         for _ in range(_MAX_REPAIRS):
-            is_bare = self.uncovered(proposal, u, self.pool.log_weights())
+            log_weights = self.pool.log_weights()
+            is_bare = self.uncovered(proposal, u, log_weights)
             number = int(is_bare.sum())
-            if number <= _MAX_UNCOVERED / 3 * len(u) or self.limits.is_over(self.target):
+            is_covered = number <= _MAX_UNCOVERED / 3 * len(u)
+            is_light = pareto_k(log_weights) < _LIGHT_K
+            if (is_covered and is_light) or self.limits.is_over(self.target):
                 break
-            bare = weights[is_bare] / weights[is_bare].sum()
-            extra = fit_clusters(u[is_bare], bare, 1 if number < 200 else 4)
-            proposal = self.adapt(proposal.joined(extra, 0.3), 2)
+            if not is_covered:
+                bare = weights[is_bare] / weights[is_bare].sum()
+                extra = fit_clusters(u[is_bare], bare, 1 if number < 200 else 4)
+                proposal = proposal.joined(extra, 0.3)
+            proposal = self.adapt(proposal, 2)
         return proposal
 
     # The estimate.
 
-    def from_weights(
+    def weighed(
         self, proposal: Proposal, first: _Value | None, particles: Tensor | None
-    ) -> LogPartitionEstimate:
+    ) -> "_Weighed":
         """Importance sampling, by as many draws as the tolerance takes."""
         parts = [self.weigh(proposal, 20_000)]
         while True:
             log_weights = torch.cat(parts)
             fraction = max(effective_sample_fraction(log_weights).item(), 1e-6)
             wanted = 1.5 / fraction / self.limits.tolerance**2
-            left = self.limits.affordable(self.target, 0.5)
+            left = self.limits.affordable(self.target, 0.2)
             number = int(min(wanted - len(log_weights), left, 200_000))
-            if number < 2000 or len(log_weights) > 2_000_000:
+            if number < 2000 or len(log_weights) > 1_000_000:
                 break
             parts.append(self.weigh(proposal, number))
-        value = log_mean_exp(log_weights).item()
-        std_error = pareto_std_error(log_weights)
+        value = _Value(log_mean_exp(log_weights).item(), pareto_std_error(log_weights))
         findings = self.judge_weights(log_weights)
-        if first is None:
-            findings.append(Finding(Reason.ONE_ROUTE, "no particles to compare with"))
-        else:
-            findings += _shortfall(value, std_error, first)
-        if particles is not None:
+        if first is not None and particles is not None:
+            findings += _shortfall(value, first)
             findings += self.coverage(proposal, particles, log_weights)
-        return self.estimate(
-            value,
-            std_error,
-            student_t_quantile(3),
-            fraction * len(log_weights),
-            findings,
-            "importance sampling from a proposal fitted to modes and particles",
-        )
+        k, ess = pareto_k(log_weights), fraction * len(log_weights)
+        is_good = not findings and k < _GOOD_K and first is not None
+        return _Weighed(value, ess, findings, is_good)
 
     def weigh(self, proposal: Proposal, number: int) -> Tensor:
         """Log-weights of fresh draws, shape ``(number,)``."""
@@ -322,9 +367,7 @@ class _TwoRoutes:
             found.append(Finding(Reason.FEW_EFFECTIVE, text))
         return found
 
-    def uncovered(
-        self, proposal: Proposal, u: Tensor, log_weights: Tensor
-    ) -> Tensor:
+    def uncovered(self, proposal: Proposal, u: Tensor, log_weights: Tensor) -> Tensor:
         """Particles at which a single draw would weigh more than any did, ``(N,)``."""
         own = difference(log_density(self.target, u), proposal.log_prob(u))
         heavy = log_mean_exp(log_weights) + math.log(0.02 * len(log_weights))
@@ -341,64 +384,56 @@ class _TwoRoutes:
         return [Finding(Reason.NOT_COVERED, text)]
 
     def from_particles(
-        self, proposal: Proposal, first: _Value
+        self, proposal: Proposal, first: _Value | None, weighed: "_Weighed"
     ) -> LogPartitionEstimate:
-        """Particles from the proposal to the target, more and more of them."""
-        path = GeometricPath(
-            self.target, _FlatBase(proposal, self.path.event_shape), is_double=False
-        )
-        runs: list[_Value] = []
-        number = 512
+        """Particles that travel from the proposal, held against its weighted draws."""
+        path = GeometricPath(self.target, _FlatBase(proposal, self.path.event_shape))
+        runs, gap, number = [], 0.0, self.size(0.3, 512)
         while True:
-            journey = self.particles(path, number)
+            journey = self.particles(path, number, share=0.8)
             if journey is None:
                 break
             runs.append(_value_of(journey))
             gap = _gap_of(journey)
-            if runs[-1].std_error < self.limits.tolerance or number >= 16384:
-                break
-            afford = self.limits.affordable(self.target, 0.6)
             number *= 4
-            if afford < number * _NUM_ISLANDS * _COST / 2:
+            cost = number * _NUM_ISLANDS * _COST / 2
+            is_close = runs[-1].std_error < self.limits.tolerance
+            if is_close or self.limits.affordable(self.target, 0.6) < cost:
                 break
         if not runs:
-            nan = math.nan
-            return self.estimate(nan, nan, nan, nan, [], "particles")
-        value, std_error = runs[-1]
-        findings = _shortfall(value, std_error, first)
-        half = student_t_quantile(_NUM_ISLANDS - 1)
-        if not half * std_error < _MAX_HALF_WIDTH:
-            text = f"the islands disagree: standard error {std_error:.2g}"
-            findings.append(Finding(Reason.ISLANDS_DISAGREE, text))
-        if not gap < 0.5 + 4 * std_error:
-            text = f"forwards and backwards differ by {gap:.2g}"
-            findings.append(Finding(Reason.DIRECTIONS_DISAGREE, text))
-        others = [first, *runs[:-1]]
-        near = [r for r in others if abs(r.value - value) < 3 * math.hypot(r.std_error, std_error) + _SLACK]
-        if not near:
-            text = f"no other run agrees: {', '.join(f'{r.value:.3f} +- {r.std_error:.2g}' for r in others)}"
-            findings.append(Finding(Reason.ROUTES_DISAGREE, text))
-        ess = math.nan
-        return self.estimate(
-            value, std_error, half, ess, findings,
-            f"SMC from a proposal fitted to modes and particles, {len(journey.inverse_temperatures) - 1 if journey else 0} temperatures",
-        )
+            findings = [*self.findings, *weighed.findings]
+            return self.estimate([weighed.value], findings, weighed.ess, _BY_DRAWS)
+        findings = _disagreement(runs, gap, first, weighed)
+        if first is None and not all(f.reason in _EXCUSES for f in self.findings):
+            findings += self.findings
+        values = [runs[-1]]
+        if not weighed.findings:
+            values.append(weighed.value)
+        elif len(runs) > 1:
+            values.append(runs[-2])
+        return self.estimate(values, findings, weighed.ess, _BY_PARTICLES)
 
     def estimate(
         self,
-        value: float,
-        std_error: float,
-        num_errors: float,
-        ess: float,
+        values: list[_Value],
         findings: Sequence[Finding],
+        ess: float,
         method: str,
     ) -> LogPartitionEstimate:
-        """The estimate with its verdict."""
+        """The estimate with its verdict, from one value or from two that agree."""
         findings = list(findings)
+        value, std_error = _pooled(values)
+        num_errors = student_t_quantile(3)
+        if method == _BY_PARTICLES:
+            num_errors *= _CAUTION
+        half = num_errors * std_error
         if not math.isfinite(value):
             findings.append(Finding(Reason.NOT_FINITE, "the estimate is not finite"))
-            findings = self.findings + findings
-        half = num_errors * std_error
+        elif not half < _MAX_HALF_WIDTH:
+            text = f"95 % half-width {half:.2g}, above {_MAX_HALF_WIDTH}"
+            findings.append(Finding(Reason.NOT_CONVERGED, text))
+        # Rounding of the energy itself.
+        half += _ROUNDING * (1 + abs(value))
         return LogPartitionEstimate(
             value,
             std_error,
@@ -413,6 +448,36 @@ class _TwoRoutes:
         )
 
 
+def _pooled(values: list[_Value]) -> _Value:
+    """Mean by inverse variances; its error is at least half of what they differ by."""
+    weights = [1 / max(v.std_error, 1e-9) ** 2 for v in values]
+    mean = sum(w * v.value for w, v in zip(weights, values, strict=True)) / sum(weights)
+    spread = (max(v.value for v in values) - min(v.value for v in values)) / 2
+    return _Value(mean, max(1 / math.sqrt(sum(weights)), spread))
+
+
+def _disagreement(
+    runs: list[_Value], gap: float, first: _Value | None, weighed: "_Weighed"
+) -> list[Finding]:
+    """What other looks say against the last run of particles from the proposal."""
+    last = runs[-1]
+    findings = [] if first is None else _shortfall(last, first)
+    if not gap < 0.5 + 4 * last.std_error:
+        text = f"forwards and backwards differ by {gap:.2g}"
+        findings.append(Finding(Reason.DIRECTIONS_DISAGREE, text))
+    others = [weighed.value, *runs[:-1], *([] if first is None else [first])]
+    if not any(_agree(last, other) for other in others):
+        text = f"{last} by particles from the proposal, and no other look agrees: "
+        text += ", ".join(map(str, others))
+        findings.append(Finding(Reason.ROUTES_DISAGREE, text))
+    return findings
+
+
+def _agree(one: _Value, other: _Value) -> bool:
+    error = math.hypot(one.std_error, other.std_error)
+    return abs(one.value - other.value) < 3 * error + _SLACK and error < 0.5
+
+
 def _value_of(journey: Journey) -> _Value:
     value, std_error, _ = combine_replicates(journey.bennett)
     return _Value(value, std_error)
@@ -424,15 +489,12 @@ def _gap_of(journey: Journey) -> float:
     return abs(reverse - forward)
 
 
-def _shortfall(value: float, std_error: float, first: _Value) -> list[Finding]:
+def _shortfall(value: _Value, first: _Value) -> list[Finding]:
     """Whether particles from the base have found more."""
-    more = first.value - value
-    if not more > 3 * math.hypot(first.std_error, std_error) + _SLACK:
+    more = first.value - value.value
+    if not more > 3 * math.hypot(first.std_error, value.std_error) + _SLACK:
         return []
-    text = (
-        f"particles from the base found {more:.2g} nats more: {first.value:.3f} +- "
-        f"{first.std_error:.2g} against {value:.3f} +- {std_error:.2g}"
-    )
+    text = f"particles from the base found more: {first} against {value}"
     return [Finding(Reason.ROUTES_DISAGREE, text)]
 
 

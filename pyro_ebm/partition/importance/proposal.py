@@ -32,16 +32,22 @@ from pyro_ebm.partition.importance.student_mixture import StudentMixture
 MIN_SHARE = 0.04
 #: Nor is a component, of all components together.
 _MIN_COMPONENT = 0.02
+#: Weights of a draw, in units of their mean, that are too much for one; what they may
+#: hold together; and components that are added there, at once and in all.
+_HEAVY = 20.0
+_MIN_HEAVY = 0.03
+_NUM_NEW = 4
+_MAX_COMPONENTS = 100
 
 
 @final
 class Proposal:
-    """The mixture (1), over flat vectors in unconstrained space, in double precision.
+    r"""The mixture (1), over flat vectors in unconstrained space, in double precision.
 
     Args:
         path: For its base.
         mixture: Default: the base alone.
-        base_share: :math:`\\alpha_0`.
+        base_share: :math:`\alpha_0`.
     """
 
     def __init__(
@@ -81,9 +87,33 @@ class Proposal:
         for _ in range(num_steps):
             mixture = mixture.updated(u, weights, _MIN_COMPONENT)
         joint = Proposal(self.path, mixture, self.base_share)._log_joint(u)
-        share = joint.softmax(0).nan_to_num(0.0)[-1] @ weights  # (2)
-        share = min(max(share.item(), MIN_SHARE), 1 - MIN_SHARE)
+        learned = float(joint.softmax(0).nan_to_num(0.0)[-1] @ weights)  # (2)
+        share = min(max(learned, MIN_SHARE), 1 - MIN_SHARE)
         return Proposal(self.path, mixture, share)
+
+    def thickened(self, u: Tensor, log_weights: Tensor) -> "Proposal":
+        """The proposal with components where its own draws weigh too much.
+
+        Args:
+            u: Draws, shape ``(N, D)``.
+            log_weights: Shape ``(N,)``.
+
+        References:
+            Raftery & Bao (2010), Biometrics 66, 1162-1173.
+        """
+        weights = log_weights.softmax(0)
+        heavy = weights > _HEAVY / len(weights)
+        share = weights[heavy].sum()
+        if self.mixture is None or share < _MIN_HEAVY or self.size > _MAX_COMPONENTS:
+            return self
+        number = min(_NUM_NEW, int(heavy.sum()))
+        chosen = weights.where(heavy, 0.0).multinomial(number)
+        return self.joined(self.mixture.at(u[chosen]), min(0.3, share.item()))
+
+    @property
+    def size(self) -> int:
+        """Components."""
+        return 0 if self.mixture is None else len(self.mixture.loc)
 
     def joined(self, mixture: StudentMixture, share: float) -> "Proposal":
         """The proposal with another mixture in it.

@@ -107,6 +107,16 @@ class StudentMixture(NamedTuple):
         shares = (total / total.sum()).clamp(min=least)
         return StudentMixture(shares / shares.sum(), loc_new, factor_new, self.degrees)
 
+    def at(self, u: Tensor) -> "StudentMixture":
+        """Components at given points, each shaped as the one that is nearest.
+
+        Args:
+            u: Shape ``(N, D)``.
+        """
+        nearest = self._joined(u)[0].argmax(0)
+        weights = torch.full_like(u[:, 0], 1 / len(u))
+        return StudentMixture(weights, u, self.scale_tril[nearest], self.degrees)
+
     def joined(self, other: "StudentMixture", share: float) -> "StudentMixture":
         """A mixture of the two mixtures.
 

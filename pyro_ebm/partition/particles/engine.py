@@ -150,7 +150,7 @@ def travel(
             state = new
             look(state)
         if num_ancestors is not None:
-            weights = torch.zeros_like(weights)
+            weights = torch.zeros_like(state.log_weight(high, high))
     return Journey(
         state, betas, weights, sums.forward, sums.bennett, sums.reverse, initial,
         sums.ess, betas[-1] == end,
@@ -212,9 +212,13 @@ def _next(state: Travels, beta: float, threshold: float) -> float:
 
     if fraction(1.0) >= threshold:
         return 1.0
-    low, high = 0.0, 1.0 - beta
+    # By factors first: from a vague base the first step may be 1e-100.
+    high = 1.0 - beta
+    low = high
+    while low > 1e-300 and fraction(beta + low) < threshold:
+        low, high = low * 1e-3, low
     for _ in range(60):
-        middle = (low + high) / 2
+        middle = (low + high) / 2 if high < 2 * low else math.sqrt(low * high)
         is_enough = fraction(beta + middle) >= threshold
         low, high = (middle, high) if is_enough else (low, middle)
         if high - low < 1e-3 * high:
