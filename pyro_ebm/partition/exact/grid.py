@@ -38,6 +38,10 @@ _CUT = 36.0
 _REACH = 340.0
 #: Points a side of the first look for a box: around one mode, and around each of many.
 _ONE, _EACH = {1: 1025, 2: 97, 3: 33}, {1: 129, 2: 33, 3: 17}
+#: The same to see whether a box is large enough, and how often it is let out.
+_GROWN, _MAX_GROWN = {1: 129, 2: 33, 3: 13}, 12
+#: Nodes a side from which on cells without mass are left out of finer grids.
+_DENSE = 50
 #: Cells by which a box is wider than what lies above the cut.
 _MARGIN = 1.0
 
@@ -87,6 +91,7 @@ class Grid:
         reach = reach.clamp(min=1.0, max=_REACH)
         self.largest = torch.stack([-reach, reach], -1)  # (K, D, 2)
         self.boxes = self.largest
+        self.cells: list[_Cells | None] = [None] * self.number
 
     def points(self, k: int, t: Tensor) -> tuple[Tensor, Tensor]:
         """Points at ``t`` of shape ``(N, D)``, and logarithms of the volume in (1)."""
@@ -123,7 +128,7 @@ class Grid:
         peak = density.max()
         boxes = []
         for k in range(self.number):
-            box = self._shrunk(k, peak)
+            box = self._grown(k, self._shrunk(k, peak))
             inside = torch.linalg.solve(
                 self.modes.root[k], (known - self.modes.loc[k]).mT
             )
@@ -136,6 +141,7 @@ class Grid:
                 box = torch.stack([low, high], -1)
             boxes.append(box.clamp(self.largest[k, :, :1], self.largest[k, :, 1:]))
         self.boxes = torch.stack(boxes)
+        self.cells = [None] * self.number
 
     def _shrunk(self, k: int, peak: Tensor) -> Tensor:
         box = self.largest[k]
@@ -155,6 +161,25 @@ class Grid:
             box = torch.stack([low, high], -1)
             if ((high - low) / width).min() > 0.8:
                 break
+        return box
+
+    def _grown(self, k: int, box: Tensor) -> Tensor:
+        """Let out the sides where the integrand has not died out."""
+        per_side = _GROWN[self.dim]
+        for _ in range(_MAX_GROWN):
+            t, step = _nodes(box, per_side, 0.0)
+            value, _, _ = self.log_integrand(k, t)
+            alive = t[value > value.max() - _CUT + 6]
+            if not len(alive):
+                break
+            size = box[:, 1] - box[:, 0]
+            low = box[:, 0] - 0.5 * size * (alive.amin(0) < box[:, 0] + step / 2)
+            high = box[:, 1] + 0.5 * size * (alive.amax(0) > box[:, 1] - step / 2)
+            wider = torch.stack([low, high], -1)
+            wider = wider.clamp(self.largest[k, :, :1], self.largest[k, :, 1:])
+            if torch.equal(wider, box):
+                break
+            box = wider
         return box
 
     def cost(self, per_side: int) -> int:
@@ -207,7 +232,12 @@ class Grid:
         box = middle + stretch * (self.boxes[k] - middle)
         box = box.clamp(self.largest[k, :, :1], self.largest[k, :, 1:])
         t, step = _nodes(box, per_side, shift)
+        cells = self.cells[k]
+        if cells is not None:
+            t = t[cells.hold(t)]
         log_values, u, density = self.log_integrand(k, t)
+        if shift == 0 and per_side >= _DENSE:
+            self.cells[k] = _Cells.around(box, per_side, t, log_values)
         cell = step.log().sum()
         value = log_values.logsumexp(0) + cell
         # Half of the outermost nodes' mass, as if the box ended there.
@@ -223,6 +253,39 @@ class Grid:
         deviation = (weights * (t - mean).square()).sum(0).sqrt()
         top = log_values.max()
         return value, lost, edge, top, ends.max(), density.max().item(), mean, deviation
+
+
+class _Cells(NamedTuple):
+    """Cells of a grid that have mass: only there a finer grid is evaluated."""
+
+    low: Tensor  # (D,): a corner of the box
+    step: Tensor  # (D,)
+    is_full: Tensor  # (per_side, ..., per_side): by the node at its lower corner
+
+    @staticmethod
+    def around(
+        box: Tensor, per_side: int, t: Tensor, log_values: Tensor
+    ) -> "_Cells | None":
+        """Those at, and next to, nodes of shape ``(N, D)`` above the cut."""
+        dim = len(box)
+        step = (box[:, 1] - box[:, 0]) / (per_side - 1)
+        is_full = torch.zeros((per_side,) * dim, dtype=torch.bool, device=t.device)
+        chosen = t[log_values > log_values.max() - _CUT - 4]
+        index = ((chosen - box[:, 0]) / step).round().long()
+        is_full[tuple(index.mT)] = True
+        for axis in range(dim):  # two cells to either side
+            grown = is_full
+            for shift in (-2, -1, 1, 2):
+                grown = grown | is_full.roll(shift, axis)
+            is_full = grown
+        return _Cells(box[:, 0], step, is_full)
+
+    def hold(self, t: Tensor) -> Tensor:
+        """Which points lie in such a cell, or outside of all cells, shape ``(N,)``."""
+        index = ((t - self.low) / self.step).floor().long()
+        last = len(self.is_full) - 1
+        is_out = ((index < 0) | (index >= last)).any(-1)
+        return is_out | self.is_full[tuple(index.clamp(0, last).mT)]
 
 
 def _nodes(box: Tensor, per_side: int, shift: float) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ are turned round, and whose length is halved until the energy falls. To a mode
     \log M = -f(m) + \tfrac{D}{2} \log 2\pi - \tfrac12 \log \det H            \tag{1}
 """
 
-__all__ = ["Modes", "find_modes"]
+__all__ = ["ENOUGH", "Modes", "find_modes"]
 
 import math
 from typing import NamedTuple, Protocol
@@ -21,6 +21,13 @@ from torch import Tensor
 _ADAM_STEPS, _FIRST, _LAST = 60, 0.3, 0.003
 #: Newton's steps, and how much of each is tried.
 _NEWTON_STEPS, _PARTS = 30, (1.0, 0.4, 0.1, 0.01)
+#: Starts at once, how often at most, and modes that are too many.
+_AT_ONCE, _MAX_ROUNDS, _MANY = 64, 16, 200
+#: Descents that should end at each mode: a mode where ``n`` of them end on average is
+#: met by none with probability e^-n.
+_WANTED = 8
+#: So few that others of its kind may have been missed.
+ENOUGH = 3
 #: Distance of two points for a difference, as part of the width of the mode.
 _DIFFERENCE = 1e-3
 #: Expected fall of the energy below which a mode has been found.
@@ -48,30 +55,53 @@ class Modes(NamedTuple):
         loc: Shape ``(K, D)``.
         root: A root of the inverse Hessian, along its axes, shape ``(K, D, D)``.
         log_mass: (1), shape ``(K,)``.
+        hits: How many descents have ended there, shape ``(K,)``. Where a mode was met
+            once there may well be others.
     """
 
     loc: Tensor
     root: Tensor
     log_mass: Tensor
+    hits: Tensor
 
 
 def find_modes(target: Target, starts: Tensor) -> Modes | None:
-    """Descend from all starts, and keep the modes that have mass.
+    """Descend from some starts after others, until they lead to known modes only.
+
+    Each mode has to be met several times, and the last starts to lead to no new one.
 
     Args:
         target: The energy.
-        starts: Shape ``(N, D)``.
+        starts: Shape ``(N, D)``, the most promising first.
 
     Returns:
-        The modes; ``None`` if none has a curvature, or the energy has no gradient.
+        The modes that have mass; ``None`` if none has a curvature, or the energy has no
+        gradient.
     """
     spread = (starts - starts.median(0).values).abs().median(0).values
     spread = spread.clamp(min=1e-6)
-    try:
-        u = _adam(target, starts, spread)
-        u, value, hessian, is_found = _newton(target, u, spread)
-    except ValueError:  # it has no gradient
-        return None
+    modes = None
+    for some in starts.split(_AT_ONCE)[:_MAX_ROUNDS]:
+        try:
+            found = _descend(target, some, spread)
+        except ValueError:  # it has no gradient
+            return None
+        if found is None:
+            continue
+        before = 0 if modes is None else len(modes.loc)
+        if modes is not None:
+            pairs = zip(modes, found, strict=True)
+            found = Modes(*(torch.cat(pair) for pair in pairs))
+        modes = _distinct(found)
+        is_known = len(modes.loc) <= before and bool((modes.hits >= _WANTED).all())
+        if is_known or len(modes.loc) > _MANY:
+            break
+    return modes
+
+
+def _descend(target: Target, starts: Tensor, spread: Tensor) -> Modes | None:
+    u = _adam(target, starts, spread)
+    u, value, hessian, is_found = _newton(target, u, spread)
     curvature, axes = torch.linalg.eigh(hessian)
     is_found &= curvature[:, 0] > _FLAT * curvature[:, -1].abs().clamp(min=1e-300)
     if not is_found.any():
@@ -79,8 +109,8 @@ def find_modes(target: Target, starts: Tensor) -> Modes | None:
     curvature, axes = curvature[is_found], axes[is_found]
     normaliser = u.shape[-1] / 2 * math.log(2 * math.pi)
     log_mass = normaliser - value[is_found] - curvature.log().sum(-1) / 2  # (1)
-    modes = Modes(u[is_found], axes * curvature.rsqrt()[:, None], log_mass)
-    return _distinct(modes)
+    hits = torch.ones_like(log_mass)
+    return Modes(u[is_found], axes * curvature.rsqrt()[:, None], log_mass, hits)
 
 
 def _adam(target: Target, u: Tensor, spread: Tensor) -> Tensor:
@@ -160,11 +190,15 @@ def _distinct(modes: Modes) -> Modes:
     order = modes.log_mass.argsort(descending=True)
     modes = Modes(*(part[order] for part in modes))
     kept: list[int] = []
+    hits = torch.zeros_like(modes.hits)
     for k in range(len(order)):
         if modes.log_mass[k] < modes.log_mass[0] - _NO_MASS:
             break
         away = modes.loc[k] - modes.loc[kept]
         scaled = torch.linalg.solve(modes.root[kept], away[..., None]).squeeze(-1)
-        if (scaled.norm(dim=-1) > _APART).all():
+        same = (scaled.norm(dim=-1) <= _APART).nonzero()
+        if not len(same):
             kept.append(k)
-    return Modes(*(part[kept] for part in modes))
+        hits[kept[int(same[0])] if len(same) else k] += modes.hits[k]
+    modes = Modes(*(part[kept] for part in modes))
+    return modes._replace(hits=hits[kept])

@@ -29,23 +29,28 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.core.verdict import Finding, Reason, Status
+from pyro_ebm.diagnostics import pareto_k
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.energies.distribution import base_energy
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.exact.budget import Budget, OutOfBudgetError
 from pyro_ebm.partition.exact.grid import Grid, Sum
-from pyro_ebm.partition.exact.modes import Modes, find_modes
+from pyro_ebm.partition.exact.modes import ENOUGH, Modes, find_modes
 from pyro_ebm.partition.exact.precision import PreciseEnergy
 from pyro_ebm.partition.normalizability import check_normalizability, round_trip
 
-#: Points of the first look, by the number of coordinates; and descents from them.
-_LOOK, _STARTS = {1: 1025, 2: 2048, 3: 4096}, {1: 48, 2: 128, 3: 128}
+#: Points of the first look, by the number of coordinates.
+_LOOK = {1: 1025, 2: 2048, 3: 2048}
+#: The first look goes to sinh(14), 600,000 scales; and neighbours of a point in it.
+_FAR, _NEIGHBOURS = 14.0, 7
 #: Draws of each independent look.
 _DRAWS = 4096
 #: Modes above which one grid for all of them is cheaper.
 _MAX_MODES = 48
 #: Nodes a side of the coarsest grid, and by how much the next one is finer.
 _COARSEST, _FINER = 17, 1.5
+#: Log-density below the peak of points that show how far the mass reaches.
+_LIKELY = 12.0
 #: Cells of a mode's width that a grid of one mode is about as costly as.
 _CELLS = 16
 #: Part of the points that the first kind of grid may take; and what is left for looks.
@@ -56,6 +61,8 @@ _DEAD = 8.0
 _MAX_ERROR = 1e-2
 #: Effective draws without which (1) says nothing; and the difference let pass.
 _MIN_EFFECTIVE, _SLACK = 30.0, 5e-3
+#: Shape of the tail of the weights beyond which their mean says nothing.
+_MAX_K = 0.7
 #: Log-density by which a draw may exceed the peak of the grid, and mass outside of it.
 _ABOVE, _OUTSIDE = 0.1, 1e-3
 
@@ -124,6 +131,18 @@ def quadrature(
         except OutOfBudgetError as error:
             search.findings.append(Finding(Reason.OUT_OF_BUDGET, str(error)))
         return search.result()
+
+
+def _valleys(u: Tensor, value: Tensor) -> Tensor:
+    """The points of less energy than their neighbours, the lowest first."""
+    u, value = u[value.isfinite()], value[value.isfinite()]
+    if len(u) <= _NEIGHBOURS:
+        return u
+    # Places in the order of each coordinate: no scale and no outlier matters.
+    place = u.argsort(0).argsort(0).double()
+    near = torch.cdist(place, place).topk(_NEIGHBOURS, largest=False).indices
+    is_low = (value[:, None] <= value[near]).all(-1)
+    return u[is_low][value[is_low].argsort()]
 
 
 class _Found(NamedTuple):
@@ -250,44 +269,44 @@ class _Search:
             if found.is_settled:
                 break
         self.judge(grid, found)
+        if grid.number > 1 and (rare := int((grid.modes.hits < ENOUGH).sum())):
+            text = (
+                f"{rare} of {grid.number} modes were met by fewer than {ENOUGH} "
+                "descents: there may be others"
+            )
+            self.findings.append(Finding(Reason.NOT_CONVERGED, text))
 
     def look(self) -> Tensor:
         """Evaluate a coarse look and draws of the base; where to descend from."""
         number = _LOOK[self.dim]
-        axis = torch.linspace(-14, 14, number).to(self.loc)
+        axis = torch.linspace(-_FAR, _FAR, number).to(self.loc)
         if self.dim > 1:  # a quasi-random sequence in place of a grid
             axis = torch.quasirandom.SobolEngine(self.dim, scramble=True).draw(number)
-            axis = 28 * axis.to(self.loc) - 14
-        u = self.loc + self.scale * axis.reshape(number, self.dim).sinh()
+            axis = _FAR * (2 * axis.to(self.loc) - 1)
+        far = self.loc + self.scale * axis.reshape(number, self.dim).sinh()
         near = self.loc + 4 * self.scale * torch.randn(number, self.dim).to(self.loc)
-        prior = self.draws[: _DRAWS // 8]
-        value = self.integrand.value(torch.cat([u, near, prior]))
-        half = _STARTS[self.dim] // 2
-        spread = torch.cat([near[:half], prior[:half]])
-        values = [value[number : number + half], value[2 * number :][:half]]
-        best = value.argsort()[:half]
-        starts = torch.cat([torch.cat([u, near, prior])[best], spread])
-        is_usable = torch.cat([value[best], *values]).isfinite()
-        if self.dim == 1:  # the valleys of the look, if there are any
-            low = (value[1 : number - 1] <= value[: number - 2]) & (
-                value[1 : number - 1] <= value[2:number]
-            )
-            low &= value[1 : number - 1].isfinite()
-            return torch.cat([starts[is_usable], u[1 : number - 1][low][:half]])
-        return starts[is_usable]
+        looks = [far, near, self.draws[: _DRAWS // 2]]
+        starts = [_valleys(u, self.integrand.value(u)) for u in looks if len(u)]
+        # One of each in turn; then at random.
+        order = torch.cat([torch.arange(len(u)) for u in starts]).argsort(stable=True)
+        nearby = torch.cat(looks[1:])
+        others = nearby[torch.randperm(len(nearby))]
+        return torch.cat([torch.cat(starts)[order.to(far.device)], others])
 
     def coordinates(self, modes: Modes | None) -> list[Modes]:
         """Of the grids to be tried, the cheaper ones first."""
         if modes is None:
             zero = torch.zeros(1).to(self.loc)
-            return [Modes(self.loc[None], self.scale.diag_embed()[None], zero)]
+            return [Modes(self.loc[None], self.scale.diag_embed()[None], zero, zero)]
         width = modes.root.square().sum(-1).sqrt()  # (K, D), along the axes
-        low = (modes.loc - width).amin(0)
-        high = (modes.loc + width).amax(0)
+        known, density = self.integrand.known, self.integrand.density
+        likely = torch.cat([modes.loc, known[density > density.max() - _LIKELY]])
+        low, high = likely.amin(0), likely.amax(0)
         box = Modes(
             (low + high)[None] / 2,
-            ((high - low) / 2).diag_embed()[None],
+            ((high - low) / 2).clamp(min=1e-6).diag_embed()[None],
             modes.log_mass[:1],
+            modes.hits[:1],
         )
         if len(modes.loc) > _MAX_MODES:
             return [box]
@@ -307,14 +326,18 @@ class _Search:
         grid.find_boxes(self.integrand.known, self.integrand.density)
         sums: list[Sum] = []
         per_side, change, second = _COARSEST, math.inf, None
+        spent = grid.cost(per_side)
         while True:
-            left = end - self.budget.num_evaluations
-            if 2 * grid.cost(per_side) > left and len(sums) > 1:
+            before = self.budget.num_evaluations
+            # As much again is kept for another grid.
+            needed = 2.7 * min(grid.cost(per_side), _FINER**self.dim * spent)
+            if needed > end - before and len(sums) > 1:
                 break
             sums.append(grid.sum(per_side))
+            spent = self.budget.num_evaluations - before
             self.value = sums[-1].value
             change = abs(sums[-1].value - sums[-2].value) if len(sums) > 1 else math.inf
-            is_endless = len(sums) > 2 and not sums[-1].drop > _DEAD
+            is_endless = len(sums) > 4 and max(sums[-1].drop, sums[-2].drop) < _DEAD
             if len(sums) > 2 and (change < self.tolerance or is_endless):
                 second = self.another(grid, int(1.3 * per_side))
                 apart = abs(second.value - sums[-1].value)
@@ -431,21 +454,23 @@ class _Search:
         """Hold the sum against (1)."""
         looks = []
         _, weights, inside = self.weighed(grid, total, _DRAWS, 1.5)
-        looks.append(("draws around the mass", weights, inside))
+        looks.append(("draws around the mass", weights, inside, 0.0))
         if self.prior is not None and len(self.draws):
             prior, _ = unconstrained(self.prior)
             shaped = self.draws.reshape(-1, *self.integrand.shape)
             weights = self.integrand.log_density(self.draws)
             weights = weights + PreciseEnergy(prior, shaped)(shaped)
-            inside = torch.zeros_like(weights, dtype=torch.bool)
+            # Each mode by itself: the base may hold none of some.
             for k in range(grid.number):
                 away = (self.draws - grid.modes.loc[k]).mT
                 t = torch.linalg.solve(grid.modes.root[k], away).mT.asinh()
                 box = grid.boxes[k]
-                inside |= ((t >= box[:, 0]) & (t <= box[:, 1])).all(-1)
-            looks.append(("draws of the base", weights, inside))
-        for name, weights, inside in looks:
-            self.findings += _disagreement(name, weights, inside, total.value)
+                inside = ((t >= box[:, 0]) & (t <= box[:, 1])).all(-1)
+                part = weights + grid.log_share(k, self.draws)
+                share = (total.log_masses[k] - total.value).item()
+                looks.append(("draws of the base", part, inside, share))
+        for name, weights, inside, share in looks:
+            self.findings += _disagreement(name, weights, inside, total.value, share)
         above = self.integrand.density.max().item() - total.peak
         if above > _ABOVE:
             text = f"a point off the grid is {above:.2g} nats likelier than all on it"
@@ -465,25 +490,25 @@ class _Search:
 
 
 def _disagreement(
-    name: str, log_weights: Tensor, inside: Tensor, value: float
+    name: str, log_weights: Tensor, inside: Tensor, value: float, log_share: float
 ) -> list[Finding]:
-    """What importance sampling (1) says against a value."""
+    """What importance sampling (1) says against a value, or a share of it."""
     number = len(log_weights)
     log_weights = log_weights.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    weights = (log_weights - value).exp()  # of mean 1
+    weights = (log_weights - value).exp()  # of the share as mean
     if not weights.max() > 0:
         return []
     outside = (weights * ~inside).sum().item() / number
     effective = (weights.sum().square() / weights.square().sum()).item()
     mean, error = weights.mean().item(), weights.std().item() / math.sqrt(number)
+    share = math.exp(log_share)
     found = []
     if outside > _OUTSIDE:
         text = f"{name} find {outside:.2g} of the mass outside of the grid"
         found.append(Finding(Reason.ROUTES_DISAGREE, text))
-    elif effective > _MIN_EFFECTIVE and abs(mean - 1) > 4 * error + _SLACK:  # (1)
-        text = (
-            f"{name} give log Z = {value + math.log(mean):.4f} +- {error / mean:.2g}, "
-            f"the grid {value:.4f}"
-        )
+    elif effective < _MIN_EFFECTIVE or pareto_k(log_weights) > _MAX_K:
+        return []
+    elif abs(mean - share) > 4 * error + _SLACK:  # (1)
+        text = f"{name} find {mean / share:.4f} +- {error / share:.2g} of the sum"
         found.append(Finding(Reason.ROUTES_DISAGREE, text))
     return found
