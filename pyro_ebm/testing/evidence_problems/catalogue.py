@@ -13,7 +13,6 @@ from pyro_ebm.testing.evidence_problems import (
 )
 from pyro_ebm.testing.evidence_problems.base import Builder
 
-
 _PROBLEMS: dict[str, Builder] = {
     "eight_schools_noncentered": hierarchies.eight_schools,
     "gaussian_shells_5d": partial(boxes.gaussian_shells, 5),
