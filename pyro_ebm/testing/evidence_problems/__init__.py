@@ -13,7 +13,7 @@ Example:
     True
 """
 
-__all__ = ["Builder", "EvidenceProblem", "problems", "variants"]
+__all__ = ["EvidenceProblem", "problems", "variants"]
 
-from pyro_ebm.testing.evidence_problems.base import Builder, EvidenceProblem
+from pyro_ebm.testing.evidence_problems.base import EvidenceProblem
 from pyro_ebm.testing.evidence_problems.catalogue import problems, variants

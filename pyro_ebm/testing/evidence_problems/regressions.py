@@ -163,7 +163,8 @@ def logistic(
         point = torch.stack(beta, -1)
         return logsigmoid(point @ signed.mT).sum(-1) + log_normal(point, 0, 25).sum(-1)
 
-    axes = [(-40.0, 40.0, 161)] * num_columns
+    # Wide where the data leave a direction to the prior; a quarter is fine enough.
+    axes = [(-40.0, 40.0, 321) if is_separable else (-16.0, 16.0, 129)] * num_columns
     name = f"logistic_{num_columns}" + ("_separable" if is_separable else "")
     return EvidenceProblem(name, model, None, log_integral(log_joint, *axes))
 
