@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energies import DistributionEnergy, Energy, same_support, unconstrained
-from pyro_ebm.energies.corrections import map_tensors
+from pyro_ebm.energies.corrections import corrected, map_tensors
 from pyro_ebm.energies.distribution import require_single
 from pyro_ebm.energies.double import in_double
 from pyro_ebm.energies.graph_precision import wide
@@ -119,6 +119,7 @@ class GeometricPath(Energy):
         self.base, _ = unconstrained(base_energy)
         if is_double:
             self.target, self.base = in_double(self.target), in_double(self.base)
+        base = corrected(base)
         self.distribution = _drawn_in_double(base) if is_double else base
         self.inverse_temperature = 1.0
         self.num_evaluations = 0

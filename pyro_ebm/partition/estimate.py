@@ -2,20 +2,27 @@ r"""Choose an estimator of :math:`\log Z` automatically."""
 
 __all__ = ["estimate"]
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import pyro.distributions as dist
+import torch
 
+from pyro_ebm.core.verdict import Status
 from pyro_ebm.energies import Energy, PyroModelEnergy
+from pyro_ebm.energies.corrections import corrected
 from pyro_ebm.energies.finite import finite_values
+from pyro_ebm.energies.pointwise import check_pointwise
 from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.partition.base import LogPartitionEstimate
+from pyro_ebm.partition.base_check import check_draws
 from pyro_ebm.partition.default_base import default_base, describe
 from pyro_ebm.partition.exact.enumeration import enumeration, num_states
 from pyro_ebm.partition.exact.exact import closed_form, quadrature
 from pyro_ebm.partition.importance.importance import importance_sampling
+from pyro_ebm.partition.normalizability import check_normalizability
 from pyro_ebm.partition.particles.annealed import annealed_importance_sampling
 from pyro_ebm.partition.particles.gibbs_annealing import gibbs_annealing
 from pyro_ebm.partition.particles.smc import smc
@@ -23,6 +30,8 @@ from pyro_ebm.partition.two_routes import Limits, two_routes
 
 Method = Literal["auto", "exact", "sampling", "smc", "importance", "ais", "gibbs"]
 
+#: Draws of the base at which an energy is looked at first.
+_NUM_CHECKED = 64
 #: States that ``"auto"`` enumerates rather than samples.
 _MAX_STATES = 2**18
 
@@ -86,14 +95,10 @@ def estimate(
         energy.check_evidence()
     _check(method, tolerance, max_seconds, budget)
     limits = Limits(tolerance, max_seconds, budget)
-    result = _exact(energy, method, progress_bar=progress_bar)
+    base = _base_of(target, energy) if base is None else base
+    result = _exact(energy, base, method, limits, progress_bar=progress_bar)
     if result is None:
-        given = _base_of(target, energy) if base is None else base
-        base = default_base(energy) if given is None else given
         result = _sampled(energy, base, method, limits, progress_bar=progress_bar)
-        if given is None:
-            how = f"{result.method}; base: {describe(base)}"
-            result = result._replace(method=how)
     if not result.is_reliable:
         warnings.warn(str(result), UnreliableWarning, stacklevel=2)
     return result
@@ -136,7 +141,12 @@ def _base_of(target: Any, energy: Energy) -> dist.TorchDistribution | None:
 
 
 def _exact(
-    energy: Energy, method: Method, *, progress_bar: bool
+    energy: Energy,
+    base: dist.TorchDistribution | None,
+    method: Method,
+    limits: Limits,
+    *,
+    progress_bar: bool,
 ) -> LogPartitionEstimate | None:
     """What is exact, or ``None`` where that is not asked for or has failed."""
     if method not in ("auto", "exact"):
@@ -148,15 +158,23 @@ def _exact(
             return enumeration(energy, progress_bar=progress_bar)
         return None
     if result is None and (method == "exact" or energy.event_shape.numel() <= 2):
-        result = quadrature(energy, progress_bar=progress_bar)
-        if method == "auto" and not result.is_reliable:
+        share = 1.0 if method == "exact" else 0.3
+        limit = 2**21 if limits.budget is None else limits.budget
+        result = quadrature(
+            energy,
+            base=base,
+            max_evaluations=limit,
+            max_seconds=share * limits.left,
+            progress_bar=progress_bar,
+        )
+        if method == "auto" and result.status == Status.UNRELIABLE:
             return None
     return result
 
 
 def _sampled(
     energy: Energy,
-    base: dist.TorchDistribution,
+    given: dist.TorchDistribution | None,
     method: Method,
     limits: Limits,
     *,
@@ -164,11 +182,40 @@ def _sampled(
 ) -> LogPartitionEstimate:
     if method == "gibbs" or finite_values(energy.support) is not None:
         return gibbs_annealing(
-            energy, base, budget=limits.budget, progress_bar=progress_bar
+            energy, given, budget=limits.budget, progress_bar=progress_bar
         )
+    base = default_base(energy) if given is None else given
     if method in _SAMPLERS:
-        return _SAMPLERS[method](energy, base, limits.budget or 50_000, progress_bar)
-    return two_routes(energy, base, limits, is_shown=progress_bar)
+        budget = limits.budget or 50_000
+        result = _SAMPLERS[method](energy, base, budget, progress_bar)
+    else:
+        result = _checked(energy, base, limits, is_shown=progress_bar)
+    if given is None:
+        how = f"{result.method}; base: {describe(base)}"
+        result = result._replace(method=how)
+    return result
+
+
+def _checked(
+    energy: Energy, base: dist.TorchDistribution, limits: Limits, *, is_shown: bool
+) -> LogPartitionEstimate:
+    """Both routes, once nothing speaks against the energy and its base."""
+    draws = corrected(base).sample(torch.Size((_NUM_CHECKED,)))
+    draws = draws.to(**energy.tensor_options(draws))
+    check_pointwise(energy, draws[: _NUM_CHECKED // 8])
+    if energy(draws).isfinite().sum() > 1:
+        found = check_normalizability(energy, draws, base=base)
+        if found.status == Status.NOT_NORMALIZABLE and found.finding is not None:
+            nan, spent = math.nan, found.num_evaluations
+            return LogPartitionEstimate(
+                math.inf, nan, nan, nan, nan, Status.NOT_NORMALIZABLE, "ray test",
+                spent, (found.finding,), limits.seconds,
+            )  # fmt: skip
+    result = two_routes(energy, base, limits, is_shown=is_shown)
+    doubt = check_draws(base)
+    if doubt is None:
+        return result
+    return result._replace(status=Status.UNRELIABLE, reasons=(*result.reasons, doubt))
 
 
 def _smc(

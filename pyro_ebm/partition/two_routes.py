@@ -65,6 +65,8 @@ _CHAIN_LENGTH = 16
 #: Evaluations a particle that a run takes, roughly, by which it is sized.
 _COST = 80
 _NUM_STARTS = 256
+#: Modes that are measured, in few dimensions.
+_MAX_MODES = 256
 #: Draws of the base among which the best starts are looked for.
 _NUM_LOOKS = 2048
 _MIN_STARTS = 32
@@ -230,7 +232,9 @@ class _TwoRoutes:
         # Half of them anywhere, half where the energy is least.
         number = min(number, _NUM_STARTS)
         best = log_density(self.target, u).argsort(descending=True)[: number // 2]
-        return find_modes(self.value_and_grad, torch.cat([u[best], u[: number // 2]]))
+        starts = torch.cat([u[best], u[: number // 2]])
+        most = _MAX_MODES // max(1, self.dim // 4)
+        return find_modes(self.value_and_grad, starts, max_modes=max(most, 16))
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The target over flat vectors."""
@@ -387,8 +391,13 @@ class _TwoRoutes:
         self, proposal: Proposal, first: _Value | None, weighed: "_Weighed"
     ) -> LogPartitionEstimate:
         """Particles that travel from the proposal, held against its weighted draws."""
-        path = GeometricPath(self.target, _FlatBase(proposal, self.path.event_shape))
         runs, gap, number = [], 0.0, self.size(0.3, 512)
+        if first is not None and _shortfall(weighed.value, first):
+            # The proposal lacks what particles from the base have found.
+            path, number = self.path, self.size(0.5, 4096)
+        else:
+            flat = _FlatBase(proposal, self.path.event_shape)
+            path = GeometricPath(self.target, flat)
         while True:
             journey = self.particles(path, number, share=0.8)
             if journey is None:

@@ -1,8 +1,8 @@
-r"""How particles move on their way along a path.
+"""How particles move on their way along a path.
 
-:class:`AdaptiveHMC` adapts Hamiltonian Monte Carlo at each temperature: the metric comes
-from the weighted population, the step size from the acceptance of the moves.
-:class:`GivenKernel` uses a kernel as it is.
+:class:`AdaptiveHMC` adapts Hamiltonian Monte Carlo at each temperature: the metric
+comes from the weighted population, the step size from the acceptance of the moves.
+:class:`GivenKernels` uses kernels as they are.
 """
 
 __all__ = ["AdaptiveHMC", "GivenKernels", "with_metric", "with_step_size"]
