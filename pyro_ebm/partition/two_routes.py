@@ -71,6 +71,7 @@ _MAX_MODES = 256
 _NUM_LOOKS = 2048
 _MIN_STARTS = 32
 _NUM_DRAWS = 4000
+_NUM_FITTED = 6000
 _MAX_K = 0.7
 #: With a lighter tail of the weights, they need no second look.
 _GOOD_K = 0.45
@@ -261,8 +262,11 @@ class _TwoRoutes:
                 break
             u = self.pool.draws()
             proposal = proposal.thickened(u, log_weights)
-            tamed = tempered(log_weights, max(500.0, 5.0 * self.dim))
-            proposal = proposal.refitted(u, tamed.softmax(0))
+            weights = tempered(log_weights, max(500.0, 5.0 * self.dim)).softmax(0)
+            if len(u) > _NUM_FITTED:
+                u = u[weights.multinomial(_NUM_FITTED, replacement=True)]
+                weights = torch.full_like(u[:, 0], 1 / _NUM_FITTED)
+            proposal = proposal.refitted(u, weights)
         return proposal
 
     # Route A.
@@ -319,7 +323,8 @@ class _TwoRoutes:
             number = int(is_bare.sum())
             is_covered = number <= _MAX_UNCOVERED / 3 * len(u)
             is_light = pareto_k(log_weights) < _LIGHT_K
-            if (is_covered and is_light) or self.limits.is_over(self.target):
+            is_late = self.limits.left < 0.6 * self.limits.max_seconds
+            if (is_covered and is_light) or is_late:
                 break
             if not is_covered:
                 bare = weights[is_bare] / weights[is_bare].sum()
@@ -390,25 +395,18 @@ class _TwoRoutes:
     def from_particles(
         self, proposal: Proposal, first: _Value | None, weighed: "_Weighed"
     ) -> LogPartitionEstimate:
-        """Particles that travel from the proposal, held against its weighted draws."""
-        runs, gap, number = [], 0.0, self.size(0.3, 512)
-        if first is not None and _shortfall(weighed.value, first):
-            # The proposal lacks what particles from the base have found.
-            path, number = self.path, self.size(0.5, 4096)
-        else:
-            flat = _FlatBase(proposal, self.path.event_shape)
-            path = GeometricPath(self.target, flat)
-        while True:
-            journey = self.particles(path, number, share=0.8)
-            if journey is None:
-                break
-            runs.append(_value_of(journey))
-            gap = _gap_of(journey)
-            number *= 4
-            cost = number * _NUM_ISLANDS * _COST / 2
-            is_close = runs[-1].std_error < self.limits.tolerance
-            if is_close or self.limits.affordable(self.target, 0.6) < cost:
-                break
+        """Particles that travel once more, held against what there is.
+
+        They start from the proposal; where it lacks what particles from the base have
+        found, from the base again, and more of them.
+        """
+        runs: list[_Value] = []
+        if first is None or not _shortfall(weighed.value, first):
+            base = _FlatBase(proposal, self.path.event_shape)
+            runs, gap = self.travelled(GeometricPath(self.target, base), 512)
+        if first is not None and (not runs or _shortfall(runs[-1], first)):
+            again, gap = self.travelled(self.path, 4096)
+            runs = again or runs
         if not runs:
             findings = [*self.findings, *weighed.findings]
             return self.estimate([weighed.value], findings, weighed.ess, _BY_DRAWS)
@@ -421,6 +419,27 @@ class _TwoRoutes:
         elif len(runs) > 1:
             values.append(runs[-2])
         return self.estimate(values, findings, weighed.ess, _BY_PARTICLES)
+
+    def travelled(
+        self, path: GeometricPath, num_particles: int
+    ) -> tuple[list[_Value], float]:
+        """Runs along a path, each larger than the last, and the gap of the last."""
+        runs, gap, number = [], 0.0, self.size(0.3, num_particles)
+        while True:
+            start = self.limits.seconds
+            journey = self.particles(path, number, share=0.8)
+            if journey is None:
+                break
+            runs.append(_value_of(journey))
+            gap = _gap_of(journey)
+            number *= 4
+            next_seconds = 5 * (self.limits.seconds - start)
+            cost = number * _NUM_ISLANDS * _COST
+            is_close = runs[-1].std_error < self.limits.tolerance
+            is_dear = self.limits.affordable(self.target, 0.6) < cost
+            if is_close or is_dear or next_seconds > self.limits.left:
+                break
+        return runs, gap
 
     def estimate(
         self,
