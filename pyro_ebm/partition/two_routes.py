@@ -90,6 +90,9 @@ _MAX_HALF_WIDTH = 0.5
 #: Components for the particles, and times that one is added where they are bare.
 _NUM_CLUSTERS = 12
 _MAX_REPAIRS = 4
+#: Dimensions up to which a component can be told from some hundred draws.
+_MAX_REPAIRED = 48
+_MAX_DENSE = 200
 
 
 _BY_DRAWS = "independent draws of a proposal fitted to modes and particles"
@@ -198,7 +201,9 @@ class _TwoRoutes:
     def run(self) -> LogPartitionEstimate:
         """Both routes, and independent draws of what they have found."""
         proposal = self.adapt(self.around(self.descend()), 3)
-        journey = self.particles(self.path, self.size(0.25, 1024), share=0.4)
+        # Where no metric can be dense, fewer will do.
+        most = 1024 if self.dim <= _MAX_DENSE else 256
+        journey = self.particles(self.path, self.size(0.25, most), share=0.4)
         first, particles = None, None
         if journey is not None:
             first = _value_of(journey)
@@ -231,11 +236,12 @@ class _TwoRoutes:
             if number < 4:
                 return None
         # Half of them anywhere, half where the energy is least.
-        number = min(number, _NUM_STARTS)
+        number = min(number, _NUM_STARTS if self.dim <= _MAX_REPAIRED else 32)
         best = log_density(self.target, u).argsort(descending=True)[: number // 2]
         starts = torch.cat([u[best], u[: number // 2]])
-        most = _MAX_MODES // max(1, self.dim // 4)
-        return find_modes(self.value_and_grad, starts, max_modes=max(most, 16))
+        # A mode takes 2 D gradients and the decomposition of a matrix, a few times.
+        most = min(_MAX_MODES // max(1, self.dim // 4), 40_000 // self.dim**2 + 1)
+        return find_modes(self.value_and_grad, starts, max_modes=most)
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The target over flat vectors."""
@@ -261,7 +267,8 @@ class _TwoRoutes:
             if not (log_weights > -torch.inf).any():
                 break
             u = self.pool.draws()
-            proposal = proposal.thickened(u, log_weights)
+            if self.dim <= _MAX_REPAIRED:
+                proposal = proposal.thickened(u, log_weights)
             weights = tempered(log_weights, max(500.0, 5.0 * self.dim)).softmax(0)
             if len(u) > _NUM_FITTED:
                 u = u[weights.multinomial(_NUM_FITTED, replacement=True)]
@@ -315,9 +322,10 @@ class _TwoRoutes:
         """The proposal with what the particles have found besides."""
         shares = journey.bennett.softmax(0)[:, None] / journey.state.target.shape[1]
         weights = shares.expand_as(journey.state.target).flatten()
-        clusters = fit_clusters(u, weights, _NUM_CLUSTERS)
-        proposal = self.adapt(proposal.joined(clusters, 0.5), 2)
-        for _ in range(_MAX_REPAIRS):
+        number = max(1, min(_NUM_CLUSTERS, 200 // self.dim))
+        proposal = proposal.joined(fit_clusters(u, weights, number), 0.5)
+        proposal = self.adapt(proposal, 2)
+        for _ in range(_MAX_REPAIRS if self.dim <= _MAX_REPAIRED else 0):
             log_weights = self.pool.log_weights()
             is_bare = self.uncovered(proposal, u, log_weights)
             number = int(is_bare.sum())
@@ -339,12 +347,17 @@ class _TwoRoutes:
         self, proposal: Proposal, first: _Value | None, particles: Tensor | None
     ) -> "_Weighed":
         """Importance sampling, by as many draws as the tolerance takes."""
-        parts = [self.weigh(proposal, 20_000)]
+        start = self.limits.seconds
+        parts = [self.weigh(proposal, 20_000 if self.dim <= _MAX_REPAIRED else 4000)]
+        each = (self.limits.seconds - start) / len(parts[0])
         while True:
             log_weights = torch.cat(parts)
             fraction = max(effective_sample_fraction(log_weights).item(), 1e-6)
             wanted = 1.5 / fraction / self.limits.tolerance**2
-            left = self.limits.affordable(self.target, 0.2)
+            left = min(
+                self.limits.affordable(self.target, 0.2),
+                0.2 * self.limits.left / max(each, 1e-9),
+            )
             number = int(min(wanted - len(log_weights), left, 200_000))
             if number < 2000 or len(log_weights) > 1_000_000:
                 break

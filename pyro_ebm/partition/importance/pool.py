@@ -65,8 +65,7 @@ class Pool:
         self._log_density.append(log_density(self.energy, u))
         self._u.append(u)
         if len(self._u) > MAX_ROUNDS:
-            for rounds in (self._u, self._log_density, self._log_proposals):
-                del rounds[0]
+            del self._u[0], self._log_density[0], self._log_proposals[0]
             for row in (self._proposals, *self._log_proposals):
                 del row[0]
         return difference(self._log_density[-1], self._log_proposals[-1][-1])
