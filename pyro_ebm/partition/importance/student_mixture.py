@@ -101,7 +101,9 @@ class StudentMixture(NamedTuple):
         loc_new, factor_new = self.loc.clone(), self.scale_tril.clone()
         # As many effective draws as a covariance takes, or the old shape stays.
         effective = total.square() / gamma.square().sum(-1).clamp(min=1e-300)
-        for k in (effective > 3 * dim + 5).nonzero().flatten().tolist():
+        # The divergence of a Gaussian from its fit to n draws is about dim^2 / (4 n).
+        least = max(3 * dim + 5, dim**2 / 2)
+        for k in (effective > least).nonzero().flatten().tolist():
             centred = u - loc[k]
             covariance = (centred * g[k][:, None]).mT @ centred / total[k]
             # Shrunk towards the old shape: few draws say little of correlations.
@@ -110,8 +112,7 @@ class StudentMixture(NamedTuple):
             factor, info = torch.linalg.cholesky_ex(covariance.lerp(old, share))
             if info == 0:
                 loc_new[k], factor_new[k] = loc[k], factor
-        least = min_weight / len(total)
-        shares = (total / total.sum()).clamp(min=least)
+        shares = (total / total.sum()).clamp(min=min_weight / len(total))
         return StudentMixture(shares / shares.sum(), loc_new, factor_new)
 
     def at(self, u: Tensor) -> "StudentMixture":
