@@ -8,6 +8,7 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 # One stamp for each set of extras, so that `make quickstart` installs no developer tools.
+BENCH    := $(VENV)/.stamp-bench
 DEV      := $(VENV)/.stamp-dev
 DOCS     := $(VENV)/.stamp-docs
 EXAMPLES := $(VENV)/.stamp-examples
@@ -40,7 +41,7 @@ docs: $(DOCS)  ## Build the documentation into docs/_build/html, check its links
 	$(BIN)/python -m sphinx -W --keep-going -E -j $(WORKERS) -b html docs docs/_build/html
 	$(BIN)/python docs/check_links.py docs/_build/html
 
-bench: $(EXAMPLES)  ## Run every benchmarks/bench_*.py
+bench: $(BENCH)  ## Run every benchmarks/bench_*.py
 	@for script in $(sort $(wildcard benchmarks/bench_*.py)); do \
 	    echo "== $$script"; $(BIN)/python $$script || exit 1; done
 

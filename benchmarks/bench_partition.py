@@ -1,177 +1,340 @@
-"""How far off is the default estimate of log Z, and does it say so?
+"""How often is the default estimate of log Z right, and does it say so?
 
-Each target of known log Z is estimated with many seeds by ``partition.refined_smc``.
-The half-width is the median of them. "Inside" counts the 95 % intervals that hold the
-truth, of all runs and of those whose verdict is ok; "misses flagged" the intervals that
-miss and are called unreliable; "good flagged" those that hold the truth and are called
-unreliable all the same.
+Every problem of known log Z is given to ``partition.estimate`` as it is, without a
+setting: the problems of ``pyro_ebm.testing.evidence_problems`` and the variants of each
+kind there, regressions and hierarchies on published data, and the targets of
+``pyro_ebm.testing``. A run is right if its 95 % interval holds the truth, and ok if its
+verdict is exact or ok. Those flagged have an interval and are called unreliable; those
+called infinite are said not to be normalisable; those that failed raise an error or
+exceed a limit of seconds. Half-widths, errors and CPU seconds, on one thread, are
+medians.
 
-The rules that decide were tuned on the targets of the first table, with other seeds;
-the width of the interval with those from 1,000 on, where two standard errors to each
-side held the truth in 382 of 400 runs. Nothing was tuned on the targets of the second.
+dynesty runs beside it with 500 live points and its defaults otherwise, on the
+likelihood traced by torch, in double precision and with one seed.
 
-    python benchmarks/bench_partition.py --seeds 50 --budget 50000
+    python benchmarks/bench_partition.py                # all of it; many hours
+    python benchmarks/bench_partition.py --quick        # 3 seeds, without dynesty
+    python benchmarks/bench_partition.py --quick --only problems data --dtype float64
 """
 
 import argparse
-import concurrent.futures
+import contextlib
 import functools
-import multiprocessing
+import math
+import signal
 import statistics
 import time
+import warnings
 from typing import NamedTuple
 
 import pyro
 import torch
+from evidence_problems import DATA_PROBLEMS
+from nested_sampling import NotRun, nested_sampling
 from report import as_markdown, save
 
-from pyro_ebm.partition import LogPartitionEstimate, refined_smc
-from pyro_ebm.testing import held_out, targets
+from pyro_ebm.partition import estimate
+from pyro_ebm.testing import evidence_problems, targets, validation_targets
+from pyro_ebm.testing.evidence_problems import EvidenceProblem
 
-TUNED_ON = (
-    "gaussian",
-    "trap",
-    "gamma",
-    "student_t_product",
-    "neals_funnel",
-    "hybrid_rosenbrock",
-    "gaussian_mixture",
-    "many_well",
-)
-HELD_OUT = tuple(held_out.__all__)
-#: Budgets of one target each, to compare with what is known of other estimators.
-GOALS = {
-    "gaussian": 15_000,
-    "trap": 12_000,
-    "neals_funnel": 80_000,
-    "student_t_product": 32_000,
-    "gaussian_mixture": 69_000,
-    "many_well": 180_000,
-    "hybrid_rosenbrock": 15_000,
-}
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
 #: None of the seeds with which anything was tuned.
 FIRST_SEED = 2000
+KINDS = "right and ok", "wrong and ok", "flagged", "infinite", "failed"
 
 
-class Run(NamedTuple):
-    estimate: LogPartitionEstimate
-    seconds: float
-
-
-def measure(name, budget, seed):
-    """One estimate, with its CPU time, in a process of one thread."""
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(seed)
-    target = build(name)
-    start = time.process_time()
-    estimate = refined_smc(
-        target.energy, target.base, budget=budget, progress_bar=False
+def from_target(build, dtype):
+    """A target of ``pyro_ebm.testing`` as a problem; it has the default dtype."""
+    with default_dtype(dtype):
+        target = build()
+    return EvidenceProblem(
+        target.name, target.energy, target.base, target.log_partition
     )
-    return Run(estimate, time.process_time() - start)
 
 
-def build(name):
-    """The target of this name."""
-    return getattr(held_out if name in HELD_OUT else targets, name)()
-
-
-def summarise(name, runs):
-    """One row: errors, intervals, verdicts and cost over the seeds."""
-    number, truth = len(runs), build(name).log_partition
-    estimates = [run.estimate for run in runs]
-    inside = [found.lower <= truth <= found.upper for found in estimates]
-    is_ok = [found.status == "ok" for found in estimates]
-    pairs = list(zip(inside, is_ok, strict=True))
+def targets_of(module):
+    """Builders of the targets of a module, by name."""
+    names = [name for name in module.__all__ if name != "Target"]
     return {
-        "target": name,
-        "mean abs error": sum(abs(found.value - truth) for found in estimates) / number,
-        "mean error": sum(found.value - truth for found in estimates) / number,
-        "half-width": statistics.median(
-            (found.upper - found.lower) / 2 for found in estimates
-        ),
-        "inside": f"{sum(inside)} of {number}",
-        "inside if ok": f"{sum(i and ok for i, ok in pairs)} of {sum(is_ok)}",
-        "misses flagged": f"{sum(not i and not ok for i, ok in pairs)} of "
-        f"{number - sum(inside)}",
-        "good flagged": f"{sum(i and not ok for i, ok in pairs)} of {sum(inside)}",
-        "evaluations": sum(found.num_evaluations for found in estimates) // number,
-        "CPU s": sum(run.seconds for run in runs) / number,
+        name: functools.partial(from_target, getattr(module, name)) for name in names
     }
 
 
-def summarise_goal(name, runs):
-    """One row: what the target's own budget buys."""
-    row = {"budget": GOALS[name], **summarise(name, runs)}
-    kept = "target", "budget", "mean abs error", "inside if ok", "evaluations", "CPU s"
-    return {key: row[key] for key in kept}
+GROUPS = {
+    "problems": evidence_problems.problems(),
+    "data": DATA_PROBLEMS,
+    "targets": {**targets_of(targets), **targets_of(validation_targets)},
+    "variants": evidence_problems.variants(),
+}
 
 
-def wrong_but_ok(name, budget, runs):
-    """A row for each interval that misses the truth without a warning."""
-    truth = build(name).log_partition
-    return [
-        {
-            "target": name,
-            "budget": budget,
-            "seed": FIRST_SEED + index,
-            "error": found.value - truth,
-            "half-width": (found.upper - found.lower) / 2,
-            "method": found.method,
-        }
-        for index, (found, _) in enumerate(runs)
-        if found.status == "ok" and not found.lower <= truth <= found.upper
-    ]
+class Run(NamedTuple):
+    """One estimate; the names of its fields are columns of the table of runs."""
+
+    problem: str
+    dtype: str
+    seed: int
+    value: float
+    truth: float
+    std_error: float
+    lower: float
+    upper: float
+    status: str
+    kind: str
+    reasons: str
+    seconds: float
+    evaluations: int
+
+    def __str__(self):
+        return (
+            f"{self.problem:22s} {self.dtype} {self.seed} {self.value:12.4f} "
+            f"truth {self.truth:12.4f} error {self.value - self.truth:8.4f} "
+            f"se {self.std_error:.4f} [{self.lower:.4f}, {self.upper:.4f}] "
+            f"{self.status} = {self.kind.upper() if self.is_bad else self.kind} "
+            f"{self.seconds:.2f} s {self.evaluations:,} {self.reasons[:100]}"
+        )
+
+    @property
+    def is_bad(self):
+        return self.kind not in ("right and ok", "flagged")
+
+    @property
+    def half_width(self):
+        return (self.upper - self.lower) / 2
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raise ``TimeoutError`` after so many CPU seconds, once back in Python."""
+
+    def stop(*_):
+        raise TimeoutError(f"stopped after {seconds} CPU s")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def measure(name, problem, dtype, seed, limit):
+    """One run of the default estimate."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    common = {"problem": name, "dtype": dtype, "seed": seed, "truth": problem.truth}
+    start = time.process_time()
+    try:
+        with warnings.catch_warnings(), time_limit(limit), default_dtype(DTYPES[dtype]):
+            warnings.simplefilter("ignore")
+            found = estimate(problem.target, problem.base, progress_bar=False)
+    except Exception as error:  # a failure is a result here
+        seconds = time.process_time() - start
+        reasons = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        nan = dict.fromkeys(("value", "std_error", "lower", "upper"), math.nan)
+        others = {"status": "failed", "kind": "failed", "evaluations": 0}
+        return Run(**common, **nan, **others, reasons=reasons, seconds=seconds)
+    return Run(
+        **common,
+        value=found.value,
+        std_error=found.std_error,
+        lower=found.lower,
+        upper=found.upper,
+        status=str(found.status),
+        kind=kind_of(found, problem),
+        reasons=reasons_of(found),
+        seconds=time.process_time() - start,
+        evaluations=found.num_evaluations,
+    )
+
+
+def kind_of(found, problem):
+    """Which of ``KINDS`` an estimate is."""
+    if found.status == "not_normalizable":
+        return "right and ok" if problem.truth == math.inf else "infinite"
+    if found.status not in ("exact", "ok"):
+        return "flagged"
+    return "right and ok" if is_inside(found, problem) else "wrong and ok"
+
+
+def is_inside(found, problem):
+    """Whether the interval holds the truth, which may itself be a little off."""
+    slack = problem.truth_error
+    return found.lower - slack <= problem.truth <= found.upper + slack
+
+
+def reasons_of(found):
+    """What an estimate holds against itself, in one line."""
+    reasons = getattr(found, "reasons", None)
+    if reasons is None:
+        return getattr(found, "reason", "")
+    return "; ".join(str(reason) for reason in reasons)
+
+
+def summarise(runs):
+    """One row of counts and medians over runs, of one problem or of many."""
+    finished = [run for run in runs if run.kind not in ("infinite", "failed")]
+    errors = [abs(run.value - run.truth) for run in finished]
+    trusted = sum(run.kind in KINDS[:2] for run in runs)
+    return {
+        "runs": len(runs),
+        **{kind: sum(run.kind == kind for run in runs) for kind in KINDS},
+        "share ok": trusted / len(runs),
+        "half-width": median([run.half_width for run in finished]),
+        "error": median(errors),
+        "CPU s": median([run.seconds for run in runs]),
+        "evaluations": int(median([run.evaluations for run in finished], 0)),
+    }
+
+
+def median(values, otherwise=math.nan):
+    """The median of the finite values."""
+    values = [value for value in values if math.isfinite(value)]
+    return statistics.median(values) if values else otherwise
+
+
+def run_dynesty(name, problem, settings):
+    """One row: what dynesty gives for a problem, or why it was not run."""
+    truth = problem.truth
+    empty = dict.fromkeys(("value", "error", "std error", "calls", "CPU s"), "")
+    pyro.set_rng_seed(FIRST_SEED)
+    try:
+        with warnings.catch_warnings(), default_dtype(torch.float64):
+            warnings.simplefilter("ignore")
+            found = nested_sampling(
+                problem.target, problem.base, FIRST_SEED, **settings
+            )
+    except (NotRun, ArithmeticError, RuntimeError, ValueError) as error:
+        note = str(error).partition("\n")[0]
+        return {"problem": name, "truth": f"{truth:.4f}", **empty, "note": note}
+    return {
+        "problem": name,
+        "truth": f"{truth:.4f}",
+        "value": f"{found.value:.4f}",
+        "error": found.value - truth,
+        "std error": found.std_error,
+        "calls": found.num_calls,
+        "CPU s": found.seconds,
+        "note": found.note,
+    }
+
+
+def tables_of(runs, dynesty):
+    """All tables by title: totals, each group, dynesty, what was wrong, every run."""
+    totals, groups = [], {}
+    for group, builders in GROUPS.items():
+        for dtype in DTYPES:
+            part = [r for r in runs if r.problem in builders and r.dtype == dtype]
+            by_name = {
+                name: [r for r in part if r.problem == name] for name in builders
+            }
+            rows = [
+                {"problem": name, "truth": f"{found[0].truth:.4f}", **summarise(found)}
+                for name, found in by_name.items()
+                if found
+            ]
+            if rows:
+                totals.append({"problems": group, "dtype": dtype, **summarise(part)})
+                groups[f"{group}, {dtype}"] = rows
+    tables = {
+        "Verdicts": totals,
+        **{f"Verdicts: {title}": rows for title, rows in groups.items()},
+        "dynesty": dynesty,
+        "Wrong and ok": [row_of(run) for run in runs if run.kind == "wrong and ok"],
+        "Runs": [run._asdict() for run in runs],
+    }
+    return {title: rows for title, rows in tables.items() if rows}
+
+
+def row_of(run):
+    """A row of the table of runs that are wrong and called ok."""
+    return {
+        "problem": run.problem,
+        "dtype": run.dtype,
+        "seed": str(run.seed),
+        "truth": f"{run.truth:.4f}",
+        "error": run.value - run.truth,
+        "half-width": run.half_width,
+        "status": run.status,
+    }
+
+
+def chosen(only):
+    """Builders by name: all, or those of the groups and with the names given."""
+    names = [name for builders in GROUPS.values() for name in builders]
+    assert len(names) == len(set(names)), "two problems have the same name"
+    unknown = set(only or ()) - set(GROUPS) - set(names)
+    if unknown:
+        raise SystemExit(f"no such problem or group: {', '.join(sorted(unknown))}")
+    return {
+        name: build
+        for group, builders in GROUPS.items()
+        for name, build in builders.items()
+        if not only or group in only or name in only
+    }
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke-test", action="store_true")
+    parser.add_argument(
+        "--quick", action="store_true", help="3 seeds, no dynesty; nothing is saved"
+    )
+    parser.add_argument("--seeds", type=int, default=None, help="default 20")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: both")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help=f"these problems or groups ({', '.join(GROUPS)}); nothing is saved",
+    )
+    parser.add_argument("--no-dynesty", action="store_true")
+    parser.add_argument("--limit", type=int, default=120, help="CPU seconds of a run")
+    args = parser.parse_args()
+    args.dtypes = [args.dtype] if args.dtype else list(DTYPES)
+    args.is_saved = not (args.quick or args.only or args.dtype)
+    args.settings = {}
+    args.seeds = args.seeds or (3 if args.quick else 20)
+    if args.smoke_test:
+        args.seeds, args.only, args.is_saved = 1, ["coin", "trap"], True
+        args.settings = {"num_live": 50, "max_calls": 5_000}
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke-test", action="store_true")
-    parser.add_argument("--seeds", type=int, default=50)
-    parser.add_argument("--budget", type=int, default=50_000)
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--targets", nargs="*", help="only these; nothing is saved")
-    args = parser.parse_args()
-    if args.smoke_test:
-        args.seeds, args.budget, args.targets = 2, 6_000, ["trap", "two_modes"]
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
-        print(run(args, pool.map))
+    args = parse()
+    torch.set_num_threads(1)
+    runs, dynesty = [], []
+    for name, build in chosen(args.only).items():
+        for dtype in args.dtypes:
+            problem = build(DTYPES[dtype])
+            for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
+                runs.append(measure(name, problem, dtype, seed, args.limit))
+                print(runs[-1], flush=True)
+        if not (args.quick or args.no_dynesty):
+            dynesty.append(run_dynesty(name, build(torch.float64), args.settings))
+            print("dynesty:", dynesty[-1], flush=True)
+    tables = tables_of(runs, dynesty)
+    if args.is_saved:
+        save("partition", description(), tables, smoke_test=args.smoke_test)
+    tables.pop("Runs")
+    for title, rows in tables.items():
+        print(f"\n## {title}\n\n{as_markdown(rows)}")
 
 
-def run(args, map_jobs):
-    """All tables as markdown, written after every row."""
-    torch.set_default_dtype(torch.float64)
-    tuned, held_out_title, goals, wrong = titles = (
-        f"Tuned on: budget {args.budget:,}, {args.seeds} seeds",
-        f"Held out: budget {args.budget:,}, {args.seeds} seeds",
-        "At budgets of their own: 10 seeds",
-        "Wrong and called ok",
-    )
-    jobs = [(tuned, name, args.budget, args.seeds) for name in TUNED_ON]
-    jobs += [(held_out_title, name, args.budget, args.seeds) for name in HELD_OUT]
-    jobs += [(goals, name, GOALS[name], min(args.seeds, 10)) for name in GOALS]
-    tables, text = {title: [] for title in titles}, ""
-    for title, name, budget, num_seeds in jobs:
-        if args.targets and name not in args.targets:
-            continue
-        seeds = range(FIRST_SEED, FIRST_SEED + num_seeds)
-        runs = list(map_jobs(functools.partial(measure, name, budget), seeds))
-        row = summarise_goal if title == goals else summarise
-        tables[title].append(row(name, runs))
-        tables[wrong] += wrong_but_ok(name, budget, runs)
-        text = report(tables, args)
-    return text
-
-
-def report(tables, args):
-    """Save what there is so far, unless it is a choice of targets."""
-    tables = {title: rows for title, rows in tables.items() if rows}
-    if args.targets and not args.smoke_test:
-        parts = [f"## {title}\n\n{as_markdown(rows)}" for title, rows in tables.items()]
-        return "\n\n".join(parts)
-    description = __doc__.split("\n\n    python")[0]
-    return save("partition", description, tables, smoke_test=args.smoke_test)
+def description():
+    return __doc__.split("\n\n    python")[0]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ An energy :math:`f: \mathcal{X} \to \mathbb{R}`, in nats, is half of a distribut
 :math:`\log Z`, is the business of :mod:`pyro_ebm.partition`.
 """
 
-__all__ = ["ClosedForm", "Energy"]
+__all__ = ["ClosedForm", "Energy", "require_precision"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -146,6 +146,7 @@ class Energy(nn.Module, ABC):
                 f"{tuple(x.shape)}; got shape {tuple(energy.shape)} and dtype "
                 f"{energy.dtype}. A trailing 1 goes away with .squeeze(-1)."
             )
+        require_precision(energy, "the values of an energy")
         return energy
 
     def batch_shape_of(self, x: Tensor) -> torch.Size:
@@ -246,6 +247,20 @@ class Energy(nn.Module, ABC):
     def exp(self) -> "Energy":
         r"""The energy :math:`\exp(f(x))`, the question of the text's section 1.3."""
         return Energy._exp(self)
+
+
+def require_precision(tensor: Tensor, name: str) -> None:
+    """Check that a tensor is not of half precision.
+
+    Raises:
+        ValueError: If it is: with three digits there is no log Z and no chain.
+    """
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"{name} must be of single or double precision, got {tensor.dtype}, which "
+            "has three digits. Convert data, parameters and modules with .float(), and "
+            "compute without autocast."
+        )
 
 
 def _unwrap_mixture(support: Constraint) -> Constraint:

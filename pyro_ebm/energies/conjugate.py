@@ -173,10 +173,18 @@ def _point_of(distribution: Any) -> Tensor:
         for transform in distribution.transforms:
             x = transform(x)
         return x
-    point: Tensor = distribution.mean
-    if distribution.support.is_discrete or not point.isfinite().all():
-        point = distribution.mode
-    return point
+    names = ["mode"] if distribution.support.is_discrete else ["mean", "mode"]
+    for name in names:
+        try:
+            point: Tensor = getattr(distribution, name)
+        except NotImplementedError:
+            continue
+        if (
+            point.isfinite().all()
+        ):  # the mode of a fair coin is nan, as is Cauchy's mean
+            return point
+    with torch.random.fork_rng(devices=[]):
+        return distribution.sample()
 
 
 def _exponential_family(

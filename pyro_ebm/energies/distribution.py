@@ -9,19 +9,18 @@ Normal distributions have the gradient in closed form: with precision :math:`A`,
 
 __all__ = ["DistributionEnergy", "base_energy", "require_single"]
 
-import copy
 import math
 from collections.abc import Callable
-from typing import Any, final
+from typing import final
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import Distribution, Transform
-from torch.distributions.transforms import _InverseTransform
+from torch.distributions import Distribution
 
-from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.base import ClosedForm, Energy, require_precision
+from pyro_ebm.energies.corrections import corrected, map_tensors
 from pyro_ebm.energies.model_prior import ModelPrior
 from pyro_ebm.energies.normalization import require_normalized
 from pyro_ebm.energies.unconstrained import same_support
@@ -32,8 +31,10 @@ class DistributionEnergy(Energy):
     r"""The energy :math:`-\log p(x)` of a Pyro distribution: :math:`\log Z = 0`.
 
     The energy is infinite outside the support, whether the distribution validates its
-    arguments or not. The distribution stays as it is: its tensors are no parameters and
-    not in the ``state_dict``, but ``.to(device_or_dtype)`` moves (a copy of) them.
+    arguments or not. Angles go from :math:`-\pi` to :math:`\pi`, where torch says that
+    their support is the real line. The distribution stays as it is: its tensors are no
+    parameters and not in the ``state_dict``, but ``.to(device_or_dtype)`` moves (a copy
+    of) them.
 
     Args:
         distribution: Normalised, with an empty ``batch_shape``.
@@ -53,10 +54,12 @@ class DistributionEnergy(Energy):
     def __init__(self, distribution: dist.TorchDistribution) -> None:
         require_single(distribution, "distribution")
         require_normalized(distribution, "distribution")
+        distribution = corrected(distribution)
         super().__init__(distribution.event_shape, distribution.support)
         self.distribution = distribution
         with torch.random.fork_rng(devices=[]):  # building must not move the stream
             self.register_buffer("inside", distribution.sample(), persistent=False)
+        require_precision(self.inside, "distribution")
 
     def forward(self, x: Tensor) -> Tensor:
         """Negative log-density at ``x`` of shape ``(*batch, *event)``."""
@@ -106,7 +109,7 @@ class DistributionEnergy(Energy):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Energy":  # noqa: FBT001, FBT002
         # nn.Module moves parameters and buffers only; the distribution goes with them.
         super()._apply(fn, recurse)
-        self.distribution = _map_tensors(self.distribution, fn)
+        self.distribution = map_tensors(self.distribution, fn)
         return self
 
 
@@ -162,20 +165,3 @@ def require_single(distribution: dist.TorchDistribution, name: str) -> None:
             f"one event; got batch_shape {tuple(distribution.batch_shape)}. "
             f"Declare it an event: .to_event({len(distribution.batch_shape)})."
         )
-
-
-def _map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """Copy of a distribution in which ``fn`` is applied to each tensor."""
-    if isinstance(value, Tensor):
-        return fn(value)
-    if type(value) in (list, tuple):
-        return type(value)(_map_tensors(item, fn) for item in value)
-    if not isinstance(value, Distribution | Transform):
-        return value
-    if isinstance(value, _InverseTransform):
-        return _map_tensors(value.inv, fn).inv
-    clone = copy.copy(value)
-    for key, part in vars(value).items():
-        # A transform and its inverse refer to each other; the latter is made anew.
-        vars(clone)[key] = None if key == "_inv" else _map_tensors(part, fn)
-    return clone

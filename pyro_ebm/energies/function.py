@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.energies.base import Energy
+from pyro_ebm.energies.base import Energy, require_precision
 
 
 @final
@@ -26,6 +26,7 @@ class FunctionEnergy(Energy):
 
     Raises:
         TypeError: If ``fn`` cannot be called.
+        ValueError: If its parameters are of half precision.
 
     Example:
         >>> ring = FunctionEnergy(lambda x: 8 * (x.norm(dim=-1) - 2) ** 2, (2,))
@@ -43,6 +44,8 @@ class FunctionEnergy(Energy):
             raise TypeError(f"fn must be callable, got {type(fn).__name__}.")
         super().__init__(event_shape, support)
         self.fn = fn
+        for parameter in self.parameters():
+            require_precision(parameter, "the parameters of fn")
 
     def forward(self, x: Tensor) -> Tensor:
         """Call ``fn`` on ``x`` of shape ``(*batch, *event)``."""

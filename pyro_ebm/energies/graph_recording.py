@@ -65,8 +65,15 @@ class Recording(NamedTuple):
         nodes = (node for node in self.graph.nodes if node.op == "placeholder")
         return [node for node in nodes if node not in self.inputs]
 
-    def replay(self, *tensors: Tensor) -> Any:
-        """Apply the operators to inputs, and to constants after them."""
+    def replay(
+        self, *tensors: Tensor, call: Callable[[fx.Node, Any, Any], Any] | None = None
+    ) -> Any:
+        """Apply the operators to inputs, and to constants after them.
+
+        Args:
+            *tensors: As many as there are placeholders.
+            call: What to do for a node, given its arguments; default: call its target.
+        """
         env: dict[fx.Node, Any] = dict(
             zip([*self.inputs, *self._constants()], tensors, strict=True)
         )
@@ -76,11 +83,16 @@ class Recording(NamedTuple):
             if node.op == "output":
                 return args[0]
             if node.op == "call_function":
-                env[node] = node.target(*args, **kwargs)
+                env[node] = (call or _call)(node, args, kwargs)
             for argument in node.all_input_nodes:
                 if last_use[argument] is node:
                     del env[argument]
         return None
+
+
+def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    operator: Any = node.target
+    return operator(*args, **kwargs)
 
 
 def record(function: Callable[..., Any], *inputs: Tensor) -> Recording:

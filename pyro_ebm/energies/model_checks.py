@@ -17,17 +17,24 @@ from pyro.poutine import Trace
 from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.energies.model_runs import samples, unwrapped
+from pyro_ebm.energies.base import require_precision
+from pyro_ebm.energies.corrections import support_of
+from pyro_ebm.energies.model_runs import samples
 from pyro_ebm.energies.normalization import require_normalized, unnormalized_part
 from pyro_ebm.energies.unconstrained import same_support
 
 
 def is_masked(site: Any) -> bool:
     """Whether a mask hides a part of a site's density."""
-    fn = site["fn"]
+    mask = site["mask"]
+    is_hidden = mask is not None and not torch.as_tensor(mask).all()
+    return is_hidden or isinstance(_stripped(site["fn"]), dist.MaskedDistribution)
+
+
+def _stripped(fn: Any) -> Any:
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
-    return site["mask"] is not None or isinstance(fn, dist.MaskedDistribution)
+    return fn
 
 
 def check_log_partitions(trace: Trace) -> None:
@@ -59,8 +66,8 @@ def check_sums(trace: Trace) -> None:
             raise ValueError(
                 f"site {name!r} must not be masked for an evidence: it is discrete, "
                 "and where its mask is False each of its values counts for one. Leave "
-                "the masked rows out of the model (obs_mask makes such sites too), or "
-                "take pyro_ebm.partition.importance_sampling_of_model."
+                "the masked rows out of the model, say by obs_mask which of its data "
+                "are missing, or take pyro_ebm.partition.evidence, which does."
             )
 
 
@@ -68,7 +75,7 @@ def check_site(name: str, site: Any) -> None:
     """Check that a site is continuous, observed, or can be enumerated.
 
     Raises:
-        ValueError: If it is observed to be nan.
+        ValueError: If it is observed to be nan, or of half precision.
         NotImplementedError: If it cannot, has no bijection from real space, or is in a
             plate that is subsampled.
     """
@@ -80,14 +87,16 @@ def check_site(name: str, site: Any) -> None:
                 "the data. Build the plate inside of the model and without the "
                 "argument subsample."
             )
+    value = site["value"]
+    require_precision(value, f"the value of site {name!r}")
     if site["is_observed"]:
-        value = site["value"]
-        if value.is_floating_point() and value.isnan().any() and not is_masked(site):
+        num_nan = _num_nan(site)
+        if num_nan:
             raise ValueError(
                 f"obs of site {name!r} must not contain nan, got "
-                f"{int(value.isnan().sum())} in {value.numel()} numbers. Drop them, or "
-                "fill them with any number of the support and mask them with "
-                "poutine.mask."
+                f"{num_nan} in {value.numel()} numbers. Drop them, say that they are "
+                "missing by obs_mask, or fill them with any number of the support and "
+                "mask them with poutine.mask."
             )
     elif site["fn"].support.is_discrete:
         if not site["fn"].has_enumerate_support:
@@ -98,12 +107,23 @@ def check_site(name: str, site: Any) -> None:
                 "it by hand."
             )
     else:
-        _require_bijection(name, site["fn"].support)
+        _require_bijection(name, support_of(site["fn"]))
+
+
+def _num_nan(site: Any) -> int:
+    """How many numbers of an observed value are nan, and not hidden by a mask."""
+    is_nan = site["value"].isnan()
+    if isinstance(_stripped(site["fn"]), dist.MaskedDistribution):
+        return 0
+    if site["mask"] is not None:
+        mask = torch.as_tensor(site["mask"], device=is_nan.device)
+        is_nan = is_nan & mask.reshape(mask.shape + (1,) * site["fn"].event_dim)
+    return int(is_nan.sum())
 
 
 def _require_bijection(name: str, support: Constraint) -> None:
     try:
-        biject_to(unwrapped(support))
+        biject_to(support)
     except NotImplementedError:
         raise NotImplementedError(
             f"the support {support} of site {name!r} has no bijection from real space "
@@ -148,7 +168,7 @@ def check_supports(first: Trace, second: Trace) -> None:
         other: Any = second.nodes[name]["fn"]
         if site["is_observed"] or site["fn"].support.is_discrete:
             continue
-        if not same_support(unwrapped(site["fn"].support), unwrapped(other.support)):
+        if not same_support(support_of(site["fn"]), support_of(other)):
             raise NotImplementedError(
                 f"the support of site {name!r} depends on other sites: "
                 f"{site['fn'].support}, then {other.support}. Sample a "

@@ -10,7 +10,10 @@ difference in log Z:
 
 __all__ = ["ModelPrior", "prior_model"]
 
-from collections.abc import Sequence
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, final
 
 import pyro
@@ -19,14 +22,27 @@ import pyro.poutine as poutine
 import torch
 from pyro.distributions import constraints
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_ebm.energies.base import Energy
+from pyro_ebm.energies.corrections import map_tensors
+from pyro_ebm.energies.graph_precision import wide
+from pyro_ebm.energies.graph_recording import LinAlgError
+from pyro_ebm.energies.missing_data import with_missing_data
 from pyro_ebm.energies.model_checks import is_masked
-from pyro_ebm.energies.model_runs import Model, samples
+from pyro_ebm.energies.model_runs import (
+    FailuresAreNan,
+    Model,
+    WithoutValidation,
+    run_until,
+    samples,
+)
 from pyro_ebm.energies.model_sites import ModelSites
 from pyro_ebm.energies.normalization import unnormalized_part
 
+#: Runs that may all fail before that is an error of the model.
+_MAX_FAILURES = 20
 #: Draws of a vectorised run whose densities are compared with those of the energy.
 _NUM_CHECKED = 4
 
@@ -57,6 +73,7 @@ def prior_model(model: Model, trace: Trace) -> Model:
         for name, site in sites[max(continuous) + 1 :]
         if not site["is_observed"]
     }
+    model = with_missing_data(model)
     conditioned = poutine.condition(model, ignored) if ignored else model
     return poutine.block(conditioned, hide_fn=_is_observed)
 
@@ -95,8 +112,15 @@ class ModelPrior(dist.TorchDistribution):
         self.energy = energy
         self._model, self._args, self._kwargs = model, args, kwargs
         self._sites = sites
-        self._is_vectorized: bool | None = None  # not known before the first draws
+        # How many are drawn at once; not known before the first draws.
+        self._draw_many: Any = None
         super().__init__(torch.Size(), energy.event_shape, validate_args=False)
+
+    def with_energy(self, energy: Energy) -> "ModelPrior":
+        """The same distribution, its density given by another energy."""
+        new = copy.copy(self)
+        new.energy = energy
+        return new
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "ModelPrior":
         """The same distribution with another batch shape."""
@@ -129,52 +153,126 @@ class ModelPrior(dist.TorchDistribution):
         if num_draws == 0:
             return self._sites.example.new_empty(shape)
         u = None
-        if num_draws > 1 and self._is_vectorized is not False:
-            u = self._many(num_draws)
-            self._is_vectorized = u is not None
+        if num_draws > 1 and self._draw_many is None:
+            u = self._found_way(num_draws)
+        elif num_draws > 1 and self._draw_many is not False:
+            u = self._draw_many(num_draws)[0]
         if u is None:
-            u = torch.stack([self._one() for _ in range(num_draws)])
+            u = self._one_by_one(num_draws)
         return u.reshape(shape).to(**self.energy.tensor_options())
 
-    def _one(self) -> Tensor:
-        with poutine.block():
-            trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
-        values = {name: site["value"] for name, site in samples(trace)}
-        return self._sites.unconstrain(values)
+    def _found_way(self, num_draws: int) -> Tensor | None:
+        """Draws by the first way of many at once whose densities are right."""
+        for is_double in (True, False):
+            for way in (self._in_plate, self._mapped):
+                draw = functools.partial(way, is_double=is_double)
+                try:
+                    u, log_prob = draw(num_draws)
+                except (ValueError, RuntimeError, IndexError):  # not written for that
+                    continue
+                if self._is_right(u, log_prob):
+                    self._draw_many = draw
+                    return u
+        self._draw_many = False
+        return None
 
-    def _many(self, num_draws: int) -> Tensor | None:
-        """Draws of one vectorised run, or ``None`` where that does not work."""
-        dim = -1 - self._sites.max_plate_nesting
-        plate = pyro.plate("_pyro_ebm_draws", num_draws, dim=dim)
+    def _one_by_one(self, num_draws: int) -> Tensor:
+        draws, failure = [], None
+        for _ in range(num_draws):
+            try:
+                trace, flat = self._run(self._model)
+            except (ValueError, LinAlgError) as error:  # at this draw
+                failure = error
+                draws.append(torch.full_like(self._sites.example, torch.nan))
+            else:
+                values = {name: site["value"] for name, site in samples(trace)}
+                draws.append(self._sites.unconstrain(values, flat))
+        u = torch.stack(draws)
+        if failure is not None and num_draws > _MAX_FAILURES and u.isnan().all():
+            raise failure
+        return u
+
+    def _run(self, model: Model) -> tuple[Trace, dict[str, Tensor]]:
+        last = list(self._sites.shapes)[-1]
+        return run_until(last, model, self._args, self._kwargs)
+
+    def _in_plate(self, num_draws: int, *, is_double: bool) -> tuple[Tensor, Tensor]:
+        """Draws and log densities of one run inside one more plate."""
+        plate = pyro.plate(
+            "_pyro_ebm_draws", num_draws, dim=-1 - self._sites.max_plate_nesting
+        )
         try:
-            with poutine.block():
-                trace = poutine.trace(plate(self._model)).get_trace(
-                    *self._args, **self._kwargs
-                )
-            return self._checked(trace, num_draws)
-        except (ValueError, RuntimeError, IndexError):  # not written for batches
-            return None
-
-    def _checked(self, trace: Trace, num_draws: int) -> Tensor | None:
+            with _precision(is_double=is_double):
+                trace, flat = self._run(plate(self._model))
+        except ValueError:  # a draw may have no distribution after it
+            with _without_errors(), _precision(is_double=is_double):
+                trace, flat = self._run(plate(self._model))
         values, log_prob = {}, torch.zeros(())
-        for name, site in samples(trace):
-            if name not in self._sites.shapes:
-                return None  # discrete: summed out in the energy, so not comparable
+        for name, site in self._known_samples(trace):
             shape = self._sites.shapes[name]
             values[name] = site["value"].reshape((num_draws, *shape))
             site_log_prob = site["fn"].log_prob(site["value"])
             log_prob = log_prob + site_log_prob.reshape(num_draws, -1).sum(-1)
-        u = self._sites.unconstrain(values)
-        if self._is_vectorized:
-            return u
-        log_prob = log_prob + self._sites.log_abs_det(u, values)
-        checked = slice(None, _NUM_CHECKED)
+        flat = {
+            name: part.reshape((num_draws, *self._sites.flat_shapes[name]))
+            for name, part in flat.items()
+        }
+        return self._with_density(values, flat, log_prob)
+
+    def _mapped(self, num_draws: int, *, is_double: bool) -> tuple[Tensor, Tensor]:
+        """The same by ``vmap`` of a run, for models not written for batches."""
+
+        def one(_: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+            with _without_errors(), _precision(is_double=is_double):
+                trace, flat = self._run(self._model)
+            sites = self._known_samples(trace)
+            values = {name: site["value"] for name, site in sites}
+            parts = (site["fn"].log_prob(site["value"]).sum() for _, site in sites)
+            return values, flat, sum(parts, torch.zeros(()))
+
+        like = torch.zeros(num_draws)
+        return self._with_density(*torch.func.vmap(one, randomness="different")(like))
+
+    def _known_samples(self, trace: Trace) -> list[tuple[str, Any]]:
+        sites = samples(trace)
+        if any(name not in self._sites.shapes for name, _ in sites):
+            raise ValueError("a discrete site is summed out in the energy")
+        return sites
+
+    def _with_density(
+        self, values: dict[str, Tensor], flat: dict[str, Tensor], log_prob: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        u = self._sites.unconstrain(values, flat)
+        return u, log_prob + self._sites.log_abs_det(u, values)
+
+    def _is_right(self, u: Tensor, log_prob: Tensor) -> bool:
+        """Whether the density at some draws is that of the energy."""
+        # Not far out, where a bijection saturates in single precision only.
+        size = u.abs().amax(-1).where(log_prob.isfinite(), torch.inf)
+        checked = size.argsort()[: min(_NUM_CHECKED, int(log_prob.isfinite().sum()))]
         options = self.energy.tensor_options()
         expected = -self.energy(u[checked].to(**options)).to(log_prob)
-        is_same = torch.allclose(
-            log_prob[checked], expected, rtol=1e-3, atol=1e-3, equal_nan=True
-        )
-        return u if is_same else None
+        is_same = torch.allclose(log_prob[checked], expected, rtol=1e-3, atol=1e-3)
+        return is_same and len(checked) > 0
+
+
+class _DoubleDraws(Messenger):
+    """Lets the sites of a model draw in double precision."""
+
+    def _pyro_sample(self, site: Any) -> None:
+        if not site["is_observed"] and not site["fn"].support.is_discrete:
+            site["fn"] = map_tensors(site["fn"], wide)
+
+
+def _precision(*, is_double: bool) -> contextlib.AbstractContextManager[Any]:
+    return _DoubleDraws() if is_double else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_errors() -> Iterator[None]:
+    """A draw that has no density gives nan, not an error for all the others."""
+    with WithoutValidation(), FailuresAreNan():
+        yield
 
 
 def _is_observed(site: Any) -> bool:

@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
 import torch
+from pyro.distributions.util import sum_rightmost
 from pyro.infer.mcmc.util import initialize_model
 from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
+from pyro_ebm.energies.corrections import support_of
+from pyro_ebm.energies.missing_data import with_missing_data
 from pyro_ebm.energies.model_checks import check_same, check_site, check_supports
 from pyro_ebm.energies.model_runs import (
     Model,
@@ -20,7 +23,6 @@ from pyro_ebm.energies.model_runs import (
     retried,
     run_model,
     samples,
-    unwrapped,
 )
 from pyro_ebm.energies.whole_plates import check_rows, whole_plates
 
@@ -57,8 +59,15 @@ class ModelSites(NamedTuple):
         """Values of the sites: ``(*batch, D)`` to ``(*batch, *site_shape)``."""
         return {n: self.transforms[n](part) for n, part in self.split(u).items()}
 
-    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Inverse of :meth:`constrain`."""
+    def unconstrain(
+        self, values: Mapping[str, Tensor], known: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Inverse of :meth:`constrain`.
+
+        Args:
+            values: Of each site.
+            known: Unconstrained values of some sites, in place of the inverse.
+        """
         parts = []
         for name, shape in self.shapes.items():
             if name not in values:
@@ -73,8 +82,11 @@ class ModelSites(NamedTuple):
                     f"site {name!r} must have shape (*batch, *{tuple(shape)}), got "
                     f"{tuple(value.shape)}."
                 )
-            flat = self.transforms[name].inv(value)
-            parts.append(flat.reshape(value.shape[:batch_dim] + (-1,)))
+            flat = known.get(name) if known else None
+            if flat is None:
+                flat = self.transforms[name].inv(value)
+            size = self.flat_shapes[name].numel()
+            parts.append(flat.reshape(value.shape[:batch_dim] + (size,)))
         batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([p.expand(*batch_shape, p.shape[-1]) for p in parts], -1)
 
@@ -83,7 +95,7 @@ class ModelSites(NamedTuple):
         total = u.new_zeros(u.shape[:-1])
         for name, part in self.split(u).items():
             volume = self.transforms[name].log_abs_det_jacobian(part, values[name])
-            total = total + volume.reshape(*u.shape[:-1], -1).sum(-1)
+            total = total + sum_rightmost(volume, volume.dim() - total.dim())
         return total
 
     def energy(self, u: Tensor) -> Tensor:
@@ -104,14 +116,14 @@ def find_sites(
         NotImplementedError: If a discrete site cannot be enumerated, a plate is
             subsampled in a way that cannot be undone, or a support depends on others.
     """
-    model = whole_plates(model)
+    model = whole_plates(with_missing_data(model))
     first = run_model(model, args, kwargs)
     check_rows(first)
     for name, site in samples(first):
         check_site(name, site)
     check_same(first, run_model(model, args, kwargs))
     sites = _continuous(first)
-    transforms = {n: biject_to(unwrapped(s["fn"].support)) for n, s in sites.items()}
+    transforms = {n: biject_to(support_of(s["fn"])) for n, s in sites.items()}
     nesting = _max_plate_nesting(first)
     _, potential, _, enumerated = retried(
         lambda: initialize_model(

@@ -27,12 +27,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pyro_ebm.energies.base import Energy
+from pyro_ebm.energies.graph_precision import is_rounded
 from pyro_ebm.energies.graph_recording import UntraceableError, first_line
+from pyro_ebm.energies.missing_data import with_missing_data
 from pyro_ebm.energies.model_checks import check_log_partitions, check_sums
 from pyro_ebm.energies.model_prior import ModelPrior, prior_model
 from pyro_ebm.energies.model_runs import run_model, samples
 from pyro_ebm.energies.model_sites import ModelSites, find_sites
-from pyro_ebm.energies.tracing import LoopedFunction, TracedFunction
+from pyro_ebm.energies.tracing import (
+    CastFunction,
+    LoopedFunction,
+    PointFunction,
+    TracedFunction,
+)
 from pyro_ebm.errors import CompilationWarning, DivergenceError
 
 #: Points at which the traced energy is compared with Pyro's.
@@ -65,6 +72,10 @@ class PyroModelEnergy(Energy):
     and what left torch by ``.tolist()`` or ``.numpy()``. A model that is a module, or a
     method of one, brings its parameters with it; others stay where they are, and
     ``.to()`` moves the arguments but no closure.
+
+    Missing data by ``obs_mask`` are latent. The coordinates of the rows that are
+    observed are not used, and follow the density that the missing ones have, so that
+    the evidence is that of the observed rows.
 
     Plates that subsample are given all their rows, a part after another: as many runs
     of the model as there are parts, traced into one graph.
@@ -129,20 +140,43 @@ class PyroModelEnergy(Energy):
         self.owner = None if owner is model else owner  # one of them is a submodule
         self._args, self._kwargs = args, kwargs
         self._compile = compile
+        self._own_dtype: torch.dtype | None = None  # if not the points'
         self._build(sites)
 
     def _build(self, sites: ModelSites) -> None:
         self._sites = sites
         self._prior: ModelPrior | None = None
-        self._function = self._traced()
+        origin = self.origin.to(self._own_dtype or self.origin.dtype)
+        self._function: PointFunction = self._traced(origin)
+        if self._own_dtype is not None:
+            self._function = _in_double(self._function, origin)
 
-    def _traced(self) -> TracedFunction | LoopedFunction:
+    def in_double(self) -> "PyroModelEnergy":
+        """The same energy over points of double precision; itself if it is that.
+
+        The graph of the model is converted, which needs no run of the model; parameters
+        stay those of this energy, and live. Where that goes wrong, points and values
+        are, and the model is evaluated in its own precision.
+        """
+        function = _in_double(self._function, self.origin)
+        if function is self._function:
+            return self
+        new = PyroModelEnergy.__new__(PyroModelEnergy)
+        vars(new).update(vars(self))
+        new._buffers = {**self._buffers, "origin": self.origin.double()}
+        new._own_dtype, new._function = self.origin.dtype, function
+        if self._prior is not None:
+            energy: Any = self._prior.energy
+            new._prior = self._prior.with_energy(energy.in_double())
+        return new
+
+    def _traced(self, origin: Tensor) -> TracedFunction | LoopedFunction:
         owner = _owner(self.model)
         traced = TracedFunction(self._sites.energy, owner, compile=self._compile)
         looped = LoopedFunction(self._sites.energy)
         try:
             with torch.random.fork_rng(devices=[]):
-                _check(traced, looped, self.origin)
+                _check(traced, looped, origin)
         except UntraceableError as error:
             reason = first_line(error)  # Pyro adds a table of its sites
             warnings.warn(
@@ -152,7 +186,7 @@ class PyroModelEnergy(Energy):
                 CompilationWarning,
                 stacklevel=4,
             )
-            _check_deterministic(looped, self.origin)
+            _check_deterministic(looped, origin)
             return looped
         return traced
 
@@ -163,7 +197,10 @@ class PyroModelEnergy(Energy):
     @property
     def is_traced(self) -> bool:
         """Whether evaluations run a traced graph; if not, Pyro runs the model."""
-        return isinstance(self._function, TracedFunction)
+        function = self._function
+        if isinstance(function, CastFunction):
+            function = function.function
+        return isinstance(function, TracedFunction)
 
     @property
     def site_shapes(self) -> dict[str, torch.Size]:
@@ -219,6 +256,10 @@ class PyroModelEnergy(Energy):
         """
         return self._sites.unconstrain(values)
 
+    def log_abs_det(self, u: Tensor) -> Tensor:
+        """Log-volume of :meth:`constrain` at ``u`` of shape ``(*batch, D)``."""
+        return self._sites.log_abs_det(u, self.constrain(u))
+
     @torch.no_grad()
     def initial_points(self, num_chains: int) -> Tensor:
         """Starting points: uniform in (-2, 2), where energy and gradient are finite.
@@ -247,7 +288,8 @@ class PyroModelEnergy(Energy):
 
     def _why_not_finite(self, u: Tensor) -> str:
         with pyro.validation_enabled(is_validate=False), poutine.block():
-            model = poutine.condition(self.model, self.constrain(u))
+            values = self.constrain(u.to(self._own_dtype or u.dtype))
+            model = poutine.condition(with_missing_data(self.model), values)
             trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
             trace.compute_log_prob()
         terms = {name: site["log_prob_sum"].item() for name, site in samples(trace)}
@@ -279,7 +321,10 @@ class PyroModelEnergy(Energy):
             energy = PyroModelEnergy(
                 model, *self._args, compile=self._compile, **self._kwargs
             )
-            energy.origin = self.origin  # whose type and device .to() may have changed
+            # .to() may have changed type and device.
+            energy.origin = self.origin.to(self._own_dtype or self.origin.dtype)
+            if self._own_dtype is not None:
+                energy = energy.in_double()
             self._prior = ModelPrior(
                 energy, model, self._args, self._kwargs, self._sites
             )
@@ -298,7 +343,8 @@ class PyroModelEnergy(Energy):
 
     def _run(self) -> Trace:
         with torch.random.fork_rng(devices=[]):
-            return run_model(self.model, self._args, self._kwargs)
+            model = with_missing_data(self.model)
+            return run_model(model, self._args, self._kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Energy":  # noqa: FBT001, FBT002
         # nn.Module moves parameters and buffers only; the data go with them.
@@ -315,6 +361,25 @@ class PyroModelEnergy(Energy):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._build(_inspect(self.model, self._args, self._kwargs))
+
+
+def _in_double(function: PointFunction, origin: Tensor) -> PointFunction:
+    """A function of points like ``origin``, in double precision."""
+    if isinstance(function, CastFunction):
+        return function
+    narrow = CastFunction(function, origin.dtype)
+    if isinstance(function, TracedFunction):
+        with torch.random.fork_rng(devices=[]):
+            u = origin.new_empty((_NUM_DRAWN, *origin.shape)).uniform_(-2, 2).double()
+        try:
+            wide = function.in_double(origin)
+            if wide is function or is_rounded(
+                narrow.value_and_grad(u), wide.value_and_grad(u)
+            ):
+                return wide
+        except RuntimeError:  # an operator that refuses the other type
+            pass
+    return function if origin.dtype is torch.float64 else narrow
 
 
 def _check_deterministic(function: LoopedFunction, origin: Tensor) -> None:
@@ -379,14 +444,25 @@ def _check(traced: TracedFunction, looped: LoopedFunction, origin: Tensor) -> No
         is_finite = mine[0].isfinite() & mine[1].isfinite().all(-1)
         if is_finite.any():
             break
-    chosen = is_finite.nonzero().squeeze(-1)[:_NUM_CHECKED]
-    if not len(chosen):  # initial_points() will say so
-        return
-    tolerance = max(1e-5, 1e3 * torch.finfo(u.dtype).eps)
-    for part, theirs in zip(mine, looped.value_and_grad(u[chosen]), strict=True):
-        difference = (part[chosen] - theirs).abs().max()
-        if not difference <= tolerance * (1 + theirs.abs().max()):
-            raise UntraceableError(
-                f"the traced energy differs from Pyro's potential, by {difference:.3g};"
-                " it seems to depend on something else than values and parameters"
-            )
+    num_compared = 0
+    for index in is_finite.nonzero().squeeze(-1):
+        theirs = looped.value_and_grad(u[index].unsqueeze(0))
+        if not all(bool(part.isfinite().all()) for part in theirs):
+            continue  # rounding may decide that, as at a nearly singular matrix
+        for part, wanted in zip(mine, theirs, strict=True):
+            _require_close(part[index], wanted[0])
+        num_compared += 1
+        if num_compared == _NUM_CHECKED:
+            return
+    if is_finite.any() and not num_compared:
+        raise UntraceableError("Pyro's potential is finite nowhere, what is traced is")
+
+
+def _require_close(mine: Tensor, theirs: Tensor) -> None:
+    tolerance = max(1e-5, 1e3 * torch.finfo(theirs.dtype).eps)
+    difference = (mine - theirs).abs().max()
+    if not difference <= tolerance * (1 + theirs.abs().max()):
+        raise UntraceableError(
+            f"the traced energy differs from Pyro's potential, by {difference:.3g};"
+            " it seems to depend on something else than values and parameters"
+        )

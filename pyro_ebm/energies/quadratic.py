@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.base import ClosedForm, Energy, require_precision
 
 
 @final
@@ -43,6 +43,7 @@ class QuadraticEnergy(Energy):
     def __init__(self, loc: Tensor, precision: Tensor | None = None) -> None:
         if loc.dim() != 1:
             raise ValueError(f"loc must have shape (D,), got {tuple(loc.shape)}.")
+        require_precision(loc, "loc")
         super().__init__(loc.shape)
         if precision is None:
             precision = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)

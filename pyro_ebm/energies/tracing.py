@@ -10,14 +10,14 @@ kept as a graph, which is then batched and differentiated:
    graph of value and gradient for a number of points, with no autograd left.
 """
 
-__all__ = ["LoopedFunction", "TracedFunction"]
+__all__ = ["CastFunction", "LoopedFunction", "PointFunction", "TracedFunction"]
 
 import contextlib
 import functools
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import pyro
 import torch
@@ -27,7 +27,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from pyro_ebm.energies.graph_cleaning import clean
+from pyro_ebm.energies.graph_precision import (
+    in_double_precision,
+    is_single_precision,
+)
 from pyro_ebm.energies.graph_recording import (
+    Recording,
     UntraceableError,
     first_line,
     is_random,
@@ -36,9 +41,14 @@ from pyro_ebm.energies.graph_recording import (
 from pyro_ebm.errors import CompilationWarning
 
 #: Numbers of points for which a graph is kept.
-_MAX_SIZES = 8
+_MAX_SIZES = 24
+#: Times that a number of points must have come for a graph of its own.
+_MIN_USES = 4
 #: Points at which tracing is tried, where a matrix may be singular.
 _MAX_TRIES = 10
+
+
+_Reader: TypeAlias = Callable[[], Tensor]
 
 
 class _OnePoint(NamedTuple):
@@ -47,10 +57,14 @@ class _OnePoint(NamedTuple):
     Attributes:
         graph: Maps a point and the live tensors to the value.
         live: How to read each live tensor, a parameter or buffer, as it is now.
+        recording: What the graph was made from.
+        recorded: The live tensors in it, some of which nothing depends on.
     """
 
     graph: fx.GraphModule
-    live: tuple[Callable[[], Tensor], ...]
+    live: tuple[_Reader, ...]
+    recording: Recording
+    recorded: tuple[_Reader, ...]
 
     def inputs(self) -> list[Tensor]:
         """The live tensors."""
@@ -60,6 +74,16 @@ class _OnePoint(NamedTuple):
         """The value at many points, or value and gradient if not differentiable."""
         values = torch.func.vmap(self.graph, in_dims=(0, *(None for _ in self.live)))
         return values if differentiable else _with_gradient(values)
+
+
+class PointFunction(Protocol):
+    """A scalar function of a vector, evaluated at many."""
+
+    def value(self, u: Tensor) -> Tensor:
+        """Values at ``u`` of shape ``(B, D)``, shape ``(B,)``, differentiable."""
+
+    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and gradients at ``u`` of shape ``(B, D)``, without their graph."""
 
 
 class TracedFunction:
@@ -82,6 +106,7 @@ class TracedFunction:
         self.function = function
         self.root = root
         self.compile = compile
+        self._narrow: tuple[TracedFunction, torch.dtype] | None = None
         self._modules: list[nn.Module] = []
         self._one_points: dict[Any, _OnePoint] = {}
         self._batches: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
@@ -118,6 +143,25 @@ class TracedFunction:
             value, grad = _apart(lambda u: batch(u, *live), u)
         return value, grad
 
+    def in_double(self, like: Tensor) -> "TracedFunction":
+        """The same function in double precision; itself if it is that already.
+
+        It needs no run of the function where this one was recorded.
+
+        Args:
+            like: A point ``(D,)`` of the type in which the function can be run.
+
+        Raises:
+            UntraceableError: If the operators cannot be repeated in that precision.
+        """
+        one_point = self._traced(like.unsqueeze(0), self._key(like))
+        if not is_single_precision(one_point.recording):
+            return self
+        twin = TracedFunction(self.function, self.root, compile=self.compile)
+        twin._narrow = self, like.dtype
+        twin._traced(like.double().unsqueeze(0), self._key(like.double()))
+        return twin
+
     def _key(self, u: Tensor) -> tuple[Any, ...]:
         training = tuple(module.training for module in self._modules)
         return u.dtype, u.device, training
@@ -134,7 +178,7 @@ class TracedFunction:
         if torch._C._functorch.is_functorch_wrapped_tensor(u):  # has no one value
             return batch
         self._num_uses[key] += 1
-        if self._num_uses[key] == 1:  # a number of points that may not come again
+        if self._num_uses[key] < _MIN_USES:  # points that may not come again
             return batch
         live = [tensor.detach() for tensor in one_point.inputs()]
         self._batches[key] = self._recorded(batch, key[1] == "value", u.detach(), live)
@@ -175,6 +219,12 @@ class TracedFunction:
 
     def _trace_somewhere(self, u: Tensor) -> _OnePoint:
         """Trace at a random point like ``u``, where no matrix is singular."""
+        if self._narrow is not None:
+            function, dtype = self._narrow
+            narrow = u.to(dtype).unsqueeze(0)
+            one_point = function._traced(narrow, function._key(narrow))
+            self._modules = function._modules
+            return _widened(one_point, u)
         for attempt in range(1, _MAX_TRIES + 1):
             try:
                 return self._trace_at(torch.empty_like(u).uniform_(-2, 2))
@@ -200,17 +250,31 @@ class TracedFunction:
                 live += [functools.partial(_itself, tensor) for tensor in learned]
                 tensors += learned
                 recording = record(lambda u, *live: self.function(u), u, *tensors)
-        graph = clean(recording, differentiable=True)
-        _require_deterministic(graph)
-        _, *placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
-        used = []
-        for node, read in zip(placeholders, live, strict=True):
-            if node.users:
-                used.append(read)
-            else:
-                graph.graph.erase_node(node)
-        graph.recompile()
-        return _OnePoint(graph, tuple(used))
+        return _one_point(recording, live)
+
+
+def _one_point(recording: Recording, live: Sequence[_Reader]) -> _OnePoint:
+    graph = clean(recording, differentiable=True)
+    _require_deterministic(graph)
+    _, *placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    used = []
+    for node, read in zip(placeholders, live, strict=True):
+        if node.users:
+            used.append(read)
+        else:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return _OnePoint(graph, tuple(used), recording, tuple(live))
+
+
+@torch.no_grad()
+def _widened(one_point: _OnePoint, u: Tensor) -> _OnePoint:
+    """The same graph in double precision, recorded at ``u``."""
+    live = one_point.recorded
+    function = in_double_precision(one_point.recording)
+    with torch.random.fork_rng(devices=[]):  # of operators that nothing depends on
+        recording = record(function, u.double(), *[read() for read in live])
+    return _one_point(recording, live)
 
 
 def _require_deterministic(graph: fx.GraphModule) -> None:
@@ -264,8 +328,30 @@ class LoopedFunction:
     def _value(self, u: Tensor) -> Tensor:
         try:
             return self.function(u)
-        except LinAlgError:  # one chain must not stop the others
+        except (ValueError, LinAlgError):  # one chain must not stop the others
             return u.sum() * torch.nan
+
+
+class CastFunction:
+    """A function of single precision, whose points and values are converted.
+
+    Args:
+        function: What is evaluated.
+        dtype: Of the points that it takes.
+    """
+
+    def __init__(self, function: PointFunction, dtype: torch.dtype) -> None:
+        self.function = function
+        self.dtype = dtype
+
+    def value(self, u: Tensor) -> Tensor:
+        """See :meth:`TracedFunction.value`."""
+        return self.function.value(u.to(self.dtype)).to(u.dtype)
+
+    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`TracedFunction.value_and_grad`."""
+        value, grad = self.function.value_and_grad(u.to(self.dtype))
+        return value.to(u.dtype), grad.to(u.dtype)
 
 
 def _with_gradient(values: Callable[..., Tensor]) -> Callable[..., Any]:

@@ -32,7 +32,7 @@ from torch import Tensor
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.base import ChainState, StepInfo
 from pyro_ebm.mcmc.hmc import HMC
-from pyro_ebm.mcmc.path import GeometricPath, PathState
+from pyro_ebm.mcmc.path import GeometricPath, PathState, advance
 
 
 class Replicas(NamedTuple):
@@ -71,16 +71,14 @@ class Ladder(Energy):
         self.path = path
         self.register_buffer("inverse_temperatures", inverse_temperatures)
         self.register_buffer("scale", scale)
-        self._last: PathState | None = None
 
     def forward(self, z: Tensor) -> Tensor:
         """Energies at ``z`` of shape ``(C, K - 1, *event)``."""
         return self.value_and_grad(z)[0]
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Energies and gradients; what they came from is kept for :meth:`step`."""
-        self._last = self.path.evaluate(z * self.scale)
-        _, value, grad = self.chains(self._last)
+        """Energies and gradients."""
+        _, value, grad = self.chains(self._evaluate(z))
         return value, grad
 
     def chains(self, state: PathState) -> ChainState:
@@ -96,10 +94,10 @@ class Ladder(Energy):
             kernel: With a step size for each of them, shape ``(K - 1,)``.
             state: Chain shape ``(C, K - 1)``.
         """
-        _, info = kernel.step(self, self.chains(state))
-        if self._last is None:
-            raise RuntimeError(f"{type(kernel).__name__} evaluated no gradient.")
-        return state.replaced(info.accepted, self._last), info
+        return advance(kernel, self, state, self._evaluate, self.chains)
+
+    def _evaluate(self, z: Tensor) -> PathState:
+        return self.path.evaluate(z * self.scale)
 
     def _mixed(self, base: Tensor, target: Tensor) -> Tensor:
         beta = self.inverse_temperatures[1:]

@@ -6,8 +6,10 @@ r"""The geometric path from a base distribution to an energy.
 with inverse temperature :math:`\beta`: 0 is the base, 1 is the model.
 """
 
-__all__ = ["GeometricPath", "PathState"]
+__all__ = ["GeometricPath", "PathState", "advance"]
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple, final
 
 import pyro.distributions as dist
@@ -15,10 +17,14 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energies import DistributionEnergy, Energy, same_support, unconstrained
+from pyro_ebm.energies.corrections import corrected, map_tensors
 from pyro_ebm.energies.distribution import require_single
+from pyro_ebm.energies.double import in_double
+from pyro_ebm.energies.graph_precision import wide
+from pyro_ebm.energies.model_prior import ModelPrior
 from pyro_ebm.energies.normalization import require_normalized
 from pyro_ebm.errors import DivergenceError
-from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
+from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, flat_event
 
 
 class PathState(NamedTuple):
@@ -56,13 +62,14 @@ class PathState(NamedTuple):
         """The chains as a kernel sees them at the end of the path."""
         return ChainState(self.u, self.target, self.target_grad)
 
-    def log_weight(self, step: float) -> Tensor:
-        r"""Log-weight :math:`\Delta\beta (f_0 - f)` of moving ``step`` up the path.
+    def log_weight(self, low: float, high: float) -> Tensor:
+        r"""Log-weight :math:`(\beta' - \beta) (f_0 - f)` of a step along the path.
 
-        A point where the target is not finite has weight zero.
+        Upwards a point where the target is not finite has weight zero.
         """
-        log_weight = step * (self.base - self.target)
-        return torch.where(self.target.isfinite(), log_weight, -torch.inf)
+        log_weight = (high - low) * (self.base - self.target)
+        nowhere = 0.0 if low == high else math.copysign(math.inf, low - high)
+        return torch.where(self.target.isfinite(), log_weight, nowhere)
 
 
 @final
@@ -72,6 +79,8 @@ class GeometricPath(Energy):
     Args:
         energy: The target, on any support that ``biject_to`` knows.
         base: A normalised Pyro distribution over the same event and support.
+        is_double: Whether both ends are evaluated in double precision, whatever the
+            energy and the base are in.
 
     Attributes:
         inverse_temperature: Where on the path the energy is, in [0, 1].
@@ -82,7 +91,13 @@ class GeometricPath(Energy):
             is not normalised.
     """
 
-    def __init__(self, energy: Energy, base: dist.TorchDistribution) -> None:
+    def __init__(
+        self,
+        energy: Energy,
+        base: dist.TorchDistribution,
+        *,
+        is_double: bool = False,
+    ) -> None:
         require_single(base, "base")
         require_normalized(base, "base")
         base_energy = DistributionEnergy(base)
@@ -102,10 +117,12 @@ class GeometricPath(Energy):
         super().__init__(flat.event_shape)
         self.target, self.transform = flat, transform
         self.base, _ = unconstrained(base_energy)
-        self.distribution = base
+        if is_double:
+            self.target, self.base = in_double(self.target), in_double(self.base)
+        base = corrected(base)
+        self.distribution = _drawn_in_double(base) if is_double else base
         self.inverse_temperature = 1.0
         self.num_evaluations = 0
-        self._last: PathState | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate (1) at unconstrained ``x`` of shape ``(*batch, *event)``."""
@@ -115,9 +132,8 @@ class GeometricPath(Energy):
         return (1 - beta) * self.base(x) + beta * self.target(x)  # (1)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """One evaluation of each end; both are remembered for :meth:`step`."""
-        self._last = self.evaluate(x)
-        state = self.at_temperature(self._last)
+        """One evaluation of each end."""
+        state = self.at_temperature(self.evaluate(x))
         return state.energy, state.grad
 
     def evaluate(self, u: Tensor) -> PathState:
@@ -129,8 +145,13 @@ class GeometricPath(Energy):
     def sample_base(self, *shape: int) -> PathState:
         """Exact draws of the base, evaluated; ``shape`` is that of the chains."""
         with torch.no_grad():
-            x = self.distribution.sample(torch.Size(shape))
-            return self.evaluate(self.transform.inv(x))
+            return self.evaluate(self.draw_base(*shape))
+
+    @torch.no_grad()
+    def draw_base(self, *shape: int) -> Tensor:
+        """Draws of the base in unconstrained space, not evaluated."""
+        x = self.distribution.sample(torch.Size(shape))
+        return self.transform.inv(x.to(self.target.tensor_options(x)["dtype"]))
 
     def start(self, *shape: int) -> PathState:
         """Go to the base; exact draws of it, evaluated, with chains of this shape.
@@ -174,8 +195,81 @@ class GeometricPath(Energy):
         )
 
     def step(self, kernel: Kernel, state: PathState) -> tuple[PathState, StepInfo]:
-        """One transition of a kernel whose last evaluation is its proposal."""
-        _, info = kernel.step(self, self.at_temperature(state))
-        if self._last is None:
-            raise RuntimeError(f"{type(kernel).__name__} evaluated no gradient.")
-        return state.replaced(info.accepted, self._last), info
+        """One transition of a kernel at the current temperature, see :func:`advance`.
+
+        Args:
+            kernel: Any.
+            state: Chain shape ``(*chains,)``.
+        """
+        return advance(kernel, self, state, self.evaluate, self.at_temperature)
+
+
+def _drawn_in_double(base: dist.TorchDistribution) -> dist.TorchDistribution:
+    """The base with draws of double precision, where it can be had."""
+    if isinstance(base, ModelPrior):
+        return base.with_energy(in_double(base.energy))
+    wider: dist.TorchDistribution = map_tensors(base, wide)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            is_double = wider.sample().dtype is torch.float64
+    except (RuntimeError, TypeError, ValueError):  # it holds a module, say
+        return base
+    return wider if is_double else base
+
+
+def advance(
+    kernel: Kernel,
+    energy: Energy,
+    state: PathState,
+    evaluate: Callable[[Tensor], PathState],
+    view: Callable[[PathState], ChainState],
+) -> tuple[PathState, StepInfo]:
+    """One transition of a kernel, with both ends of the path at its outcome.
+
+    What the kernel evaluates last is mostly where it leads. The ends are taken from
+    there for the chains that are at that very point, and evaluated anew where one is at
+    neither that point nor its old one.
+
+    Args:
+        kernel: Any.
+        energy: What it sees, for its shape and type.
+        state: Chain shape ``(*chains,)``.
+        evaluate: Both ends of the path at the points that the kernel moves.
+        view: The chains as the kernel sees them.
+    """
+    recorder, old = _Recorder(energy, evaluate, view), view(state)
+    chains, info = kernel.step(recorder, old)
+    if recorder.last is not None:
+        x, last = recorder.last
+        if x.shape == chains.x.shape:
+            is_new, is_old = (
+                flat_event(chains.x == y, old.energy.dim()).all(-1) for y in (x, old.x)
+            )
+            if (is_new | is_old).all():
+                return state.replaced(is_new, last), info
+    return evaluate(chains.x), info
+
+
+class _Recorder(Energy):
+    """An energy along a path that keeps the evaluation made last in one transition."""
+
+    def __init__(
+        self,
+        energy: Energy,
+        evaluate: Callable[[Tensor], PathState],
+        view: Callable[[PathState], ChainState],
+    ) -> None:
+        super().__init__(energy.event_shape)
+        self.tensor_options = energy.tensor_options  # type: ignore[method-assign]
+        self.evaluate, self.view = evaluate, view
+        self.last: tuple[Tensor, PathState] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate the energy."""
+        return self.view(self.evaluate(x)).energy
+
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluate both ends of the path."""
+        self.last = x, self.evaluate(x)
+        state = self.view(self.last[1])
+        return state.energy, state.grad

@@ -16,12 +16,11 @@ __all__ = [
     "closed_form",
     "enumeration",
     "estimate",
+    "evidence",
     "gibbs_annealing",
     "importance_sampling",
-    "importance_sampling_of_model",
     "log_ratio",
     "quadrature",
-    "refined_smc",
     "smc",
     "thermodynamic_integration",
 ]
@@ -32,7 +31,7 @@ from pyro_ebm.partition.bridge.ratio import LogRatioEstimate, log_ratio
 from pyro_ebm.partition.estimate import estimate
 from pyro_ebm.partition.exact.enumeration import enumeration
 from pyro_ebm.partition.exact.exact import closed_form, quadrature
-from pyro_ebm.partition.importance.evidence import importance_sampling_of_model
+from pyro_ebm.partition.importance.evidence import evidence
 from pyro_ebm.partition.importance.importance import importance_sampling
 from pyro_ebm.partition.normalizability import check_normalizability
 from pyro_ebm.partition.particles.annealed import (
@@ -40,7 +39,6 @@ from pyro_ebm.partition.particles.annealed import (
     bidirectional,
 )
 from pyro_ebm.partition.particles.gibbs_annealing import gibbs_annealing
-from pyro_ebm.partition.particles.refined import refined_smc
 from pyro_ebm.partition.particles.smc import smc
 from pyro_ebm.partition.particles.thermodynamic import (
     ThermodynamicCurve,

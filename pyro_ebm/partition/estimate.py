@@ -1,29 +1,37 @@
-r"""One door to all estimators of :math:`\log Z`."""
+r"""Choose an estimator of :math:`\log Z` automatically."""
 
 __all__ = ["estimate"]
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import pyro.distributions as dist
+import torch
 
+from pyro_ebm.core.verdict import Status
 from pyro_ebm.energies import Energy, PyroModelEnergy
+from pyro_ebm.energies.corrections import corrected
+from pyro_ebm.energies.finite import finite_values
+from pyro_ebm.energies.pointwise import check_pointwise
 from pyro_ebm.errors import UnreliableWarning
-from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition.base import LogPartitionEstimate
-from pyro_ebm.partition.bridge.bridge import bridge_sampling
+from pyro_ebm.partition.base_check import check_draws
+from pyro_ebm.partition.default_base import default_base, describe
 from pyro_ebm.partition.exact.enumeration import enumeration, num_states
 from pyro_ebm.partition.exact.exact import closed_form, quadrature
 from pyro_ebm.partition.importance.importance import importance_sampling
+from pyro_ebm.partition.normalizability import check_normalizability
 from pyro_ebm.partition.particles.annealed import annealed_importance_sampling
 from pyro_ebm.partition.particles.gibbs_annealing import gibbs_annealing
-from pyro_ebm.partition.particles.refined import refined_smc
-from pyro_ebm.partition.particles.smc import run_smc
-from pyro_ebm.partition.progress import watched
+from pyro_ebm.partition.particles.smc import smc
+from pyro_ebm.partition.two_routes import Limits, two_routes
 
-Method = Literal["auto", "exact", "smc", "importance", "ais", "bridge", "gibbs"]
+Method = Literal["auto", "exact", "sampling", "smc", "importance", "ais", "gibbs"]
 
+#: Draws of the base at which an energy is looked at first.
+_NUM_CHECKED = 64
 #: States that ``"auto"`` enumerates rather than samples.
 _MAX_STATES = 2**18
 
@@ -32,9 +40,10 @@ def estimate(
     target: Any,
     base: dist.TorchDistribution | None = None,
     method: Method = "auto",
-    budget: int | None = None,
     *,
-    num_replicates: int = 4,
+    tolerance: float = 0.02,
+    max_seconds: float = 60.0,
+    budget: int | None = None,
     progress_bar: bool = True,
 ) -> LogPartitionEstimate:
     r"""Estimate :math:`\log Z` of an energy, with an error bar and a verdict.
@@ -47,18 +56,19 @@ def estimate(
             ``energy``: an ``EnergyDistribution``, an ``EnergyModel``; or a Pyro model.
             ``functools.partial(model, y)`` gives a model its arguments.
         base: A normalised Pyro distribution on the same event and support, wider than
-            the target; default: that of an ``EnergyModel``, the prior of a Pyro model.
-            Needed unless the answer is exact.
-        method: ``"auto"`` takes the closed form where there is one, quadrature for
-            events of one or two numbers, else ``"smc"``. ``"exact"`` is the first two
-            alone, for up to three numbers. Over a finite support they are
-            :func:`enumeration` of up to 2^18 states (``"exact"``: 2^22), else
-            ``"gibbs"``, which needs no base. See :func:`refined_smc`,
-            :func:`importance_sampling`, :func:`annealed_importance_sampling`,
-            :func:`bridge_sampling` and :func:`gibbs_annealing` for the others.
-        budget: Energy evaluations aimed at; default 50,000, see :func:`gibbs_annealing`
-            for its own.
-        num_replicates: Independent islands of SMC.
+            the target; default: that of an ``EnergyModel``, the prior of a Pyro model,
+            else :func:`~pyro_ebm.partition.default_base.default_base`, which the
+            ``method`` of the result names.
+        method: ``"auto"`` takes the closed form where there is one, enumeration of up
+            to 2^18 states, quadrature for events of one or two numbers, else
+            ``"sampling"``: particles and modes from the base, held against each other,
+            or over a finite support ``"gibbs"``. ``"exact"`` is what is exact alone,
+            for up to three numbers or 2^22 states. See :func:`smc`,
+            :func:`importance_sampling`, :func:`annealed_importance_sampling` and
+            :func:`gibbs_annealing` for the others.
+        tolerance: Standard error wanted, in nats.
+        max_seconds: Seconds after which the estimate ends with what there is.
+        budget: Energy evaluations aimed at; default: as many as the time allows.
         progress_bar: Whether to show the energy evaluations, if it takes more than a
             second.
 
@@ -67,7 +77,7 @@ def estimate(
 
     Raises:
         TypeError: If ``target`` is no energy, has none and is no Pyro model.
-        ValueError: If an argument is out of range, a base is needed and missing or not
+        ValueError: If an argument is out of range, a base does not fit or is not
             normalised, or a model has an energy whose log Z is unknown.
 
     Warns:
@@ -83,30 +93,31 @@ def estimate(
     energy = _energy_of(target)
     if isinstance(energy, PyroModelEnergy):
         energy.check_evidence()
-    if budget is not None and not (isinstance(budget, int) and budget > 0):
-        raise ValueError(f"budget must be a positive whole number, got {budget}.")
-    result = closed_form(energy) if method in ("auto", "exact") else None
+    _check(method, tolerance, max_seconds, budget)
+    limits = Limits(tolerance, max_seconds, budget)
+    base = _base_of(target, energy) if base is None else base
+    result = _exact(energy, base, method, limits, progress_bar=progress_bar)
     if result is None:
-        result = _over_finite(
-            energy, base, method, budget, num_replicates, progress_bar
-        )
-    dim = energy.event_shape.numel()
-    if result is None and (method == "exact" or (method == "auto" and dim <= 2)):
-        result = quadrature(energy, progress_bar=progress_bar)
-        # A ridge between the points of a grid looks like a tail that does not end: the
-        # sampler, which follows it, has a test of its own.
-        has_base = base is not None or getattr(target, "base", None) is not None
-        is_doubtful = result.status == "not_normalizable" and has_base
-        if method == "auto" and (result.status == "unreliable" or is_doubtful):
-            result = None
-    if result is None:
-        base = _base_of(target, energy) if base is None else base
-        budget = 50_000 if budget is None else budget
-        sampler = _sampler_of(method)
-        result = _watched(sampler, energy, base, budget, num_replicates, progress_bar)
+        result = _sampled(energy, base, method, limits, progress_bar=progress_bar)
     if not result.is_reliable:
         warnings.warn(str(result), UnreliableWarning, stacklevel=2)
     return result
+
+
+def _check(
+    method: str, tolerance: float, max_seconds: float, budget: int | None
+) -> None:
+    names = ("auto", "exact", "sampling", "gibbs", *_SAMPLERS)
+    if method not in names:
+        raise ValueError(
+            f"method must be one of {', '.join(map(repr, names))}; got {method!r}."
+        )
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be positive, got {tolerance}.")
+    if not max_seconds > 0:
+        raise ValueError(f"max_seconds must be positive, got {max_seconds}.")
+    if budget is not None and not (isinstance(budget, int) and budget > 0):
+        raise ValueError(f"budget must be a positive whole number, got {budget}.")
 
 
 def _energy_of(target: Any) -> Energy:
@@ -122,31 +133,6 @@ def _energy_of(target: Any) -> Energy:
     )
 
 
-def _over_finite(
-    energy: Energy,
-    base: dist.TorchDistribution | None,
-    method: Method,
-    budget: int | None,
-    num_replicates: int,
-    progress_bar: bool,  # noqa: FBT001
-) -> LogPartitionEstimate | None:
-    """What only a finite support allows, or ``None``."""
-    states = num_states(energy)
-    if states is not None and method in ("auto", "exact"):
-        if method == "exact" or states <= _MAX_STATES:
-            return enumeration(energy, progress_bar=progress_bar)
-        method = "gibbs"
-    if method != "gibbs":
-        return None
-    return gibbs_annealing(
-        energy,
-        base,
-        budget=budget,
-        num_islands=num_replicates,
-        progress_bar=progress_bar,
-    )
-
-
 def _base_of(target: Any, energy: Energy) -> dist.TorchDistribution | None:
     base: dist.TorchDistribution | None = getattr(target, "base", None)
     if base is None and isinstance(energy, PyroModelEnergy):
@@ -154,50 +140,108 @@ def _base_of(target: Any, energy: Energy) -> dist.TorchDistribution | None:
     return base
 
 
-def _sampler_of(method: Method) -> "_Sampler":
-    if method != "auto" and method not in _SAMPLERS:
-        raise ValueError(
-            f"method must be one of 'auto', 'exact', 'gibbs', "
-            f"{', '.join(map(repr, _SAMPLERS))}; got {method!r}."
-        )
-    return _SAMPLERS["smc" if method == "auto" else method]
-
-
-def _watched(
-    sampler: "_Sampler",
+def _exact(
     energy: Energy,
     base: dist.TorchDistribution | None,
-    budget: int,
-    num_replicates: int,
-    progress_bar: bool,  # noqa: FBT001
-) -> LogPartitionEstimate:
-    """Run a sampler under a progress bar."""
-    if base is None:
-        raise ValueError(
-            "base is None, and the energy has no exact log Z: give a normalised "
-            "Pyro distribution on its event and support, wider than the target. "
-            '(method="exact" integrates over up to three numbers without one.)'
+    method: Method,
+    limits: Limits,
+    *,
+    progress_bar: bool,
+) -> LogPartitionEstimate | None:
+    """What is exact, or ``None`` where that is not asked for or has failed."""
+    if method not in ("auto", "exact"):
+        return None
+    result = closed_form(energy)
+    states = num_states(energy)
+    if result is None and states is not None:
+        if method == "exact" or states <= _MAX_STATES:
+            return enumeration(energy, progress_bar=progress_bar)
+        return None
+    if result is None and (method == "exact" or energy.event_shape.numel() <= 2):
+        share = 1.0 if method == "exact" else 0.3
+        limit = 2**21 if limits.budget is None else limits.budget
+        result = quadrature(
+            energy,
+            base=base,
+            max_evaluations=limit,
+            max_seconds=share * limits.left,
+            progress_bar=progress_bar,
         )
-    with watched(energy, budget, is_shown=progress_bar) as target:
-        return sampler(target, base, budget, num_replicates)
+        if method == "auto" and result.status == Status.UNRELIABLE:
+            return None
+    return result
+
+
+def _sampled(
+    energy: Energy,
+    given: dist.TorchDistribution | None,
+    method: Method,
+    limits: Limits,
+    *,
+    progress_bar: bool,
+) -> LogPartitionEstimate:
+    if method == "gibbs" or finite_values(energy.support) is not None:
+        return gibbs_annealing(
+            energy, given, budget=limits.budget, progress_bar=progress_bar
+        )
+    base = default_base(energy) if given is None else given
+    if method in _SAMPLERS:
+        budget = limits.budget or 50_000
+        result = _SAMPLERS[method](energy, base, budget, progress_bar)
+    else:
+        result = _checked(energy, base, limits, is_shown=progress_bar)
+    if given is None:
+        how = f"{result.method}; base: {describe(base)}"
+        result = result._replace(method=how)
+    return result
+
+
+def _checked(
+    energy: Energy, base: dist.TorchDistribution, limits: Limits, *, is_shown: bool
+) -> LogPartitionEstimate:
+    """Both routes, once nothing speaks against the energy and its base."""
+    draws = corrected(base).sample(torch.Size((_NUM_CHECKED,)))
+    draws = draws.to(**energy.tensor_options(draws))
+    check_pointwise(energy, draws[: _NUM_CHECKED // 8])
+    if energy(draws).isfinite().sum() > 1:
+        found = check_normalizability(energy, draws, base=base)
+        if found.status == Status.NOT_NORMALIZABLE and found.finding is not None:
+            nan, spent = math.nan, found.num_evaluations
+            return LogPartitionEstimate(
+                math.inf, nan, nan, nan, nan, Status.NOT_NORMALIZABLE, "ray test",
+                spent, (found.finding,), limits.seconds,
+            )  # fmt: skip
+    result = two_routes(energy, base, limits, is_shown=is_shown)
+    doubt = check_draws(base)
+    if doubt is None:
+        return result
+    return result._replace(status=Status.UNRELIABLE, reasons=(*result.reasons, doubt))
 
 
 def _smc(
-    energy: Energy, base: dist.TorchDistribution, budget: int, num_replicates: int
+    energy: Energy,
+    base: dist.TorchDistribution,
+    budget: int,
+    is_shown: bool,  # noqa: FBT001
 ) -> LogPartitionEstimate:
-    return refined_smc(
-        energy, base, budget=budget, num_replicates=num_replicates, progress_bar=False
-    )
+    number = max(64, min(8192, budget // 400 // 16 * 16))
+    return smc(energy, base, num_particles=number, progress_bar=is_shown)
 
 
 def _importance(
-    energy: Energy, base: dist.TorchDistribution, budget: int, _: int
+    energy: Energy,
+    base: dist.TorchDistribution,
+    budget: int,
+    is_shown: bool,  # noqa: FBT001
 ) -> LogPartitionEstimate:
-    return importance_sampling(energy, base, num_samples=budget, progress_bar=False)
+    return importance_sampling(energy, base, num_samples=budget, progress_bar=is_shown)
 
 
 def _ais(
-    energy: Energy, base: dist.TorchDistribution, budget: int, _: int
+    energy: Energy,
+    base: dist.TorchDistribution,
+    budget: int,
+    is_shown: bool,  # noqa: FBT001
 ) -> LogPartitionEstimate:
     num_chains = 64
     num_temperatures = max(2, budget // num_chains // 5)
@@ -206,34 +250,11 @@ def _ais(
         base,
         num_chains=num_chains,
         num_temperatures=num_temperatures,
-        progress_bar=False,
+        progress_bar=is_shown,
     )
-
-
-def _bridge(
-    energy: Energy, base: dist.TorchDistribution, budget: int, num_replicates: int
-) -> LogPartitionEstimate:
-    islands = run_smc(energy, base, num_islands=num_replicates, num_particles=128)
-    path = GeometricPath(energy, base)
-    # The second axis runs over 16 times of 8 ancestors: make it chains in time order.
-    u = islands.state.u.unflatten(1, (16, 8)).transpose(1, 2).flatten(0, 1)
-    left = max(u.shape[0] * u.shape[1], budget - islands.num_evaluations)
-    result = bridge_sampling(
-        energy,
-        path.transform(u),
-        num_proposal_draws=min(left, 10_000),
-        progress_bar=False,
-    )
-    spent = result.num_evaluations + islands.num_evaluations
-    return result._replace(num_evaluations=spent)
 
 
 _Sampler: TypeAlias = Callable[
-    [Energy, dist.TorchDistribution, int, int], LogPartitionEstimate
+    [Energy, dist.TorchDistribution, int, bool], LogPartitionEstimate
 ]
-_SAMPLERS: dict[str, _Sampler] = {
-    "smc": _smc,
-    "importance": _importance,
-    "ais": _ais,
-    "bridge": _bridge,
-}
+_SAMPLERS: dict[str, _Sampler] = {"smc": _smc, "importance": _importance, "ais": _ais}

@@ -7,11 +7,21 @@ through a point that is in no way special, :math:`e^{-f}` can only be integrable
     g_{\mathrm{ray}}(s) = D \log s - f(c + s v), \qquad
     g_{\mathrm{line}}(s) = \log s - f(x + s v)                             \tag{1}
 
-fall with :math:`\log s` in the end. The slope of (1) is taken over the far half of all
-octaves that floating-point numbers reach. On a constrained support the energy is moved
-to unconstrained space, where the change of variables is as accurate as its round trip;
-if that ends early, power laws at the boundary have become exponentials, and it is
-:math:`f` itself that must rise, unless it is out of reach of the bulk already.
+fall with :math:`\log s` in the end. The largest value of (1) within an octave of ``s``
+is compared between three octaves in the far half of all that floating-point numbers
+reach. On a constrained support the energy is moved to unconstrained space, where the
+change of variables is as accurate as its round trip; if that ends early, power laws at
+the boundary have become exponentials, and it is :math:`f` itself that must rise.
+
+A ray along which (1) does not fall is evidence only if
+
+- it does not fall at other distances either, nor is its rise coming to an end;
+- the differences exceed the rounding of the energy, which is computed in double
+  precision where it can be;
+- its mass beyond the bulk is no less than :math:`e^{-10}` of that of the bulk;
+- there is no proof of the contrary: with a normalised base of energy :math:`f_0`,
+  :math:`Z = \mathbb{E}_0[e^{f_0 - f}]` is finite where :math:`f - f_0` is bounded
+  below, as it is for a proper prior and a bounded likelihood.
 
 The directions of the lines are the axes, the extreme eigenvectors of the covariance of
 the points, and those of a secant Hessian from differences of the gradient.
@@ -20,53 +30,75 @@ Not found are singularities within the bulk, and mass that escapes along a curve
 narrow way which no line meets.
 """
 
-__all__ = ["Normalizability", "check_normalizability"]
+__all__ = ["Normalizability", "check_normalizability", "round_trip"]
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.verdict import Finding, Reason, Status
 from pyro_ebm.energies import (
     Energy,
     PyroModelEnergy,
     UnconstrainedEnergy,
     unconstrained,
 )
-from pyro_ebm.partition.progress import WatchedEnergy
+from pyro_ebm.energies.distribution import base_energy
+from pyro_ebm.energies.double import DoubleEnergy
+from pyro_ebm.partition.exact.precision import PreciseEnergy
+from pyro_ebm.partition.progress import CountedEnergy
 
-#: A slope of (1) above this is none that falls.
-_MIN_FALL = -0.003
-#: Along a line a slope of (1) as near to 1 as this is that of a constant energy.
-_FLAT = 0.005
-#: The same for f against the distance, where it must rise exponentially.
-_MIN_RISE = 0.01
-#: Where the change of variables ends early, an energy so far above the least of all
-#: particles, in nats, is on a hill and tells nothing of what is behind it.
-_NO_MASS = 20.0
+#: A slope of (1) above this is none that falls; per unit of log s.
+_MIN_FALL = 0.003
+#: The same for -f per unit of s, where the change of variables ends early.
+_MIN_RISE = 0.001
+#: Change of the energy along a direction that is flat up to rounding, by precision.
+_FLAT = {True: 1e-3, False: 0.03}
+#: Log-mass beyond the bulk, relative to it, that is too little to count.
+_NO_MASS = -10.0
 #: Octaves of the particles' spread that a ray reaches: the farthest that works counts.
 _OCTAVES = (300, 200, 100, 60, 40, 28, 20, 14, 10, 7)
-_MAX_OCTAVES = {torch.float64: 300, torch.float32: 60}
-#: Distances in unconstrained space where the change of variables ends early.
-_DISTANCES = (700, 400, 200, 100, 60, 36, 25, 15, 10, 6)
-#: Points on a ray: half of them far out, half of them at half that distance.
-_POINTS = 6
+_MAX_OCTAVES = {True: 300, False: 60}
+#: Octaves within which flat directions and the mass beyond the bulk are looked for.
+_NEAR_OCTAVES = 20
+#: Distances in unconstrained space where the change of variables ends early; nearer
+#: than the last the bulk may not be over.
+_DISTANCES = (700, 400, 200, 100, 60, 45, 36, 30, 25)
+#: Steps of the descent to a likely point, and from how many particles.
+_STEPS, _NUM_DESCENTS = 40, 16
+#: Of the reach of a ray, where its three groups of points end; and the size of a group.
+_ENDS = (0.5, 0.75, 1.0)
+_POINTS = 3
+#: Suspicious rays that are looked at more closely.
+_MAX_SUSPECTS = 16
 
 
 class Normalizability(NamedTuple):
     """What :func:`check_normalizability` found.
 
     Attributes:
-        is_normalizable: False where there is evidence against it.
-        evidence: That evidence in words; empty otherwise.
+        status: ``"ok"`` without evidence, ``"not_normalizable"``, or ``"unreliable"``
+            where the energy is numerical nonsense not far out.
+        finding: The evidence; ``None`` if there is none.
         num_evaluations: Energy evaluations spent, one a point.
     """
 
-    is_normalizable: bool
-    evidence: str
+    status: Status
+    finding: Finding | None
     num_evaluations: int
+
+    @property
+    def is_normalizable(self) -> bool:
+        """False where there is evidence that the integral is infinite."""
+        return self.status != Status.NOT_NORMALIZABLE
+
+    @property
+    def evidence(self) -> str:
+        """The finding in words; empty if there is none."""
+        return "" if self.finding is None else str(self.finding)
 
 
 class _Rays(NamedTuple):
@@ -77,13 +109,43 @@ class _Rays(NamedTuple):
     power: Tensor  # (R,): the factor of log s in (1)
     name: Tensor  # (R,): index into the names of directions
 
-    def at(self, log_s: Tensor) -> Tensor:
-        """Points at distances of shape ``(P,)``, shape ``(R, P, D)``."""
-        return self.start[:, None] + log_s.exp()[:, None] * self.direction[:, None]
+    def at(self, distance: Tensor) -> Tensor:
+        """Points at distances of shape ``(R, *P)``, shape ``(R, *P, D)``."""
+        shape = (len(distance), *(1,) * (distance.dim() - 1), self.start.shape[-1])
+        start, direction = self.start.reshape(shape), self.direction.reshape(shape)
+        return start + distance[..., None] * direction
 
     def select(self, which: Tensor) -> "_Rays":
-        """Those that a mask of shape ``(R,)`` names."""
+        """Those that a mask of shape ``(R,)`` or indices name."""
         return _Rays(*(part[which] for part in self))
+
+
+class _Level(NamedTuple):
+    """How far rays reach, and what is asked of them there."""
+
+    reach: float  # octaves of the spread; a distance if it is short
+    is_short: bool = False  # where the change of variables ends early
+    is_flat: bool = False  # for directions that are flat up to rounding
+
+
+class _Look(NamedTuple):
+    """Energies along ``R`` rays, in three groups of ``P`` points each."""
+
+    distance: Tensor  # (R, 3, P)
+    value: Tensor  # (R, 3, P)
+    is_seen: Tensor  # (R,): whether the energies mean anything so far out
+
+    def select(self, which: Tensor) -> "_Look":
+        """Those of some rays."""
+        return _Look(*(part[which] for part in self))
+
+
+class _Trend(NamedTuple):
+    """How (1) goes on along rays, each of shape ``(R,)``."""
+
+    is_bad: Tensor  # it does not fall
+    slope: Tensor
+    change: Tensor  # between the first and the last group, at least what would matter
 
 
 @torch.no_grad()
@@ -91,6 +153,7 @@ def check_normalizability(
     energy: Energy,
     particles: Tensor,
     *,
+    base: dist.TorchDistribution | None = None,
     num_rays: int = 64,
     num_particles: int = 3,
     max_axes: int = 32,
@@ -101,16 +164,19 @@ def check_normalizability(
         energy: On any support that ``biject_to`` knows.
         particles: Points about where the mass is, shape ``(N, *event)``: draws of a
             base, or better the particles of a run of SMC.
+        base: A normalised distribution on the event and support of the energy; for a
+            Pyro model its prior. Along a ray where ``f`` falls no faster than minus the
+            log-density of the base there is no evidence.
         num_rays: Random rays from the centre of the particles.
         num_particles: Particles, chosen at random, through which lines are drawn.
         max_axes: Axes, chosen at random if there are more, along which they are drawn.
 
     Returns:
-        Whether no evidence was found. ``is_normalizable`` is no proof.
+        The evidence, if there is any. No evidence is no proof.
 
     Raises:
         ValueError: If ``particles`` has another event shape, or holds fewer than two
-            points of finite energy.
+            points of finite energy; or the base another event or support.
 
     Exactness: a test; see the module for what it does not see.
 
@@ -126,21 +192,30 @@ def check_normalizability(
             f"{tuple(energy.event_shape)}, as the energy has; got "
             f"{tuple(particles.shape)}."
         )
-    probe = _Probe(energy, particles)
-    rays = probe.rays(num_rays, num_particles, max_axes)
-    evidence = probe.search(rays)
-    return Normalizability(not evidence, evidence, probe.num_evaluations)
+    probe = _Probe(energy, particles, base)
+    finding = probe.search(probe.rays(num_rays, num_particles, max_axes))
+    status = Status.OK
+    if finding is not None:
+        is_divergent = finding.reason is Reason.DIVERGENT
+        status = Status.NOT_NORMALIZABLE if is_divergent else Status.UNRELIABLE
+    return Normalizability(status, finding, probe.energy.num_evaluations)
 
 
 class _Probe:
-    """The energy over flat unconstrained vectors, counted, and where it is probed."""
+    """The energy over flat unconstrained vectors, and where it is probed."""
 
-    def __init__(self, energy: Energy, particles: Tensor) -> None:
-        self.energy, to_support = unconstrained(energy)
-        self.round_trip = _round_trip(self.energy)
+    def __init__(
+        self, energy: Energy, particles: Tensor, base: dist.TorchDistribution | None
+    ) -> None:
+        flat, to_support = unconstrained(energy)
+        self.round_trip = round_trip(flat)
         x = particles.detach().to(**energy.tensor_options(particles))
-        u = to_support.inv(x).reshape(len(x), -1)
-        self.num_evaluations = 0
+        u = to_support.inv(x)
+        self.energy = PreciseEnergy(flat, u)
+        self.base = None
+        if (prior := base_energy(base, energy)) is not None:
+            self.base = PreciseEnergy(unconstrained(prior)[0], u)
+        u = u.double().reshape(len(x), -1)
         value = self(u)
         is_usable = value.isfinite() & u.isfinite().all(-1)
         u, value = u[is_usable], value[is_usable]
@@ -150,16 +225,26 @@ class _Probe:
                 f"of {len(x)}."
             )
         self.u, self.dim = u, u.shape[-1]
-        self.least = value.min()
+        self.least, self.has_descended = value.min(), False
+        self.likely = u[value <= value.median()]
         # Robust against a few particles that are far out already.
         self.centre = u.median(0).values
         spread = (u - self.centre).abs().median(0).values
         self.scale = 1.5 * spread.square().mean().sqrt().clamp(1e-3, 1e3).item()
 
-    def __call__(self, u: Tensor) -> Tensor:
+    def __call__(self, u: Tensor, energy: PreciseEnergy | None = None) -> Tensor:
         """Energy at ``u`` of shape ``(*batch, D)``."""
-        self.num_evaluations += u.shape[:-1].numel()
-        return self.energy(u.reshape(*u.shape[:-1], *self.energy.event_shape))
+        energy = self.energy if energy is None else energy
+        return energy(u.reshape(*u.shape[:-1], *self.energy.event_shape))
+
+    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Energy and gradient at ``u`` of shape ``(N, D)``; zeros if it has none."""
+        shaped = u.reshape(-1, *self.energy.event_shape)
+        try:
+            value, grad = self.energy.value_and_grad(shaped)
+        except ValueError:
+            return self(u), torch.zeros_like(u)
+        return value, grad.reshape(u.shape).nan_to_num(0.0, 0.0, 0.0)
 
     def rays(self, num_rays: int, num_particles: int, max_axes: int) -> _Rays:
         """Random rays from the centre, and both ways along lines through particles."""
@@ -171,7 +256,7 @@ class _Probe:
         self.names = ["a random ray", *(f"axis {axis}" for axis in axes)]
         self.first_special = len(self.names)
         self.names += ["an extreme direction"] * len(special)
-        chosen = self.u[torch.randperm(len(self.u))[:num_particles]]
+        chosen = self.likely[torch.randperm(len(self.likely))[:num_particles]]
         start = chosen.repeat_interleave(2 * len(lines), 0)
         direction = torch.cat([lines, -lines]).repeat(len(chosen), 1)
         name = torch.arange(1, len(lines) + 1).repeat(2 * len(chosen))
@@ -196,9 +281,7 @@ class _Probe:
         for distance in (1.0, 30.0):
             steps = distance * self.scale * torch.eye(self.dim).to(self.u)
             ends = torch.cat([self.centre + steps, self.centre - steps])
-            shaped = ends.reshape(-1, *self.energy.event_shape)
-            _, grad = self.energy.value_and_grad(shaped)
-            self.num_evaluations += len(ends)
+            _, grad = self.value_and_grad(ends)
             above, below = grad.reshape(2, self.dim, self.dim)
             found.append(self.eigenvectors(above - below))
         return torch.cat(found)
@@ -209,112 +292,192 @@ class _Probe:
         vectors = torch.linalg.eigh(matrix / matrix.abs().max().clamp(min=1e-30))[1].mT
         return vectors[[0, 1, -1]] if self.dim > 2 else vectors
 
-    def search(self, rays: _Rays) -> str:
-        """Follow the rays as far as each can be; the evidence, or an empty string."""
+    def search(self, rays: _Rays) -> Finding | None:
+        """Follow the rays as far as each can be; the evidence, or ``None``."""
         # A flat direction is never met but to rounding, which shows at a distance.
         special = rays.select(rays.name >= self.first_special)
-        log_s = self.log_distances(20)
-        value, is_seen = self.look(special.at(log_s))
-        evidence = self.judge(
-            special.select(is_seen), log_s, value[is_seen], is_flat=True
-        )
-        if evidence:
-            return evidence
-        cap = _MAX_OCTAVES.get(self.u.dtype, 14)
+        flat = _Level(_NEAR_OCTAVES, is_flat=True)
+        finding, _, _ = self.judge(special, flat)
+        last, is_noise = self.u.new_zeros(len(rays.name), 0), rays.name < 0
+        for level in self.levels():
+            if finding is not None or not len(rays.name):
+                return finding
+            finding, is_noise, is_settled = self.judge(rays, level)
+            rays, is_noise = rays.select(~is_settled), is_noise[~is_settled]
+            last = self.last.value[~is_settled].flatten(1)
+        if finding is not None or not len(rays.name):
+            return finding
+        if (last == -torch.inf).any():
+            detail = "the energy is -inf at some points far out"
+            return Finding(Reason.NUMERICAL, detail)
+        if is_noise.any():
+            detail = "far out the energy falls, but by no more than its own rounding"
+            return Finding(Reason.NUMERICAL, detail)
+        return None
+
+    def levels(self) -> list[_Level]:
+        """From the farthest to the nearest."""
+        cap = _MAX_OCTAVES[self.energy.is_double]
         # Where a power law became an exponential, (1) holds only very far out.
         is_mapped = self.round_trip is not None
         floor = 28 if is_mapped else 0
-        levels = [(self.log_distances(n), False) for n in _OCTAVES if floor <= n <= cap]
+        levels = [_Level(n) for n in _OCTAVES if floor <= n <= cap]
         if is_mapped:
-            part = torch.linspace(0.5, 1.0, _POINTS).to(self.u)
-            levels += [((part * distance).log(), True) for distance in _DISTANCES]
-        for log_s, is_short in levels:
-            value, is_seen = self.look(rays.at(log_s))
-            evidence = self.judge(
-                rays.select(is_seen), log_s, value[is_seen], is_short=is_short
-            )
-            if evidence:
-                return evidence
-            rays, value = rays.select(~is_seen), value[~is_seen]
-            if not len(value):
-                return ""
-        endless = (value == -torch.inf).any(-1)
-        return "the energy is -inf at some points far out" if endless.any() else ""
+            levels += [_Level(distance, is_short=True) for distance in _DISTANCES]
+        return levels
 
-    def look(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Energies along rays, and whether they mean anything so far out.
+    def judge(
+        self, rays: _Rays, level: _Level
+    ) -> tuple[Finding | None, Tensor, Tensor]:
+        """Evidence at one level; and which rays are noise there, and which settled."""
+        self.last = look = self.look(rays, level)
+        trend = self.trend(rays, look, level)
+        is_noise = torch.zeros_like(look.is_seen)
+        suspects = (trend.is_bad & look.is_seen).nonzero().squeeze(-1)
+        order = trend.slope[suspects].argsort(descending=True)[:_MAX_SUSPECTS]
+        suspects = suspects[order]
+        if len(suspects):
+            chosen, seen = rays.select(suspects), look.select(suspects)
+            rounding = self.rounding(chosen, seen)
+            is_noise[suspects] = ~(rounding <= 0.05 * trend.change[suspects])
+            is_evidence = ~is_noise[suspects] & self.confirm(chosen, seen, level)
+            if is_evidence.any():
+                worst = int(is_evidence.nonzero()[0])
+                return self.describe(chosen, seen, worst), is_noise, look.is_seen
+        return None, is_noise, look.is_seen & ~is_noise
 
-        Args:
-            u: Points of ``R`` rays, shape ``(R, P, D)``.
-
-        Returns:
-            Energies of shape ``(R, P)``; and the mask of shape ``(R,)`` of the rays
-            where the change of variables is accurate, and no energy has overflowed
-            between the near and the far half.
-        """
+    def look(self, rays: _Rays, level: _Level, num_points: int = _POINTS) -> _Look:
+        """Energies at the level, at random distances within each group."""
+        distance = self.distances(len(rays.name), level, num_points)
+        u = rays.at(distance)
         is_seen = self.is_accurate(u)
-        value = torch.full(u.shape[:-1], torch.nan).to(self.u)
+        value = torch.full(distance.shape, torch.nan).to(self.u)
         if is_seen.any():
             value[is_seen] = self(u[is_seen])
-        near, far = value[:, : _POINTS // 2], value[:, _POINTS // 2 :]
+            self.note(value)
+        near, far = value[:, 0], value[:, 2]
         overflown = (near < torch.inf).any(-1) & (far == torch.inf).any(-1)
-        lost = (value.isnan() | (value == -torch.inf)).any(-1)
-        return value, is_seen & ~overflown & ~lost
+        lost = (value.isnan() | (value == -torch.inf)).flatten(1).any(-1)
+        return _Look(distance, value, is_seen & ~overflown & ~lost)
 
-    def log_distances(self, octaves: int) -> Tensor:
-        """Logarithms of distances around half of so many octaves, and around all."""
-        ends = torch.tensor([octaves / 2, octaves - 1.0]).to(self.u)
-        within = torch.linspace(0, 1, _POINTS // 2).repeat(2).to(self.u)
-        log_2 = ends.repeat_interleave(_POINTS // 2) + within
-        return math.log(self.scale) + math.log(2) * log_2
+    def distances(self, num_rays: int, level: _Level, num_points: int) -> Tensor:
+        """Distances of three groups, shape ``(num_rays, 3, num_points)``."""
+        part = torch.rand(num_rays, 3, num_points).to(self.u)
+        part = (torch.arange(num_points).to(part) + part) / num_points  # in (0, 1)
+        ends = torch.tensor(_ENDS).to(self.u)[:, None] * level.reach
+        if level.is_short:
+            return ends - level.reach / 8 * (1 - part)
+        return self.scale * 2 ** (ends - 1 + part)
 
     def is_accurate(self, u: Tensor) -> Tensor:
         """Whether the way to the support and back ends where it began, ``(R,)``."""
         if self.round_trip is None:
             return torch.ones(len(u), dtype=torch.bool, device=u.device)
         shaped = u.reshape(*u.shape[:-1], *self.energy.event_shape)
-        back = self.round_trip(shaped).reshape(u.shape)
-        return ((back - u).abs() <= 1e-2 * (1 + u.abs())).flatten(1).all(-1)
+        # Where the energy insists on single precision its bijection is no better.
+        seen = shaped if self.energy.is_double else shaped.float()
+        back = self.round_trip(seen).double().reshape(u.shape)
+        return ((back - u).abs() <= 1e-2 + 1e-5 * u.abs()).flatten(1).all(-1)
 
-    def judge(
-        self,
-        rays: _Rays,
-        log_s: Tensor,
-        value: Tensor,
-        *,
-        is_short: bool = False,
-        is_flat: bool = False,
-    ) -> str:
-        """Evidence from energies of shape ``(R, P)``, or an empty string."""
-        if not len(value):
-            return ""
-        half = _POINTS // 2
-        near, far = value[:, :half], value[:, half:]
-        if is_short:
-            run = log_s[half:].exp().mean() - log_s[:half].exp().mean()
-            slope = (near.amin(-1) - far.amin(-1)) / run
-            is_bad = (slope > -_MIN_RISE) & (far.amin(-1) < self.least + _NO_MASS)
-        else:
-            run = log_s[half:].mean() - log_s[:half].mean()
-            power_log_s = rays.power[:, None] * log_s
-            mass = power_log_s - value  # (1)
-            slope = (mass[:, half:].amax(-1) - mass[:, :half].amax(-1)) / run
-            is_bad = (slope - 1).abs() < _FLAT if is_flat else slope > _MIN_FALL
-        is_bad &= (far < torch.inf).any(-1)  # else there is no mass
-        if not is_bad.any():
-            return ""
-        worst = int(torch.where(is_bad, slope, -torch.inf).argmax())
-        return (
-            f"e^-f does not vanish far out along {self.names[int(rays.name[worst])]}: "
-            f"the energy is {value[worst, 0].item():.3g} at distance "
-            f"{log_s[0].exp().item():.1g} and {value[worst, -1].item():.3g} at "
-            f"{log_s[-1].exp().item():.1g}"
+    def trend(self, rays: _Rays, look: _Look, level: _Level) -> _Trend:
+        """How (1) goes on from group to group, at the largest value of each."""
+        where, mass = look.distance, -look.value
+        if not level.is_short:
+            where = look.distance.log()
+            mass = mass + rays.power[:, None, None] * where  # (1)
+        where, mass = where.mean(-1), mass.amax(-1)
+        run = where.diff(dim=-1)
+        first, second = (mass.diff(dim=-1) / run).unbind(-1)
+        slack = _MIN_RISE if level.is_short else _MIN_FALL
+        is_bad = (first > -slack) & (second > -slack) & (second > first / 2 - slack)
+        if level.is_flat:
+            rise = look.value.flatten(1)
+            rise = rise.amax(-1) - rise.amin(-1)
+            is_bad = rise < _FLAT[self.energy.is_double]
+        is_bad &= (look.value[:, 2] < torch.inf).any(-1)  # else there is no mass
+        change = (mass[:, 2] - mass[:, 0]).abs()
+        return _Trend(is_bad, second, change.clamp(min=slack) + slack * run.sum(-1))
+
+    def rounding(self, rays: _Rays, look: _Look) -> Tensor:
+        """Rounding of the energies in the far groups, shape ``(R,)``."""
+        distance = look.distance[:, 1:].flatten(1)
+        step = max(1e-7, 8 * self.energy.eps) * distance[..., None]
+        u, h = rays.at(distance), step * rays.direction[:, None]
+        shape = (-1, *self.energy.event_shape)
+        rounding = self.energy.rounding(u.reshape(shape), h.reshape(shape))
+        return rounding.reshape(distance.shape).amax(-1)
+
+    def confirm(self, rays: _Rays, look: _Look, level: _Level) -> Tensor:
+        """Whether suspicious rays are so at other points too, shape ``(R,)``."""
+        again = self.look(rays, level, 2 * _POINTS)
+        is_bad = self.trend(rays, again, level).is_bad & again.is_seen
+        is_bad &= self.has_mass(rays, look, level)
+        return is_bad & ~self.is_bounded(rays, look, level)
+
+    def is_bounded(self, rays: _Rays, look: _Look, level: _Level) -> Tensor:
+        """Whether ``f - f0`` does not fall on and on, shape ``(R,)``."""
+        if self.base is None:
+            return torch.zeros_like(look.is_seen)
+        ratio = look.value - self(rays.at(look.distance), self.base)
+        least = ratio.nan_to_num(-torch.inf, torch.inf).amin(-1)
+        where = look.distance if level.is_short else look.distance.log()
+        slack = (_MIN_RISE if level.is_short else _MIN_FALL) * where.mean(-1).diff()
+        size = look.value.abs().amax(-1)
+        rounding = 64 * self.energy.eps * torch.maximum(size[:, 1:], size[:, :-1])
+        falls = least.diff(dim=-1) < -(slack + rounding)
+        return ~falls.all(-1)
+
+    def has_mass(self, rays: _Rays, look: _Look, level: _Level) -> Tensor:
+        """Whether the mass not too far out counts beside the bulk, ``(R,)``."""
+        if level.is_short:
+            # Behind a hill the way down to the bulk may be long.
+            far = look.value[:, 2].amin(-1)
+            return far < self.least_energy() - _NO_MASS + self.dim
+        octave = torch.arange(0, min(level.reach, _NEAR_OCTAVES), 0.25).to(self.u)
+        distance = (self.scale * 2**octave).expand(len(rays.name), -1)
+        mass = rays.power[:, None] * distance.log() - self(rays.at(distance))
+        mass = mass.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        bulk, beyond = mass[:, :16].amax(-1), mass[:, -12:].amax(-1)
+        return beyond > bulk + _NO_MASS
+
+    def least_energy(self) -> Tensor:
+        """The least of all energies seen, and of those some way down from particles."""
+        if not self.has_descended:
+            self.has_descended = True
+            u, size = self.likely[:_NUM_DESCENTS].clone(), torch.zeros(())
+            for step in range(_STEPS):
+                value, grad = self.value_and_grad(u)
+                self.note(value)
+                size = 0.8 * size + 0.2 * grad.square()
+                rate = (1 - step / _STEPS) * self.scale / 2
+                u = u - rate * grad / (size.sqrt() + 1e-30)
+        return self.least
+
+    def note(self, value: Tensor) -> None:
+        """Remember the least energy."""
+        value = value[value.isfinite()]
+        if len(value):
+            self.least = torch.minimum(self.least, value.min())
+
+    def describe(self, rays: _Rays, look: _Look, which: int) -> Finding:
+        """The evidence in words."""
+        value, distance = look.value[which], look.distance[which]
+        return Finding(
+            Reason.DIVERGENT,
+            f"e^-f does not vanish far out along {self.names[int(rays.name[which])]}: "
+            f"the energy is {value[0, 0].item():.3g} at distance "
+            f"{distance[0, 0].item():.1g} and {value[-1, -1].item():.3g} at "
+            f"{distance[-1, -1].item():.1g}",
         )
 
 
-def _round_trip(energy: Energy) -> Callable[[Tensor], Tensor] | None:
-    """From unconstrained points to the support and back, or ``None`` for no way."""
-    while isinstance(energy, WatchedEnergy):
+def round_trip(energy: Energy) -> Callable[[Tensor], Tensor] | None:
+    """From unconstrained points to the support and back, or ``None`` for no way.
+
+    Args:
+        energy: Over unconstrained space.
+    """
+    while isinstance(energy, CountedEnergy | DoubleEnergy):
         energy = energy.energy
     if isinstance(energy, UnconstrainedEnergy):
         transform = energy.transform

@@ -1,33 +1,68 @@
-"""A progress bar that counts energy evaluations."""
+"""Evaluations of an energy: counted, shown, and in pieces that fit into memory."""
 
-__all__ = ["WatchedEnergy", "watched"]
+__all__ = ["CountedEnergy", "watched"]
 
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from pyro_ebm.energies import Energy
 
+#: Memory that one evaluation may take, in bytes.
+MAX_BYTES = 2**29
+#: Points by which the memory of an evaluation is measured.
+_NUM_MEASURED = 4
+#: Sizes of the pieces.
+_SIZES = tuple(4**power for power in range(3, 9))
+
 
 @final
-class WatchedEnergy(Energy):
-    """An energy that moves a progress bar by one for each point evaluated.
+class CountedEnergy(Energy):
+    """An energy that counts the points at which it is evaluated.
 
     Args:
         energy: What is evaluated.
-        total: Evaluations expected; ``None`` where they are not known before.
+        total: Evaluations expected, for the bar; ``None`` where they are not known.
+        is_shown: Whether there is a progress bar; it appears after a second.
+        max_bytes: What an evaluation may allocate. Points are given to the energy in
+            as many pieces as it takes.
 
     Attributes:
-        bar: The progress bar; it appears after a second, and is closed by its owner.
+        num_evaluations: Points so far.
+        seconds_each: CPU seconds of an evaluation in the cheapest call so far: the
+            first of a kind also pay for tracing. Infinite before the second call.
+        bar: The progress bar, closed by its owner.
     """
 
-    def __init__(self, energy: Energy, total: int | None) -> None:
+    def __init__(
+        self,
+        energy: Energy,
+        total: int | None = None,
+        *,
+        is_shown: bool = False,
+        max_bytes: float = MAX_BYTES,
+    ) -> None:
         super().__init__(energy.event_shape, energy.support)
         self.energy = energy
-        self.bar = tqdm(total=total, desc="log Z", unit="", unit_scale=True, delay=1)
+        self.max_bytes = max_bytes
+        self.num_evaluations, self.seconds_each = 0, math.inf
+        self._max_points: int | None = None
+        self.bar = tqdm(
+            total=total,
+            desc="log Z",
+            unit="",
+            unit_scale=True,
+            delay=1,
+            disable=not is_shown,
+        )
 
     def tensor_options(self, like: Tensor | None = None) -> dict[str, Any]:
         """Those of the energy."""
@@ -35,15 +70,78 @@ class WatchedEnergy(Energy):
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate the energy."""
-        value = self.energy(x)
-        self.bar.update(value.numel())
-        return value
+        return self._in_pieces(lambda part: (self.energy(part),), x)[0]
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate the energy and its gradient."""
-        value, grad = self.energy.value_and_grad(x)
-        self.bar.update(value.numel())
+        value, grad = self._in_pieces(self.energy.value_and_grad, x)
         return value, grad
+
+    def _in_pieces(
+        self, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor
+    ) -> tuple[Tensor, ...]:
+        start = time.process_time()
+        batch_shape = self.batch_shape_of(x)
+        if not batch_shape.numel():
+            return function(x)
+        self.num_evaluations += batch_shape.numel()
+        self.bar.update(batch_shape.numel())
+        if self._max_points is None:
+            self._max_points = self._measured(x)
+        flat = x.reshape(-1, *self.event_shape)
+        parts = [function(part) for part in self._pieces(flat)]
+        if len(parts) > 1:
+            joined = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+        else:
+            joined = (piece for piece in parts[0])
+        number = batch_shape.numel()
+        result = tuple(
+            piece[:number].reshape(batch_shape + piece.shape[1:]) for piece in joined
+        )
+        each = (time.process_time() - start) / max(batch_shape.numel(), 1)
+        self.seconds_each = min(self.seconds_each, each)
+        return result
+
+    def _pieces(self, x: Tensor) -> Iterator[Tensor]:
+        """Points in pieces of a few sizes; the last piece is filled up with copies.
+
+        An energy that is traced or compiled has a graph for each size.
+        """
+        sizes = [size for size in _SIZES if size <= (self._max_points or 1)] or [1]
+        while len(x) > sizes[0]:
+            size = max(size for size in sizes if size <= len(x))
+            yield x[:size]
+            x = x[size:]
+        if len(x):
+            yield torch.cat([x, x[-1:].expand(sizes[0] - len(x), *x.shape[1:])])
+
+    def _measured(self, x: Tensor) -> int:
+        """How many points fit into the memory, by what a few allocate."""
+        few = x.detach().reshape(-1, *self.event_shape)[:_NUM_MEASURED]
+        if not len(few):
+            return 1
+        with _Allocations() as found:
+            self.energy.value_and_grad(few)
+        return max(1, int(self.max_bytes * len(few) / max(found.num_bytes, 1)))
+
+
+class _Allocations(TorchDispatchMode):
+    """Adds up the memory of all tensors that operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.num_bytes += sum(
+            part.numel() * part.element_size()
+            for part in tree_leaves(result)
+            if isinstance(part, Tensor)
+        )
+        return result
 
 
 @contextmanager
@@ -60,7 +158,7 @@ def watched(
     if not is_shown:
         yield energy
         return
-    under_bar = WatchedEnergy(energy, total)
+    under_bar = CountedEnergy(energy, total, is_shown=True)
     try:
         yield under_bar
     finally:

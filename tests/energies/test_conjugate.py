@@ -349,3 +349,27 @@ def test_later_rules_come_first():
     normal = DistributionEnergy(dist.Normal(T(0.0), 1.0))
     # No rule, but still a Gaussian.
     assert isinstance((normal + normal).closed_form().distribution, dist.Normal)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: dist.Bernoulli(0.5),
+        lambda: dist.Bernoulli(logits=torch.zeros(3)).to_event(1),
+        lambda: dist.Bernoulli(torch.tensor([0.5, 0.2])).to_event(1),
+        lambda: dist.Categorical(logits=torch.zeros(3)),
+    ],
+)
+def test_a_fair_coin_has_a_product(build):
+    """Its mode is nan in torch."""
+    distribution = build()
+    energy = DistributionEnergy(distribution)
+    closed = (energy + energy).closed_form()
+    states = distribution.enumerate_support() if not distribution.event_shape else None
+    if states is None:
+        sites = distribution.base_dist.batch_shape[0]
+        states = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * sites)
+    log_q = 2 * distribution.log_prob(states)
+    wanted = log_q.logsumexp(0)
+    torch.testing.assert_close(closed.log_partition, wanted)
+    torch.testing.assert_close(closed.distribution.log_prob(states), log_q - wanted)

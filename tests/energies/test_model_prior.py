@@ -1,5 +1,6 @@
 """The prior of a model: its draws, and what it makes of the evidence."""
 
+import contextlib
 import math
 
 import pyro
@@ -11,6 +12,7 @@ from pyro.distributions import constraints
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import DistributionEnergy, FunctionEnergy, PyroModelEnergy
+from pyro_ebm.errors import CompilationWarning
 
 
 def observe(name, fn, value):
@@ -158,3 +160,95 @@ def test_a_prior_that_is_not_normalised_is_refused(handler, reason):
 
     with pytest.raises(NotImplementedError, match=reason):
         PyroModelEnergy(model).prior.sample()
+
+
+def bad_likelihood():
+    """Half of the draws of the prior have no covariance."""
+    r = pyro.sample("r", dist.Normal(0.0, 1.0))
+    covariance = torch.eye(3) * r.unsqueeze(-1).unsqueeze(-1)
+    normal = dist.MultivariateNormal(torch.zeros(3), covariance)
+    pyro.sample("y", normal, obs=torch.ones(3))
+
+
+def bad_latent():
+    r = pyro.sample("r", dist.Normal(0.0, 1.0))
+    covariance = torch.eye(2) * r.unsqueeze(-1).unsqueeze(-1)
+    x = pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), covariance))
+    observe("y", dist.Normal(x.sum(-1), 1.0), 0.3)
+
+
+def bad_latent_one_by_one():
+    r = pyro.sample("r", dist.Normal(0.0, 1.0))
+    if r.dim():
+        raise ValueError("not written for batches")
+    x = pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), torch.eye(2) * r))
+    observe("y", dist.Normal(x.sum(-1), 1.0), 0.3)
+
+
+def bad_scale():
+    r = pyro.sample("r", dist.Normal(0.0, 1.0))
+    x = pyro.sample("x", dist.Normal(0.0, r, validate_args=True))
+    observe("y", dist.Normal(x, 1.0), 0.3)
+
+
+@pytest.mark.parametrize(
+    "model", [bad_likelihood, bad_latent, bad_latent_one_by_one, bad_scale]
+)
+def test_a_bad_draw_is_one_bad_point(model):
+    """Seen to fail without each of these: no validation, factors that are nan where
+    they fail, a run that fails at one draw."""
+    is_traced = model is not bad_scale
+    with contextlib.nullcontext() if is_traced else pytest.warns(CompilationWarning):
+        energy = PyroModelEnergy(model)
+        prior = energy.prior
+    for num in (1, 7, 400):
+        u = prior.sample((num,))
+        assert u.shape == (num, *energy.event_shape)
+    assert prior._is_vectorized is (model in (bad_likelihood, bad_latent))
+    is_good = u[:, 0] > 0
+    assert 0.4 < is_good.double().mean() < 0.6 or len(energy.site_shapes) > 1
+    value, grad = energy.value_and_grad(u)
+    assert (value.isfinite() == is_good).all()
+    assert (grad.isfinite().all(-1) >= is_good).all()
+    is_drawn = u.isfinite().all(-1)
+    if model is bad_likelihood:
+        assert is_drawn.all()
+    else:
+        assert (prior.log_prob(u).isfinite() == is_good).all()
+    assert 100 < is_good.sum() < 300
+    x = u[is_good, 1:] / u[is_good, :1].sqrt() if model is not bad_scale else u[:0]
+    assert not x.numel() or abs(x.square().mean() - 1) < 4 * (2 / x.numel()) ** 0.5
+
+
+def test_a_prior_that_never_works_says_why():
+    is_broken = []
+
+    def model():
+        if is_broken:
+            raise ValueError("no density anywhere")
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    prior = PyroModelEnergy(model).prior
+    assert prior.sample((30,)).isfinite().all()
+    is_broken.append(True)
+    with pytest.raises(ValueError, match="no density anywhere"):
+        prior.sample((30,))
+
+
+def rare(x):
+    """Zero likelihood on 98 % of the prior."""
+    return torch.where(x.square().sum(-1) < 1, 0.0, -math.inf)
+
+
+def test_a_likelihood_that_is_mostly_zero():
+    def model():
+        x = pyro.sample("x", dist.Uniform(-3.0, 3.0).expand([3]).to_event(1))
+        pyro.factor("f", rare(x))
+
+    energy = PyroModelEnergy(model)
+    assert energy.is_traced
+    start = energy.initial_points(50)
+    assert energy(start).isfinite().all()
+    u = energy.prior.sample((20_000,))
+    share = (energy(u).isfinite()).double().mean()
+    assert abs(share - 4 / 3 * math.pi / 216) < 0.005

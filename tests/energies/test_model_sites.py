@@ -124,6 +124,17 @@ def two_sites():
         pyro.sample("eta", dist.Normal(0.0, tau))
 
 
+def test_no_points_of_one_constrained_number():
+    def coin():
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        observe("k", dist.Bernoulli(p), 1.0)
+
+    energy = PyroModelEnergy(coin)
+    u = torch.zeros(0, 6, 1)
+    assert energy.unconstrain(energy.constrain(u)).shape == (0, 6, 1)
+    assert energy._sites.log_abs_det(u, energy.constrain(u)).shape == (0, 6)
+
+
 def test_unconstrain_names_what_is_wrong():
     energy = PyroModelEnergy(two_sites)
     sites = energy.constrain(torch.zeros(4, 9))

@@ -90,7 +90,7 @@ def observed(q):
     [
         lambda model: partition.estimate(model),
         lambda model: partition.estimate(PyroModelEnergy(model)),
-        lambda model: partition.importance_sampling_of_model(model, None),
+        lambda model: partition.evidence(model),
     ],
 )
 def test_an_evidence_needs_the_log_partition_of_its_energies(use, model):
@@ -105,7 +105,7 @@ def test_a_guide_needs_it_too():
         pyro.sample("x", UNKNOWN)
 
     with pytest.raises(ValueError, match="site 'x' must be normalised"):
-        partition.importance_sampling_of_model(lambda: latent(NORMAL), guide)
+        partition.evidence(lambda: latent(NORMAL), guide)
 
 
 def test_an_energy_that_has_values_only_says_what_it_lacks():

@@ -232,6 +232,14 @@ MODELS = {
 }
 
 
+def circle_log_abs_det(sites):
+    """Of the bijection to a circle, which is the real line for torch."""
+    if "circle" not in sites:
+        return 0.0
+    share = (sites["circle"] + math.pi) / (2 * math.pi)
+    return (2 * math.pi * share * (1 - share)).log()
+
+
 def pyro_value_and_grad(model, energy, u):
     """Pyro's own potential, one point at a time."""
     with pyro.validation_enabled(False):
@@ -241,6 +249,7 @@ def pyro_value_and_grad(model, energy, u):
             point = point.detach().requires_grad_()
             sites = energy.constrain(point)
             value = potential({n: transforms[n](v) for n, v in sites.items()})
+            value = value - circle_log_abs_det(sites)
             values.append(value.detach())
             grads.append(torch.autograd.grad(value, point)[0])
     return torch.stack(values), torch.stack(grads)
@@ -296,7 +305,7 @@ def trace_log_prior(model, energy, point):
         flat = transforms[name](value)
         volume = transforms[name].inv.log_abs_det_jacobian(flat, value).sum()
         total = total + volume
-    return total
+    return total + circle_log_abs_det(sites)
 
 
 def test_shapes_of_batches():

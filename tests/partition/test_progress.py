@@ -30,9 +30,9 @@ def bowl(x):
     return x.square().sum(-1) / 2
 
 
-def model():
+def one_at_a_time():
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+    pyro.sample("y", dist.Normal(abs(z.item()), 1.0), obs=torch.tensor(0.0))
 
 
 ENERGY = FunctionEnergy(bowl, (2,))
@@ -47,9 +47,9 @@ CALLS = {
     "bridge_sampling": lambda f, **s: f(ENERGY, torch.randn(500, 2), **s),
     "enumeration": lambda f, **s: f(IsingEnergy((3, 3), 0.3), **s),
     "estimate": lambda f, **s: f(ENERGY, BASE, "importance", 500, **s),
+    "evidence": lambda f, **s: f(one_at_a_time, None, budget=500, **s),
     "gibbs_annealing": lambda f, **s: f(IsingEnergy((4, 4), 0.3), budget=6_000, **s),
     "importance_sampling": lambda f, **s: f(ENERGY, BASE, num_samples=500, **s),
-    "importance_sampling_of_model": lambda f, **s: f(model, None, num_samples=500, **s),
     "log_ratio": lambda f, **s: f(
         ENERGY, OTHER, torch.randn(500, 2), torch.randn(500, 2) / 1.2**0.5, **s
     ),

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from pyro_ebm.energies import unconstrained
-from pyro_ebm.testing import assert_moments, held_out, targets
+from pyro_ebm.testing import assert_moments, targets, validation_targets
 from pyro_ebm.testing.grid import GridDensity
 
 BUILDERS = [getattr(targets, name) for name in targets.__all__ if name != "Target"]
-BUILDERS += [getattr(held_out, name) for name in held_out.__all__]
+BUILDERS += [getattr(validation_targets, name) for name in validation_targets.__all__]
 # A coordinate of heavy tail has no usable second moment.
 HEAVY = {"multivariate_student_t", "neals_funnel", "student_t_product"}
 
@@ -49,7 +49,7 @@ def test_written_truth():
         (targets.gamma(), math.log(2)),
         (targets.trap(), -2.85034),
         (targets.unnormalizable(), math.inf),
-        (held_out.eight_schools(), -31.31134735),
+        (validation_targets.eight_schools(), -31.31134735),
     ]:
         assert target.log_partition == pytest.approx(expected, abs=1e-5), target.name
 
@@ -66,13 +66,13 @@ def test_written_truth():
         lambda: targets.student_t_product(1, df=9.0),
         lambda: targets.gamma(),
         lambda: targets.gamma(2.0, 3.0),
-        lambda: held_out.log_gamma_product(2, 1.0, 2.0),
-        lambda: held_out.multivariate_student_t(2, df=12.0),
-        lambda: held_out.banana(2, scale=3.0),
-        lambda: held_out.two_modes(2, distance=5.0),
-        lambda: held_out.shell(2),
-        lambda: held_out.dirichlet((1.0, 2.0, 0.9)),
-        lambda: held_out.beta_product((1.0, 2.0), (3.0, 0.9)),
+        lambda: validation_targets.log_gamma_product(2, 1.0, 2.0),
+        lambda: validation_targets.multivariate_student_t(2, df=12.0),
+        lambda: validation_targets.banana(2, scale=3.0),
+        lambda: validation_targets.two_modes(2, distance=5.0),
+        lambda: validation_targets.shell(2),
+        lambda: validation_targets.dirichlet((1.0, 2.0, 0.9)),
+        lambda: validation_targets.beta_product((1.0, 2.0), (3.0, 0.9)),
     ],
 )
 def test_log_partition_by_quadrature(build):
@@ -88,7 +88,7 @@ def test_log_partition_by_quadrature(build):
 
 def test_log_partition_of_cusps():
     """The trapezoidal rule sees a kink at a point of the grid: its error is known."""
-    target = held_out.laplace_product(2)
+    target = validation_targets.laplace_product(2)
     line = torch.linspace(-60, 60, 1201)
     grid = torch.cartesian_prod(line, line)
     log_sum = torch.logsumexp(-target.energy(grid), 0) + 2 * math.log(0.1)
@@ -124,11 +124,11 @@ def test_eight_schools_is_the_model():
         + dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
         + dist.Normal(loc, errors).log_prob(y).sum(-1)
     )
-    torch.testing.assert_close(held_out.eight_schools().energy(x), -log_joint)
+    torch.testing.assert_close(validation_targets.eight_schools().energy(x), -log_joint)
 
 
 def test_two_modes_are_ten_nats_apart():
-    target = held_out.two_modes()
+    target = validation_targets.two_modes()
     way = torch.linspace(-1, 1, 201)[:, None] * target.mean / 0.4
     energy = target.energy(way)
     assert energy.max() - energy[0] > 9

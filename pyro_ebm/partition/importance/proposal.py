@@ -1,13 +1,11 @@
-r"""A proposal fitted to draws of the target, from several families at once.
+r"""A proposal for importance sampling: a Student mixture, and the base in reserve.
 
 .. math::
-    q = \alpha_1 q_{\text{marginals}} + \alpha_2 q_{\text{triangular}}
-      + \alpha_3 q_{\text{Student}} + \alpha_4 p_0                         \tag{1}
+    q = \alpha_1 t + \alpha_0 p_0                                          \tag{1}
 
-The families fail differently, and the base :math:`p_0` keeps its share, so that a mode
-which the draws have missed still gets some. Which of them fits is told by weighted
-draws of the mixture itself: with weights :math:`w_n` and component responsibilities
-:math:`\rho_{nj} = \alpha_j q_j(x_n) / q(x_n)`,
+The base :math:`p_0` keeps its share, so that a region which all draws have missed still
+gets some. The shares are learned from draws of the mixture itself: with weights
+:math:`w_n` and responsibilities :math:`\rho_{nj} = \alpha_j q_j(u_n) / q(u_n)`,
 
 .. math::
     \alpha_j \leftarrow \frac{\sum_n w_n \rho_{nj}}{\sum_n w_n}            \tag{2}
@@ -19,126 +17,121 @@ References:
     Cappé, Douc, Guillin, Marin & Robert (2008), Statistics and Computing 18, 447-459.
 """
 
-__all__ = ["Proposal", "fit_proposal"]
+__all__ = ["Proposal"]
 
+import math
 from typing import final
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.path import GeometricPath
-from pyro_ebm.partition.importance.marginals import fit_marginals
-from pyro_ebm.partition.importance.refit import fit_student_t
-from pyro_ebm.partition.importance.triangular import fit_triangular
+from pyro_ebm.partition.importance.student_mixture import StudentMixture
 
-#: No component is given up: with less it could not show that it has become good.
-_MIN_WEIGHT = 0.04
-#: Draws of the base that tell where the wide components are.
-_NUM_WIDE = 256
-#: Draws to which the marginals are fitted, on the way and at the end.
-_NUM_EXPLORING = 1000
-_NUM_MEASURING = 4000
-#: Shares of marginals, triangular, Student and base before anything is known.
-_FIRST_WEIGHTS = (0.3, 0.3, 0.3, 0.1)
+#: The base is not given up: with less it could not show that it has become good.
+MIN_SHARE = 0.04
+#: Nor is a component, of all components together.
+_MIN_COMPONENT = 0.02
+#: Weights of a draw, in units of their mean, that are too much for one; what they may
+#: hold together; and components that are added there, at once and in all.
+_HEAVY = 20.0
+_MIN_HEAVY = 0.03
+_NUM_NEW = 4
+_MAX_COMPONENTS = 100
 
 
 @final
 class Proposal:
-    """The mixture (1), over flat vectors in unconstrained space.
-
-    Densities are computed in double precision, whatever the precision of the draws.
+    r"""The mixture (1), over flat vectors in unconstrained space, in double precision.
 
     Args:
-        components: Fitted distributions over vectors of size ``D``.
-        path: For its base, the last component.
-        weights: Of the components and the base, shape ``(J,)``.
-        dtype: Of the draws.
+        path: For its base.
+        mixture: Default: the base alone.
+        base_share: :math:`\alpha_0`.
     """
 
     def __init__(
         self,
-        components: list[dist.TorchDistribution],
         path: GeometricPath,
-        weights: Tensor,
-        dtype: torch.dtype,
+        mixture: StudentMixture | None = None,
+        base_share: float = 0.1,
     ) -> None:
-        self.components, self.path = components, path
-        self.weights, self.dtype = weights, dtype
+        self.path, self.mixture = path, mixture
+        self.base_share = 1.0 if mixture is None else base_share
 
     def sample(self, num: int) -> Tensor:
-        """Independent draws, sorted by component, shape ``(num, D)``."""
-        chosen = self.weights.multinomial(num, replacement=True)
-        counts = torch.bincount(chosen, minlength=len(self.weights)).tolist()
-        # A mixture of torch cannot draw nothing.
-        draws = [
-            component.sample(torch.Size((count,)))
-            for component, count in zip(self.components, counts[:-1], strict=True)
-            if count
-        ]
-        if counts[-1]:
-            draws.append(_base_draws(self.path, counts[-1]))
-        return torch.cat(draws).to(self.dtype)
+        """Independent draws, those of the base last, shape ``(num, D)``."""
+        from_base = int((torch.rand(num) < self.base_share).sum())
+        draws = []
+        if self.mixture is not None and from_base < num:
+            draws.append(self.mixture.sample(num - from_base))
+        if from_base:
+            draws.append(self._base_draws(from_base))
+        return torch.cat(draws)
 
     def log_prob(self, u: Tensor) -> Tensor:
         """Log of (1), shape ``(N,)`` for ``u`` of shape ``(N, D)``."""
         return self._log_joint(u).logsumexp(0)
 
-    def improved_weights(self, u: Tensor, log_weights: Tensor) -> Tensor:
-        """The update (2), with a floor under every component.
+    def refitted(self, u: Tensor, weights: Tensor, num_steps: int = 3) -> "Proposal":
+        """The proposal after some steps of expectation maximisation.
 
         Args:
-            u: Draws of the mixture, shape ``(N, D)``.
-            log_weights: Shape ``(N,)``.
+            u: Draws, shape ``(N, D)``.
+            weights: Shape ``(N,)``, of sum 1.
+            num_steps: Of the mixture; the share (2) of the base is updated once.
         """
-        responsibilities = self._log_joint(u).softmax(0).nan_to_num(0.0)
-        weights = responsibilities @ log_weights.softmax(0)  # (2)
-        return _MIN_WEIGHT + (1 - len(weights) * _MIN_WEIGHT) * weights / weights.sum()
+        if self.mixture is None:
+            return self
+        mixture = self.mixture
+        for _ in range(num_steps):
+            mixture = mixture.updated(u, weights, _MIN_COMPONENT)
+        joint = Proposal(self.path, mixture, self.base_share)._log_joint(u)
+        learned = float(joint.softmax(0).nan_to_num(0.0)[-1] @ weights)  # (2)
+        share = min(max(learned, MIN_SHARE), 1 - MIN_SHARE)
+        return Proposal(self.path, mixture, share)
+
+    def thickened(self, u: Tensor, log_weights: Tensor) -> "Proposal":
+        """The proposal with components where its own draws weigh too much.
+
+        Args:
+            u: Draws, shape ``(N, D)``.
+            log_weights: Shape ``(N,)``.
+
+        References:
+            Raftery & Bao (2010), Biometrics 66, 1162-1173.
+        """
+        weights = log_weights.softmax(0)
+        heavy = weights > _HEAVY / len(weights)
+        share = weights[heavy].sum()
+        if self.mixture is None or share < _MIN_HEAVY or self.size > _MAX_COMPONENTS:
+            return self
+        number = min(_NUM_NEW, int(heavy.sum()))
+        chosen = weights.where(heavy, 0.0).multinomial(number)
+        return self.joined(self.mixture.at(u[chosen]), min(0.3, share.item()))
+
+    @property
+    def size(self) -> int:
+        """Components."""
+        return 0 if self.mixture is None else len(self.mixture.loc)
+
+    def joined(self, mixture: StudentMixture, share: float) -> "Proposal":
+        """The proposal with another mixture in it.
+
+        Args:
+            mixture: Its components are added to those that there are.
+            share: Of the new among all components.
+        """
+        if self.mixture is not None:
+            mixture = self.mixture.joined(mixture, share)
+        return Proposal(self.path, mixture, min(self.base_share, 0.2))
+
+    def _base_draws(self, num: int) -> Tensor:
+        return self.path.draw_base(num).reshape(num, -1).double()
 
     def _log_joint(self, u: Tensor) -> Tensor:
-        parts = [component.log_prob(u.double()) for component in self.components]
-        base = -self.path.base(u.reshape(len(u), *self.path.event_shape))
-        # A far draw overflows a square: that component would not have proposed it.
-        parts = [part.nan_to_num(-torch.inf, -torch.inf) for part in (*parts, base)]
-        return torch.stack(parts).double() + self.weights.log()[:, None]
-
-
-def fit_proposal(
-    u: Tensor,
-    num_effective: float,
-    path: GeometricPath,
-    weights: Tensor | None = None,
-    *,
-    explore: bool = False,
-) -> Proposal:
-    """Fit every component of (1) to draws of the target.
-
-    Args:
-        u: Draws in unconstrained space, shape ``(N, D)``.
-        num_effective: How many independent draws they are worth.
-        path: From the base.
-        weights: Of the components; default: equal, with less for the base.
-        explore: Give every marginal a wide component besides, from the base, so that
-            a mode of one coordinate which all draws lack is found.
-    """
-    dim, dtype, u = u.shape[-1], u.dtype, u.double()
-    if weights is None:
-        weights = u.new_tensor(_FIRST_WEIGHTS)
-    wide = None
-    if explore:
-        wide = _base_draws(path, _NUM_WIDE).double()
-    # On average half a coordinate of a draw is wide, whatever the dimension.
-    step = max(1, len(u) // (_NUM_EXPLORING if explore else _NUM_MEASURING))
-    marginals = fit_marginals(u[::step], wide, wide_weight=min(0.05, 0.5 / dim))
-    triangular = fit_triangular(u, num_effective)
-    z = triangular.inv(u)[::step]
-    share = min(0.05, 0.5 / dim) if explore else min(0.05, 0.2 / dim)
-    residuals = fit_marginals(z, 4 * z, wide_weight=share)
-    bent = dist.TransformedDistribution(residuals, [triangular], validate_args=False)
-    return Proposal([marginals, bent, fit_student_t(u)], path, weights, dtype)
-
-
-def _base_draws(path: GeometricPath, num: int) -> Tensor:
-    """Draws of the base in unconstrained space, not evaluated, shape ``(num, D)``."""
-    draws = path.distribution.sample(torch.Size((num,)))
-    return path.transform.inv(draws).reshape(num, path.event_shape.numel())
+        base = -self.path.base(u.reshape(len(u), *self.path.event_shape)).double()
+        parts = [base.nan_to_num(-torch.inf, -torch.inf) + math.log(self.base_share)]
+        if self.mixture is not None:
+            parts.insert(0, self.mixture.log_prob(u) + math.log1p(-self.base_share))
+        return torch.stack(parts)

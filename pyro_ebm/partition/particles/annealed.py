@@ -49,6 +49,8 @@ from pyro_ebm.mcmc.path import GeometricPath, PathState
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.bridge.bennett import bennett
 from pyro_ebm.partition.importance.importance import estimate_from_weights
+from pyro_ebm.partition.particles.engine import travel
+from pyro_ebm.partition.particles.movers import GivenKernels
 from pyro_ebm.partition.particles.schedule import Schedule, plan_schedule
 from pyro_ebm.partition.progress import watched
 
@@ -311,33 +313,22 @@ class _Annealing:
 
     def forward(self) -> Tensor:
         """Log-weights of mean ``Z`` from the base, shape ``(num_chains,)``."""
-        state = self.path.sample_base(self.num_chains)
-        log_weights = torch.zeros_like(state.target)
-        betas, kernels = self.schedule
-        for t in range(1, len(betas)):
-            log_weights = log_weights + state.log_weight(betas[t] - betas[t - 1])  # (1)
-            if t < len(betas) - 1:
-                state = self.step(kernels[t], betas[t], state)
-        return log_weights
+        state = self.path.sample_base(1, self.num_chains)
+        return self._travel(state, self.schedule.inverse_temperatures)
 
     def reverse(self, draws: Tensor) -> Tensor:
         """Log-weights of mean ``1 / Z`` from the draws, shape ``(num_chains,)``."""
-        state = self.path.evaluate(self.path.transform.inv(draws))
+        state = self.path.evaluate(self.path.transform.inv(draws)[None])
         if not state.target.isfinite().all():
             raise ValueError(
                 "draws must have finite energy, and "
                 f"{int((~state.target.isfinite()).sum())} of {len(draws)} have not. "
                 "They are no draws of this energy."
             )
-        log_weights = torch.zeros_like(state.target)
-        betas, kernels = self.schedule
-        for t in range(len(betas) - 1, 0, -1):
-            log_weights = log_weights - state.log_weight(betas[t] - betas[t - 1])
-            if t > 1:
-                state = self.step(kernels[t - 1], betas[t - 1], state)
-        return log_weights
+        return self._travel(state, self.schedule.inverse_temperatures[::-1])
 
-    def step(self, kernel: Kernel, beta: float, state: PathState) -> PathState:
-        """One transition at a temperature."""
-        self.path.inverse_temperature = beta
-        return self.path.step(kernel, state)[0]
+    def _travel(self, state: PathState, betas: list[float]) -> Tensor:
+        kernels = dict(zip(*self.schedule, strict=True))
+        move = GivenKernels(self.path, kernels.__getitem__)
+        journey = travel(state, move, inverse_temperatures=betas, moves_last=False)
+        return journey.log_weights[0]

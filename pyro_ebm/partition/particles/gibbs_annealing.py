@@ -49,8 +49,8 @@ from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc.gibbs import Gibbs
 from pyro_ebm.partition.base import LogPartitionEstimate, student_t_quantile
 from pyro_ebm.partition.bridge.bennett import bennett
+from pyro_ebm.partition.particles.engine import bennett_of_islands
 from pyro_ebm.partition.particles.resampling import systematic_resample
-from pyro_ebm.partition.particles.smc import bennett_of_islands
 
 #: Chains of the pilot run, and what it may cost of the budget.
 _PILOT_CHAINS = 32

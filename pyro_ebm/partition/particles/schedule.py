@@ -11,21 +11,16 @@ References:
 
 __all__ = ["Schedule", "plan_schedule"]
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from pyro_ebm.mcmc import HMC, Kernel, StepSizeAdaptation, find_step_size
-from pyro_ebm.mcmc.path import GeometricPath, PathState
-from pyro_ebm.partition.particles.resampling import systematic_resample
-from pyro_ebm.partition.particles.smc import (
-    next_temperature,
-    with_metric,
-    with_step_size,
-)
+from pyro_ebm.mcmc import Kernel
+from pyro_ebm.mcmc.path import GeometricPath
+from pyro_ebm.partition.particles.engine import travel
+from pyro_ebm.partition.particles.movers import AdaptiveHMC
 
 #: Particles of the pilot run, and transitions on each rung.
 _NUM_PARTICLES = 128
@@ -98,29 +93,11 @@ def _check(betas: list[float]) -> None:
 
 def _pilot(path: GeometricPath) -> tuple[list[float], list[Kernel]]:
     """A ladder of temperatures, and an adapted kernel for each but the first."""
-    state = path.start(_NUM_PARTICLES)
-    rungs, kernels, kernel = [0.0], [], HMC(step_size=1.0)
-    while rungs[-1] < 1:
-        path.require_progress(len(rungs), _MAX_RUNGS)
-        beta = next_temperature(state, rungs[-1], 0.5)
-        log_weights = state.log_weight(beta - rungs[-1])
-        kernel = with_metric(kernel, state.u[None], log_weights[None])
-        _, chosen = systematic_resample(log_weights[None], _NUM_PARTICLES)
-        path.inverse_temperature = beta
-        state, kernel = _move(path, state.select((chosen[0],)), kernel)
-        rungs.append(beta)
-        kernels.append(kernel)
-    return rungs, list(kernels)
-
-
-def _move(path: GeometricPath, state: PathState, kernel: HMC) -> tuple[PathState, HMC]:
-    """Move the particles; the kernel's step size is adapted on the way."""
-    one_step = dataclasses.replace(kernel, num_leapfrog=1)
-    adaptation = StepSizeAdaptation(
-        find_step_size(one_step, path, path.at_temperature(state))
+    move = AdaptiveHMC(path, _NUM_MOVES, keeps_all=False)
+    journey = travel(
+        path.start(1, _NUM_PARTICLES),
+        move,
+        num_ancestors=_NUM_PARTICLES,
+        max_temperatures=_MAX_RUNGS,
     )
-    for _ in range(_NUM_MOVES):
-        kernel = with_step_size(kernel, adaptation.step_size)
-        state, info = path.step(kernel, state)
-        adaptation.update(kernel, info)
-    return state, with_step_size(kernel, adaptation.step_size)
+    return journey.inverse_temperatures, list(move.kernels)

@@ -18,17 +18,8 @@ References:
     Del Moral, Doucet & Jasra (2006), JRSS B 68, 411-436.
 """
 
-__all__ = [
-    "Islands",
-    "bennett_of_islands",
-    "next_temperature",
-    "run_smc",
-    "smc",
-    "with_metric",
-    "with_step_size",
-]
+__all__ = ["Islands", "run_smc", "smc"]
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -37,13 +28,12 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.core.verdict import Finding, Reason, status_of
-from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
 from pyro_ebm.energies import Energy
-from pyro_ebm.mcmc import HMC, StepSizeAdaptation, find_step_size
-from pyro_ebm.mcmc.base import flat_event
+from pyro_ebm.mcmc import HMC
 from pyro_ebm.mcmc.path import GeometricPath, PathState
 from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
-from pyro_ebm.partition.particles.resampling import systematic_resample
+from pyro_ebm.partition.particles.engine import travel
+from pyro_ebm.partition.particles.movers import AdaptiveHMC
 from pyro_ebm.partition.progress import watched
 
 
@@ -175,157 +165,40 @@ def run_smc(
             f"num_particles; got {num_islands}, {chain_length} and {num_particles}."
         )
     path = GeometricPath(energy, base)
-    state = path.start(num_islands, num_particles)
-    sums = _Sums(state)
-    kernel, betas = HMC(step_size=1.0), [0.0]
-    end = math.inf if stop_after is None else stop_after
-    while betas[-1] < 1 and len(betas) <= end:
-        path.require_progress(len(betas), max_temperatures)
-        beta = next_temperature(state, betas[-1], ess_threshold)
-        log_weights = state.log_weight(beta - betas[-1])
-        kernel = with_metric(kernel, state.u, log_weights)
-        num_ancestors = num_particles // chain_length
-        ancestors = state.select(systematic_resample(log_weights, num_ancestors))
-        path.inverse_temperature = beta
-        state, kernel = _move(path, ancestors, kernel, chain_length)
-        sums.add(log_weights, state, beta - betas[-1])
-        betas.append(beta)
-    return sums.result(state, kernel, betas, path.num_evaluations)
+    curve = _Curve()
+    move = AdaptiveHMC(path, chain_length - 1)
+    journey = travel(
+        path.start(num_islands, num_particles),
+        move,
+        ess_threshold=ess_threshold,
+        num_ancestors=num_particles // chain_length,
+        max_temperatures=max_temperatures,
+        is_over=lambda: stop_after is not None and len(move.kernels) >= stop_after,
+        look=curve.add,
+    )
+    return Islands(
+        journey.state,
+        journey.forward,
+        journey.bennett,
+        journey.reverse,
+        torch.stack(curve.means),
+        torch.stack(curve.variances),
+        journey.initial_log_weights,
+        move.kernels[-1] if move.kernels else HMC(step_size=1.0),
+        journey.inverse_temperatures,
+        journey.ess,
+        path.num_evaluations,
+    )
 
 
-class _Sums:
-    """What adds up from temperature to temperature."""
+class _Curve:
+    """Mean and variance of the difference of the two ends, population by population."""
 
-    def __init__(self, state: PathState) -> None:
-        zeros = state.target.new_zeros(len(state.target))
-        self.forward, self.bennett, self.reverse = zeros, zeros, zeros
-        self.initial = state.log_weight(1.0)
-        self.curve: list[tuple[Tensor, Tensor]] = []
-        self._look(state)
-        self.ess = 1.0
+    def __init__(self) -> None:
+        self.means: list[Tensor] = []
+        self.variances: list[Tensor] = []
 
-    def add(self, log_weights: Tensor, new: PathState, step: float) -> None:
-        back = new.log_weight(step)
-        self.forward = self.forward + log_mean_exp(log_weights)  # (1)
-        self.reverse = self.reverse - log_mean_exp(-back)
-        self.bennett = self.bennett + bennett_of_islands(log_weights, back)
-        self.ess = min(self.ess, effective_sample_fraction(log_weights).min().item())
-        self._look(new)
-
-    def _look(self, state: PathState) -> None:
+    def add(self, state: PathState) -> None:
         difference = state.target - state.base
-        self.curve.append((difference.mean(-1), difference.var(-1)))
-
-    def result(
-        self, state: PathState, kernel: HMC, betas: list[float], num_evaluations: int
-    ) -> Islands:
-        curve, variance = zip(*self.curve, strict=True)
-        return Islands(
-            state,
-            self.forward,
-            self.bennett,
-            self.reverse,
-            torch.stack(curve),
-            torch.stack(variance),
-            self.initial,
-            kernel,
-            betas,
-            self.ess,
-            num_evaluations,
-        )
-
-
-def bennett_of_islands(first: Tensor, second: Tensor) -> Tensor:
-    r"""Bennett's acceptance ratio between two populations of equal size, by island.
-
-    Solves :math:`\overline{\sigma(\ell_1 - c)} = \overline{\sigma(c - \ell_2)}` for
-    ``c`` by bisection; see :mod:`pyro_ebm.partition.bridge.bridge`.
-
-    Args:
-        first: Log weights from the first to the second density, at draws of the first,
-            shape ``(M, N)``.
-        second: The same at draws of the second.
-
-    Returns:
-        Shape ``(M,)``.
-    """
-    both = torch.cat([first, second], -1).clamp(min=-1e6)
-    low, high = both.amin(-1) - 1, both.amax(-1) + 1
-    for _ in range(60):
-        c = (low + high) / 2
-        too_low = (first - c[:, None]).sigmoid().sum(-1) > (
-            c[:, None] - second
-        ).sigmoid().sum(-1)
-        low, high = torch.where(too_low, c, low), torch.where(too_low, high, c)
-    return (low + high) / 2
-
-
-def next_temperature(state: PathState, beta: float, threshold: float) -> float:
-    """The largest step whose worst island keeps the effective fraction, by bisection.
-
-    Args:
-        state: Particles at ``beta``, the last chain dimension within an island.
-        beta: The current inverse temperature.
-        threshold: Effective fraction of the weights that is to be kept.
-    """
-
-    def fraction(step: float) -> float:
-        return effective_sample_fraction(state.log_weight(step)).min().item()
-
-    low, high = 0.0, 1.0 - beta
-    if fraction(high) >= threshold:
-        return 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fraction(middle) >= threshold else (low, middle)
-        if high - low < 1e-3 * high:
-            break
-    return beta + high
-
-
-def with_metric(kernel: HMC, u: Tensor, log_weights: Tensor) -> HMC:
-    """The kernel with the scales of a weighted population as its metric.
-
-    Dense for vectors if there are enough points to tell correlations, else diagonal:
-    any shrinkage of the one towards the other would undo a strong correlation.
-
-    Args:
-        kernel: Its step size and number of leapfrog steps are kept.
-        u: Points, shape ``(M, N, *event)``.
-        log_weights: Shape ``(M, N)``.
-    """
-    points, event_shape = flat_event(u, 2).flatten(0, 1), u.shape[2:]
-    weights = log_weights.flatten().softmax(0)
-    ess = 1 / weights.square().sum()
-    centred = points - weights @ points
-    variance = (weights @ centred.square()).clamp(min=1e-12)
-    if len(event_shape) == 1 and ess > 5 * len(variance):
-        covariance = (centred * weights[:, None]).mT @ centred
-        factor, info = torch.linalg.cholesky_ex(covariance)
-        if info == 0:
-            return dataclasses.replace(kernel, scale=None, scale_tril=factor)
-    scale = variance.sqrt().reshape(event_shape)
-    return dataclasses.replace(kernel, scale=scale, scale_tril=None)
-
-
-def _move(
-    path: GeometricPath, state: PathState, kernel: HMC, chain_length: int
-) -> tuple[PathState, HMC]:
-    """Extend each ancestor to a chain; all its states become particles."""
-    chains = path.at_temperature(state)
-    one_step = dataclasses.replace(kernel, num_leapfrog=1)
-    adaptation = StepSizeAdaptation(find_step_size(one_step, path, chains))
-    kept = [state]
-    for _ in range(chain_length - 1):
-        kernel = with_step_size(kernel, adaptation.step_size)
-        state, info = path.step(kernel, state)
-        adaptation.update(kernel, info)
-        kept.append(state)
-    joined = (torch.cat(parts, 1) for parts in zip(*kept, strict=True))
-    return PathState(*joined), kernel
-
-
-def with_step_size(kernel: HMC, step_size: Tensor) -> HMC:
-    """A trajectory of about a quarter period in the whitened coordinates."""
-    num_leapfrog = min(16, max(1, math.ceil(1.6 / step_size.item())))
-    return dataclasses.replace(kernel, step_size=step_size, num_leapfrog=num_leapfrog)
+        self.means.append(difference.mean(-1))
+        self.variances.append(difference.var(-1))

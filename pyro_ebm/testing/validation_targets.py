@@ -32,6 +32,10 @@ from pyro_ebm.energies import FunctionEnergy
 from pyro_ebm.testing.grid import GridDensity
 from pyro_ebm.testing.targets import Target, standard_normal
 
+#: Effects of coaching in eight schools, and their standard errors.
+SCHOOL_EFFECTS = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0)
+SCHOOL_ERRORS = (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0)
+
 
 def log_gamma_product(dim: int = 10, low: float = 0.5, high: float = 3.0) -> Target:
     r"""Skewed coordinates: :math:`-f = \sum_i a_i x_i - e^{x_i}`.
@@ -304,8 +308,7 @@ def eight_schools(prior_scale: float = 5.0) -> Target:
         >>> target.energy.event_shape, 4 < target.mean[0] < 5
         (torch.Size([10]), tensor(True))
     """
-    y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-    errors = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+    y, errors = torch.tensor(SCHOOL_EFFECTS), torch.tensor(SCHOOL_ERRORS)
     dim = len(y)
     schools = _Schools(y.double(), errors.double(), prior_scale)
     log_tau = GridDensity(schools.log_evidence, -35.0, 15.0)

@@ -1,0 +1,119 @@
+r"""Distributions of torch and Pyro that are not what they say, put right.
+
+* ``LKJCholesky.sample`` draws from another law than that of ``log_prob`` for three and
+  more dimensions. The squared length of row :math:`i` below the diagonal,
+  :math:`i = 1, \dots, d - 1`, is
+
+  .. math::
+      y_i \sim \mathrm{Beta}\left(\tfrac{i}{2}, \eta + \tfrac{d - 1 - i}{2}\right)
+      \tag{1}
+
+  where torch takes :math:`i - \tfrac12` for :math:`\tfrac i2`.
+* ``VonMises`` and its like say that their support is the real line, over which their
+  density is periodic. It is a circle: here the interval :math:`(-\pi, \pi)`.
+
+References:
+    Lewandowski, Kurowicka & Joe (2009), J. Multivariate Analysis 100, 1989-2001.
+"""
+
+__all__ = ["corrected", "map_tensors", "support_of"]
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.distributions import Distribution, Transform
+from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import _InverseTransform
+
+from pyro_ebm.energies.base import _unwrap_mixture
+
+_CIRCLE = constraints.interval(-math.pi, math.pi)
+_TORUS = constraints.independent(_CIRCLE, 1)
+
+
+class _VonMises(dist.VonMises):
+    support = _CIRCLE
+
+
+class _SineBivariateVonMises(dist.SineBivariateVonMises):
+    support = _TORUS
+
+
+class _SineSkewed(dist.SineSkewed):
+    support = _TORUS
+
+
+_CIRCULAR: dict[type, type] = {
+    torch.distributions.VonMises: _VonMises,
+    dist.VonMises: _VonMises,
+    dist.SineBivariateVonMises: _SineBivariateVonMises,
+    dist.SineSkewed: _SineSkewed,
+}
+
+
+def corrected(distribution: Any) -> Any:
+    """A distribution whose draws and support are those of its density.
+
+    Args:
+        distribution: Is given back as it is where nothing is wrong, else a copy; what
+            it is made of is corrected too.
+
+    Example:
+        >>> corrected(dist.VonMises(0.0, 1.0)).support
+        Interval(lower_bound=-3.141592653589793, upper_bound=3.141592653589793)
+    """
+    parts = {
+        name: corrected(part)
+        for name, part in getattr(distribution, "__dict__", {}).items()
+        if isinstance(part, Distribution)
+    }
+    changed = {n: p for n, p in parts.items() if p is not vars(distribution)[n]}
+    if isinstance(distribution, torch.distributions.LKJCholesky):
+        changed["_beta"] = _row_lengths(distribution)
+    circular = _CIRCULAR.get(type(distribution))
+    if not changed and circular is None:
+        return distribution
+    clone = copy.copy(distribution)
+    vars(clone).update(changed)
+    if circular is not None:
+        clone.__class__ = circular
+    return clone
+
+
+def _row_lengths(lkj: Any) -> dist.Beta:
+    """The distribution (1), by rows; the first row has none."""
+    eta = lkj.concentration.unsqueeze(-1)
+    row = torch.arange(lkj.dim).to(eta).clamp(min=1)
+    return dist.Beta(row / 2, eta + (lkj.dim - 1 - row) / 2, validate_args=False)
+
+
+def support_of(distribution: Any) -> Constraint:
+    """The support of a distribution, a circle where it is one.
+
+    Args:
+        distribution: Of torch or Pyro; a mixture has the support of its components.
+    """
+    return _unwrap_mixture(corrected(distribution).support)
+
+
+def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """Copy of a distribution in which ``fn`` is applied to each tensor."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if type(value) in (list, tuple):
+        return type(value)(map_tensors(item, fn) for item in value)
+    if not isinstance(value, Distribution | Transform):
+        return value
+    if isinstance(value, _InverseTransform):
+        return map_tensors(value.inv, fn).inv
+    clone = copy.copy(value)
+    for key, part in vars(value).items():
+        # A transform and its inverse refer to each other; the latter is made anew.
+        vars(clone)[key] = None if key == "_inv" else map_tensors(part, fn)
+    return clone

@@ -1,0 +1,123 @@
+"""How particles move on their way along a path.
+
+:class:`AdaptiveHMC` adapts Hamiltonian Monte Carlo at each temperature: the metric
+comes from the weighted population, the step size from the acceptance of the moves.
+:class:`GivenKernels` uses kernels as they are.
+"""
+
+__all__ = ["AdaptiveHMC", "GivenKernels", "with_metric", "with_step_size"]
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import final
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.mcmc import HMC, Kernel, StepSizeAdaptation, find_step_size
+from pyro_ebm.mcmc.base import flat_event
+from pyro_ebm.mcmc.path import GeometricPath, PathState
+
+
+@final
+class AdaptiveHMC:
+    """Hamiltonian Monte Carlo, adapted anew at each temperature.
+
+    Args:
+        path: Where the particles travel.
+        num_moves: Transitions of each ancestor at each temperature.
+        keeps_all: Whether all its states become particles (the waste-free form), or
+            the last one alone.
+
+    Attributes:
+        kernels: As they were left at each temperature.
+    """
+
+    def __init__(
+        self, path: GeometricPath, num_moves: int, *, keeps_all: bool = True
+    ) -> None:
+        self.path, self.num_moves, self.keeps_all = path, num_moves, keeps_all
+        self.kernels: list[HMC] = []
+
+    def __call__(
+        self,
+        population: PathState,
+        log_weights: Tensor,
+        ancestors: PathState,
+        beta: float,
+    ) -> PathState:
+        """See :class:`~pyro_ebm.partition.particles.engine.Mover`."""
+        kernel = self.kernels[-1] if self.kernels else HMC(step_size=1.0)
+        kernel = with_metric(kernel, population.u, log_weights)
+        path, state = self.path, ancestors
+        path.inverse_temperature = beta
+        probe = dataclasses.replace(kernel, num_leapfrog=1)
+        step_size = find_step_size(probe, path, path.at_temperature(state))
+        adaptation = StepSizeAdaptation(step_size)
+        kept = [state]
+        for _ in range(self.num_moves):
+            kernel = with_step_size(kernel, adaptation.step_size)
+            state, info = path.step(kernel, state)
+            adaptation.update(kernel, info)
+            kept.append(state)
+        self.kernels.append(with_step_size(kernel, adaptation.step_size))
+        return state if not self.keeps_all else joined(kept)
+
+
+@final
+class GivenKernels:
+    """Frozen kernels, one transition at each temperature.
+
+    Args:
+        path: Where the particles travel.
+        kernel_at: The kernel of an inverse temperature.
+    """
+
+    def __init__(
+        self, path: GeometricPath, kernel_at: Callable[[float], Kernel]
+    ) -> None:
+        self.path, self.kernel_at = path, kernel_at
+
+    def __call__(
+        self, _: PathState, __: Tensor, ancestors: PathState, beta: float
+    ) -> PathState:
+        """See :class:`~pyro_ebm.partition.particles.engine.Mover`."""
+        self.path.inverse_temperature = beta
+        return self.path.step(self.kernel_at(beta), ancestors)[0]
+
+
+def joined(states: Iterable[PathState]) -> PathState:
+    """States of chain shapes ``(M, A)`` side by side, ``(M, A * len)``."""
+    return PathState(*(torch.cat(parts, 1) for parts in zip(*states, strict=True)))
+
+
+def with_metric(kernel: HMC, u: Tensor, log_weights: Tensor) -> HMC:
+    """The kernel with the scales of a weighted population as its metric.
+
+    Dense for vectors if there are enough points to tell correlations, else diagonal:
+    any shrinkage of the one towards the other would undo a strong correlation.
+
+    Args:
+        kernel: Its step size and number of leapfrog steps are kept.
+        u: Points, shape ``(M, N, *event)``.
+        log_weights: Shape ``(M, N)``.
+    """
+    points, event_shape = flat_event(u, 2).flatten(0, 1), u.shape[2:]
+    weights = log_weights.flatten().softmax(0)
+    ess = 1 / weights.square().sum()
+    centred = points - weights @ points
+    variance = (weights @ centred.square()).clamp(min=1e-12)
+    if len(event_shape) == 1 and ess > 5 * len(variance):
+        covariance = (centred * weights[:, None]).mT @ centred
+        factor, info = torch.linalg.cholesky_ex(covariance)
+        if info == 0:
+            return dataclasses.replace(kernel, scale=None, scale_tril=factor)
+    scale = variance.sqrt().reshape(event_shape)
+    return dataclasses.replace(kernel, scale=scale, scale_tril=None)
+
+
+def with_step_size(kernel: HMC, step_size: Tensor) -> HMC:
+    """A trajectory of about a quarter period in the whitened coordinates."""
+    num_leapfrog = min(16, max(1, math.ceil(1.6 / step_size.item())))
+    return dataclasses.replace(kernel, step_size=step_size, num_leapfrog=num_leapfrog)

@@ -1,0 +1,566 @@
+r"""Log Z by two routes that fail differently, and a verdict on whether they agree.
+
+**A, particles.** Islands of particles travel from the base to the target by sequential
+Monte Carlo. They find mass wherever it can be followed from the base, and lose a mode
+that is narrow for the temperature at which it separates.
+
+**B, modes.** Many draws of the base descend to the modes of the target, whose
+curvatures make a mixture of Student distributions; a few rounds of adaptive importance
+sampling widen it to the mass around them. It finds narrow modes, and misses mass that
+no descent leads to.
+
+What both have found is the proposal of the estimate: independent draws, which need no
+Markov chain to have mixed. Either route errs downwards, where it misses a mode, so the
+estimate may exceed A, and it may not fall short of it; and particles of A at which the
+proposal is too thin show a mode that it lacks. Where no proposal comes close, particles
+travel once more, from the proposal to the target.
+
+References:
+    Del Moral, Doucet & Jasra (2006), JRSS B 68, 411-436.
+    Raftery & Bao (2010), Biometrics 66, 1162-1173.
+"""
+
+__all__ = ["Limits", "two_routes"]
+
+import math
+import time
+from collections.abc import Sequence
+from typing import NamedTuple, final
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+
+from pyro_ebm.core.verdict import Finding, Reason, Status
+from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
+from pyro_ebm.diagnostics.pareto import pareto_k, pareto_std_error
+from pyro_ebm.energies import Energy
+from pyro_ebm.errors import DivergenceError
+from pyro_ebm.mcmc.modes import Modes, find_modes
+from pyro_ebm.mcmc.path import GeometricPath
+from pyro_ebm.partition.base import (
+    LogPartitionEstimate,
+    combine_replicates,
+    student_t_quantile,
+)
+from pyro_ebm.partition.importance.pool import (
+    Pool,
+    Proposes,
+    difference,
+    log_density,
+    tempered,
+)
+from pyro_ebm.partition.importance.proposal import Proposal
+from pyro_ebm.partition.importance.student_mixture import StudentMixture, fit_clusters
+from pyro_ebm.partition.particles.engine import Journey, travel
+from pyro_ebm.partition.particles.movers import AdaptiveHMC
+from pyro_ebm.partition.progress import CountedEnergy
+
+#: Islands of particles, and states kept of each ancestor.
+_NUM_ISLANDS = 8
+#: Draws of the base for each particle.
+_FIRST = 4
+_CHAIN_LENGTH = 16
+#: Evaluations a particle that a run takes, roughly, by which it is sized.
+_COST = 80
+_NUM_STARTS = 256
+#: Modes that are measured, in few dimensions.
+_MAX_MODES = 256
+#: Draws of the base among which the best starts are looked for.
+_NUM_LOOKS = 2048
+_MIN_STARTS = 32
+_NUM_DRAWS = 4000
+_NUM_FITTED = 6000
+_MAX_K = 0.7
+#: With a lighter tail of the weights, they need no second look.
+_GOOD_K = 0.45
+#: With a heavier one, the proposal is worked on.
+_LIGHT_K = 0.35
+#: Where the last look is by particles, errors are wider than they say.
+_CAUTION = 1.5
+#: Relative rounding of an energy in double precision, with a margin.
+_ROUNDING = 1e-10
+_MIN_ESS = 200.0
+#: Share of the particles that may lie where the proposal is too thin.
+_MAX_UNCOVERED = 0.003
+#: What a difference of two routes may be, in nats, beyond three standard errors.
+_SLACK = 0.05
+_MAX_HALF_WIDTH = 0.5
+#: Components for the particles, and times that one is added where they are bare.
+_NUM_CLUSTERS = 12
+_MAX_REPAIRS = 4
+#: Dimensions up to which a component can be told from some hundred draws.
+_MAX_REPAIRED = 48
+_MAX_DENSE = 200
+
+
+_BY_DRAWS = "independent draws of a proposal fitted to modes and particles"
+_BY_PARTICLES = "SMC from a proposal fitted to modes and particles"
+#: What may keep one route from arriving, and says nothing against the other.
+_EXCUSES = (Reason.OUT_OF_BUDGET, Reason.NOT_ARRIVED)
+
+
+class Limits:
+    """How long an estimate may take.
+
+    Args:
+        tolerance: Standard error wanted, in nats.
+        max_seconds: Seconds after which it ends with what there is.
+        budget: Energy evaluations aimed at; ``None`` for no limit.
+    """
+
+    def __init__(
+        self, tolerance: float, max_seconds: float, budget: int | None
+    ) -> None:
+        self.tolerance, self.max_seconds, self.budget = tolerance, max_seconds, budget
+        self.start = time.monotonic(), time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of computing since the start.
+
+        By the clock, or by the processor where others share it.
+        """
+        wall, cpu = self.start
+        return min(time.monotonic() - wall, time.process_time() - cpu)
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return max(self.max_seconds - self.seconds, 0.0)
+
+    def affordable(self, energy: CountedEnergy, share: float) -> float:
+        """Evaluations that a share of what is left pays for."""
+        seconds = self.left * share
+        number = seconds / max(energy.seconds_each, 1e-9)
+        if self.budget is not None:
+            number = min(number, (self.budget - energy.num_evaluations) * share)
+        return max(number, 0.0)
+
+    def is_over(self, energy: CountedEnergy) -> bool:
+        """Whether time or evaluations are spent."""
+        is_spent = self.budget is not None and energy.num_evaluations >= self.budget
+        return is_spent or self.seconds > self.max_seconds
+
+
+class _Value(NamedTuple):
+    """An estimate of one route with its error."""
+
+    value: float
+    std_error: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} +- {self.std_error:.2g}"
+
+
+class _Weighed(NamedTuple):
+    """What weighted draws of a proposal say."""
+
+    value: _Value
+    ess: float
+    findings: list[Finding]
+    is_good: bool
+
+
+@torch.no_grad()
+def two_routes(
+    energy: Energy, base: dist.TorchDistribution, limits: Limits, *, is_shown: bool
+) -> LogPartitionEstimate:
+    """Estimate log Z by both routes; see the module.
+
+    Args:
+        energy: On any continuous support that ``biject_to`` knows.
+        base: A normalised distribution on its event and support.
+        limits: Of time and evaluations.
+        is_shown: Whether to show a progress bar.
+
+    Exactness: *consistent*.
+    """
+    path = GeometricPath(energy, base, is_double=True)
+    target = CountedEnergy(path.target, limits.budget, is_shown=is_shown)
+    path.target = target
+    path.base = CountedEnergy(path.base)
+    try:
+        return _TwoRoutes(path, target, limits).run()
+    finally:
+        target.bar.close()
+
+
+class _TwoRoutes:
+    """The state of an estimate: what the routes have found so far."""
+
+    def __init__(
+        self, path: GeometricPath, target: CountedEnergy, limits: Limits
+    ) -> None:
+        self.path, self.target, self.limits = path, target, limits
+        self.pool = Pool(target)
+        self.dim = path.event_shape.numel()
+        self.findings: list[Finding] = []
+
+    def run(self) -> LogPartitionEstimate:
+        """Both routes, and independent draws of what they have found."""
+        proposal = self.adapt(self.around(self.descend()), 3)
+        # Where no metric can be dense, fewer will do.
+        most = 1024 if self.dim <= _MAX_DENSE else 256
+        journey = self.particles(self.path, self.size(0.25, most), share=0.4)
+        first, particles = None, None
+        if journey is not None:
+            first = _value_of(journey)
+            particles = journey.state.u.flatten(0, 1).reshape(-1, self.dim)
+            proposal = self.union(proposal, journey, particles)
+        weighed = self.weighed(proposal, first, particles)
+        if weighed.is_good:
+            return self.estimate(
+                [weighed.value], weighed.findings, weighed.ess, _BY_DRAWS
+            )
+        return self.from_particles(proposal, first, weighed)
+
+    # Route B.
+
+    def num_draws(self) -> int:
+        return int(min(_NUM_DRAWS, max(500, self.limits.affordable(self.target, 0.02))))
+
+    def descend(self) -> Modes | None:
+        """The modes that draws of the base descend to."""
+        u = self.path.draw_base(_NUM_LOOKS).reshape(_NUM_LOOKS, -1).double()
+        u = u[u.isfinite().all(-1)]
+        if len(u) < 2:
+            return None
+        for _ in range(3):  # to learn what an evaluation costs, once it is traced
+            self.value_and_grad(u[:64])
+        number = int(self.limits.affordable(self.target, 0.2) / 100)
+        if number < _MIN_STARTS:
+            text = f"time or budget for {number} descents, fewer than {_MIN_STARTS}"
+            self.findings.append(Finding(Reason.OUT_OF_BUDGET, text))
+            if number < 4:
+                return None
+        # Half of them anywhere, half where the energy is least.
+        number = min(number, _NUM_STARTS if self.dim <= _MAX_REPAIRED else 32)
+        best = log_density(self.target, u).argsort(descending=True)[: number // 2]
+        starts = torch.cat([u[best], u[: number // 2]])
+        # A mode takes 2 D gradients and the decomposition of a matrix, a few times.
+        most = min(_MAX_MODES // max(1, self.dim // 4), 40_000 // self.dim**2 + 1)
+        return find_modes(self.value_and_grad, starts, max_modes=most)
+
+    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The target over flat vectors."""
+        shaped = u.reshape(len(u), *self.path.event_shape)
+        value, grad = self.target.value_and_grad(shaped)
+        return value.double(), grad.reshape(u.shape).double()
+
+    def around(self, modes: Modes | None) -> Proposal:
+        """A Student mixture on the modes."""
+        if modes is None:
+            return Proposal(self.path)
+        weights = modes.log_mass.softmax(0).clamp(min=1e-3)
+        mixture = StudentMixture(weights / weights.sum(), modes.loc, modes.scale_tril)
+        return Proposal(self.path, mixture)
+
+    def adapt(self, proposal: Proposal, num_rounds: int) -> Proposal:
+        """Refit a proposal to the weighted draws of a few rounds."""
+        for _ in range(num_rounds):
+            if self.limits.is_over(self.target):
+                break
+            self.pool.add(proposal, self.num_draws())
+            log_weights = self.pool.log_weights()
+            if not (log_weights > -torch.inf).any():
+                break
+            u = self.pool.draws()
+            if self.dim <= _MAX_REPAIRED:
+                proposal = proposal.thickened(u, log_weights)
+            weights = tempered(log_weights, max(500.0, 5.0 * self.dim)).softmax(0)
+            if len(u) > _NUM_FITTED:
+                u = u[weights.multinomial(_NUM_FITTED, replacement=True)]
+                weights = torch.full_like(u[:, 0], 1 / _NUM_FITTED)
+            proposal = proposal.refitted(u, weights)
+        return proposal
+
+    # Route A.
+
+    def size(self, share: float, most: int) -> int:
+        """Particles an island that a share of what is left pays for."""
+        number = self.limits.affordable(self.target, share) / _NUM_ISLANDS / _COST
+        power = int(math.log2(max(number, 4 * _CHAIN_LENGTH)))
+        return min(most, 2**power)
+
+    def particles(
+        self, path: GeometricPath, num_particles: int, share: float
+    ) -> Journey | None:
+        """Islands that have travelled a path, or ``None`` if they did not arrive.
+
+        Args:
+            path: From a base to the target.
+            num_particles: An island.
+            share: Of the seconds that are left; it ends where they are spent.
+        """
+        end = self.limits.seconds + share * self.limits.left
+        try:
+            # More at first: they cost an evaluation each, and no move.
+            journey = travel(
+                path.start(_NUM_ISLANDS, _FIRST * num_particles),
+                AdaptiveHMC(path, _CHAIN_LENGTH - 1),
+                num_ancestors=num_particles // _CHAIN_LENGTH,
+                is_over=lambda: (
+                    self.limits.is_over(self.target) or self.limits.seconds > end
+                ),
+            )
+        except DivergenceError as error:
+            self.findings.append(Finding(Reason.NOT_ARRIVED, str(error)))
+            return None
+        if not journey.has_arrived:
+            beta = journey.inverse_temperatures[-1]
+            text = (
+                "time or budget of the particles ended at the inverse temperature "
+                f"{beta:.2g}"
+            )
+            self.findings.append(Finding(Reason.OUT_OF_BUDGET, text))
+            return None
+        return journey
+
+    def union(self, proposal: Proposal, journey: Journey, u: Tensor) -> Proposal:
+        """The proposal with what the particles have found besides."""
+        shares = journey.bennett.softmax(0)[:, None] / journey.state.target.shape[1]
+        weights = shares.expand_as(journey.state.target).flatten()
+        number = max(1, min(_NUM_CLUSTERS, 200 // self.dim))
+        proposal = proposal.joined(fit_clusters(u, weights, number), 0.5)
+        proposal = self.adapt(proposal, 2)
+        for _ in range(_MAX_REPAIRS if self.dim <= _MAX_REPAIRED else 0):
+            log_weights = self.pool.log_weights()
+            is_bare = self.uncovered(proposal, u, log_weights)
+            number = int(is_bare.sum())
+            is_covered = number <= _MAX_UNCOVERED / 3 * len(u)
+            is_light = pareto_k(log_weights) < _LIGHT_K
+            is_late = self.limits.left < 0.6 * self.limits.max_seconds
+            if (is_covered and is_light) or is_late:
+                break
+            if not is_covered:
+                bare = weights[is_bare] / weights[is_bare].sum()
+                extra = fit_clusters(u[is_bare], bare, 1 if number < 200 else 4)
+                proposal = proposal.joined(extra, 0.3)
+            proposal = self.adapt(proposal, 2)
+        return proposal
+
+    # The estimate.
+
+    def weighed(
+        self, proposal: Proposal, first: _Value | None, particles: Tensor | None
+    ) -> "_Weighed":
+        """Importance sampling, by as many draws as the tolerance takes."""
+        start = self.limits.seconds
+        parts = [self.weigh(proposal, 20_000 if self.dim <= _MAX_REPAIRED else 4000)]
+        each = (self.limits.seconds - start) / len(parts[0])
+        while True:
+            log_weights = torch.cat(parts)
+            fraction = max(effective_sample_fraction(log_weights).item(), 1e-6)
+            wanted = 1.5 / fraction / self.limits.tolerance**2
+            left = min(
+                self.limits.affordable(self.target, 0.2),
+                0.2 * self.limits.left / max(each, 1e-9),
+            )
+            number = int(min(wanted - len(log_weights), left, 200_000))
+            if number < 2000 or len(log_weights) > 1_000_000:
+                break
+            parts.append(self.weigh(proposal, number))
+        value = _Value(log_mean_exp(log_weights).item(), pareto_std_error(log_weights))
+        findings = self.judge_weights(log_weights)
+        if first is not None and particles is not None:
+            findings += _shortfall(value, first)
+            findings += self.coverage(proposal, particles, log_weights)
+        k, ess = pareto_k(log_weights), fraction * len(log_weights)
+        is_good = not findings and k < _GOOD_K and first is not None
+        return _Weighed(value, ess, findings, is_good)
+
+    def weigh(self, proposal: Proposal, number: int) -> Tensor:
+        """Log-weights of fresh draws, shape ``(number,)``."""
+        u = proposal.sample(number)
+        return difference(log_density(self.target, u), proposal.log_prob(u))
+
+    def judge_weights(self, log_weights: Tensor) -> list[Finding]:
+        """What the weights say against themselves."""
+        k = pareto_k(log_weights)
+        ess = effective_sample_fraction(log_weights).item() * len(log_weights)
+        found = []
+        if not k < _MAX_K:
+            text = f"the tail of the weights is too heavy: k-hat {k:.2f} above {_MAX_K}"
+            found.append(Finding(Reason.HEAVY_WEIGHTS, text))
+        if not ess > _MIN_ESS:
+            text = f"effective sample size {ess:.0f}, below {_MIN_ESS:.0f}"
+            found.append(Finding(Reason.FEW_EFFECTIVE, text))
+        return found
+
+    def uncovered(self, proposal: Proposal, u: Tensor, log_weights: Tensor) -> Tensor:
+        """Particles at which a single draw would weigh more than any did, ``(N,)``."""
+        own = difference(log_density(self.target, u), proposal.log_prob(u))
+        heavy = log_mean_exp(log_weights) + math.log(0.02 * len(log_weights))
+        return own > torch.maximum(heavy, log_weights.max())
+
+    def coverage(
+        self, proposal: Proposal, u: Tensor, log_weights: Tensor
+    ) -> list[Finding]:
+        """Whether the proposal is too thin where particles are."""
+        share = self.uncovered(proposal, u, log_weights).double().mean().item()
+        if share <= _MAX_UNCOVERED:
+            return []
+        text = f"{share:.1%} of the particles lie where the proposal is too thin"
+        return [Finding(Reason.NOT_COVERED, text)]
+
+    def from_particles(
+        self, proposal: Proposal, first: _Value | None, weighed: "_Weighed"
+    ) -> LogPartitionEstimate:
+        """Particles that travel once more, held against what there is.
+
+        They start from the proposal; where it lacks what particles from the base have
+        found, from the base again, and more of them.
+        """
+        runs: list[_Value] = []
+        if first is None or not _shortfall(weighed.value, first):
+            base = _FlatBase(proposal, self.path.event_shape)
+            runs, gap = self.travelled(GeometricPath(self.target, base), 512)
+        if first is not None and (not runs or _shortfall(runs[-1], first)):
+            again, gap = self.travelled(self.path, 4096)
+            runs = again or runs
+        if not runs:
+            findings = [*self.findings, *weighed.findings]
+            return self.estimate([weighed.value], findings, weighed.ess, _BY_DRAWS)
+        findings = _disagreement(runs, gap, first, weighed)
+        if first is None and not all(f.reason in _EXCUSES for f in self.findings):
+            findings += self.findings
+        values = [runs[-1]]
+        if not weighed.findings:
+            values.append(weighed.value)
+        elif len(runs) > 1:
+            values.append(runs[-2])
+        return self.estimate(values, findings, weighed.ess, _BY_PARTICLES)
+
+    def travelled(
+        self, path: GeometricPath, num_particles: int
+    ) -> tuple[list[_Value], float]:
+        """Runs along a path, each larger than the last, and the gap of the last."""
+        runs, gap, number = [], 0.0, self.size(0.3, num_particles)
+        while True:
+            start = self.limits.seconds
+            journey = self.particles(path, number, share=0.8)
+            if journey is None:
+                break
+            runs.append(_value_of(journey))
+            gap = _gap_of(journey)
+            number *= 4
+            next_seconds = 5 * (self.limits.seconds - start)
+            cost = number * _NUM_ISLANDS * _COST
+            is_close = runs[-1].std_error < self.limits.tolerance
+            is_dear = self.limits.affordable(self.target, 0.6) < cost
+            if is_close or is_dear or next_seconds > self.limits.left:
+                break
+        return runs, gap
+
+    def estimate(
+        self,
+        values: list[_Value],
+        findings: Sequence[Finding],
+        ess: float,
+        method: str,
+    ) -> LogPartitionEstimate:
+        """The estimate with its verdict, from one value or from two that agree."""
+        findings = list(findings)
+        value, std_error = _pooled(values)
+        num_errors = student_t_quantile(3)
+        if method == _BY_PARTICLES:
+            num_errors *= _CAUTION
+        half = num_errors * std_error
+        if not math.isfinite(value):
+            findings.append(Finding(Reason.NOT_FINITE, "the estimate is not finite"))
+        elif not half < _MAX_HALF_WIDTH:
+            text = f"95 % half-width {half:.2g}, above {_MAX_HALF_WIDTH}"
+            findings.append(Finding(Reason.NOT_CONVERGED, text))
+        # Rounding of the energy itself.
+        half += _ROUNDING * (1 + abs(value))
+        return LogPartitionEstimate(
+            value,
+            std_error,
+            value - half,
+            value + half,
+            ess,
+            Status.UNRELIABLE if findings else Status.OK,
+            method,
+            self.target.num_evaluations,
+            tuple(findings),
+            self.limits.seconds,
+        )
+
+
+def _pooled(values: list[_Value]) -> _Value:
+    """Mean by inverse variances; its error is at least half of what they differ by."""
+    weights = [1 / max(v.std_error, 1e-9) ** 2 for v in values]
+    mean = sum(w * v.value for w, v in zip(weights, values, strict=True)) / sum(weights)
+    spread = (max(v.value for v in values) - min(v.value for v in values)) / 2
+    return _Value(mean, max(1 / math.sqrt(sum(weights)), spread))
+
+
+def _disagreement(
+    runs: list[_Value], gap: float, first: _Value | None, weighed: "_Weighed"
+) -> list[Finding]:
+    """What other looks say against the last run of particles from the proposal."""
+    last = runs[-1]
+    findings = [] if first is None else _shortfall(last, first)
+    if not gap < 0.5 + 4 * last.std_error:
+        text = f"forwards and backwards differ by {gap:.2g}"
+        findings.append(Finding(Reason.DIRECTIONS_DISAGREE, text))
+    others = [weighed.value, *runs[:-1], *([] if first is None else [first])]
+    if not any(_agree(last, other) for other in others):
+        text = f"{last} by particles from the proposal, and no other look agrees: "
+        text += ", ".join(map(str, others))
+        findings.append(Finding(Reason.ROUTES_DISAGREE, text))
+    return findings
+
+
+def _agree(one: _Value, other: _Value) -> bool:
+    error = math.hypot(one.std_error, other.std_error)
+    return abs(one.value - other.value) < 3 * error + _SLACK and error < 0.5
+
+
+def _value_of(journey: Journey) -> _Value:
+    value, std_error, _ = combine_replicates(journey.bennett)
+    return _Value(value, std_error)
+
+
+def _gap_of(journey: Journey) -> float:
+    forward = combine_replicates(journey.forward)[0]
+    reverse = -combine_replicates(-journey.reverse)[0]
+    return abs(reverse - forward)
+
+
+def _shortfall(value: _Value, first: _Value) -> list[Finding]:
+    """Whether particles from the base have found more."""
+    more = first.value - value.value
+    if not more > 3 * math.hypot(first.std_error, value.std_error) + _SLACK:
+        return []
+    text = f"particles from the base found more: {first} against {value}"
+    return [Finding(Reason.ROUTES_DISAGREE, text)]
+
+
+@final
+class _FlatBase(dist.TorchDistribution):
+    """A proposal over flat vectors as a base over an event."""
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+
+    def __init__(self, proposal: Proposes, event_shape: torch.Size) -> None:
+        super().__init__(torch.Size(), event_shape, validate_args=False)
+        self.proposal = proposal
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All of unconstrained space."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        """Log density at ``u`` of shape ``(*batch, *event)``."""
+        batch = u.shape[: u.dim() - len(self.event_shape)]
+        return self.proposal.log_prob(u.reshape(batch.numel(), -1)).reshape(batch)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws in random order, shape ``(*sample, *event)``."""
+        number = torch.Size(sample_shape).numel()
+        draws = self.proposal.sample(number)[torch.randperm(number)]
+        return draws.reshape(*sample_shape, *self.event_shape)
