@@ -66,7 +66,8 @@ class Pool:
         self._u.append(u)
         if len(self._u) > MAX_ROUNDS:
             del self._u[0], self._log_density[0], self._log_proposals[0]
-            for row in (self._proposals, *self._log_proposals):
+            del self._proposals[0]
+            for row in self._log_proposals:
                 del row[0]
         return difference(self._log_density[-1], self._log_proposals[-1][-1])
 
