@@ -381,7 +381,9 @@ def _estimated(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnreliableWarning)
-            return estimate(energy, base, progress_bar=False)
+            return estimate(
+                energy, base, tolerance=0.01, max_seconds=20.0, progress_bar=False
+            )
     except DivergenceError:
         return None
 

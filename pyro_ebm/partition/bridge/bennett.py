@@ -33,7 +33,7 @@ References:
     Shirts (2013), J. Chem. Theory Comput. 9, 909-926 (the test of the slope).
 """
 
-__all__ = ["BennettRatio", "bennett", "chains_ess", "require_draws"]
+__all__ = ["BennettRatio", "bennett", "chains_ess", "require_draws", "solve"]
 
 import math
 from typing import NamedTuple
@@ -114,7 +114,7 @@ def bennett(
     second = _checked(log_ratio_at_second, "log_ratio_at_second")
     n_1 = min(ess_first or math.inf, len(first))
     n_2 = min(ess_second or math.inf, len(second))
-    middle = _solve(first, second, n_1, n_2)
+    middle = solve(first[None], second[None], n_1, n_2).item()
     log_ratio = middle - math.log(n_1) + math.log(n_2)
     if not math.isfinite(middle):
         apart = "no draw of either density lies where the other is positive"
@@ -172,32 +172,37 @@ def _checked(log_ratio: Tensor, name: str) -> Tensor:
     return log_ratio.double()
 
 
-def _solve(first: Tensor, second: Tensor, n_1: float, n_2: float) -> float:
-    """The ``m`` of (1), by bisection; infinite where there is none."""
-    shared_1, shared_2 = first[first > -torch.inf], second[second < torch.inf]
-    if not len(shared_1) and not len(shared_2):
-        return math.nan
-    if not len(shared_1) or not len(shared_2):
-        return -math.inf if len(shared_2) else math.inf
+def solve(first: Tensor, second: Tensor, n_1: float = 1.0, n_2: float = 1.0) -> Tensor:
+    r"""The ``m`` of (1), by bisection, for each row.
 
-    def excess(m: float) -> float:
-        left = n_1 * (first - m).sigmoid().mean()
-        return (left - n_2 * (m - second).sigmoid().mean()).item()
+    Args:
+        first: :math:`\ell` at draws of the first density, shape ``(M, N_1)``.
+        second: :math:`\ell` at draws of the second, shape ``(M, N_2)``.
+        n_1: Effective number of the first draws; only the ratio to ``n_2`` counts.
+        n_2: Effective number of the second draws.
 
-    ends = torch.cat([shared_1, shared_2])
-    ends = ends[ends.isfinite()]
+    Returns:
+        Shape ``(M,)``, of double precision; infinite where all draws of one density lie
+        where the other is zero, ``nan`` where those of both do.
+    """
+    first, second = first.double(), second.double()
+    nothing_1 = (first == -torch.inf).all(-1)
+    nothing_2 = (second == torch.inf).all(-1)
+    both = torch.cat([first, second], -1)
+    ends = both.where(both.isfinite(), torch.nan)
     # The least value of either side, beyond the ends, is far below 1e-17 of the other.
-    margin = 50 + math.log(len(first) + len(second))
-    low, high = (ends.min().item() - margin, ends.max().item() + margin)
-    for _ in range(200):
+    margin = 50 + math.log(both.shape[-1])
+    low = ends.nan_to_num(torch.inf).amin(-1) - margin
+    high = ends.nan_to_num(-torch.inf).amax(-1) + margin
+    for _ in range(80):
         middle = (low + high) / 2
-        if excess(middle) > 0:
-            low = middle
-        else:
-            high = middle
-        if high - low <= 1e-13 * max(1.0, abs(middle)):
-            break
-    return (low + high) / 2
+        left = n_1 * (first - middle[:, None]).sigmoid().mean(-1)
+        is_low = left > n_2 * (middle[:, None] - second).sigmoid().mean(-1)
+        low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
+    found = (low + high) / 2
+    found = torch.where(nothing_1, -torch.inf, found)
+    found = torch.where(nothing_2, torch.inf, found)
+    return torch.where(nothing_1 & nothing_2, torch.nan, found)
 
 
 def _relative_variance(t: Tensor) -> float:

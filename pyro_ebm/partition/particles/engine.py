@@ -23,7 +23,7 @@ References:
     Computing 11, 125-139. Bennett (1976), J. Comput. Phys. 22, 245-268.
 """
 
-__all__ = ["Journey", "Mover", "Travels", "bennett_of_islands", "travel"]
+__all__ = ["Journey", "Mover", "Travels", "travel"]
 
 import math
 from collections.abc import Callable, Sequence
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
 from pyro_ebm.errors import DivergenceError
+from pyro_ebm.partition.bridge.bennett import solve
 from pyro_ebm.partition.particles.resampling import systematic_resample
 
 
@@ -73,10 +74,10 @@ class Journey(NamedTuple):
         state: The particles at its end.
         inverse_temperatures: The steps that were taken.
         log_weights: Weights (1) since the last resampling, shape ``(M, N)``.
-        forward: Sum of (1) over the steps, shape ``(M,)``; errs downwards.
+        forward: Sum of (1) over the steps, shape ``(M,)``; errs downwards. This, and
+            the two that follow, are zero where nothing was resampled.
         bennett: The same by Bennett's ratio between neighbouring populations.
         reverse: The same by (1) taken backwards; errs upwards.
-        initial_log_weights: Weights of the first population for the whole path.
         ess: Smallest effective fraction of the weights of a step.
         has_arrived: Whether the run came to the end of the path.
     """
@@ -87,7 +88,6 @@ class Journey(NamedTuple):
     forward: Tensor
     bennett: Tensor
     reverse: Tensor
-    initial_log_weights: Tensor
     ess: float
     has_arrived: bool
 
@@ -124,9 +124,8 @@ def travel(
     """
     fixed = None if inverse_temperatures is None else list(inverse_temperatures)
     betas = [0.0 if fixed is None else fixed[0]]
-    weights = torch.zeros_like(state.log_weight(0.0, 0.0))
+    weights = torch.zeros_like(state.log_weight(betas[0], betas[0]))
     sums = _Sums(weights)
-    initial = state.log_weight(0.0, 1.0)
     look(state)
     end = 1.0 if fixed is None else fixed[-1]
     while betas[-1] != end and not is_over():
@@ -146,15 +145,22 @@ def travel(
             ancestors = state.select(systematic_resample(weights, num_ancestors))
         if moves_last or high != end:
             new = move(state, weights, ancestors, high)
-            sums.add(increment, new.log_weight(low, high))
+            if num_ancestors is not None:
+                sums.add(increment, new.log_weight(low, high))
             state = new
             look(state)
         if num_ancestors is not None:
             weights = torch.zeros_like(state.log_weight(high, high))
     return Journey(
-        state, betas, weights, sums.forward, sums.bennett, sums.reverse, initial,
-        sums.ess, betas[-1] == end,
-    )  # fmt: skip
+        state,
+        betas,
+        weights,
+        sums.forward,
+        sums.bennett,
+        sums.reverse,
+        sums.ess,
+        betas[-1] == end,
+    )
 
 
 class _Sums:
@@ -175,33 +181,8 @@ class _Sums:
         there, back = there.double(), back.double()
         self.forward = self.forward + log_mean_exp(there)  # (1)
         self.reverse = self.reverse - log_mean_exp(-back)
-        self.bennett = self.bennett + bennett_of_islands(there, back)
+        self.bennett = self.bennett + solve(there, back)
         self.ess = min(self.ess, effective_sample_fraction(there).min().item())
-
-
-def bennett_of_islands(first: Tensor, second: Tensor) -> Tensor:
-    r"""Bennett's acceptance ratio between two populations, by island.
-
-    Solves :math:`\overline{\sigma(\ell_1 - c)} = \overline{\sigma(c - \ell_2)}` for
-    ``c`` by bisection; see :mod:`pyro_ebm.partition.bridge.bennett`.
-
-    Args:
-        first: Log weights from the first to the second density, at draws of the first,
-            shape ``(M, N)``.
-        second: The same at draws of the second.
-
-    Returns:
-        Shape ``(M,)``.
-    """
-    both = torch.cat([first, second], -1).clamp(-1e6, 1e6)
-    low, high = both.amin(-1) - 1, both.amax(-1) + 1
-    for _ in range(60):
-        c = (low + high) / 2
-        too_low = (first - c[:, None]).sigmoid().mean(-1) > (
-            c[:, None] - second
-        ).sigmoid().mean(-1)
-        low, high = torch.where(too_low, c, low), torch.where(too_low, high, c)
-    return (low + high) / 2
 
 
 def _next(state: Travels, beta: float, threshold: float) -> float:

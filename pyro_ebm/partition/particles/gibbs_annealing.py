@@ -28,10 +28,11 @@ References:
 
 __all__ = ["gibbs_annealing"]
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, cast, final
+from typing import Any, NamedTuple, cast, final
 
 import pyro.distributions as dist
 import torch
@@ -48,8 +49,8 @@ from pyro_ebm.energies.rbm import RBMEnergy
 from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc.gibbs import Gibbs
 from pyro_ebm.partition.base import LogPartitionEstimate, student_t_quantile
-from pyro_ebm.partition.bridge.bennett import bennett
-from pyro_ebm.partition.particles.engine import bennett_of_islands
+from pyro_ebm.partition.bridge.bennett import bennett, solve
+from pyro_ebm.partition.particles.engine import travel
 from pyro_ebm.partition.particles.resampling import systematic_resample
 
 #: Chains of the pilot run, and what it may cost of the budget.
@@ -209,7 +210,8 @@ def _schedule(path: AnnealingPath, sizes: _Sizes) -> list[float]:
     """Inverse temperatures at which the increments have about equal variance."""
     x = path.start.distribution.sample(torch.Size((_PILOT_CHAINS,)))
     grid = torch.linspace(0, 1, sizes.num_pilot + 1, dtype=torch.float64)
-    _, increments = _travel(path, x, grid.tolist(), Gibbs())
+    _, sums = _travel(path, x, grid.tolist(), Gibbs())
+    increments = torch.cat([sums[:1], sums.diff(dim=0)])
     is_finite = increments.isfinite()
     if not is_finite.all(0).any():
         raise DivergenceError(
@@ -232,8 +234,8 @@ def _there_and_back(
 ) -> tuple[Tensor, Tensor]:
     """The log-weights (1) of both directions, each of shape ``(M, N)``."""
     x = path.start.distribution.sample(torch.Size((num_islands, num_chains)))
-    x, increments = _travel(path, x, betas, Gibbs())
-    there = increments.sum(0)
+    x, sums = _travel(path, x, betas, Gibbs())
+    there = sums[-1]
     arrived = there.isfinite()
     if not arrived.any(-1).all():
         raise DivergenceError(
@@ -247,24 +249,39 @@ def _there_and_back(
 
 def _back(path: AnnealingPath, x: Tensor, betas: list[float]) -> Tensor:
     """Log-weights from draws of the target to the base, by the sweeps reversed."""
-    return _travel(path, x, betas[::-1], Gibbs(is_reversed=True))[1].sum(0)
+    return _travel(path, x, betas[::-1], Gibbs(is_reversed=True))[1][-1]
+
+
+class _Sites:
+    """Points of a finite support that travel a path of energies of one family."""
+
+    def __init__(self, x: Tensor, at: Callable[[float], Energy]) -> None:
+        self.x, self.at = x, at
+
+    def log_weight(self, low: float, high: float) -> Tensor:
+        """One step of (1), shape ``(*chains,)``."""
+        below, above = (self.at(beta)(self.x).double() for beta in (low, high))
+        return torch.where(above == torch.inf, -torch.inf, below - above)
+
+    def select(self, chains: tuple[Tensor | slice, ...]) -> "_Sites":
+        """The points that an index tuple names."""
+        return _Sites(self.x[chains], self.at)
 
 
 def _travel(
     path: AnnealingPath, x: Tensor, betas: list[float], kernel: Gibbs
 ) -> tuple[Tensor, Tensor]:
-    """Where the chains get, and the increments of (1), shape ``(T, *chains)``."""
-    current = path.at(betas[0])
-    x = x.to(**current.tensor_options(x))
-    increments = []
-    for beta in betas[1:]:
-        following = path.at(beta)
-        below, above = current(x).double(), following(x).double()
-        increments.append(torch.where(above == torch.inf, -torch.inf, below - above))
-        if beta != betas[-1]:
-            x = kernel.sweep(following, x)
-        current = following
-    return x, torch.stack(increments)
+    """Where the chains get, and the sums in (1) so far, shape ``(T, *chains)``."""
+    at = functools.lru_cache(maxsize=4)(path.at)
+    sums = []
+
+    def move(_: Any, log_weights: Tensor, sites: _Sites, beta: float) -> _Sites:
+        sums.append(log_weights)
+        return _Sites(kernel.sweep(at(beta), sites.x), at)
+
+    start = _Sites(x.to(**at(betas[0]).tensor_options(x)), at)
+    journey = travel(start, move, inverse_temperatures=betas, moves_last=False)
+    return journey.state.x, torch.stack([*sums, journey.log_weights])
 
 
 def _judge(
@@ -274,7 +291,7 @@ def _judge(
     bad = ~(there < torch.inf)
     there = there.masked_fill(bad, -torch.inf)
     ratio = bennett(there.flatten(), back.flatten())
-    islands = bennett_of_islands(there, back.clamp(max=1e6))
+    islands = solve(there, back.clamp(max=1e6))
     num_islands = len(islands)
     spread = islands.std().item()
     spread_error = spread / math.sqrt(num_islands)

@@ -50,8 +50,6 @@ class Islands(NamedTuple):
         curve: :math:`\mathbb{E}_\beta[f - f_0]` at each temperature, by island, shape
             ``(K, M)``; see :mod:`pyro_ebm.partition.particles.thermodynamic`.
         curve_variance: :math:`\mathrm{Var}_\beta[f - f_0]`, shape ``(K, M)``.
-        initial_log_weights: Log of :math:`e^{-f} / p_0` at the draws of the base, shape
-            ``(M, N)``.
         kernel: The kernel as adapted to the target.
         inverse_temperatures: The path that was taken, from 0 to 1.
         ess: Smallest effective fraction of the weights on the way.
@@ -64,7 +62,6 @@ class Islands(NamedTuple):
     reverse: Tensor
     curve: Tensor
     curve_variance: Tensor
-    initial_log_weights: Tensor
     kernel: HMC
     inverse_temperatures: list[float]
     ess: float
@@ -183,7 +180,6 @@ def run_smc(
         journey.reverse,
         torch.stack(curve.means),
         torch.stack(curve.variances),
-        journey.initial_log_weights,
         move.kernels[-1] if move.kernels else HMC(step_size=1.0),
         journey.inverse_temperatures,
         journey.ess,

@@ -148,12 +148,12 @@ def test_the_reverse_run_takes_the_steps_of_the_forward_run_backwards(monkeypatc
     run, steps = _Annealing(energy, normal(2), 32, 0.05), []
     kernels = [HMC(step_size=0.1 * t) for t in range(1, len(FINE) + 1)]
 
-    def step(kernel, beta, state):
-        steps.append((kernel.step_size, beta))
-        return state
+    def step(kernel, state):
+        steps.append((kernel.step_size, run.path.inverse_temperature))
+        return state, None
 
     run.schedule = Schedule(FINE, kernels)
-    monkeypatch.setattr(run, "step", step)
+    monkeypatch.setattr(run.path, "step", step)
     run.forward()
     there = steps.copy()
     steps.clear()
