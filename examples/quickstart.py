@@ -35,7 +35,7 @@ def load_data():
 def build(train):
     gaussian = dist.MultivariateNormal(train.mean(0), train.T.cov(correction=0))
     energy = pyro_ebm.energies.NeuralEnergy((2,), hidden_sizes=(64, 64), base=gaussian)
-    tracker = pyro_ebm.partition.LogPartition(energy, gaussian, num_walkers=512)
+    tracker = pyro_ebm.partition.LogPartition(energy, gaussian, num_walkers=256)
     return pyro_ebm.EnergyModel(energy, gaussian, log_partition=tracker), gaussian
 
 

@@ -101,10 +101,15 @@ class EnergyModel(Factor, nn.Module):
         distribution.log_partition_std_error = tracked.std_error
         return distribution
 
-    def averaged(self) -> EnergyDistribution:
+    def averaged(
+        self, log_partition: LogPartitionEstimate | None = None
+    ) -> EnergyDistribution:
         r"""The distribution of the averaged parameters with its own :math:`\log Z`.
 
         The better model while learning: what is reported and what ``fit`` returns.
+
+        Args:
+            log_partition: An estimate for these parameters; default: the tracked one.
 
         Raises:
             RuntimeError: If nothing has been learned yet.
@@ -114,7 +119,7 @@ class EnergyModel(Factor, nn.Module):
                 "there is no average before the first step of learning. Train the "
                 "model, or call model.log_partition.refresh(model.energy)."
             )
-        estimate = self.log_partition.averaged()
+        estimate = log_partition or self.log_partition.averaged()
         value = torch.tensor(estimate.value) if math.isfinite(estimate.value) else None
         distribution = self._distribution(self.log_partition.averaged_energy, value)
         distribution.is_normalized = estimate.is_reliable

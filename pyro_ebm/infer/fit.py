@@ -6,18 +6,21 @@ import copy
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_ebm.core.verdict import Finding, Reason, status_of
+from pyro_ebm.core.verdict import Finding, Reason, Status, status_of
 from pyro_ebm.distributions import EnergyModel
-from pyro_ebm.errors import DivergenceError
+from pyro_ebm.energies import Energy
+from pyro_ebm.errors import DivergenceError, UnreliableWarning
 from pyro_ebm.infer.diagnosis import FitDiagnostics, diagnose, energy_gap
 from pyro_ebm.infer.fit_checks import (
     require_callbacks,
@@ -38,7 +41,7 @@ from pyro_ebm.infer.optimiser import (
 from pyro_ebm.infer.stages import Stage, as_stages, begin_chains, unwrapped
 from pyro_ebm.infer.verdict import judge
 from pyro_ebm.mcmc.base import bias_of
-from pyro_ebm.partition import LogPartitionEstimate
+from pyro_ebm.partition import LogPartitionEstimate, estimate
 
 _LOG = logging.getLogger(__name__)
 
@@ -99,8 +102,9 @@ def fit(
         DivergenceError: If no chain can move any more; the model is then left as it
             was at the last record.
 
-    Exactness: log Z, and with it each log-likelihood, is *exact* if the energy has a
-    closed form, else *consistent* in the number of walkers; ``log_partition.status``
+    Exactness: the final log Z is that of :func:`pyro_ebm.partition.estimate` for the
+    averaged parameters, *exact* if its status says so, else *consistent*; that of the
+    history is tracked, *consistent* in the number of walkers. ``log_partition.status``
     says whether to believe it.
 
     Example:
@@ -212,8 +216,9 @@ class _Fit:
         last = stages[len(taken) - 1].objective
         found = self._diagnosed(last)
         model.adopt_average()
-        distribution = copy.deepcopy(model.averaged())  # another fit must not change it
-        log_partition = model.log_partition.averaged()
+        log_partition = _settled_log_partition(model)
+        # Another fit must not change it.
+        distribution = copy.deepcopy(model.averaged(log_partition))
         gap = energy_gap(model, self.train_data)
         found = found._replace(
             energy_gap=gap, gradient_snr=self.noise.signal_to_noise()
@@ -224,7 +229,7 @@ class _Fit:
         wall, cpu = self.began
         return FitResult(
             distribution,
-            _with_advice(log_partition),
+            log_partition,
             self.history,
             self.num_steps,
             stopped,
@@ -341,13 +346,55 @@ class _Fit:
         return record
 
 
-def _with_advice(estimate: LogPartitionEstimate) -> LogPartitionEstimate:
-    """Say how to find a log Z that the walkers have not found."""
-    if estimate.is_reliable:
-        return estimate
-    advice = "log Z is unknown: run pyro_ebm.partition.estimate(model)"
+def _settled_log_partition(model: EnergyModel) -> LogPartitionEstimate:
+    r"""The final :math:`\log Z`: an estimate of its own, which the walkers take over.
+
+    The walkers have followed the parameters for a curve; now that these hold still, a
+    run of ``partition.estimate`` is the better use of the same time. Without a reliable
+    one it is that of the walkers, with their verdict.
+    """
+    tracker = model.log_partition
+    tracked = tracker.averaged()
+    if tracker.is_closed_form:
+        return tracked
+    found = _estimated(tracker.averaged_energy, model.base)
+    if found is None or not found.is_reliable:
+        return tracked if tracked.is_reliable else _with_advice(tracked, found)
+    missed = tracked.value - found.value
+    error = math.hypot(tracked.std_error, found.std_error)
+    if tracked.is_reliable and found.status is Status.OK and missed > 4 * error + 0.05:
+        # Either errs downwards, by the modes that it lacks.
+        more = f"the walkers have found {missed:.2g} nats more than partition.estimate"
+        reasons = (Finding(Reason.ROUTES_DISAGREE, more),)
+        return found._replace(status=Status.UNRELIABLE, reasons=reasons)
+    try:
+        tracker.calibrate(model.energy, found, progress_bar=False)
+    except DivergenceError:  # no walkers arrive, but the value is as good
+        pass
+    return found
+
+
+def _estimated(
+    energy: Energy, base: dist.TorchDistribution
+) -> LogPartitionEstimate | None:
+    """What ``partition.estimate`` says without a warning; ``None`` if it cannot run."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnreliableWarning)
+            return estimate(energy, base, progress_bar=False)
+    except DivergenceError:
+        return None
+
+
+def _with_advice(
+    tracked: LogPartitionEstimate, found: LogPartitionEstimate | None
+) -> LogPartitionEstimate:
+    """Say how to find a log Z that neither the walkers nor an estimate have found."""
+    advice = "run pyro_ebm.partition.estimate(model) for longer, or from a nearer base"
+    if found is not None:
+        advice = f"{found.method} has not found log Z either ({found.reason}); {advice}"
     unknown = Finding(Reason.UNKNOWN_LOG_PARTITION, advice)
-    return estimate._replace(reasons=(*estimate.reasons, unknown))
+    return tracked._replace(reasons=(*tracked.reasons, unknown))
 
 
 def _as_pyro_model(energy_model: EnergyModel) -> Any:

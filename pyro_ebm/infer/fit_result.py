@@ -45,7 +45,8 @@ class FitResult(NamedTuple):
 
     Attributes:
         distribution: The averaged model with its :math:`\log Z`.
-        log_partition: That :math:`\log Z`, with error and verdict.
+        log_partition: That :math:`\log Z`, with error and verdict, by
+            :func:`pyro_ebm.partition.estimate` if that is reliable, else as tracked.
         history: A record every ``record_interval`` steps.
         num_steps: Parameter steps taken.
         stopped: Why it ended: ``"finished"``, ``"early stopping"``, ``"callback"``,

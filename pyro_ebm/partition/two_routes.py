@@ -71,6 +71,7 @@ _MAX_MODES = 256
 _NUM_LOOKS = 2048
 _MIN_STARTS = 32
 _NUM_DRAWS = 4000
+_NUM_FITTED = 6000
 _MAX_K = 0.7
 #: With a lighter tail of the weights, they need no second look.
 _GOOD_K = 0.45
@@ -89,6 +90,9 @@ _MAX_HALF_WIDTH = 0.5
 #: Components for the particles, and times that one is added where they are bare.
 _NUM_CLUSTERS = 12
 _MAX_REPAIRS = 4
+#: Dimensions up to which a component can be told from some hundred draws.
+_MAX_REPAIRED = 48
+_MAX_DENSE = 200
 
 
 _BY_DRAWS = "independent draws of a proposal fitted to modes and particles"
@@ -197,7 +201,9 @@ class _TwoRoutes:
     def run(self) -> LogPartitionEstimate:
         """Both routes, and independent draws of what they have found."""
         proposal = self.adapt(self.around(self.descend()), 3)
-        journey = self.particles(self.path, self.size(0.25, 1024), share=0.4)
+        # Where no metric can be dense, fewer will do.
+        most = 1024 if self.dim <= _MAX_DENSE else 256
+        journey = self.particles(self.path, self.size(0.25, most), share=0.4)
         first, particles = None, None
         if journey is not None:
             first = _value_of(journey)
@@ -230,11 +236,12 @@ class _TwoRoutes:
             if number < 4:
                 return None
         # Half of them anywhere, half where the energy is least.
-        number = min(number, _NUM_STARTS)
+        number = min(number, _NUM_STARTS if self.dim <= _MAX_REPAIRED else 32)
         best = log_density(self.target, u).argsort(descending=True)[: number // 2]
         starts = torch.cat([u[best], u[: number // 2]])
-        most = _MAX_MODES // max(1, self.dim // 4)
-        return find_modes(self.value_and_grad, starts, max_modes=max(most, 16))
+        # A mode takes 2 D gradients and the decomposition of a matrix, a few times.
+        most = min(_MAX_MODES // max(1, self.dim // 4), 40_000 // self.dim**2 + 1)
+        return find_modes(self.value_and_grad, starts, max_modes=most)
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The target over flat vectors."""
@@ -260,9 +267,13 @@ class _TwoRoutes:
             if not (log_weights > -torch.inf).any():
                 break
             u = self.pool.draws()
-            proposal = proposal.thickened(u, log_weights)
-            tamed = tempered(log_weights, max(500.0, 5.0 * self.dim))
-            proposal = proposal.refitted(u, tamed.softmax(0))
+            if self.dim <= _MAX_REPAIRED:
+                proposal = proposal.thickened(u, log_weights)
+            weights = tempered(log_weights, max(500.0, 5.0 * self.dim)).softmax(0)
+            if len(u) > _NUM_FITTED:
+                u = u[weights.multinomial(_NUM_FITTED, replacement=True)]
+                weights = torch.full_like(u[:, 0], 1 / _NUM_FITTED)
+            proposal = proposal.refitted(u, weights)
         return proposal
 
     # Route A.
@@ -311,15 +322,17 @@ class _TwoRoutes:
         """The proposal with what the particles have found besides."""
         shares = journey.bennett.softmax(0)[:, None] / journey.state.target.shape[1]
         weights = shares.expand_as(journey.state.target).flatten()
-        clusters = fit_clusters(u, weights, _NUM_CLUSTERS)
-        proposal = self.adapt(proposal.joined(clusters, 0.5), 2)
-        for _ in range(_MAX_REPAIRS):
+        number = max(1, min(_NUM_CLUSTERS, 200 // self.dim))
+        proposal = proposal.joined(fit_clusters(u, weights, number), 0.5)
+        proposal = self.adapt(proposal, 2)
+        for _ in range(_MAX_REPAIRS if self.dim <= _MAX_REPAIRED else 0):
             log_weights = self.pool.log_weights()
             is_bare = self.uncovered(proposal, u, log_weights)
             number = int(is_bare.sum())
             is_covered = number <= _MAX_UNCOVERED / 3 * len(u)
             is_light = pareto_k(log_weights) < _LIGHT_K
-            if (is_covered and is_light) or self.limits.is_over(self.target):
+            is_late = self.limits.left < 0.6 * self.limits.max_seconds
+            if (is_covered and is_light) or is_late:
                 break
             if not is_covered:
                 bare = weights[is_bare] / weights[is_bare].sum()
@@ -334,12 +347,17 @@ class _TwoRoutes:
         self, proposal: Proposal, first: _Value | None, particles: Tensor | None
     ) -> "_Weighed":
         """Importance sampling, by as many draws as the tolerance takes."""
-        parts = [self.weigh(proposal, 20_000)]
+        start = self.limits.seconds
+        parts = [self.weigh(proposal, 20_000 if self.dim <= _MAX_REPAIRED else 4000)]
+        each = (self.limits.seconds - start) / len(parts[0])
         while True:
             log_weights = torch.cat(parts)
             fraction = max(effective_sample_fraction(log_weights).item(), 1e-6)
             wanted = 1.5 / fraction / self.limits.tolerance**2
-            left = self.limits.affordable(self.target, 0.2)
+            left = min(
+                self.limits.affordable(self.target, 0.2),
+                0.2 * self.limits.left / max(each, 1e-9),
+            )
             number = int(min(wanted - len(log_weights), left, 200_000))
             if number < 2000 or len(log_weights) > 1_000_000:
                 break
@@ -390,25 +408,18 @@ class _TwoRoutes:
     def from_particles(
         self, proposal: Proposal, first: _Value | None, weighed: "_Weighed"
     ) -> LogPartitionEstimate:
-        """Particles that travel from the proposal, held against its weighted draws."""
-        runs, gap, number = [], 0.0, self.size(0.3, 512)
-        if first is not None and _shortfall(weighed.value, first):
-            # The proposal lacks what particles from the base have found.
-            path, number = self.path, self.size(0.5, 4096)
-        else:
-            flat = _FlatBase(proposal, self.path.event_shape)
-            path = GeometricPath(self.target, flat)
-        while True:
-            journey = self.particles(path, number, share=0.8)
-            if journey is None:
-                break
-            runs.append(_value_of(journey))
-            gap = _gap_of(journey)
-            number *= 4
-            cost = number * _NUM_ISLANDS * _COST / 2
-            is_close = runs[-1].std_error < self.limits.tolerance
-            if is_close or self.limits.affordable(self.target, 0.6) < cost:
-                break
+        """Particles that travel once more, held against what there is.
+
+        They start from the proposal; where it lacks what particles from the base have
+        found, from the base again, and more of them.
+        """
+        runs: list[_Value] = []
+        if first is None or not _shortfall(weighed.value, first):
+            base = _FlatBase(proposal, self.path.event_shape)
+            runs, gap = self.travelled(GeometricPath(self.target, base), 512)
+        if first is not None and (not runs or _shortfall(runs[-1], first)):
+            again, gap = self.travelled(self.path, 4096)
+            runs = again or runs
         if not runs:
             findings = [*self.findings, *weighed.findings]
             return self.estimate([weighed.value], findings, weighed.ess, _BY_DRAWS)
@@ -421,6 +432,27 @@ class _TwoRoutes:
         elif len(runs) > 1:
             values.append(runs[-2])
         return self.estimate(values, findings, weighed.ess, _BY_PARTICLES)
+
+    def travelled(
+        self, path: GeometricPath, num_particles: int
+    ) -> tuple[list[_Value], float]:
+        """Runs along a path, each larger than the last, and the gap of the last."""
+        runs, gap, number = [], 0.0, self.size(0.3, num_particles)
+        while True:
+            start = self.limits.seconds
+            journey = self.particles(path, number, share=0.8)
+            if journey is None:
+                break
+            runs.append(_value_of(journey))
+            gap = _gap_of(journey)
+            number *= 4
+            next_seconds = 5 * (self.limits.seconds - start)
+            cost = number * _NUM_ISLANDS * _COST
+            is_close = runs[-1].std_error < self.limits.tolerance
+            is_dear = self.limits.affordable(self.target, 0.6) < cost
+            if is_close or is_dear or next_seconds > self.limits.left:
+                break
+        return runs, gap
 
     def estimate(
         self,

@@ -178,7 +178,7 @@ def test_own_sampler_and_tracker():
     assert energy_model().sampler is sampler
     assert energy_model.log_partition is tracker
     train(energy_model, 6)
-    assert tracker.walkers.u.shape == (4, 32, 2)
+    assert tracker.walkers.u.shape == (8, 32, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,6 +1,7 @@
 """fit: what it returns, when it stops, and what it leaves as it was."""
 
 import copy
+import importlib
 import math
 import pickle
 
@@ -12,7 +13,7 @@ from pyro.distributions import constraints
 from torch import nn
 
 from pyro_ebm import EnergyModel, fit
-from pyro_ebm.core import Finding, Reason
+from pyro_ebm.core import Finding, Reason, Status
 from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy
 from pyro_ebm.errors import DivergenceError
 from pyro_ebm.infer import (
@@ -22,7 +23,7 @@ from pyro_ebm.infer import (
     MaximumLikelihood,
     log_likelihood,
 )
-from pyro_ebm.partition import LogPartition, quadrature
+from pyro_ebm.partition import LogPartition, LogPartitionEstimate, quadrature
 from tests.infer.problems import base
 
 QUICK = MaximumLikelihood(num_chains=32, num_steps=2)
@@ -88,6 +89,51 @@ def test_what_it_returns_is_the_average_with_its_log_partition():
     torch.testing.assert_close(energy_model.energy(x), q.energy(x))
     torch.testing.assert_close(energy_model().log_prob(x), q.log_prob(x))
     torch.testing.assert_close(q.log_prob(x), -q.energy(x) - q.log_partition)
+
+
+def test_the_final_log_partition_is_an_estimate_of_its_own():
+    """Not that of the walkers, which take it over; that of the records stays theirs."""
+    energy_model = neural()
+    result = quick(energy_model)
+    tracker = energy_model.log_partition
+    assert result.log_partition.method == "quadrature"
+    assert result.history[-1].log_partition.method == "walkers"
+    assert result.log_partition.value == pytest.approx(tracker.averaged().value)
+    assert tracker.averaged().std_error == pytest.approx(0.0, abs=1e-6)
+    again = quick(energy_model)  # and follow from there
+    found = again.history[0].log_partition
+    assert found.status == "ok"
+    assert found.std_error < 0.02
+
+
+def final_log_partition(monkeypatch, found):
+    """Of a fit in which ``partition.estimate`` finds this."""
+    # The function of the same name hides the module.
+    module = importlib.import_module("pyro_ebm.infer.fit")
+    monkeypatch.setattr(module, "estimate", lambda *_, **__: found)
+    energy_model = neural()
+    return energy_model, quick(energy_model)
+
+
+def test_without_a_reliable_estimate_it_is_that_of_the_walkers(monkeypatch):
+    why = (Finding(Reason.FEW_EFFECTIVE, "too few"),)
+    bad = LogPartitionEstimate(
+        9.0, 1.0, 8.0, 10.0, 3.0, Status.UNRELIABLE, "SMC", 10, why
+    )
+    energy_model, result = final_log_partition(monkeypatch, bad)
+    assert result.log_partition.method == "walkers"
+    assert result.log_partition.status == "ok"
+    assert result.distribution.is_normalized
+
+
+def test_walkers_that_have_found_more_than_the_estimate_speak_against_it(monkeypatch):
+    """An estimate that lacks a mode says ok, and is too low."""
+    low = LogPartitionEstimate(-2.0, 0.01, -2.02, -1.98, 1e4, Status.OK, "IS", 10)
+    energy_model, result = final_log_partition(monkeypatch, low)
+    assert [f.reason for f in result.log_partition.reasons] == [Reason.ROUTES_DISAGREE]
+    assert result.log_partition.status == "unreliable"
+    assert not result.distribution.is_normalized
+    assert energy_model.log_partition.status == "ok"  # it was not told
 
 
 def test_it_learns():

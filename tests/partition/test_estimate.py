@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import pyro_ebm
-from pyro_ebm import partition
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
 from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.partition import estimate

@@ -13,21 +13,29 @@ import math
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_ebm.core.verdict import Finding, Reason, Status, status_of
 from pyro_ebm.energies import Energy
+from pyro_ebm.energies.double import in_double
 from pyro_ebm.energies.finite import finite_values
 from pyro_ebm.energies.rbm import RBMEnergy
 from pyro_ebm.partition.base import LogPartitionEstimate
-from pyro_ebm.partition.progress import watched
+from pyro_ebm.partition.exact.budget import Budget, OutOfBudgetError
+from pyro_ebm.partition.exact.precision import insists_on_single
 
-#: Numbers given to the energy at once.
-_CHUNK = 2**20
+#: States whose numbers are held at once.
+_CHUNK = 2**18
 
 
 @torch.no_grad()
 def enumeration(
-    energy: Energy, *, max_states: int = 2**22, progress_bar: bool = True
+    energy: Energy,
+    *,
+    max_states: int = 2**22,
+    max_seconds: float = 300.0,
+    max_bytes: float = 2**30,
+    progress_bar: bool = True,
 ) -> LogPartitionEstimate:
     r"""Sum ``e^-f`` over a finite support.
 
@@ -35,18 +43,22 @@ def enumeration(
         energy: Over booleans, integers of an interval or spins, independent or not.
             Its points come in as floating-point numbers.
         max_states: Largest number of points that is worth the time.
+        max_seconds: Seconds after which the sum is given up.
+        max_bytes: By how much the memory of the process may grow: how many points are
+            given to the energy at once.
         progress_bar: Whether to show the energy evaluations, if it takes more than a
             second.
 
     Returns:
-        The estimate; ``"unreliable"`` if an energy is ``nan`` or ``-inf``, or all are
-        infinite.
+        The estimate; ``"unreliable"`` if an energy is ``nan`` or ``-inf``, all are
+        infinite, or the time is up.
 
     Raises:
         ValueError: If the support is not finite or has too many points.
 
-    Exactness: *exact*, up to the rounding of the energies; the sum is in double
-    precision.
+    Exactness: *exact* up to the rounding of the energies, which is the standard error.
+    They are computed in double precision where they can be, and summed in it. What is
+    given up is a lower bound.
 
     Example:
         >>> energy = pyro_ebm.energies.IsingEnergy((3, 3), 0.3, periodic=False)
@@ -55,30 +67,78 @@ def enumeration(
     """
     energy = _smaller_layer(energy)
     values, total = _states_to_sum(energy, max_states)
-    chunk = max(1, _CHUNK // max(1, energy.event_shape.numel()))
-    log_sum, why = torch.tensor(-torch.inf, dtype=torch.float64), ""
-    with watched(energy, total, is_shown=progress_bar) as target:
-        for start in range(0, total, chunk):
-            x = _states(target, values, start, min(start + chunk, total))
-            log_density = -target(x).double()
-            if not (log_density < torch.inf).all():
-                why = "the energy is nan or -inf at some states"
-            log_sum = torch.logaddexp(log_sum.to(x.device), log_density.logsumexp(0))
-    value = log_sum.item()
-    if value == -math.inf:
-        why = "the energy is infinite at all states"
-    reasons = (Finding(Reason.NOT_FINITE, why),) if why else ()
-    return LogPartitionEstimate(
-        value,
-        0.0,
-        value,
-        value,
-        math.nan,
-        status_of(reasons, Status.EXACT),
-        "enumeration",
-        total,
-        reasons,
-    )
+    if energy.tensor_options()["dtype"] != torch.float64:
+        energy = in_double(energy)
+    with tqdm(
+        total=total, desc="log Z", unit="", unit_scale=True, delay=1,
+        disable=not progress_bar,
+    ) as bar:  # fmt: skip
+        budget = Budget(total, max_seconds, max_bytes, bar)
+        sums = _Sums(energy, values, total, budget)
+        why = sums.run()
+    return sums.result(why)
+
+
+class _Sums:
+    """Sums over states in double precision."""
+
+    def __init__(
+        self, energy: Energy, values: tuple[float, ...], total: int, budget: Budget
+    ) -> None:
+        self.energy, self.values, self.total = energy, values, total
+        self.budget = budget
+        device = energy.tensor_options()["device"]
+        nothing = torch.full((), -torch.inf, dtype=torch.float64, device=device)
+        self.log_sum, self.log_size = nothing, nothing  # of e^-f, and of |f| e^-f
+
+    def run(self) -> Finding | None:
+        """Add up all states; what speaks against the sum."""
+        is_number = True
+        for start in range(0, self.total, _CHUNK):
+            stop = min(start + _CHUNK, self.total)
+            number = torch.arange(start, stop, device=self.log_sum.device)
+            try:
+                (value,) = self.budget.evaluate(self._energies, number)
+            except OutOfBudgetError as error:
+                share = self.budget.num_evaluations / self.total
+                text = f"{error}: {share:.1%} of the states were summed"
+                return Finding(Reason.OUT_OF_BUDGET, text)
+            value = value.double()
+            is_number &= bool((value > -torch.inf).all())
+            self.log_sum = torch.logaddexp(self.log_sum, (-value).logsumexp(0))
+            size = value.abs().log() - value
+            size = size.nan_to_num(-torch.inf, torch.inf, -torch.inf).logsumexp(0)
+            self.log_size = torch.logaddexp(self.log_size, size)
+        if self.log_sum == -torch.inf:
+            return Finding(Reason.NOT_FINITE, "the energy is infinite at all states")
+        if not is_number:
+            text = "the energy is nan or -inf at some states"
+            return Finding(Reason.NOT_FINITE, text)
+        return None
+
+    def _energies(self, number: Tensor) -> tuple[Tensor]:
+        return (self.energy(_states(self.energy, self.values, number)),)
+
+    def result(self, why: Finding | None) -> LogPartitionEstimate:
+        """The estimate; its error is the rounding of an energy of the usual size."""
+        value = self.log_sum.item()
+        is_single = insists_on_single(self.energy)
+        eps = torch.finfo(torch.float32 if is_single else torch.float64).eps
+        error = eps * (self.log_size - self.log_sum).exp().item()
+        error = error if math.isfinite(error) else 0.0
+        reasons = () if why is None else (why,)
+        return LogPartitionEstimate(
+            value,
+            error,
+            value - 2 * error,
+            value + 2 * error,
+            math.nan,
+            status_of(reasons, Status.EXACT),
+            "enumeration",
+            self.budget.num_evaluations,
+            reasons,
+            self.budget.seconds,
+        )
 
 
 def _states_to_sum(energy: Energy, max_states: int) -> tuple[tuple[float, ...], int]:
@@ -114,11 +174,10 @@ def _smaller_layer(energy: Energy) -> Energy:
     return energy
 
 
-def _states(energy: Energy, values: tuple[float, ...], start: int, stop: int) -> Tensor:
-    """Points number ``start`` to ``stop``, shape ``(stop - start, *event)``."""
+def _states(energy: Energy, values: tuple[float, ...], number: Tensor) -> Tensor:
+    """Points of the given numbers, shape ``(len(number), *event)``."""
     options = energy.tensor_options()
     sites = torch.arange(energy.event_shape.numel(), device=options["device"])
-    number = torch.arange(start, stop, device=options["device"])
     digits = number[:, None] // len(values) ** sites % len(values)
     x = torch.tensor(values, **options)[digits]
     return x.reshape(-1, *energy.event_shape)

@@ -234,7 +234,8 @@ class Grid:
         t, step = _nodes(box, per_side, shift)
         cells = self.cells[k]
         if cells is not None:
-            t = t[cells.hold(t)]
+            is_held = cells.hold(t)
+            t = t[is_held] if is_held.any() else t
         log_values, u, density = self.log_integrand(k, t)
         if shift == 0 and per_side >= _DENSE:
             self.cells[k] = _Cells.around(box, per_side, t, log_values)

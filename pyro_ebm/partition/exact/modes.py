@@ -22,10 +22,10 @@ _ADAM_STEPS, _FIRST, _LAST = 60, 0.3, 0.003
 #: Newton's steps, and how much of each is tried.
 _NEWTON_STEPS, _PARTS = 30, (1.0, 0.4, 0.1, 0.01)
 #: Starts at once, how often at most, and modes that are too many.
-_AT_ONCE, _MAX_ROUNDS, _MANY = 64, 16, 200
+_AT_ONCE, _MAX_ROUNDS, _MANY = 64, 24, 200
 #: Descents that should end at each mode: a mode where ``n`` of them end on average is
 #: met by none with probability e^-n.
-_WANTED = 8
+_WANTED = 12
 #: So few that others of its kind may have been missed.
 ENOUGH = 3
 #: Distance of two points for a difference, as part of the width of the mode.
@@ -46,6 +46,9 @@ class Target(Protocol):
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Energies and gradients."""
+
+    def may_go_on(self) -> bool:
+        """Whether there is time for more descents."""
 
 
 class Modes(NamedTuple):
@@ -82,6 +85,8 @@ def find_modes(target: Target, starts: Tensor) -> Modes | None:
     spread = spread.clamp(min=1e-6)
     modes = None
     for some in starts.split(_AT_ONCE)[:_MAX_ROUNDS]:
+        if modes is not None and not target.may_go_on():
+            break
         try:
             found = _descend(target, some, spread)
         except ValueError:  # it has no gradient

@@ -5,7 +5,7 @@ are in single precision. Far out, and where large terms cancel, the difference b
 :math:`10^{-7}` and :math:`10^{-16}` of the largest term decides what is seen.
 """
 
-__all__ = ["PreciseEnergy"]
+__all__ = ["PreciseEnergy", "insists_on_single"]
 
 from typing import final
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energies import Energy
-from pyro_ebm.energies.double import in_double
+from pyro_ebm.energies.double import DoubleEnergy, in_double
+from pyro_ebm.energies.tracing import CastFunction
 
 #: Points at which it is seen whether an energy computes in double precision.
 _NUM_TRIED = 8
@@ -55,6 +56,7 @@ class PreciseEnergy(Energy):
         # What was computed in single precision and then cast is a single number.
         seen = value[value.isfinite() & (value != value.round())].detach()
         is_single = len(seen) > 0 and bool((seen == seen.float()).all())
+        is_single |= insists_on_single(self.energy)
         self.is_double = not is_single
         self.eps = torch.finfo(torch.float32 if is_single else torch.float64).eps
 
@@ -101,3 +103,15 @@ class PreciseEnergy(Energy):
         scatter = (residual.square().sum(0) / (_NUM_COPIES - 3)).sqrt()
         floor = self.eps * self(x).abs()
         return torch.maximum(scatter, floor).nan_to_num(torch.inf, torch.inf)
+
+
+def insists_on_single(energy: Energy) -> bool:
+    """Whether an energy seen in double precision computes in single nevertheless.
+
+    Args:
+        energy: What :func:`pyro_ebm.energies.double.in_double` has returned.
+    """
+    if not isinstance(energy, DoubleEnergy):
+        return False
+    is_cast = isinstance(energy._function, CastFunction)
+    return is_cast and energy.energy.tensor_options()["dtype"] != torch.float64

@@ -53,6 +53,8 @@ _COARSEST, _FINER = 17, 1.5
 _LIKELY = 12.0
 #: Cells of a mode's width that a grid of one mode is about as costly as.
 _CELLS = 16
+#: Part of the limits that descents may take.
+_DESCENTS = 0.25
 #: Part of the points that the first kind of grid may take; and what is left for looks.
 _FIRST_SHARE, _RESERVE = 0.6, 20_000
 #: Fall of the integrand towards the ends of the boxes that says it dies out, in nats.
@@ -186,6 +188,15 @@ class _Integrand:
             lambda part: self.energy.value_and_grad(part.reshape(-1, *self.shape)), u
         )
         return self._seen(u, value), grad.reshape(u.shape)
+
+    def may_go_on(self) -> bool:
+        """Whether descents have taken less than their share of the limits."""
+        budget = self.budget
+        share = max(
+            budget.num_evaluations / budget.max_evaluations,
+            budget.seconds / budget.max_seconds,
+        )
+        return share < _DESCENTS
 
     def log_density(self, u: Tensor) -> Tensor:
         """Minus the energy."""

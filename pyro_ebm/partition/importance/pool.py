@@ -27,6 +27,9 @@ from torch import Tensor
 from pyro_ebm.diagnostics import effective_sample_fraction
 from pyro_ebm.energies import Energy
 
+#: Rounds that are kept, the last ones: each is evaluated under all proposals.
+MAX_ROUNDS = 6
+
 
 class Proposes(Protocol):
     """A normalised density over flat vectors."""
@@ -39,7 +42,7 @@ class Proposes(Protocol):
 
 
 class Pool:
-    """The draws of all rounds with their densities under all proposals.
+    """The draws of the last rounds with their densities under all proposals.
 
     Args:
         energy: Of the target, over unconstrained space.
@@ -61,6 +64,11 @@ class Pool:
         self._log_proposals.append([q.log_prob(u) for q in self._proposals])
         self._log_density.append(log_density(self.energy, u))
         self._u.append(u)
+        if len(self._u) > MAX_ROUNDS:
+            del self._u[0], self._log_density[0], self._log_proposals[0]
+            del self._proposals[0]
+            for row in self._log_proposals:
+                del row[0]
         return difference(self._log_density[-1], self._log_proposals[-1][-1])
 
     @property

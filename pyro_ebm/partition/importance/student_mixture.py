@@ -28,8 +28,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Degrees of freedom: tails heavier than those of most targets.
-DEGREES = 5.0
+#: Least degrees of freedom: tails heavier than those of most targets.
+_MIN_DEGREES = 5.0
+#: Dimensions from which on there are as many degrees of freedom: else no draw would be
+#: at the distance at which a Gaussian has all of its mass.
+_MANY = 48
 #: Numbers in the largest tensor of a density.
 _CHUNK = 2**22
 #: Steps of expectation maximisation from the centres of clusters.
@@ -43,13 +46,17 @@ class StudentMixture(NamedTuple):
         weights: Shape ``(K,)``, of sum 1.
         loc: Shape ``(K, D)``.
         scale_tril: Cholesky factors of the scale matrices, shape ``(K, D, D)``.
-        degrees: Degrees of freedom of all components.
     """
 
     weights: Tensor
     loc: Tensor
     scale_tril: Tensor
-    degrees: float = DEGREES
+
+    @property
+    def degrees(self) -> float:
+        """Degrees of freedom of all components."""
+        dim = self.loc.shape[-1]
+        return _MIN_DEGREES if dim < _MANY else float(dim)
 
     def sample(self, num: int) -> Tensor:
         """Independent draws, shape ``(num, D)``."""
@@ -94,7 +101,9 @@ class StudentMixture(NamedTuple):
         loc_new, factor_new = self.loc.clone(), self.scale_tril.clone()
         # As many effective draws as a covariance takes, or the old shape stays.
         effective = total.square() / gamma.square().sum(-1).clamp(min=1e-300)
-        for k in (effective > 3 * dim + 5).nonzero().flatten().tolist():
+        # The divergence of a Gaussian from its fit to n draws is about dim^2 / (4 n).
+        least = max(3 * dim + 5, dim**2 / 2)
+        for k in (effective > least).nonzero().flatten().tolist():
             centred = u - loc[k]
             covariance = (centred * g[k][:, None]).mT @ centred / total[k]
             # Shrunk towards the old shape: few draws say little of correlations.
@@ -103,9 +112,8 @@ class StudentMixture(NamedTuple):
             factor, info = torch.linalg.cholesky_ex(covariance.lerp(old, share))
             if info == 0:
                 loc_new[k], factor_new[k] = loc[k], factor
-        least = min_weight / len(total)
-        shares = (total / total.sum()).clamp(min=least)
-        return StudentMixture(shares / shares.sum(), loc_new, factor_new, self.degrees)
+        shares = (total / total.sum()).clamp(min=min_weight / len(total))
+        return StudentMixture(shares / shares.sum(), loc_new, factor_new)
 
     def at(self, u: Tensor) -> "StudentMixture":
         """Components at given points, each shaped as the one that is nearest.
@@ -115,7 +123,7 @@ class StudentMixture(NamedTuple):
         """
         nearest = self._joined(u)[0].argmax(0)
         weights = torch.full_like(u[:, 0], 1 / len(u))
-        return StudentMixture(weights, u, self.scale_tril[nearest], self.degrees)
+        return StudentMixture(weights, u, self.scale_tril[nearest])
 
     def joined(self, other: "StudentMixture", share: float) -> "StudentMixture":
         """A mixture of the two mixtures.
@@ -128,7 +136,6 @@ class StudentMixture(NamedTuple):
             torch.cat([(1 - share) * self.weights, share * other.weights]),
             torch.cat([self.loc, other.loc]),
             torch.cat([self.scale_tril, other.scale_tril]),
-            self.degrees,
         )
 
     def _split(self, u: Tensor) -> tuple[Tensor, ...]:

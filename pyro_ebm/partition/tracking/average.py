@@ -41,6 +41,10 @@ class FollowedEnergy(nn.Module):
         self._copy_buffers(energy)
         self.load(self.mean)
 
+    def is_at(self, energy: Energy) -> bool:
+        """Whether the copy has the current parameters."""
+        return torch.equal(self.begin_update()[0], self._flatten(energy))
+
     def average(self, energy: Energy, weight: float) -> None:
         """Move the mean towards the current parameters; the copy stays as it is."""
         self.mean.lerp_(self._flatten(energy), weight)

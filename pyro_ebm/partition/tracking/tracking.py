@@ -16,18 +16,28 @@ that leaves :math:`e^{-f'}` invariant:
     \log Z' = \log Z + \log \overline{w}                                   \tag{2}
 
 Walkers are resampled within their island when the effective sample size of the weights
-falls. The islands are independent: their spread is the error bar. Walkers give no
-gradient to the learning: those that do stand just where the energy is pushed up, and
+falls. The islands are independent: their spread is the error bar. An error that they
+have made stays with them, so from time to time a fresh run from the base, of value
+:math:`v` and standard error :math:`s`, is weighed against their own :math:`o \pm r`:
+
+.. math::
+    p = \frac{r^2}{r^2 + s^2}, \qquad
+    \log Z = o + p (v - o) \pm \frac{r s}{\sqrt{r^2 + s^2}}
+        \sqrt{1 + \frac{8 p (1 - p)}{M - 1}}                              \tag{3}
+
+where the second root is for weights that ``M`` islands each have to tell. Walkers give
+no gradient to the learning: those that do stand just where the energy is pushed up, and
 :math:`\log Z` read off them drifts. For the iterate :math:`\theta_t` itself,
 
 .. math::
     \log Z(\theta_t) = \log Z(a_t) +
-        \log \mathbb{E}_{a_t}\left[e^{f_{a_t}(u) - f_{\theta_t}(u)}\right]    \tag{3}
+        \log \mathbb{E}_{a_t}\left[e^{f_{a_t}(u) - f_{\theta_t}(u)}\right]    \tag{4}
 
 References:
     Jarzynski (1997), Physical Review Letters 78, 2690. Neal (2001), Statistics and
     Computing 11, 125-139. Carbone, Hua, Coste & Vanden-Eijnden (2023), NeurIPS.
-    Polyak & Juditsky (1992), SIAM J. Control Optim. 30, 838-855 (averaging).
+    Polyak & Juditsky (1992), SIAM J. Control Optim. 30, 838-855 (averaging). Meier
+    (1953), Biometrics 9, 59-73 (equation 3).
 """
 
 __all__ = ["LogPartition"]
@@ -41,7 +51,7 @@ from torch import Tensor
 from pyro_ebm.core.verdict import Finding, Reason, Status, sentence, status_of
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.errors import DivergenceError
-from pyro_ebm.mcmc import HMC
+from pyro_ebm.mcmc import HMC, ChainState
 from pyro_ebm.mcmc.persistent import StatefulModule
 from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
 from pyro_ebm.partition.exact.exact import closed_form
@@ -51,6 +61,11 @@ from pyro_ebm.partition.progress import watched
 from pyro_ebm.partition.tracking.average import FollowedEnergy
 from pyro_ebm.partition.tracking.known_base import KnownBase
 from pyro_ebm.partition.tracking.walkers import Walkers
+
+#: Particles of a run from the base, for each walker, at most.
+_MAX_FACTOR = 8
+#: Draws of the base from which the rays of the test of normalisability start.
+_NUM_RAYS = 128
 
 #: What may speak against the estimate, by the code that the buffer ``verdict`` holds.
 _FINDINGS = (
@@ -104,8 +119,10 @@ class LogPartition(StatefulModule):
         num_walkers: Walkers an island.
         interval: Parameter steps between two moves of the walkers; the weights
             telescope, so nothing is lost in between.
-        check_interval: Parameter steps between two short SMC runs from the base, that
-            can see a mode which all walkers have lost.
+        check_interval: Parameter steps between two SMC runs from the base, which can
+            see a mode that all walkers have lost, and keep the error from growing. They
+            have up to 8 times as many particles as there are walkers, and cost no more
+            than the walkers between them.
         num_leapfrog: Leapfrog steps in a move of the walkers.
 
     Exactness: *consistent* in the number of walkers, and unbiased for ``Z`` up to
@@ -126,6 +143,7 @@ class LogPartition(StatefulModule):
     std_error: Tensor
     num_steps: Tensor
     num_check_evaluations: Tensor
+    check_cost: Tensor
     verdict: Tensor
 
     def __init__(
@@ -133,10 +151,10 @@ class LogPartition(StatefulModule):
         energy: Energy,
         base: dist.TorchDistribution,
         *,
-        num_islands: int = 4,
-        num_walkers: int = 128,
+        num_islands: int = 8,
+        num_walkers: int = 64,
         interval: int = 10,
-        check_interval: int = 1000,
+        check_interval: int = 500,
         num_leapfrog: int = 3,
     ) -> None:
         super().__init__()
@@ -150,6 +168,8 @@ class LogPartition(StatefulModule):
         self.register_buffer("std_error", torch.tensor(math.nan, **options))
         self.register_buffer("num_steps", torch.tensor(0))
         self.register_buffer("num_check_evaluations", torch.tensor(0))
+        # Evaluations that a particle of the last run from the base has cost.
+        self.register_buffer("check_cost", torch.tensor(math.inf))
         # Reasons of the average and of the iterate, and whether the last check failed.
         self.register_buffer("verdict", torch.tensor([1, 1, 0]))
 
@@ -252,7 +272,12 @@ class LogPartition(StatefulModule):
         self.num_steps.zero_()
         self.verdict.zero_()
         if not self.is_closed_form:
-            islands = self._run_smc(self.num_walkers, progress_bar=progress_bar)
+            size = self._num_particles()
+            islands = self._run_smc(size, progress_bar=progress_bar)
+            if islands is not None and self._num_particles() > size:
+                # The first has shown that more cost little.
+                size = self._num_particles()
+                islands = self._run_smc(size, progress_bar=progress_bar)
             if islands is not None:
                 self._adopt(islands)
         self.read(energy)
@@ -267,8 +292,9 @@ class LogPartition(StatefulModule):
     ) -> None:
         r"""Take over a better estimate of :math:`\log Z` of the current parameters.
 
-        The walkers begin anew at these parameters, as in :meth:`refresh`, but with the
-        value and the standard error of the estimate; they follow from there.
+        The walkers go on from these parameters with the value and the standard error of
+        the estimate. They begin anew, as in :meth:`refresh`, unless they are there
+        already and agree with it.
 
         Args:
             energy: With the parameters that the estimate belongs to.
@@ -284,7 +310,8 @@ class LogPartition(StatefulModule):
                 f"estimate must be reliable to stand for log Z, got {estimate}. Raise "
                 "its budget, or give it a base nearer to the energy."
             )
-        self.refresh(energy, progress_bar=progress_bar)
+        if not (self.followed.is_at(energy) and self._agrees_with(estimate)):
+            self.refresh(energy, progress_bar=progress_bar)
         if self.is_closed_form:
             return
         if not self.walkers.is_started:
@@ -294,22 +321,29 @@ class LogPartition(StatefulModule):
         self.walkers.anchor(estimate.value, estimate.std_error)
         self.read(energy)
 
+    def _agrees_with(self, estimate: LogPartitionEstimate) -> bool:
+        """Whether the walkers are trusted, and within 3 standard errors."""
+        own = self.averaged()
+        error = math.hypot(own.std_error, estimate.std_error)
+        return own.is_reliable and abs(own.value - estimate.value) <= 3 * error
+
     @torch.no_grad()
     def check(self) -> bool:
         """Compare the walkers with a fresh SMC run from the base.
 
-        If both the short run and one of four times its size lie more than 3 combined
-        standard errors from the walkers, the estimate is unreliable until a later check
-        agrees; the walkers are replaced if the fresh run has found more mass.
+        If they agree within 3 combined standard errors, the walkers go on from the mean
+        of both (3). If that run and one of four times its size do not, the estimate is
+        unreliable until a later check agrees; the walkers are replaced if the fresh run
+        has found more mass.
 
         Returns:
             Whether they agree.
         """
         if self.is_closed_form:
             return True
-        agree = False
-        for size in (self.num_walkers, 4 * self.num_walkers):
-            fresh = self._run_smc(size)
+        agree, size = False, self._num_particles()
+        for num_particles in (size, 4 * size):
+            fresh = self._run_smc(num_particles)
             if fresh is None:
                 return False
             if not self.walkers.is_started:
@@ -320,7 +354,10 @@ class LogPartition(StatefulModule):
             agree = abs(value - own) <= 3 * math.hypot(std_error, own_error)
             if agree:
                 break
-        if not agree and not value < own and fresh is not None:
+        if agree:
+            pooled = _pooled(own, own_error, value, std_error, self.num_islands)
+            self.walkers.anchor(*pooled)
+        elif not value < own and fresh is not None:
             self._adopt(fresh)
         self.verdict[2] = int(not agree)
         self.verdict[:2] = self._judge(self.walkers.log_partition())
@@ -356,7 +393,7 @@ class LogPartition(StatefulModule):
 
     @torch.no_grad()
     def read(self, energy: Energy) -> None:
-        """Set value, error and verdict for parameters near their average, by (3).
+        """Set value, error and verdict for parameters near their average, by (4).
 
         Args:
             energy: With its current parameters; it is evaluated once at each walker.
@@ -375,7 +412,7 @@ class LogPartition(StatefulModule):
         ratio, ess = self.walkers.log_ratio(flat)
         iterate = log_partitions + ratio
         self.value.copy_(torch.logsumexp(iterate, 0) - math.log(len(iterate)))
-        # Four islands may agree by chance where few walkers carry the weight.
+        # A few islands may agree by chance where few walkers carry the weight.
         spread = (iterate.std() / math.sqrt(len(iterate))).item()
         few = math.sqrt(max(1 / max(ess, 1e-6) - 1, 0) / self.walkers.energy.numel())
         self.std_error.fill_(max(spread, few))
@@ -392,11 +429,22 @@ class LogPartition(StatefulModule):
             return 2
         return 3 if self.walkers.resampling_rate() > 0.01 else 0
 
+    def _num_particles(self) -> int:
+        """Particles an island of a run from the base that costs no more than walkers.
+
+        As far as the last run can tell; the walkers until the next check are meant.
+        """
+        each = self.walkers.kernel.num_gradients + 2  # of a walker at an update
+        budget = each * self.num_walkers * self.check_interval / self.interval
+        factor = budget / (self.check_cost.item() * self.num_walkers)
+        factors = [f for f in (1, 2, 4, _MAX_FACTOR) if f <= max(factor, 1.0)]
+        return factors[-1] * self.num_walkers
+
     def _run_smc(
         self, num_particles: int, *, progress_bar: bool = False
     ) -> Islands | None:
         """Fresh islands at the averaged parameters; ``None`` if they do not arrive."""
-        draws = self.base.sample((self.num_walkers,))
+        draws = self.base.sample((_NUM_RAYS,))
         rays = check_normalizability(self.averaged_energy, draws)
         self.num_check_evaluations += rays.num_evaluations
         if not rays.is_normalizable:
@@ -415,9 +463,23 @@ class LogPartition(StatefulModule):
             self.verdict.fill_(7)
             return None
         self.num_check_evaluations += islands.num_evaluations
+        num_islands, count = islands.state.target.shape
+        self.check_cost.fill_(islands.num_evaluations / (num_islands * count))
         return islands
 
     def _adopt(self, islands: Islands) -> None:
-        self.walkers.start(
-            islands.state.chains(), islands.log_partition, islands.kernel
-        )
+        # The last particles are the ends of chains from different ancestors.
+        chains = [part[:, -self.num_walkers :] for part in islands.state.chains()]
+        self.walkers.start(ChainState(*chains), islands.log_partition, islands.kernel)
+
+
+def _pooled(
+    own: float, own_error: float, value: float, std_error: float, num_islands: int
+) -> tuple[float, float]:
+    """The mean (3) of two estimates, and its standard error."""
+    both = math.hypot(own_error, std_error)
+    if both == 0:
+        return own, 0.0
+    share = (own_error / both) ** 2
+    unknown = math.sqrt(1 + 8 * share * (1 - share) / (num_islands - 1))
+    return own + share * (value - own), own_error * std_error / both * unknown  # (3)

@@ -3,12 +3,14 @@
 import importlib
 import itertools
 import math
+import time
 
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
 
+from pyro_ebm.core.verdict import Reason
 from pyro_ebm.energies import (
     DistributionEnergy,
     FunctionEnergy,
@@ -46,8 +48,8 @@ def test_written_truth(energy, expected):
     found = enumeration(energy.double())
     assert found.status == "exact"
     assert found.value == pytest.approx(expected, abs=1e-5)
-    assert found.lower == found.upper == found.value
-    assert found.std_error == 0
+    assert found.lower <= found.value <= found.upper
+    assert found.std_error < 1e-13  # rounding
     assert found.num_evaluations == 2 ** energy.event_shape.numel()
 
 
@@ -71,7 +73,7 @@ def test_independent_sites(event, support, values):
 def test_every_state_once(monkeypatch):
     """In chunks that do not divide their number, too."""
     module = importlib.import_module("pyro_ebm.partition.exact.enumeration")
-    monkeypatch.setattr(module, "_CHUNK", 5 * 7)
+    monkeypatch.setattr(module, "_CHUNK", 7)
     seen = []
 
     def fn(x):
@@ -111,6 +113,48 @@ def test_float32_energies_are_summed_in_double(dtype):
     assert found == pytest.approx(
         finite_targets.transfer_matrix(3, 3, 0.7 * torch.eye(3)), abs=1e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32])
+def test_the_error_is_the_rounding_of_the_energies(dtype):
+    """What insists on single precision, with a large constant."""
+
+    def insists(x):
+        single = x.detach().numpy().astype("float32")
+        return torch.from_numpy(0.3 * single.sum(-1) + 1e4)
+
+    energy = FunctionEnergy(
+        insists, (6,), constraints.independent(constraints.boolean, 1)
+    )
+    found = enumeration(energy)
+    expected = 6 * math.log1p(math.exp(-0.3)) - 1e4
+    assert found.status == "exact"
+    assert 1e-4 < found.std_error < 1e-2
+    assert found.lower <= expected <= found.upper
+
+
+def test_single_precision_energies_are_computed_in_double():
+    coupling = torch.tensor(0.3, dtype=torch.float32)
+    found = enumeration(IsingEnergy((3, 3), coupling, periodic=False).float())
+    again = enumeration(IsingEnergy((3, 3), coupling.double(), periodic=False))
+    assert found.value == pytest.approx(again.value, abs=1e-12)
+    assert found.std_error < 1e-13
+
+
+def test_limits_are_kept():
+    """Planted fault: time not looked at; all 2^16 states are summed."""
+
+    def slow(x):
+        time.sleep(0.01)
+        return x.sum(-1)
+
+    boolean = constraints.independent(constraints.boolean, 1)
+    found = enumeration(FunctionEnergy(slow, (16,), boolean), max_seconds=0.05)
+    assert found.status == "unreliable"
+    assert found.reasons[0].reason is Reason.OUT_OF_BUDGET
+    assert "of the states were summed" in found.reason
+    assert found.num_evaluations < 2**16
+    assert found.value < 16 * math.log1p(math.exp(-1))
 
 
 def test_evaluations_are_counted():

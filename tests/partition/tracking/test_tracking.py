@@ -13,6 +13,7 @@ import pyro_ebm
 from pyro_ebm.energies import Energy, FunctionEnergy, NeuralEnergy, QuadraticEnergy
 from pyro_ebm.partition import LogPartition, quadrature
 from pyro_ebm.partition.tracking.average import FollowedEnergy
+from pyro_ebm.partition.tracking.tracking import _pooled
 from pyro_ebm.testing import CountingEnergy
 
 
@@ -162,7 +163,7 @@ def test_the_check_sees_a_mode_that_all_walkers_have_lost():
     with torch.no_grad():
         walkers.energy, walkers.grad = energy.value_and_grad(walkers.u)
     walkers.log_weights = torch.zeros_like(walkers.log_weights)
-    walkers.log_offset = exact - math.log(2) + 0.01 * torch.randn(4)
+    walkers.log_offset = exact - math.log(2) + 0.01 * torch.randn(8)
     lost = tracker.averaged()
     assert lost.upper < exact - 0.5
     assert lost.status == "ok"
@@ -173,6 +174,87 @@ def test_the_check_sees_a_mode_that_all_walkers_have_lost():
     assert abs(tracker.averaged().value - exact) < 0.3
     assert tracker.check()
     assert tracker.averaged().status == "ok"
+
+
+def test_a_check_that_agrees_mends_what_the_walkers_have_gained():
+    """An error of .2, of which the spread of the islands knows, is nearly undone by a
+    run that is more precise, and the walkers stay where they are.
+
+    Planted fault: a check that agrees and leaves the walkers as they were.
+    """
+    energy, tracker = started()
+    exact, walkers = truth(tracker.averaged_energy), tracker.walkers
+    walkers.anchor(exact + 0.2, 0.15)
+    u, weights = walkers.u.clone(), walkers.log_weights.softmax(-1)
+    assert tracker.check()
+    estimate = tracker.averaged()
+    assert abs(estimate.value - exact) < 0.1
+    assert estimate.std_error < 0.06
+    assert torch.equal(walkers.u, u)
+    torch.testing.assert_close(walkers.log_weights.softmax(-1), weights)
+
+
+def test_checks_pool_with_an_honest_error():
+    """Five runs from the base are worth more than one, in 24 trackers; and the error in
+    standard errors has the mean square of Student's t with 7 degrees of freedom, 1.4,
+    give or take.
+
+    Planted faults: as above; the standard error of the walkers left as it was.
+    """
+    energy = FunctionEnergy(Gaussian(), (2,))
+    first, last, scores = [], [], []
+    for seed in range(24):
+        pyro.set_rng_seed(seed)
+        tracker = LogPartition(energy, base(), num_walkers=32, check_interval=50)
+        tracker.refresh(energy)
+        first.append(tracker.averaged().value - truth(energy))
+        for _ in range(4):
+            assert tracker.check()
+        estimate = tracker.averaged()
+        last.append(estimate.value - truth(energy))
+        scores.append(last[-1] / estimate.std_error)
+    square = torch.tensor([first, last, scores]).square().mean(-1)
+    assert square[1] < 0.6 * square[0]
+    assert 0.4 < square[2] < 3.0
+
+
+def test_pooled_estimates_by_hand():
+    """Weights 4 to 1; the factor of the error is 1 + 8 * .16 / 7 for eight islands."""
+    value, error = _pooled(1.0, 0.2, 2.0, 0.1, 8)
+    assert value == pytest.approx(1.8)
+    assert error**2 == pytest.approx(0.04 * 0.01 / 0.05 * (1 + 1.28 / 7))
+    assert _pooled(1.0, 0.0, 2.0, 0.1, 8) == (1.0, 0.0)
+    assert _pooled(1.0, 0.0, 1.0, 0.0, 8) == (1.0, 0.0)
+
+
+def test_a_run_from_the_base_costs_no_more_than_the_walkers():
+    """The more it costs, the fewer particles it has, and never fewer than walkers."""
+    energy, tracker = started()
+    walkers = 8 * 64 * (500 // 10) * 5  # evaluations until the next check
+    before = tracker.num_evaluations
+    tracker.check()
+    assert 0.1 * walkers < tracker.num_evaluations - before < 1.2 * walkers
+    sizes = []
+    for cost in (1.0, 100.0, 200.0, 1e6, math.inf):
+        tracker.check_cost.fill_(cost)
+        sizes.append(tracker._num_particles())
+    assert sizes == [512, 128, 64, 64, 64]
+    assert tracker.walkers.u.shape == (8, 64, 2)
+
+
+def test_an_estimate_from_elsewhere_moves_no_walker_that_agrees():
+    energy, tracker = started()
+    tracker.finish(energy)
+    exact, u = truth(energy), tracker.walkers.u.clone()
+    found = tracker.averaged()._replace(value=exact, std_error=0.001)
+    tracker.calibrate(energy, found)
+    assert torch.equal(tracker.walkers.u, u)
+    assert tracker.averaged().value == pytest.approx(exact)
+    assert tracker.averaged().std_error == pytest.approx(0.001)
+    tracker.walkers.log_offset = tracker.walkers.log_offset + 5.0
+    tracker.calibrate(energy, found)  # now they are of no use
+    assert not torch.equal(tracker.walkers.u, u)
+    assert tracker.averaged().value == pytest.approx(exact)
 
 
 def test_walkers_that_have_found_more_are_kept():
@@ -189,7 +271,7 @@ def test_walkers_that_have_found_more_are_kept():
 
 def test_islands_that_disagree_are_unreliable():
     energy, tracker = started(interval=1)
-    tracker.walkers.log_offset = tracker.walkers.log_offset + 3 * torch.arange(4)
+    tracker.walkers.log_offset = tracker.walkers.log_offset + 3 * torch.arange(8)
     tracker.follow(energy)
     assert tracker.status == "unreliable"
     assert "disagree by more than 0.5 nats" in tracker.reason
