@@ -62,7 +62,7 @@ def test_a_quadratic_is_measured_exactly():
 def test_a_narrow_valley_in_five_dimensions(condition):
     """Condition number of the Hessian, in directions of no axis.
 
-    Planted: steepest descent for the inverse Hessian, and no step of Newton's.
+    Planted: steepest descent for the inverse Hessian.
     """
     rotation = torch.linalg.qr(torch.randn(5, 5)).Q
     variance = torch.logspace(0, -math.log10(condition), 5)
@@ -75,6 +75,17 @@ def test_a_narrow_valley_in_five_dimensions(condition):
     )
     assert off.norm() < 0.05
     assert found.log_mass.item() == pytest.approx(log_mass(covariance), abs=0.05)
+    assert quadratic(loc, covariance)(found.ends)[0].median() < 0.1
+
+
+def test_newtons_method_finishes_what_the_descents_leave():
+    """Planted: none of its steps is taken."""
+    loc, covariance = torch.tensor([1.0, -2.0]), torch.tensor([1.0, 1e-4]).diag()
+    energy = quadratic(loc, covariance)
+    found = find_modes(energy, 3 * torch.randn(16, 2), max_rounds=3)
+    assert energy(found.ends)[0].median() > 0.1
+    assert energy(found.loc)[0].max() < 1e-6
+    assert found.log_mass[0].item() == pytest.approx(log_mass(covariance), abs=1e-4)
 
 
 def two_wells(x):

@@ -17,8 +17,14 @@ from pyro_ebm.partition.importance.student_mixture import (
 )
 
 
-def example(degrees=5.0):
-    return StudentMixture(
+class Light(StudentMixture):
+    """With tails so light that second moments have an error bar."""
+
+    degrees = 12.0
+
+
+def example(kind=StudentMixture):
+    return kind(
         torch.tensor([0.3, 0.7]),
         torch.tensor([[0.0, 1.0, 2.0], [-3.0, 0.0, 1.0]]),
         torch.tensor(
@@ -27,7 +33,6 @@ def example(degrees=5.0):
                 [[0.2, 0.0, 0.0], [0.0, 1.5, 0.0], [0.1, 0.2, 0.6]],
             ]
         ),
-        degrees,
     )
 
 
@@ -55,7 +60,7 @@ def test_density(monkeypatch):
 def test_draws_have_the_moments_of_the_density():
     """First and second, by component too. Planted: the square root of the stretch is
     left out; one stretch for all; the transposed factor."""
-    mixture, num = example(12.0), 200_000
+    mixture, num = example(Light), 200_000
     x = mixture.sample(num)
     assert x.shape == (num, 3)
     w, loc = mixture.weights[:, None], mixture.loc
@@ -144,9 +149,7 @@ def test_two_clusters_are_found():
     u = torch.cat([near, far])
     weights = torch.cat([torch.full((3000,), 0.2), torch.full((3000,), 0.8)]) / 3000
     found = fit_clusters(u, weights, 2)
-    found = StudentMixture(
-        *(part[found.loc[:, 0].argsort()] for part in found[:3]), found.degrees
-    )
+    found = StudentMixture(*(part[found.loc[:, 0].argsort()] for part in found))
     torch.testing.assert_close(
         found.weights, torch.tensor([0.2, 0.8]), atol=0.01, rtol=0
     )
@@ -170,3 +173,12 @@ def test_one_cluster_and_more_clusters_than_there_are():
 def test_a_covariance_that_is_not_one():
     broken = torch.tensor([[4.0, 3.0], [3.0, 1.0]])
     torch.testing.assert_close(cholesky(broken), torch.tensor([2.0, 1.0]).diag())
+
+
+def test_many_dimensions_have_as_many_degrees():
+    """Else no draw is at the distance of a Gaussian's. Planted: five everywhere."""
+    mixture = StudentMixture(torch.ones(1), torch.zeros(1, 100), torch.eye(100)[None])
+    assert mixture.degrees == 100
+    distance = mixture.sample(2000).norm(dim=-1)
+    assert ((distance > 9) & (distance < 11)).double().mean() > 0.3
+    assert example().degrees == 5
