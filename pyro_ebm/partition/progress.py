@@ -38,7 +38,7 @@ class CountedEnergy(Energy):
     Attributes:
         num_evaluations: Points so far.
         seconds_each: CPU seconds of an evaluation in the cheapest call so far: the
-            first of a kind also pay for tracing. Infinite before the second call.
+            first of a kind also pay for tracing. Infinite before the first call.
         bar: The progress bar, closed by its owner.
     """
 
@@ -107,7 +107,8 @@ class CountedEnergy(Energy):
 
         An energy that is traced or compiled has a graph for each size.
         """
-        sizes = [size for size in _SIZES if size <= (self._max_points or 1)] or [1]
+        most = self._max_points or 1
+        sizes = [size for size in _SIZES if size <= most] or [most]
         while len(x) > sizes[0]:
             size = max(size for size in sizes if size <= len(x))
             yield x[:size]

@@ -35,7 +35,7 @@ def test_annealing_alone_bounds_one_side():
     assert abs(found.value - TRUTH) < 0.3
 
 
-@pytest.mark.parametrize("method", ["auto", "smc", "importance", "bridge"])
+@pytest.mark.parametrize("method", ["auto", "sampling", "smc", "importance"])
 def test_every_method_finds_a_gaussian(method):
     found = estimate(GAUSSIAN, BASE, method=method, budget=20_000)
     assert found.status == "ok", found
@@ -125,28 +125,29 @@ def test_the_progress_bar_counts_every_evaluation(monkeypatch):
     class Bar:
         count, is_closed = 0, False
 
-        def __init__(self, **settings):
-            assert settings["total"] == 6_000
+        def __init__(self, *, total, disable, **settings):
+            assert disable or total == 50_000
+            self.is_shown = not disable
 
         def update(self, number):
-            Bar.count += number
+            Bar.count += self.is_shown * number
 
         def close(self):
             Bar.is_closed = True
 
     monkeypatch.setattr("pyro_ebm.partition.progress.tqdm", Bar)
-    found = estimate(GAUSSIAN, BASE, budget=6_000)
+    found = estimate(GAUSSIAN, BASE, budget=50_000)
     assert abs(Bar.count - found.num_evaluations) < 0.1 * found.num_evaluations
     assert Bar.is_closed
     Bar.count = 0
-    estimate(GAUSSIAN, BASE, budget=6_000, progress_bar=False)
+    estimate(GAUSSIAN, BASE, budget=50_000, progress_bar=False)
     assert Bar.count == 0
 
 
 def test_the_trap_is_no_trap():
     """30 temperatures with 64 chains and a delta-method error bar say -7.3 +- 0.8."""
     trap = targets.trap()
-    found = estimate(trap.energy, trap.base, budget=12_000)
+    found = estimate(trap.energy, trap.base, budget=50_000)
     assert found.lower <= trap.log_partition <= found.upper or not found.is_reliable
     assert abs(found.value - trap.log_partition) < 0.2
 
@@ -154,7 +155,7 @@ def test_the_trap_is_no_trap():
 def test_no_partition_function_is_no_number():
     bad = targets.unnormalizable()
     with pytest.warns(UnreliableWarning, match="not_normalizable"):
-        found = estimate(bad.energy, bad.base, method="smc")
+        found = estimate(bad.energy, bad.base)
     assert found.status == "not_normalizable"
     assert found.value == math.inf
     with pytest.raises(ValueError, match="no partition function"):
@@ -198,10 +199,13 @@ def test_masked_classes_are_no_evidence():
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"target": GAUSSIAN}, ValueError, "base is None"),
         ({"target": GAUSSIAN, "base": BASE, "budget": 0}, ValueError, "budget"),
-        ({"target": GAUSSIAN, "base": BASE, "budget": 100}, ValueError, "budget must"),
+        ({"target": GAUSSIAN, "base": BASE, "budget": -5}, ValueError, "got -5"),
         ({"target": GAUSSIAN, "base": BASE, "method": "magic"}, ValueError, "magic"),
+        ({"target": GAUSSIAN, "base": BASE, "method": "bridge"}, ValueError, "bridge"),
+        ({"target": GAUSSIAN, "tolerance": 0.0}, ValueError, "tolerance must be pos"),
+        ({"target": GAUSSIAN, "tolerance": math.nan}, ValueError, "tolerance must be"),
+        ({"target": GAUSSIAN, "max_seconds": -1.0}, ValueError, "max_seconds must be"),
         ({"target": 3.0}, TypeError, "float"),
         (
             {"target": GAUSSIAN, "budget": 2e4},
@@ -210,11 +214,6 @@ def test_masked_classes_are_no_evidence():
         ),
         ({"target": lambda: None}, ValueError, "latent"),
         ({"target": lambda y: None}, TypeError, r"'y'\. Bind them.*FunctionEnergy"),
-        (
-            {"target": GAUSSIAN, "base": BASE, "num_replicates": 1},
-            ValueError,
-            "num_replicates must be at least 4",
-        ),
         (
             {"target": GAUSSIAN, "base": dist.Normal(torch.zeros(3), 1.0).to_event(1)},
             ValueError,
@@ -242,7 +241,7 @@ def test_a_ridge_that_the_grid_misses_is_left_to_the_sampler():
     base = dist.Normal(torch.zeros(2), 3.0).to_event(1)
     found = estimate(FunctionEnergy(rosenbrock, (2,)), base, progress_bar=False)
     assert found.lower < math.log(math.pi / 10) < found.upper
-    assert found.status == "ok"
+    assert found.status in ("exact", "ok")
     valley = FunctionEnergy(lambda x: x[..., 0].square(), (2,))
     with pytest.warns(UnreliableWarning, match="not_normalizable"):
         estimate(valley, base, progress_bar=False)

@@ -12,14 +12,16 @@ import torch
 from pyro_ebm import partition
 from pyro_ebm.distributions import EnergyModel, ProductOfExperts
 from pyro_ebm.energies import FunctionEnergy, IsingEnergy
-from pyro_ebm.partition.progress import watched
+from pyro_ebm.partition.progress import CountedEnergy, watched
 
 BASE = dist.Normal(torch.zeros(2).double(), 1.5).to_event(1)
 #: They take no time.
 WITHOUT = {"check_normalizability", "closed_form"}
 MODULES = (
     "progress",
-    "exact.exact",
+    "exact.budget",
+    "exact.enumeration",
+    "exact.quadrature",
     "bridge.ratio",
     "importance.evidence",
     "particles.gibbs_annealing",
@@ -46,7 +48,7 @@ CALLS = {
     ),
     "bridge_sampling": lambda f, **s: f(ENERGY, torch.randn(500, 2), **s),
     "enumeration": lambda f, **s: f(IsingEnergy((3, 3), 0.3), **s),
-    "estimate": lambda f, **s: f(ENERGY, BASE, "importance", 500, **s),
+    "estimate": lambda f, **s: f(ENERGY, BASE, "importance", budget=500, **s),
     "evidence": lambda f, **s: f(one_at_a_time, None, budget=500, **s),
     "gibbs_annealing": lambda f, **s: f(IsingEnergy((4, 4), 0.3), budget=6_000, **s),
     "importance_sampling": lambda f, **s: f(ENERGY, BASE, num_samples=500, **s),
@@ -54,7 +56,6 @@ CALLS = {
         ENERGY, OTHER, torch.randn(500, 2), torch.randn(500, 2) / 1.2**0.5, **s
     ),
     "quadrature": lambda f, **s: f(ENERGY, **s),
-    "refined_smc": lambda f, **s: f(ENERGY, BASE, budget=10_000, **s),
     "smc": lambda f, **s: f(ENERGY, BASE, num_particles=64, **s),
     "thermodynamic_integration": lambda f, **s: f(ENERGY, BASE, num_particles=64, **s),
 }
@@ -189,3 +190,72 @@ def test_a_watched_energy_keeps_its_type():
         assert energy.tensor_options() == single.tensor_options()
     with watched(single, is_shown=False) as energy:
         assert energy is single
+
+
+# What is counted, and in which pieces -------------------------------------------------
+
+
+class Watched(FunctionEnergy):
+    """Keeps the sizes of the batches that it is given."""
+
+    def __init__(self):
+        super().__init__(lambda x: x.square().sum(-1) / 2, (3,))
+        self.sizes = []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("max_bytes", [1.0, 1e3, 1e4, 1e5, 2**29])
+def test_pieces_give_the_same_values(max_bytes):
+    """Of any size, and count those points alone that were asked for. Planted: the
+    copies that fill up the last piece are returned, or counted; the pieces are joined
+    in another order."""
+    counted = CountedEnergy(Watched(), max_bytes=max_bytes)
+    spent = 0
+    for shape in [(1,), (63,), (64,), (65,), (0,), (257,), (4, 5), (), (1025,)]:
+        x = torch.randn(*shape, 3)
+        spent += 2 * x[..., 0].numel()
+        torch.testing.assert_close(counted(x), x.square().sum(-1) / 2)
+        value, grad = counted.value_and_grad(x)
+        torch.testing.assert_close(value, x.square().sum(-1) / 2)
+        torch.testing.assert_close(grad, x)
+        assert counted.num_evaluations == spent
+
+
+def test_an_evaluation_keeps_within_its_memory():
+    """As many points as fit, and few sizes. Planted: the limit is not looked at; one
+    by one where fewer than the smallest size fit."""
+    sizes = {}
+    for max_bytes in (1.0, 2e3, 1e5):
+        energy = Watched()
+        counted = CountedEnergy(energy, max_bytes=max_bytes)
+        counted(torch.randn(1000, 3))
+        sizes[max_bytes] = energy.sizes[1:]  # the first is what it is measured by
+    assert set(sizes[1.0]) == {1}
+    assert 2 <= max(sizes[2e3]) < 64
+    assert len(set(sizes[2e3])) == 1
+    assert 64 <= max(sizes[1e5]) < 1000
+    # No tensor of a piece is larger than its share.
+    assert max(sizes[2e3]) * 3 * 8 < 2e3
+    assert max(sizes[1e5]) * 3 * 8 < 1e5
+
+
+def test_seconds_are_those_of_the_cheapest_call():
+    counted = CountedEnergy(Watched())
+    assert counted.seconds_each == math.inf
+    counted(torch.randn(64, 3))
+    first = counted.seconds_each
+    for _ in range(20):
+        counted(torch.randn(4096, 3))
+    assert 0 <= counted.seconds_each <= first < 1
+
+
+def test_a_counted_energy_keeps_support_and_type():
+    positive = dist.constraints.independent(dist.constraints.positive, 1)
+    energy = FunctionEnergy(lambda x: x.sum(-1), (2,), positive)
+    counted = CountedEnergy(energy)
+    assert counted.support is positive
+    assert counted.event_shape == (2,)
+    assert CountedEnergy(Single(bowl, (2,))).tensor_options()["dtype"] == torch.float32

@@ -224,7 +224,7 @@ def test_estimate_enumerates_what_is_small():
 def test_estimators_that_need_a_gradient_say_so():
     energy = IsingEnergy((2, 2), 0.3)
     base = finite_targets.ising(2).base
-    for method in ("smc", "ais", "bridge"):
+    for method in ("smc", "ais"):
         with pytest.raises(NotImplementedError, match=r"continuous support.*Gibbs"):
             estimate(energy, base, method=method)
     found = estimate(energy, base, method="importance")
