@@ -156,7 +156,7 @@ class ModelPrior(dist.TorchDistribution):
         if num_draws > 1 and self._draw_many is None:
             u = self._found_way(num_draws)
         elif num_draws > 1 and self._draw_many is not False:
-            u = self._draw_many(num_draws)[0]
+            u = self._draw_many(num_draws, has_density=False)[0]
         if u is None:
             u = self._one_by_one(num_draws)
         return u.reshape(shape).to(**self.energy.tensor_options())
@@ -170,7 +170,7 @@ class ModelPrior(dist.TorchDistribution):
                     u, log_prob = draw(num_draws)
                 except (ValueError, RuntimeError, IndexError):  # not written for that
                     continue
-                if self._is_right(u, log_prob):
+                if log_prob is not None and self._is_right(u, log_prob):
                     self._draw_many = draw
                     return u
         self._draw_many = False
@@ -196,8 +196,10 @@ class ModelPrior(dist.TorchDistribution):
         last = list(self._sites.shapes)[-1]
         return run_until(last, model, self._args, self._kwargs)
 
-    def _in_plate(self, num_draws: int, *, is_double: bool) -> tuple[Tensor, Tensor]:
-        """Draws and log densities of one run inside one more plate."""
+    def _in_plate(
+        self, num_draws: int, *, is_double: bool, has_density: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draws, and log densities, of one run inside one more plate."""
         plate = pyro.plate(
             "_pyro_ebm_draws", num_draws, dim=-1 - self._sites.max_plate_nesting
         )
@@ -211,15 +213,18 @@ class ModelPrior(dist.TorchDistribution):
         for name, site in self._known_samples(trace):
             shape = self._sites.shapes[name]
             values[name] = site["value"].reshape((num_draws, *shape))
-            site_log_prob = site["fn"].log_prob(site["value"])
-            log_prob = log_prob + site_log_prob.reshape(num_draws, -1).sum(-1)
+            if has_density:
+                site_log_prob = site["fn"].log_prob(site["value"])
+                log_prob = log_prob + site_log_prob.reshape(num_draws, -1).sum(-1)
         flat = {
             name: part.reshape((num_draws, *self._sites.flat_shapes[name]))
             for name, part in flat.items()
         }
-        return self._with_density(values, flat, log_prob)
+        return self._with_density(values, flat, log_prob if has_density else None)
 
-    def _mapped(self, num_draws: int, *, is_double: bool) -> tuple[Tensor, Tensor]:
+    def _mapped(
+        self, num_draws: int, *, is_double: bool, has_density: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """The same by ``vmap`` of a run, for models not written for batches."""
 
         def one(_: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
@@ -227,11 +232,13 @@ class ModelPrior(dist.TorchDistribution):
                 trace, flat = self._run(self._model)
             sites = self._known_samples(trace)
             values = {name: site["value"] for name, site in sites}
-            parts = (site["fn"].log_prob(site["value"]).sum() for _, site in sites)
+            known = sites if has_density else []
+            parts = (site["fn"].log_prob(site["value"]).sum() for _, site in known)
             return values, flat, sum(parts, torch.zeros(()))
 
         like = torch.zeros(num_draws)
-        return self._with_density(*torch.func.vmap(one, randomness="different")(like))
+        values, flat, log_prob = torch.func.vmap(one, randomness="different")(like)
+        return self._with_density(values, flat, log_prob if has_density else None)
 
     def _known_samples(self, trace: Trace) -> list[tuple[str, Any]]:
         sites = samples(trace)
@@ -240,9 +247,14 @@ class ModelPrior(dist.TorchDistribution):
         return sites
 
     def _with_density(
-        self, values: dict[str, Tensor], flat: dict[str, Tensor], log_prob: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        values: dict[str, Tensor],
+        flat: dict[str, Tensor],
+        log_prob: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
         u = self._sites.unconstrain(values, flat)
+        if log_prob is None:
+            return u, None
         return u, log_prob + self._sites.log_abs_det(u, values)
 
     def _is_right(self, u: Tensor, log_prob: Tensor) -> bool:

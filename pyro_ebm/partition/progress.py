@@ -1,6 +1,6 @@
 """Evaluations of an energy: counted, shown, and in pieces that fit into memory."""
 
-__all__ = ["CountedEnergy", "watched"]
+__all__ = ["CountedEnergy", "MAX_BYTES", "watched"]
 
 import math
 import time
@@ -32,8 +32,8 @@ class CountedEnergy(Energy):
         energy: What is evaluated.
         total: Evaluations expected, for the bar; ``None`` where they are not known.
         is_shown: Whether there is a progress bar; it appears after a second.
-        max_bytes: What an evaluation may allocate. Points are given to the energy in
-            as many pieces as it takes.
+        max_bytes: What an evaluation may allocate: points are given to the energy in
+            as many pieces as it takes, of a few sizes. Default: all at once.
 
     Attributes:
         num_evaluations: Points so far.
@@ -48,7 +48,7 @@ class CountedEnergy(Energy):
         total: int | None = None,
         *,
         is_shown: bool = False,
-        max_bytes: float = MAX_BYTES,
+        max_bytes: float | None = None,
     ) -> None:
         super().__init__(energy.event_shape, energy.support)
         self.energy = energy
@@ -86,10 +86,13 @@ class CountedEnergy(Energy):
             return function(x)
         self.num_evaluations += batch_shape.numel()
         self.bar.update(batch_shape.numel())
-        if self._max_points is None:
-            self._max_points = self._measured(x)
-        flat = x.reshape(-1, *self.event_shape)
-        parts = [function(part) for part in self._pieces(flat)]
+        if self.max_bytes is None:
+            parts = [function(x.reshape(-1, *self.event_shape))]
+        else:
+            if self._max_points is None:
+                self._max_points = self._measured(x, self.max_bytes)
+            pieces_of_x = self._pieces(x.reshape(-1, *self.event_shape))
+            parts = [function(piece) for piece in pieces_of_x]
         if len(parts) > 1:
             joined = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
         else:
@@ -116,14 +119,14 @@ class CountedEnergy(Energy):
         if len(x):
             yield torch.cat([x, x[-1:].expand(sizes[0] - len(x), *x.shape[1:])])
 
-    def _measured(self, x: Tensor) -> int:
+    def _measured(self, x: Tensor, max_bytes: float) -> int:
         """How many points fit into the memory, by what a few allocate."""
         few = x.detach().reshape(-1, *self.event_shape)[:_NUM_MEASURED]
         if not len(few):
             return 1
         with _Allocations() as found:
             self.energy.value_and_grad(few)
-        return max(1, int(self.max_bytes * len(few) / max(found.num_bytes, 1)))
+        return max(1, int(max_bytes * len(few) / max(found.num_bytes, 1)))
 
 
 class _Allocations(TorchDispatchMode):

@@ -55,7 +55,7 @@ from pyro_ebm.partition.importance.proposal import Proposal
 from pyro_ebm.partition.importance.student_mixture import StudentMixture, fit_clusters
 from pyro_ebm.partition.particles.engine import Journey, travel
 from pyro_ebm.partition.particles.movers import AdaptiveHMC
-from pyro_ebm.partition.progress import CountedEnergy
+from pyro_ebm.partition.progress import MAX_BYTES, CountedEnergy
 
 #: Islands of particles, and states kept of each ancestor.
 _NUM_ISLANDS = 8
@@ -78,7 +78,7 @@ _GOOD_K = 0.45
 #: With a heavier one, the proposal is worked on.
 _LIGHT_K = 0.35
 #: Where the last look is by particles, errors are wider than they say.
-_CAUTION = 1.5
+_CAUTION = 3.0
 #: Relative rounding of an energy in double precision, with a margin.
 _ROUNDING = 1e-10
 _MIN_ESS = 200.0
@@ -178,9 +178,11 @@ def two_routes(
     Exactness: *consistent*.
     """
     path = GeometricPath(energy, base, is_double=True)
-    target = CountedEnergy(path.target, limits.budget, is_shown=is_shown)
+    target = CountedEnergy(
+        path.target, limits.budget, is_shown=is_shown, max_bytes=MAX_BYTES
+    )
     path.target = target
-    path.base = CountedEnergy(path.base)
+    path.base = CountedEnergy(path.base, max_bytes=MAX_BYTES)
     try:
         return _TwoRoutes(path, target, limits).run()
     finally:

@@ -114,6 +114,8 @@ def test_the_bar_counts_and_is_closed(name, bars):
     (bar,) = bars.shown
     assert bar.is_closed
     assert bar.settings["delay"] == 1
+    if hasattr(loud, "num_seconds"):  # which the clock decides
+        quiet, loud = (e._replace(num_seconds=0.0) for e in (quiet, loud))
     _assert_same(quiet, loud)
     if name == "gibbs_annealing":  # it counts temperatures
         assert bar.count == bar.settings["total"]
@@ -158,7 +160,7 @@ def test_an_estimate_taken_over_shows_its_walkers_and_learning_none(bars):
     model.log_partition.finish(ENERGY)
     EnergyModel(ENERGY, BASE).log_partition.follow(ENERGY)
     assert not bars.shown
-    model.set_log_partition(found)
+    EnergyModel(ENERGY, BASE).set_log_partition(found)  # whose walkers must start
     (bar,) = bars.shown
     assert bar.is_closed
     assert bar.count

@@ -330,5 +330,7 @@ class _Annealing:
     def _travel(self, state: PathState, betas: list[float]) -> Tensor:
         kernels = dict(zip(*self.schedule, strict=True))
         move = GivenKernels(self.path, kernels.__getitem__)
-        journey = travel(state, move, inverse_temperatures=betas, moves_last=False)
+        journey = travel(
+            state, move, inverse_temperatures=betas, moves_last=False, has_sums=False
+        )
         return journey.log_weights[0]

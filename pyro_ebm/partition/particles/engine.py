@@ -75,7 +75,7 @@ class Journey(NamedTuple):
         inverse_temperatures: The steps that were taken.
         log_weights: Weights (1) since the last resampling, shape ``(M, N)``.
         forward: Sum of (1) over the steps, shape ``(M,)``; errs downwards. This, and
-            the two that follow, are zero where nothing was resampled.
+            the two that follow, are zero without ``has_sums``.
         bennett: The same by Bennett's ratio between neighbouring populations.
         reverse: The same by (1) taken backwards; errs upwards.
         ess: Smallest effective fraction of the weights of a step.
@@ -100,6 +100,7 @@ def travel(
     ess_threshold: float = 0.5,
     num_ancestors: int | None = None,
     moves_last: bool = True,
+    has_sums: bool = True,
     max_temperatures: int = 500,
     is_over: Callable[[], bool] = lambda: False,
     look: Callable[[Any], None] = lambda _: None,
@@ -115,6 +116,8 @@ def travel(
         num_ancestors: Particles an island that are resampled at each step; default:
             none is resampled, and the weights add up.
         moves_last: Whether the particles are moved at the last temperature too.
+        has_sums: Whether the ratios of neighbouring populations are added up, which
+            takes longer than a short step.
         max_temperatures: Where to give up.
         is_over: Asked at each step; the run ends where it is once it is true.
         look: Called with each population.
@@ -145,7 +148,7 @@ def travel(
             ancestors = state.select(systematic_resample(weights, num_ancestors))
         if moves_last or high != end:
             new = move(state, weights, ancestors, high)
-            if num_ancestors is not None:
+            if has_sums:
                 sums.add(increment, new.log_weight(low, high))
             state = new
             look(state)

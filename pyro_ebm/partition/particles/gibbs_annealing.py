@@ -210,8 +210,7 @@ def _schedule(path: AnnealingPath, sizes: _Sizes) -> list[float]:
     """Inverse temperatures at which the increments have about equal variance."""
     x = path.start.distribution.sample(torch.Size((_PILOT_CHAINS,)))
     grid = torch.linspace(0, 1, sizes.num_pilot + 1, dtype=torch.float64)
-    _, sums = _travel(path, x, grid.tolist(), Gibbs())
-    increments = torch.cat([sums[:1], sums.diff(dim=0)])
+    _, increments = _travel(path, x, grid.tolist(), Gibbs())
     is_finite = increments.isfinite()
     if not is_finite.all(0).any():
         raise DivergenceError(
@@ -234,8 +233,8 @@ def _there_and_back(
 ) -> tuple[Tensor, Tensor]:
     """The log-weights (1) of both directions, each of shape ``(M, N)``."""
     x = path.start.distribution.sample(torch.Size((num_islands, num_chains)))
-    x, sums = _travel(path, x, betas, Gibbs())
-    there = sums[-1]
+    x, increments = _travel(path, x, betas, Gibbs())
+    there = increments.sum(0)
     arrived = there.isfinite()
     if not arrived.any(-1).all():
         raise DivergenceError(
@@ -249,7 +248,7 @@ def _there_and_back(
 
 def _back(path: AnnealingPath, x: Tensor, betas: list[float]) -> Tensor:
     """Log-weights from draws of the target to the base, by the sweeps reversed."""
-    return _travel(path, x, betas[::-1], Gibbs(is_reversed=True))[1][-1]
+    return _travel(path, x, betas[::-1], Gibbs(is_reversed=True))[1].sum(0)
 
 
 class _Sites:
@@ -271,7 +270,7 @@ class _Sites:
 def _travel(
     path: AnnealingPath, x: Tensor, betas: list[float], kernel: Gibbs
 ) -> tuple[Tensor, Tensor]:
-    """Where the chains get, and the sums in (1) so far, shape ``(T, *chains)``."""
+    """Where the chains get, and the increments of (1), shape ``(T, *chains)``."""
     at = functools.lru_cache(maxsize=4)(path.at)
     sums = []
 
@@ -280,8 +279,12 @@ def _travel(
         return _Sites(kernel.sweep(at(beta), sites.x), at)
 
     start = _Sites(x.to(**at(betas[0]).tensor_options(x)), at)
-    journey = travel(start, move, inverse_temperatures=betas, moves_last=False)
-    return journey.state.x, torch.stack([*sums, journey.log_weights])
+    journey = travel(
+        start, move, inverse_temperatures=betas, moves_last=False, has_sums=False
+    )
+    sums.append(journey.log_weights)
+    steps = torch.stack(sums).diff(dim=0).nan_to_num(0.0, torch.inf, -torch.inf)
+    return journey.state.x, torch.cat([sums[0][None], steps])
 
 
 def _judge(
