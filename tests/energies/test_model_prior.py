@@ -204,7 +204,7 @@ def test_a_bad_draw_is_one_bad_point(model):
     for num in (1, 7, 400):
         u = prior.sample((num,))
         assert u.shape == (num, *energy.event_shape)
-    assert prior._is_vectorized is (model in (bad_likelihood, bad_latent))
+    assert bool(prior._draw_many) is (model in (bad_likelihood, bad_latent))
     is_good = u[:, 0] > 0
     assert 0.4 < is_good.double().mean() < 0.6 or len(energy.site_shapes) > 1
     value, grad = energy.value_and_grad(u)
