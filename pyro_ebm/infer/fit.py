@@ -44,6 +44,8 @@ from pyro_ebm.mcmc.base import bias_of
 from pyro_ebm.partition import LogPartitionEstimate, estimate
 
 _LOG = logging.getLogger(__name__)
+#: Time that the final log Z may take.
+_MAX_SECONDS = 20.0
 
 
 def fit(
@@ -381,9 +383,15 @@ def _estimated(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnreliableWarning)
-            return estimate(energy, base, progress_bar=False)
-    except DivergenceError:
-        return None
+            return estimate(
+                energy,
+                base,
+                tolerance=0.01,
+                max_seconds=_MAX_SECONDS,
+                progress_bar=False,
+            )
+    except (DivergenceError, NotImplementedError, RuntimeError, ValueError):
+        return None  # whatever it refuses, the fit is not to be lost
 
 
 def _with_advice(
