@@ -44,6 +44,8 @@ from pyro_ebm.mcmc.base import bias_of
 from pyro_ebm.partition import LogPartitionEstimate, estimate
 
 _LOG = logging.getLogger(__name__)
+#: Time that the final log Z may take.
+_MAX_SECONDS = 20.0
 
 
 def fit(
@@ -382,10 +384,14 @@ def _estimated(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnreliableWarning)
             return estimate(
-                energy, base, tolerance=0.01, max_seconds=20.0, progress_bar=False
+                energy,
+                base,
+                tolerance=0.01,
+                max_seconds=_MAX_SECONDS,
+                progress_bar=False,
             )
-    except DivergenceError:
-        return None
+    except (DivergenceError, NotImplementedError, RuntimeError, ValueError):
+        return None  # whatever it refuses, the fit is not to be lost
 
 
 def _with_advice(

@@ -70,7 +70,7 @@ class Walkers(StatefulModule):
         """
         self.u, self.energy, self.grad = (part.clone() for part in chains)
         self.log_weights = torch.zeros_like(self.energy)
-        self.log_offset = log_partition.clone()
+        self.log_offset = log_partition.to(self.log_weights, copy=True)
         metric = kernel.scale if kernel.scale_tril is None else kernel.scale_tril
         self.metric = self.u.new_ones(self.u.shape[2:]) if metric is None else metric
         self.adaptation.reset(kernel.step_size)

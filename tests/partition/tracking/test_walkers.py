@@ -72,6 +72,18 @@ def test_effective_number_of_islands_of_unlike_log_partition():
     assert walkers.ess() == pytest.approx(wanted.item())
 
 
+def test_all_of_it_has_the_precision_of_the_walkers():
+    """Whatever that of the estimate is; seen to fail where the offsets kept it."""
+    walkers = started()
+    state = ChainState(
+        *(part.float() for part in (walkers.u, walkers.energy, walkers.grad))
+    )
+    walkers.start(state, torch.zeros(4, dtype=torch.float64), HMC(step_size=0.5))
+    walkers.anchor(1.0, 0.1)
+    parts = (walkers.log_partition(), walkers.log_weights, walkers.log_offset)
+    assert {part.dtype for part in parts} == {torch.float32}
+
+
 @pytest.mark.parametrize("end", [(3.0, 1.0), (0.0, 20.0), (-1.5, 0.3)])
 def test_log_partition_along_a_path(end):
     """Within four standard errors half-way and at the end, where the walkers are draws.
