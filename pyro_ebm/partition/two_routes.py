@@ -67,6 +67,8 @@ _COST = 80
 _NUM_STARTS = 256
 #: Modes that are measured, in few dimensions.
 _MAX_MODES = 256
+#: Draws of the base that are timed.
+_NUM_TIMED = 16
 #: Draws of the base among which the best starts are looked for.
 _NUM_LOOKS = 2048
 _MIN_STARTS = 32
@@ -199,6 +201,15 @@ class _TwoRoutes:
         self.pool = Pool(target)
         self.dim = path.event_shape.numel()
         self.findings: list[Finding] = []
+        # Some models can be run for one draw of their prior at a time only.
+        path.draw_base(_NUM_TIMED)
+        start = time.process_time()
+        path.draw_base(_NUM_TIMED)
+        self.draw_seconds = (time.process_time() - start) / _NUM_TIMED
+
+    def num_affordable_draws(self, share: float) -> int:
+        """Draws of the base that a share of the seconds that are left pays for."""
+        return int(share * self.limits.left / max(self.draw_seconds, 1e-9))
 
     def run(self) -> LogPartitionEstimate:
         """Both routes, and independent draws of what they have found."""
@@ -225,7 +236,8 @@ class _TwoRoutes:
 
     def descend(self) -> Modes | None:
         """The modes that draws of the base descend to."""
-        u = self.path.draw_base(_NUM_LOOKS).reshape(_NUM_LOOKS, -1).double()
+        number = max(_MIN_STARTS, min(_NUM_LOOKS, self.num_affordable_draws(0.1)))
+        u = self.path.draw_base(number).reshape(number, -1).double()
         u = u[u.isfinite().all(-1)]
         if len(u) < 2:
             return None
@@ -283,6 +295,8 @@ class _TwoRoutes:
     def size(self, share: float, most: int) -> int:
         """Particles an island that a share of what is left pays for."""
         number = self.limits.affordable(self.target, share) / _NUM_ISLANDS / _COST
+        draws = self.num_affordable_draws(share) / _NUM_ISLANDS / _FIRST
+        number = min(number, draws)
         power = int(math.log2(max(number, 4 * _CHAIN_LENGTH)))
         return min(most, 2**power)
 
