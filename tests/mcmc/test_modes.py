@@ -1,6 +1,6 @@
 """Descents to modes, and what is measured there.
 
-Planted faults are named with the tests that were seen to catch them.
+Faults that a test is meant to catch are named with it.
 """
 
 import math

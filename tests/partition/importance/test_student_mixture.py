@@ -1,6 +1,6 @@
 """Mixtures of Student distributions: density, draws and fit.
 
-Planted faults are named with the tests that were seen to catch them.
+Faults that a test is meant to catch are named with it.
 """
 
 import math

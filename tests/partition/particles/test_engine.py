@@ -1,8 +1,8 @@
 """Particles that travel a path of which everything is known.
 
 The path leads from a standard normal to an unnormalised Gaussian, so that it is
-Gaussian everywhere, and a mover can draw afresh. Planted faults are named with the
-tests that were seen to catch them.
+Gaussian everywhere, and a mover can draw afresh. Faults that a
+test is meant to catch are named with it.
 """
 
 import math
