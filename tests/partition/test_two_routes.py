@@ -92,8 +92,8 @@ def test_a_shift_of_the_energy_moves_log_z_alone():
 
 
 def test_all_evaluations_are_counted():
-    """Besides those few that look at the energy first. Meant to catch: those with a gradient
-    are not."""
+    """Besides those few that look at the energy first. Meant to catch: those with a
+    gradient are not."""
     energy = CountingEnergy(gaussian(4))
     found = sampled(energy, normal(4), budget=30_000)
     spent = energy.num_values + energy.num_gradients
@@ -103,7 +103,7 @@ def test_all_evaluations_are_counted():
 @pytest.mark.filterwarnings("ignore::pyro_ebm.errors.UnreliableWarning")
 @pytest.mark.parametrize("budget", [50_000, 200_000])
 def test_the_budget_is_kept(budget):
-    """Nearly: a step of the particles is finished. Meant to catch: a run is never over."""
+    """Nearly: a step of the particles is finished. Meant to catch: one never over."""
     found = sampled(gaussian(6), normal(6, 3.0), budget=budget, tolerance=1e-4)
     assert found.num_evaluations < 1.3 * budget
 
