@@ -1,6 +1,6 @@
 """Descents to modes, and what is measured there.
 
-Planted faults are named with the tests that were seen to catch them.
+Faults that a test is meant to catch are named with it.
 """
 
 import math
@@ -40,7 +40,7 @@ def with_grad(energy):
 
 
 def test_a_quadratic_is_measured_exactly():
-    """Planted: the scale of the starts left out of the mass, or of the covariance."""
+    """Fault: the scale of the starts left out of the mass, or of the covariance."""
     loc = torch.tensor([3.0, -1.0, 0.5])
     factor = torch.tensor([[2.0, 0.0, 0.0], [-0.5, 0.3, 0.0], [0.2, 0.1, 0.7]])
     covariance = factor @ factor.mT
@@ -62,7 +62,7 @@ def test_a_quadratic_is_measured_exactly():
 def test_a_narrow_valley_in_five_dimensions(condition):
     """Condition number of the Hessian, in directions of no axis.
 
-    Planted: steepest descent for the inverse Hessian.
+    Fault: steepest descent for the inverse Hessian.
     """
     rotation = torch.linalg.qr(torch.randn(5, 5)).Q
     variance = torch.logspace(0, -math.log10(condition), 5)
@@ -79,7 +79,7 @@ def test_a_narrow_valley_in_five_dimensions(condition):
 
 
 def test_newtons_method_finishes_what_the_descents_leave():
-    """Planted: none of its steps is taken."""
+    """Fault: none of its steps is taken."""
     loc, covariance = torch.tensor([1.0, -2.0]), torch.tensor([1.0, 1e-4]).diag()
     energy = quadratic(loc, covariance)
     found = find_modes(energy, 3 * torch.randn(16, 2), max_rounds=3)
@@ -95,7 +95,7 @@ def two_wells(x):
 
 
 def test_two_wells_are_both_found_by_falling_mass():
-    """Planted: only the lowest of the ends is polished; modes by rising mass."""
+    """Fault: only the lowest of the ends is polished; modes by rising mass."""
     found = find_modes(with_grad(two_wells), 5 * torch.randn(64, 3))
     assert len(found.loc) == 2
     torch.testing.assert_close(found.loc[0], torch.full((3,), 4.0), atol=1e-3, rtol=0)
@@ -109,7 +109,7 @@ def test_two_wells_are_both_found_by_falling_mass():
 
 
 def test_more_modes_than_are_measured_is_said():
-    """Planted: ``is_complete`` is always true."""
+    """Fault: ``is_complete`` is always true."""
     energy = with_grad(lambda x: -5 * x.cos().sum(-1))
     few = find_modes(energy, 30 * torch.rand(64, 2), max_modes=4)
     assert not few.is_complete
@@ -119,7 +119,7 @@ def test_more_modes_than_are_measured_is_said():
 
 @pytest.mark.parametrize("outside", [math.inf, math.nan])
 def test_starts_where_the_energy_is_not_finite_are_left_out(outside):
-    """Planted: all ends are kept, finite or not; steps to such points are taken."""
+    """Fault: all ends are kept, finite or not; steps to such points are taken."""
     inside = quadratic(torch.tensor([0.5, 0.0]), torch.eye(2))
 
     def half(x):
@@ -146,7 +146,7 @@ def test_starts_where_the_energy_is_not_finite_are_left_out(outside):
     ids=["flat", "nowhere finite", "a slope", "a hill"],
 )
 def test_no_mode_is_none(energy):
-    """Planted: eigenvalues of zero count as a curvature."""
+    """Fault: eigenvalues of zero count as a curvature."""
     assert find_modes(energy, torch.randn(16, 2)) is None
 
 

@@ -79,7 +79,7 @@ class Silent(Kernel):
     "kernel", [MALA(0.5), HMC(0.5, 3), Twice(), Peeks(0.3), Silent()], ids=repr
 )
 def test_the_ends_are_those_of_where_the_chains_are(kernel):
-    """Planted: the last evaluation, accepted or not; that of the chains accepted."""
+    """Fault: the last evaluation, accepted or not; that of the chains accepted."""
     p = path(target())
     p.inverse_temperature = 0.4
     state = p.sample_base(2, 50)
@@ -93,7 +93,7 @@ def test_the_ends_are_those_of_where_the_chains_are(kernel):
     ("kernel", "cost"), [(MALA(0.5), 1), (HMC(0.5, 3), 3), (Peeks(0.3), 3)], ids=repr
 )
 def test_a_kernel_that_ends_at_its_proposal_costs_no_more(kernel, cost):
-    """Planted: the outcome is always evaluated anew."""
+    """Fault: the outcome is always evaluated anew."""
     counting = CountingEnergy(target())
     p = path(counting)
     state = p.sample_base(50)
@@ -105,7 +105,7 @@ def test_a_kernel_that_ends_at_its_proposal_costs_no_more(kernel, cost):
 
 @pytest.mark.parametrize("kernel", [MALA(0.3), Twice(), Peeks(0.3)], ids=repr)
 def test_bounds_with_a_kernel_of_the_users_enclose_the_truth(kernel):
-    """Planted: the ends of the proposal evaluated last are taken where the chain has
+    """Fault: the ends of the proposal evaluated last are taken where the chain has
     moved, which once made (3.04, 3.14) of 3.676."""
     draws = 1 + torch.randn(256, 2) / 2
     base = dist.Normal(torch.zeros(2), 2.0).to_event(1)
@@ -121,7 +121,7 @@ def test_bounds_with_a_kernel_of_the_users_enclose_the_truth(kernel):
 def test_weights_along_the_path():
     """A point where the target is infinite has no weight upwards, all downwards.
 
-    Planted: the sign of the step left out of it.
+    Fault: the sign of the step left out of it.
     """
     state = path(target()).sample_base(4)
     state = state._replace(target=torch.tensor([1.0, math.inf, math.nan, 0.0]))

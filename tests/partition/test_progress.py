@@ -212,7 +212,7 @@ class Watched(FunctionEnergy):
 
 @pytest.mark.parametrize("max_bytes", [1.0, 1e3, 1e4, 1e5, 2**29])
 def test_pieces_give_the_same_values(max_bytes):
-    """Of any size, and count those points alone that were asked for. Planted: the
+    """Of any size, and count those points alone that were asked for. Fault: the
     copies that fill up the last piece are returned, or counted; the pieces are joined
     in another order."""
     counted = CountedEnergy(Watched(), max_bytes=max_bytes)
@@ -228,7 +228,7 @@ def test_pieces_give_the_same_values(max_bytes):
 
 
 def test_an_evaluation_keeps_within_its_memory():
-    """As many points as fit, and few sizes. Planted: the limit is not looked at; one
+    """As many points as fit, and few sizes. Fault: the limit is not looked at; one
     by one where fewer than the smallest size fit."""
     sizes = {}
     for max_bytes in (1.0, 2e3, 1e5):

@@ -34,7 +34,7 @@ class Normal:
 
 def test_the_mean_weight_is_the_partition_function():
     """Over 500 pools of two rounds, the first far too wide and the second too narrow
-    alone. Planted: the number of proposals left out; each draw weighed by its own
+    alone. Fault: the number of proposals left out; each draw weighed by its own
     proposal, whose mean of so few draws is off by the tail of the second."""
     values = []
     for _ in range(500):
@@ -51,7 +51,7 @@ def test_the_mean_weight_is_the_partition_function():
 
 
 def test_weights_are_under_the_mixture_of_all_rounds():
-    """Planted: a proposal is not evaluated at the draws before it."""
+    """Fault: a proposal is not evaluated at the draws before it."""
     proposals = [Normal(0.0, 2.0), Normal(1.0, 1.0), Normal(3.0, 0.5)]
     pool = Pool(ENERGY)
     for number, proposal in zip((10, 20, 30), proposals, strict=True):
@@ -66,7 +66,7 @@ def test_weights_are_under_the_mixture_of_all_rounds():
 
 
 def test_where_the_target_is_nothing_there_is_no_weight():
-    """Whatever the proposal says. Planted: nan for the difference of infinities."""
+    """Whatever the proposal says. Fault: nan for the difference of infinities."""
     energy = FunctionEnergy(
         lambda x: torch.stack([-x[:, 0].log(), x[:, 1]]).sum(0), (2,)
     )
@@ -85,7 +85,7 @@ def test_events_of_any_shape():
 
 @pytest.mark.parametrize("wanted", [10, 100, 900])
 def test_tempered_weights_leave_as_many_effective(wanted):
-    """Planted: the power that leaves fewer."""
+    """Fault: the power that leaves fewer."""
     log_weights = 20 * torch.randn(1000)
     log_weights[:50] = -math.inf
     found = tempered(log_weights, wanted)

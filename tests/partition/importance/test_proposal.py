@@ -25,7 +25,7 @@ def student(loc, scale=1.0):
 
 
 def test_density_and_draws_are_of_one_distribution():
-    """Its integral over draws of another is one, and its mean the mixture's. Planted:
+    """Its integral over draws of another is one, and its mean the mixture's. Fault:
     the share of the base left out of the density, or of the draws."""
     proposal = Proposal(path(), student([4.0, -2.0], 0.5), 0.3)
     wide = dist.StudentT(4.0, torch.tensor([2.0, -1.0]), 4.0).to_event(1)
@@ -56,7 +56,7 @@ def test_without_a_mixture_it_is_the_base():
 
 @pytest.mark.parametrize("is_base", [True, False])
 def test_the_share_of_the_base_is_learned(is_base):
-    """All of the mass is of the base, or none, but either keeps a share. Planted: the
+    """All of the mass is of the base, or none, but either keeps a share. Fault: the
     responsibility of the mixture for that of the base; no least share."""
     proposal = Proposal(path(), student([9.0, 9.0], 0.3), 0.5)
     u = proposal.sample(5000)
@@ -68,7 +68,7 @@ def test_the_share_of_the_base_is_learned(is_base):
 
 
 def test_refitting_moves_the_mixture_to_the_weights():
-    """Planted: the mixture stays as it is."""
+    """Fault: the mixture stays as it is."""
     target = dist.Normal(torch.tensor([1.0, -1.0]), 0.5).to_event(1)
     proposal = Proposal(path(), student([0.0, 0.0], 2.0))
     before = after = None
@@ -85,7 +85,7 @@ def test_refitting_moves_the_mixture_to_the_weights():
 
 
 def test_components_are_added_where_draws_weigh_too_much():
-    """A second mode that only the base reaches. Planted: components at draws that do
+    """A second mode that only the base reaches. Fault: components at draws that do
     not weigh too much; the whole of the weight is taken as heavy."""
     proposal = Proposal(path(), student([-5.0, 0.0], 0.5), 0.1)
     u = proposal.sample(4000)
@@ -116,7 +116,7 @@ def test_joined_with_another_mixture():
 
 
 def test_over_events_of_any_shape_and_support():
-    """In unconstrained space, flat. Planted: the base without its Jacobian."""
+    """In unconstrained space, flat. Fault: the base without its Jacobian."""
     positive = dist.constraints.independent(dist.constraints.positive, 2)
     energy = FunctionEnergy(lambda x: x.sum((-1, -2)), (2, 2), positive)
     base = dist.Exponential(torch.ones(2, 2)).to_event(2)

@@ -1,6 +1,6 @@
 """Mixtures of Student distributions: density, draws and fit.
 
-Planted faults are named with the tests that were seen to catch them.
+Faults that a test is meant to catch are named with it.
 """
 
 import math
@@ -45,7 +45,7 @@ def reference(mixture):
 
 
 def test_density(monkeypatch):
-    """Planted: the normalisation in the dimension, or in the scales."""
+    """Fault: the normalisation in the dimension, or in the scales."""
     mixture, u = example(), 5 * torch.randn(500, 3)
     expected = reference(mixture).log_prob(u)
     torch.testing.assert_close(mixture.log_prob(u), expected)
@@ -58,7 +58,7 @@ def test_density(monkeypatch):
 
 
 def test_draws_have_the_moments_of_the_density():
-    """First and second, by component too. Planted: the square root of the stretch is
+    """First and second, by component too. Fault: the square root of the stretch is
     left out; one stretch for all; the transposed factor."""
     mixture, num = example(Light), 200_000
     x = mixture.sample(num)
@@ -91,7 +91,7 @@ def likelihood(mixture, u, weights):
 
 
 def test_each_step_raises_the_weighted_likelihood():
-    """Until it is near that of the truth. Planted: the weights are left out; the
+    """Until it is near that of the truth. Fault: the weights are left out; the
     responsibilities; ``nu + y`` upside down."""
     truth = example()
     proposal = dist.Normal(torch.zeros(3), 4.0).to_event(1)
@@ -113,7 +113,7 @@ def test_each_step_raises_the_weighted_likelihood():
 
 
 def test_components_of_few_draws_keep_their_place():
-    """And a least weight. Planted: all components are moved; that weight is none."""
+    """And a least weight. Fault: all components are moved; that weight is none."""
     far = StudentMixture(
         torch.tensor([0.5, 0.5]),
         torch.tensor([[0.0, 0.0], [1e9, 1e9]]),
@@ -142,7 +142,7 @@ def test_two_mixtures_joined_and_a_mixture_at_points():
 
 
 def test_two_clusters_are_found():
-    """By their places, shapes and weighted shares. Planted: centres drawn near those
+    """By their places, shapes and weighted shares. Fault: centres drawn near those
     before; the weights left out."""
     near = torch.tensor([-4.0, 0.0]) + torch.randn(3000, 2) * torch.tensor([0.3, 1.0])
     far = torch.tensor([5.0, 2.0]) + torch.randn(3000, 2)
@@ -176,7 +176,7 @@ def test_a_covariance_that_is_not_one():
 
 
 def test_many_dimensions_have_as_many_degrees():
-    """Else no draw is at the distance of a Gaussian's. Planted: five everywhere."""
+    """Else no draw is at the distance of a Gaussian's. Fault: five everywhere."""
     mixture = StudentMixture(torch.ones(1), torch.zeros(1, 100), torch.eye(100)[None])
     assert mixture.degrees == 100
     distance = mixture.sample(2000).norm(dim=-1)

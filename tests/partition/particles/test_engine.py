@@ -1,8 +1,8 @@
 """Particles that travel a path of which everything is known.
 
 The path leads from a standard normal to an unnormalised Gaussian, so that it is
-Gaussian everywhere, and a mover can draw afresh. Planted faults are named with the
-tests that were seen to catch them.
+Gaussian everywhere, and a mover can draw afresh. Faults that a
+test is meant to catch are named with it.
 """
 
 import math
@@ -63,7 +63,7 @@ def assert_mean(values, truth, largest_error=0.02):
 
 
 def test_all_three_sums_find_the_truth():
-    """Planted: the sign within ``reverse``; its weights those of the particles before;
+    """Fault: the sign within ``reverse``; its weights those of the particles before;
     Bennett's ratio with its two sides exchanged."""
     journey = travel(drawn(0.0, 32, 2000), fresh(2000), ess_threshold=0.8)
     assert journey.has_arrived
@@ -76,7 +76,7 @@ def test_all_three_sums_find_the_truth():
 
 
 def test_forward_errs_downwards_and_reverse_upwards():
-    """Of ten particles, over four thousand islands. Planted: as above."""
+    """Of ten particles, over four thousand islands. Fault: as above."""
     betas = [0.0, 0.1, 0.4, 1.0]
     journey = travel(drawn(0.0, 4000, 10), fresh(10), inverse_temperatures=betas)
     below, between, above = (
@@ -90,7 +90,7 @@ def test_forward_errs_downwards_and_reverse_upwards():
 
 @pytest.mark.parametrize("first", [8000, 250])
 def test_populations_of_unequal_sizes(first):
-    """Planted: sums for means in Bennett's ratio, which is off by the log of 4."""
+    """Fault: sums for means in Bennett's ratio, which is off by the log of 4."""
     betas = [0.0, 0.05, 0.2, 0.5, 1.0]
     move = fresh(2000 if first > 2000 else 1000)
     start = drawn(0.0, 32, first)
@@ -100,7 +100,7 @@ def test_populations_of_unequal_sizes(first):
 
 
 def test_a_fixed_schedule_in_either_direction():
-    """Planted: backwards, the steps begin from 0."""
+    """Fault: backwards, the steps begin from 0."""
     betas = [0.0, 0.05, 0.2, 0.5, 1.0]
     up, down = fresh(1000), fresh(1000)
     there = travel(drawn(0.0, 32, 1000), up, inverse_temperatures=betas)
@@ -116,7 +116,7 @@ def test_a_fixed_schedule_in_either_direction():
 
 
 def test_weights_add_up_where_none_is_resampled():
-    """As in annealed importance sampling: their mean is Z. Planted: they are those of
+    """As in annealed importance sampling: their mean is Z. Fault: they are those of
     the last step; the particles are moved after the last one too."""
     betas = [0.0, 0.05, 0.2, 0.5, 1.0]
     start, move = drawn(0.0, 100, 1000), fresh(1000)
@@ -130,7 +130,7 @@ def test_weights_add_up_where_none_is_resampled():
 
 
 def test_ancestors_are_resampled_by_weight():
-    """To the next Gaussian of the path. Planted: uniform weights; the same ancestors
+    """To the next Gaussian of the path. Fault: uniform weights; the same ancestors
     in all islands; weights that are kept after resampling."""
     betas, move = [0.0, 0.2, 1.0], fresh(5000)
     start = drawn(0.0, 16, 5000)
@@ -150,7 +150,7 @@ def test_ancestors_are_resampled_by_weight():
 
 
 def test_steps_are_as_long_as_the_worst_island_allows():
-    """Planted: the mean over islands for the worst."""
+    """Fault: the mean over islands for the worst."""
     seen = []
     journey = travel(
         drawn(0.0, 8, 400), fresh(400), ess_threshold=0.7, look=seen.append
@@ -166,7 +166,7 @@ def test_steps_are_as_long_as_the_worst_island_allows():
 
 @pytest.mark.parametrize("num_steps", [0, 2])
 def test_a_run_that_is_over_ends_where_it_is(num_steps):
-    """Planted: the end of the path is not compared with where the run is."""
+    """Fault: the end of the path is not compared with where the run is."""
     move = fresh(100)
     journey = travel(
         drawn(0.0, 4, 100),
@@ -203,7 +203,7 @@ def test_weights_without_any_spread_go_there_at_once():
 
 
 def test_bennett_agrees_with_the_one_that_takes_samples_of_any_size():
-    """Planted: the clamp of the weights before the difference is taken."""
+    """Fault: the clamp of the weights before the difference is taken."""
     first, second = drawn(0.2, 6, 1000), drawn(0.5, 6, 1000)
     there, back = (state.log_weight(0.2, 0.5) for state in (first, second))
     found = solve(there, back)
@@ -214,7 +214,7 @@ def test_bennett_agrees_with_the_one_that_takes_samples_of_any_size():
 
 
 def test_bennett_of_points_without_weight():
-    """Half of the first have none: the ratio is 1 / 2. Planted: no clamp."""
+    """Half of the first have none: the ratio is 1 / 2. Fault: no clamp."""
     first = torch.tensor([[0.0, -math.inf] * 500])
     found = solve(first, torch.zeros(1, 1000))
     assert found.item() == pytest.approx(-math.log(2), abs=1e-6)
@@ -224,7 +224,7 @@ def test_bennett_of_points_without_weight():
 
 
 def test_the_metric_is_that_of_the_weighted_population():
-    """Planted: the weights are left out; the mean is."""
+    """Fault: the weights are left out; the mean is."""
     factor = torch.tensor([[2.0, 0.0], [1.5, 0.5]])
     u = 5 + torch.randn(4, 20_000, 2) @ factor.mT
     # Weights that shift the first whitened coordinate leave the covariance as it is.
