@@ -10,12 +10,13 @@ from typing import Any, Literal, TypeAlias
 import pyro.distributions as dist
 import torch
 
-from pyro_ebm.core.verdict import Status
+from pyro_ebm.core.verdict import Finding, Status
 from pyro_ebm.energies import Energy, PyroModelEnergy
 from pyro_ebm.energies.corrections import corrected
 from pyro_ebm.energies.finite import finite_values
 from pyro_ebm.energies.pointwise import check_pointwise
 from pyro_ebm.errors import UnreliableWarning
+from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.base_check import check_draws
 from pyro_ebm.partition.default_base import default_base, describe
@@ -112,10 +113,10 @@ def _check(
         raise ValueError(
             f"method must be one of {', '.join(map(repr, names))}; got {method!r}."
         )
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}.")
-    if not max_seconds > 0:
-        raise ValueError(f"max_seconds must be positive, got {max_seconds}.")
+    if not isinstance(tolerance, int | float) or not tolerance > 0:
+        raise ValueError(f"tolerance must be a positive number, got {tolerance!r}.")
+    if not isinstance(max_seconds, int | float) or not max_seconds > 0:
+        raise ValueError(f"max_seconds must be a positive number, got {max_seconds!r}.")
     if budget is not None and not (isinstance(budget, int) and budget > 0):
         raise ValueError(f"budget must be a positive whole number, got {budget}.")
 
@@ -167,7 +168,10 @@ def _exact(
             max_seconds=share * limits.left,
             progress_bar=progress_bar,
         )
-        if method == "auto" and result.status == Status.UNRELIABLE:
+        # Against a proper prior no grid proves that an integral does not end.
+        is_proper = isinstance(energy, PyroModelEnergy)
+        is_doubtful = result.status == Status.UNRELIABLE or is_proper
+        if method == "auto" and not result.is_reliable and is_doubtful:
             return None
     return result
 
@@ -180,42 +184,66 @@ def _sampled(
     *,
     progress_bar: bool,
 ) -> LogPartitionEstimate:
-    if method == "gibbs" or finite_values(energy.support) is not None:
+    is_finite = finite_values(energy.support) is not None
+    if method == "gibbs" or (is_finite and method not in _SAMPLERS):
         return gibbs_annealing(
             energy, given, budget=limits.budget, progress_bar=progress_bar
         )
     base = default_base(energy) if given is None else given
-    if method in _SAMPLERS:
+    result, doubts = _looked_at(energy, base, limits)
+    if result is None and method in _SAMPLERS:
         budget = limits.budget or 50_000
         result = _SAMPLERS[method](energy, base, budget, progress_bar)
-    else:
-        result = _checked(energy, base, limits, is_shown=progress_bar)
+    elif result is None:
+        result = two_routes(energy, base, limits, is_shown=progress_bar)
+    if doubts:
+        reasons = (*result.reasons, *doubts)
+        result = result._replace(status=Status.UNRELIABLE, reasons=reasons)
     if given is None:
         how = f"{result.method}; base: {describe(base)}"
         result = result._replace(method=how)
     return result
 
 
-def _checked(
-    energy: Energy, base: dist.TorchDistribution, limits: Limits, *, is_shown: bool
-) -> LogPartitionEstimate:
-    """Both routes, once nothing speaks against the energy and its base."""
+def _looked_at(
+    energy: Energy, base: dist.TorchDistribution, limits: Limits
+) -> tuple[LogPartitionEstimate | None, list[Finding]]:
+    """What speaks against an energy or its base before anything is estimated.
+
+    Returns:
+        The estimate where there is evidence that log Z is infinite, and doubts.
+
+    Raises:
+        ValueError: If the base does not fit, or the energy is no function of a point.
+    """
+    GeometricPath(energy, base)  # checks that they fit
     draws = corrected(base).sample(torch.Size((_NUM_CHECKED,)))
     draws = draws.to(**energy.tensor_options(draws))
     check_pointwise(energy, draws[: _NUM_CHECKED // 8])
-    if energy(draws).isfinite().sum() > 1:
-        found = check_normalizability(energy, draws, base=base)
-        if found.status == Status.NOT_NORMALIZABLE and found.finding is not None:
-            nan, spent = math.nan, found.num_evaluations
-            return LogPartitionEstimate(
-                math.inf, nan, nan, nan, nan, Status.NOT_NORMALIZABLE, "ray test",
-                spent, (found.finding,), limits.seconds,
-            )  # fmt: skip
-    result = two_routes(energy, base, limits, is_shown=is_shown)
-    doubt = check_draws(base)
-    if doubt is None:
-        return result
-    return result._replace(status=Status.UNRELIABLE, reasons=(*result.reasons, doubt))
+    doubt = None if energy.support.is_discrete else check_draws(base)
+    doubts = [] if doubt is None else [doubt]
+    if energy.support.is_discrete or energy(draws).isfinite().sum() < 2:
+        return None, doubts
+    found = check_normalizability(energy, draws, base=base)
+    if found.status != Status.NOT_NORMALIZABLE or found.finding is None:
+        return None, doubts
+    if isinstance(energy, PyroModelEnergy):
+        # Against a proper prior no ray is a proof.
+        return None, [*doubts, found.finding]
+    nan = math.nan
+    infinite = LogPartitionEstimate(
+        math.inf,
+        nan,
+        nan,
+        nan,
+        nan,
+        Status.NOT_NORMALIZABLE,
+        "ray test",
+        found.num_evaluations,
+        (found.finding,),
+        limits.seconds,
+    )
+    return infinite, []
 
 
 def _smc(

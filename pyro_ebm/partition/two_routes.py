@@ -507,6 +507,9 @@ class _TwoRoutes:
 
 def _pooled(values: list[_Value]) -> _Value:
     """Mean by inverse variances; its error is at least half of what they differ by."""
+    values = [v for v in values if math.isfinite(v.std_error)] or values[:1]
+    if len(values) == 1:
+        return values[0]
     weights = [1 / max(v.std_error, 1e-9) ** 2 for v in values]
     mean = sum(w * v.value for w, v in zip(weights, values, strict=True)) / sum(weights)
     spread = (max(v.value for v in values) - min(v.value for v in values)) / 2

@@ -378,7 +378,8 @@ class _Search:
         beyond = math.exp(min(0.0, second.edge - second.value)) * size / second.drop
         doubtful = 100 * math.exp(min(0.0, second.lost - second.value))
         rounding = self.rounding(grid, second)
-        self.error = max(found.change, apart, beyond, doubtful, rounding)
+        errors = (found.change, apart, beyond, doubtful, rounding, self.tolerance)
+        self.error = max(errors)
         change = max(found.change, apart)
         if not change < max(10 * self.tolerance, 4 * rounding):
             text = f"refining the grid still changes log Z by {change:.2g} nats"

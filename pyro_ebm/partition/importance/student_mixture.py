@@ -89,8 +89,9 @@ class StudentMixture(NamedTuple):
         Args:
             u: Draws, shape ``(N, D)``.
             weights: Shape ``(N,)``, of sum 1.
-            min_weight: Components that would weigh less keep their place and shape and
-                weigh that much; what they lack is taken from the others.
+            min_weight: What all components weigh together at least; what the light ones
+                lack is taken from the others. A component with too few draws for a
+                covariance keeps its place and shape.
         """
         joint, square = self._joined(u)
         gamma = joint.softmax(0).nan_to_num(0.0) * weights

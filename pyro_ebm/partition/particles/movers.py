@@ -119,5 +119,6 @@ def with_metric(kernel: HMC, u: Tensor, log_weights: Tensor) -> HMC:
 
 def with_step_size(kernel: HMC, step_size: Tensor) -> HMC:
     """A trajectory of about a quarter period in the whitened coordinates."""
-    num_leapfrog = min(16, max(1, math.ceil(1.6 / step_size.item())))
+    # Where nothing is accepted the step may be nil.
+    num_leapfrog = min(16, max(1, math.ceil(1.6 / max(step_size.item(), 0.1))))
     return dataclasses.replace(kernel, step_size=step_size, num_leapfrog=num_leapfrog)
