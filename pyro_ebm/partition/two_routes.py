@@ -582,4 +582,4 @@ class _FlatBase(dist.TorchDistribution):
         """Draws in random order, shape ``(*sample, *event)``."""
         number = torch.Size(sample_shape).numel()
         draws = self.proposal.sample(number)[torch.randperm(number)]
-        return draws.reshape(*sample_shape, *self.event_shape)
+        return draws.reshape(torch.Size(sample_shape) + self.event_shape)

@@ -58,7 +58,7 @@ def test_priors_with_little_concentration(dtype):
     u = energy.prior.sample((20_000,))
     assert u.dtype == torch.float64
     assert u.isfinite().all()
-    assert energy.prior._is_vectorized
+    assert energy.prior._draw_many
     # The least numbers of double precision are about e^-745.
     known = energy.prior.log_prob(u).isfinite().double().mean()
     assert abs(known - 1 + math.exp(-7.45)) < 0.001
