@@ -271,7 +271,7 @@ class _Cells(NamedTuple):
         dim = len(box)
         step = (box[:, 1] - box[:, 0]) / (per_side - 1)
         is_full = torch.zeros((per_side,) * dim, dtype=torch.bool, device=t.device)
-        chosen = t[log_values > log_values.max() - _CUT - 4]
+        chosen = t[log_values >= log_values.max() - _CUT - 4]
         index = ((chosen - box[:, 0]) / step).round().long()
         is_full[tuple(index.mT)] = True
         for axis in range(dim):  # two cells to either side

@@ -26,8 +26,8 @@ _AT_ONCE, _MAX_ROUNDS, _MANY = 64, 24, 200
 #: Descents that should end at each mode: a mode where ``n`` of them end on average is
 #: met by none with probability e^-n.
 _WANTED = 12
-#: So few that others of its kind may have been missed.
-ENOUGH = 3
+#: With fewer others of its kind may have been missed.
+ENOUGH = 6
 #: Distance of two points for a difference, as part of the width of the mode.
 _DIFFERENCE = 1e-3
 #: Expected fall of the energy below which a mode has been found.
@@ -98,8 +98,9 @@ def find_modes(target: Target, starts: Tensor) -> Modes | None:
             pairs = zip(modes, found, strict=True)
             found = Modes(*(torch.cat(pair) for pair in pairs))
         modes = _distinct(found)
-        is_known = len(modes.loc) <= before and bool((modes.hits >= _WANTED).all())
-        if is_known or len(modes.loc) > _MANY:
+        # A look at one coordinate has been everywhere already.
+        is_sure = starts.shape[-1] == 1 or bool((modes.hits >= _WANTED).all())
+        if (len(modes.loc) <= before and is_sure) or len(modes.loc) > _MANY:
             break
     return modes
 

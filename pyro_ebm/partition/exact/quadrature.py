@@ -40,7 +40,7 @@ from pyro_ebm.partition.exact.precision import PreciseEnergy
 from pyro_ebm.partition.normalizability import check_normalizability, round_trip
 
 #: Points of the first look, by the number of coordinates.
-_LOOK = {1: 1025, 2: 2048, 3: 2048}
+_LOOK = {1: 2049, 2: 2048, 3: 2048}
 #: The first look goes to sinh(14), 600,000 scales; and neighbours of a point in it.
 _FAR, _NEIGHBOURS = 14.0, 7
 #: Draws of each independent look.
@@ -242,7 +242,7 @@ class _Search:
         self.tolerance, self.budget = tolerance, budget
         self.findings: list[Finding] = []
         self.value, self.error = -math.inf, math.inf
-        self.is_infinite = False
+        self.is_infinite, self.num_checks = False, 0
         flat, to_support = unconstrained(energy)
         dim = flat.event_shape.numel()
         options = {
@@ -280,7 +280,8 @@ class _Search:
             if found.is_settled:
                 break
         self.judge(grid, found)
-        if grid.number > 1 and (rare := int((grid.modes.hits < ENOUGH).sum())):
+        rare = int((grid.modes.hits < ENOUGH).sum())
+        if grid.number > 1 and self.dim > 1 and rare:
             text = (
                 f"{rare} of {grid.number} modes were met by fewer than {ENOUGH} "
                 "descents: there may be others"
@@ -409,7 +410,7 @@ class _Search:
             finding = None
         else:
             finding = found.finding
-            self.budget.num_evaluations += found.num_evaluations
+            self.num_checks = found.num_evaluations
             self.is_infinite = found.status is Status.NOT_NORMALIZABLE
         if finding is None:
             text = (
@@ -496,7 +497,8 @@ class _Search:
             status, value, error = Status.NOT_NORMALIZABLE, math.inf, math.nan
         return LogPartitionEstimate(
             value, error, value - 2 * error, value + 2 * error, math.nan, status,
-            "quadrature", self.budget.num_evaluations, tuple(self.findings),
+            "quadrature", self.integrand.energy.num_evaluations + self.num_checks,
+            tuple(self.findings),
             self.budget.seconds,
         )  # fmt: skip
 
