@@ -235,7 +235,8 @@ class ProductOfExperts(EnergyDistribution):
         the product well, the rest goes into such draws.
 
         Args:
-            budget: Evaluations of the product aimed at; default 50,000.
+            budget: Evaluations of the product aimed at; default: 50,000 draws of the
+                experts, and else as many as the time allows.
             **settings: Others of :func:`pyro_ebm.partition.estimate`.
 
         Returns:
@@ -259,12 +260,11 @@ class ProductOfExperts(EnergyDistribution):
             )  # fmt: skip
             warnings.warn(str(result), UnreliableWarning, stacklevel=2)
             return result
-        budget = _BUDGET if budget is None else budget
         if settings.get("method", "auto") == "auto" and self._needs_draws():
-            measured, spent = self._from_experts(budget, **settings)
+            measured, spent = self._from_experts(budget or _BUDGET, **settings)
             if measured is not None:
                 return measured
-            budget = max(budget - spent, budget // 2)
+            budget = None if budget is None else max(budget - spent, budget // 2)
         return estimate(self, self.base, budget=budget, **settings)
 
     def _needs_draws(self) -> bool:

@@ -178,7 +178,8 @@ class TracedFunction:
         if torch._C._functorch.is_functorch_wrapped_tensor(u):  # has no one value
             return batch
         self._num_uses[key] += 1
-        if self._num_uses[key] < _MIN_USES:  # points that may not come again
+        # A number of points that may not come again; compiling was asked for.
+        if self._num_uses[key] < (2 if self.compile else _MIN_USES):
             return batch
         live = [tensor.detach() for tensor in one_point.inputs()]
         self._batches[key] = self._recorded(batch, key[1] == "value", u.detach(), live)

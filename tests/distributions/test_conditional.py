@@ -207,13 +207,14 @@ def test_the_base_of_a_mixture_is_a_mixture():
     assert given.sampler.base is given.base
 
 
-def test_without_a_base_one_is_asked_for_where_it_is_needed():
+def test_without_a_base_one_is_taken_or_asked_for():
     energy = FunctionEnergy(lambda x: (x**2).sum(-1) + x.prod(-1).sin(), (4,))
     given = EnergyDistribution(energy).condition({1: 0.0})
     assert given.base is None
     assert given.sampler == IndependentChains()
-    with pytest.raises(ValueError, match="base is None"):
-        partition.estimate(given)
+    found = partition.estimate(given, progress_bar=False)
+    assert found.is_reliable
+    assert found.method.endswith("base: standard normal")
     student = dist.MultivariateStudentT(5.0, torch.zeros(4), torch.eye(4))
     q = EnergyDistribution(energy, sampler=ReplicaExchange(student))
     with pytest.raises(ValueError, match="base must be given: ReplicaExchange"):

@@ -240,7 +240,7 @@ def test_two_normals_by_the_closed_form():
 def test_two_normals_by_the_general_route(method):
     product = EnergyDistribution(bowl(0.0)) * EnergyDistribution(bowl(2.0))
     assert product.closed_form() is None
-    result = product.estimate_log_partition(5000, method=method, progress_bar=False)
+    result = product.estimate_log_partition(100_000, method=method, progress_bar=False)
     assert result.is_reliable
     assert result.lower - 1e-6 < LOG_Z < result.upper + 1e-6
     assert result.std_error < 0.05
@@ -300,13 +300,13 @@ def test_a_quotient_without_closed_form_is_checked_when_estimated():
         EnergyDistribution(bowl(0.0, event)) ** 2
     )
     with pytest.warns(UnreliableWarning, match="not_normalizable"):
-        result = quotient.estimate_log_partition(5000, progress_bar=False)
+        result = quotient.estimate_log_partition(100_000, progress_bar=False)
     assert result.status == "not_normalizable"
     fine = (
         EnergyDistribution(bowl(0.0, event))
         / EnergyDistribution(bowl(0.5, event)) ** 0.5
     )
-    result = fine.estimate_log_partition(6000, progress_bar=False)
+    result = fine.estimate_log_partition(100_000, progress_bar=False)
     precision, information, constant = 0.5, -0.25, 0.0625
     truth = (
         3 * (information**2 / precision + math.log(2 * math.pi / precision)) / 2
@@ -349,7 +349,7 @@ def test_log_z_of_two_mixtures_is_in_its_interval(mixtures, seeds, least):
     covered = 0
     for seed in range(seeds):
         pyro.set_rng_seed(seed)
-        result = product.estimate_log_partition(6000, progress_bar=False)
+        result = product.estimate_log_partition(100_000, progress_bar=False)
         covered += result.lower < truth.log_partition < result.upper
         assert result.std_error < 0.05
     assert covered >= least
@@ -409,7 +409,7 @@ def test_experts_that_disagree_are_right_or_flagged(seed):
     normal = dist.Normal(torch.zeros(4), 1.0).to_event(1)
     far = bowl(torch.full((4,), 3.0), (4,))  # 6 sd in Euclidean distance
     product = normal * EnergyDistribution(far)
-    result = product.estimate_log_partition(6000, progress_bar=False)
+    result = product.estimate_log_partition(100_000, progress_bar=False)
     truth = -4 * 9 / 4 - 2 * math.log(2)
     assert not result.is_reliable or result.lower < truth < result.upper
 
@@ -558,7 +558,7 @@ def test_experts_on_parts_make_a_random_field():
     assert_moments(draws, known.distribution.loc, known.distribution.variance)
     hidden = [FunctionEnergy(f, (5,)) for f in (total, *pairs)]
     general = ProductOfExperts([prior, *hidden], [1, 1, 0.5, 0.5, 0.5, 0.5])
-    result = general.estimate_log_partition(8000, progress_bar=False)
+    result = general.estimate_log_partition(100_000, progress_bar=False)
     assert result.lower < known.log_partition < result.upper
 
 

@@ -258,7 +258,7 @@ def test_what_is_learned_beside_the_energy_is_saved(name):
 def test_fit_takes_it_and_log_partition_follows(name):
     energy_model = network()
     result = fit(
-        energy_model, torch.randn(60, 2), objective_of(name), num_steps=12,
+        energy_model, torch.randn(600, 2), objective_of(name), num_steps=12,
         record_interval=6, progress_bar=False,
     )  # fmt: skip
     assert result.stopped == "finished"
