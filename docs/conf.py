@@ -55,6 +55,7 @@ nb_output_stderr = "remove-warn"  # a warning in a page is a warning of the buil
 
 # API: what the docstrings say, types beside the arguments
 api_packages = [
+    "core",
     "energies",
     "mcmc",
     "partition",

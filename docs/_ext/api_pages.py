@@ -60,10 +60,11 @@ def public_names(module, package):
 
 
 def modules(package):
-    """The modules of a package, in the order of the alphabet."""
-    found = pkgutil.iter_modules(getattr(package, "__path__", []))
-    for name in sorted(info.name for info in found):
-        yield importlib.import_module(f"{package.__name__}.{name}")
+    """The modules of a package and of its folders, in the order of the alphabet."""
+    prefix = f"{package.__name__}."
+    found = pkgutil.walk_packages(getattr(package, "__path__", []), prefix)
+    for name in sorted(info.name for info in found if not info.ispkg):
+        yield importlib.import_module(name)
 
 
 def module_page(module, package):

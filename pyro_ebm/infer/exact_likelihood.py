@@ -8,7 +8,7 @@ r"""Maximum likelihood with an exact log Z, where the space is small enough.
 
 Over a finite support the :math:`x_j` are all of its points, :math:`v_j = 1`. In up to
 three dimensions they are the nodes of the trapezoidal rule in unconstrained space, with
-:math:`u = m + s \sinh t` as in :mod:`pyro_ebm.partition.exact.exact`. The grid is
+:math:`u = m + s \sinh t` as in :mod:`pyro_ebm.partition.exact.grid`. The grid is
 shifted by a random part of a cell at each step, else the energy would be fitted at the
 nodes and left free between them.
 
@@ -32,7 +32,7 @@ from pyro_ebm.energies.finite import finite_values
 from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.infer.objective import Need, Objective, Surrogate, Terms
 from pyro_ebm.mcmc.persistent import StatefulModule
-from pyro_ebm.partition.exact.exact import log_cosh
+from pyro_ebm.partition.exact.grid import log_cosh
 
 #: Points given to the energy at once.
 _CHUNK = 2**18

@@ -29,8 +29,9 @@ from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.bridge.bridge import bridge_sampling
 from pyro_ebm.partition.bridge.ratio import LogRatioEstimate, log_ratio
 from pyro_ebm.partition.estimate import estimate
+from pyro_ebm.partition.exact.closed_form import closed_form
 from pyro_ebm.partition.exact.enumeration import enumeration
-from pyro_ebm.partition.exact.exact import closed_form, quadrature
+from pyro_ebm.partition.exact.quadrature import quadrature
 from pyro_ebm.partition.importance.evidence import evidence
 from pyro_ebm.partition.importance.importance import importance_sampling
 from pyro_ebm.partition.normalizability import check_normalizability

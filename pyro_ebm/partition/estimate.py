@@ -3,6 +3,7 @@ r"""Choose an estimator of :math:`\log Z` automatically."""
 __all__ = ["estimate"]
 
 import math
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
@@ -20,8 +21,9 @@ from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.base_check import check_draws
 from pyro_ebm.partition.default_base import default_base, describe
+from pyro_ebm.partition.exact.closed_form import closed_form
 from pyro_ebm.partition.exact.enumeration import enumeration, num_states
-from pyro_ebm.partition.exact.exact import closed_form, quadrature
+from pyro_ebm.partition.exact.quadrature import quadrature
 from pyro_ebm.partition.importance.importance import importance_sampling
 from pyro_ebm.partition.normalizability import check_normalizability
 from pyro_ebm.partition.particles.annealed import annealed_importance_sampling
@@ -33,6 +35,8 @@ Method = Literal["auto", "exact", "sampling", "smc", "importance", "ais", "gibbs
 
 #: Draws of the base at which an energy is looked at first.
 _NUM_CHECKED = 64
+#: Draws that the check of a base against its density takes.
+_NUM_DRAWN = 20_000
 #: States that ``"auto"`` enumerates rather than samples.
 _MAX_STATES = 2**18
 
@@ -217,10 +221,15 @@ def _looked_at(
         ValueError: If the base does not fit, or the energy is no function of a point.
     """
     GeometricPath(energy, base)  # checks that they fit
+    start = time.perf_counter()
     draws = corrected(base).sample(torch.Size((_NUM_CHECKED,)))
+    seconds = (time.perf_counter() - start) / _NUM_CHECKED * _NUM_DRAWN
     draws = draws.to(**energy.tensor_options(draws))
     check_pointwise(energy, draws[: _NUM_CHECKED // 8])
-    doubt = None if energy.support.is_discrete else check_draws(base)
+    is_slow = seconds > 0.2 * limits.max_seconds  # a prior run draw by draw
+    doubt = None
+    if not (energy.support.is_discrete or is_slow):
+        doubt = check_draws(base)
     doubts = [] if doubt is None else [doubt]
     if energy.support.is_discrete or energy(draws).isfinite().sum() < 2:
         return None, doubts

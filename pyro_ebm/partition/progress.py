@@ -1,6 +1,6 @@
 """Evaluations of an energy: counted, shown, and in pieces that fit into memory."""
 
-__all__ = ["CountedEnergy", "MAX_BYTES", "watched"]
+__all__ = ["CountedEnergy", "MAX_BYTES", "bar_settings", "watched"]
 
 import math
 import time
@@ -22,6 +22,15 @@ MAX_BYTES = 2**29
 _NUM_MEASURED = 4
 #: Sizes of the pieces.
 _SIZES = tuple(4**power for power in range(3, 9))
+
+
+def bar_settings(*, is_shown: bool) -> dict[str, Any]:
+    """Settings of a progress bar that appears after a second.
+
+    Args:
+        is_shown: Whether there is one; if so, ``TQDM_DISABLE`` may still switch it off.
+    """
+    return {"delay": 1} if is_shown else {"delay": 1, "disable": True}
 
 
 @final
@@ -60,8 +69,7 @@ class CountedEnergy(Energy):
             desc="log Z",
             unit="",
             unit_scale=True,
-            delay=1,
-            disable=not is_shown,
+            **bar_settings(is_shown=is_shown),
         )
 
     def tensor_options(self, like: Tensor | None = None) -> dict[str, Any]:

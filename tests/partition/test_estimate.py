@@ -203,7 +203,7 @@ def test_masked_classes_are_no_evidence():
         ({"target": GAUSSIAN, "base": BASE, "budget": -5}, ValueError, "got -5"),
         ({"target": GAUSSIAN, "base": BASE, "method": "magic"}, ValueError, "magic"),
         ({"target": GAUSSIAN, "base": BASE, "method": "bridge"}, ValueError, "bridge"),
-        ({"target": GAUSSIAN, "tolerance": 0.0}, ValueError, "tolerance must be pos"),
+        ({"target": GAUSSIAN, "tolerance": 0.0}, ValueError, "tolerance must be a pos"),
         ({"target": GAUSSIAN, "tolerance": math.nan}, ValueError, "tolerance must be"),
         ({"target": GAUSSIAN, "max_seconds": -1.0}, ValueError, "max_seconds must be"),
         ({"target": 3.0}, TypeError, "float"),

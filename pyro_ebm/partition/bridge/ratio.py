@@ -28,6 +28,7 @@ from pyro_ebm.partition.bridge.bennett import (
     chains_ess,
     require_draws,
 )
+from pyro_ebm.partition.progress import bar_settings
 
 
 class LogRatioEstimate(NamedTuple):
@@ -128,7 +129,9 @@ def log_ratio(
     _check_pair(target1, target2, base, sampler, num_draws)
     sampler = sampler or IndependentChains(base, progress_bar=False)
     with tqdm(
-        desc="log ratio", unit_scale=True, delay=1, disable=not progress_bar
+        desc="log ratio",
+        unit_scale=True,
+        **bar_settings(is_shown=progress_bar),
     ) as bar:
         first, second = _Counted(target1, bar), _Counted(target2, bar)
         at_1 = _difference(first, second, first, draws1, sampler, num_draws, "draws1")

@@ -23,6 +23,7 @@ from pyro_ebm.energies.rbm import RBMEnergy
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.exact.budget import Budget, OutOfBudgetError
 from pyro_ebm.partition.exact.precision import insists_on_single
+from pyro_ebm.partition.progress import bar_settings
 
 #: States whose numbers are held at once.
 _CHUNK = 2**18
@@ -70,8 +71,8 @@ def enumeration(
     if energy.tensor_options()["dtype"] != torch.float64:
         energy = in_double(energy)
     with tqdm(
-        total=total, desc="log Z", unit="", unit_scale=True, delay=1,
-        disable=not progress_bar,
+        total=total, desc="log Z", unit="", unit_scale=True,
+        **bar_settings(is_shown=progress_bar),
     ) as bar:  # fmt: skip
         budget = Budget(total, max_seconds, max_bytes, bar)
         sums = _Sums(energy, values, total, budget)

@@ -235,7 +235,7 @@ class Grid:
         cells = self.cells[k]
         if cells is not None:
             is_held = cells.hold(t)
-            t = t[is_held] if is_held.any() else t
+            t = t[is_held] if is_held.any() else t[:1]
         log_values, u, density = self.log_integrand(k, t)
         if shift == 0 and per_side >= _DENSE:
             self.cells[k] = _Cells.around(box, per_side, t, log_values)

@@ -38,6 +38,7 @@ from pyro_ebm.partition.exact.grid import Grid, Sum
 from pyro_ebm.partition.exact.modes import ENOUGH, Modes, find_modes
 from pyro_ebm.partition.exact.precision import PreciseEnergy
 from pyro_ebm.partition.normalizability import check_normalizability, round_trip
+from pyro_ebm.partition.progress import bar_settings
 
 #: Points of the first look, by the number of coordinates.
 _LOOK = {1: 2049, 2: 2048, 3: 2048}
@@ -124,7 +125,10 @@ def quadrature(
             "as pyro_ebm.partition.smc."
         )
     with tqdm(
-        desc="log Z", unit="", unit_scale=True, delay=1, disable=not progress_bar
+        desc="log Z",
+        unit="",
+        unit_scale=True,
+        **bar_settings(is_shown=progress_bar),
     ) as bar:
         budget = Budget(max_evaluations, max_seconds, max_bytes, bar)
         search = _Search(energy, base, loc, scale, tolerance, budget)

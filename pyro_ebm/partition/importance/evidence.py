@@ -47,6 +47,7 @@ from pyro_ebm.partition.importance.importance import (
     estimate_from_weights,
     judge_weights,
 )
+from pyro_ebm.partition.progress import bar_settings
 
 #: Draws of the guide to begin with, and at most.
 _NUM_DRAWS, _MAX_DRAWS = 10_000, 160_000
@@ -354,7 +355,9 @@ def _weighed(
     parts: list[Tensor] = []
     count, goal = 0, limits.budget or _NUM_DRAWS
     with tqdm(
-        total=goal, desc="evidence", delay=1, disable=not limits.progress_bar
+        total=goal,
+        desc="evidence",
+        **bar_settings(is_shown=limits.progress_bar),
     ) as bar:
         while count < goal:
             size = min(chunk, goal - count)

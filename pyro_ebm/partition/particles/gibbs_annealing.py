@@ -52,6 +52,7 @@ from pyro_ebm.partition.base import LogPartitionEstimate, student_t_quantile
 from pyro_ebm.partition.bridge.bennett import bennett, solve
 from pyro_ebm.partition.particles.engine import travel
 from pyro_ebm.partition.particles.resampling import systematic_resample
+from pyro_ebm.partition.progress import bar_settings
 
 #: Chains of the pilot run, and what it may cost of the budget.
 _PILOT_CHAINS = 32
@@ -197,7 +198,7 @@ def _watched(
 ) -> Iterator[AnnealingPath]:
     """The path, under a progress bar that counts the temperatures taken."""
     total = sizes.num_pilot + 2 * sizes.num_temperatures + 4  # and each end
-    with tqdm(total=total, desc="log Z", delay=1, disable=not is_shown) as bar:
+    with tqdm(total=total, desc="log Z", **bar_settings(is_shown=is_shown)) as bar:
 
         def at(beta: float) -> Energy:
             bar.update()

@@ -54,7 +54,7 @@ from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc import HMC, ChainState
 from pyro_ebm.mcmc.persistent import StatefulModule
 from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
-from pyro_ebm.partition.exact.exact import closed_form
+from pyro_ebm.partition.exact.closed_form import closed_form
 from pyro_ebm.partition.normalizability import check_normalizability
 from pyro_ebm.partition.particles.smc import Islands, run_smc
 from pyro_ebm.partition.progress import watched
