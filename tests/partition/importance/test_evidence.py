@@ -251,7 +251,7 @@ def test_plates_and_several_sites():
         evidence(nested, proposal, budget=600_000),
         evidence(nested, single, budget=10_000),
     ):
-        assert not found.reasons
+        assert found.is_reliable  # ten thousand single runs come with a note
         error = math.hypot(found.std_error, alone.std_error)
         assert abs(found.value - alone.value) < 4 * error
 
