@@ -63,8 +63,10 @@ def modules(package):
     """The modules of a package and of its folders, in the order of the alphabet."""
     prefix = f"{package.__name__}."
     found = pkgutil.walk_packages(getattr(package, "__path__", []), prefix)
-    for name in sorted(info.name for info in found if not info.ispkg):
-        yield importlib.import_module(name)
+    for name in sorted(info.name for info in found):
+        module = importlib.import_module(name)
+        if module.__all__:  # a folder alone has no page
+            yield module
 
 
 def module_page(module, package):
@@ -76,6 +78,8 @@ def module_page(module, package):
     for name in public:
         lines += directive(package if is_defined(package, name) else module, name)
     inner = [name for name in module.__all__ if name not in public]
+    if hasattr(module, "__path__"):  # the names are on the pages of its modules
+        inner = []
     if public and inner:
         lines += heading("Inside")
     for name in inner:

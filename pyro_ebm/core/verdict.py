@@ -31,6 +31,10 @@ class Status(str, Enum):
     NOT_NORMALIZABLE = "not_normalizable"
 
     __str__ = str.__str__
+
+    def __repr__(self) -> str:
+        return str.__repr__(self)
+
     __repr__ = str.__repr__
 
     @property
@@ -85,6 +89,10 @@ class Reason(str, Enum):
     INCONSISTENT_ESTIMATOR = "the estimator does not tend to the truth"
 
     __str__ = str.__str__
+
+    def __repr__(self) -> str:
+        return str.__repr__(self)
+
     __repr__ = str.__repr__
 
 

@@ -7,7 +7,7 @@ Every estimator of this package returns a :class:`LogPartitionEstimate`: a value
 error bar, and a verdict in words.
 """
 
-__all__ = ["LogPartitionEstimate", "Status", "combine_replicates", "student_t_quantile"]
+__all__ = ["LogPartitionEstimate", "combine_replicates", "student_t_quantile"]
 
 import functools
 import math

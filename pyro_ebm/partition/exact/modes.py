@@ -38,7 +38,7 @@ _FLAT = 1e-11
 _APART, _NO_MASS = 0.3, 36.0
 
 
-class Target(Protocol):
+class _Target(Protocol):
     """An energy over vectors of shape ``(N, D)``."""
 
     def value(self, u: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Modes(NamedTuple):
     hits: Tensor
 
 
-def find_modes(target: Target, starts: Tensor) -> Modes | None:
+def find_modes(target: _Target, starts: Tensor) -> Modes | None:
     """Descend from some starts after others, until they lead to known modes only.
 
     Each mode has to be met several times, and the last starts to lead to no new one.
@@ -105,7 +105,7 @@ def find_modes(target: Target, starts: Tensor) -> Modes | None:
     return modes
 
 
-def _descend(target: Target, starts: Tensor, spread: Tensor) -> Modes | None:
+def _descend(target: _Target, starts: Tensor, spread: Tensor) -> Modes | None:
     u = _adam(target, starts, spread)
     u, value, hessian, is_found = _newton(target, u, spread)
     curvature, axes = torch.linalg.eigh(hessian)
@@ -119,7 +119,7 @@ def _descend(target: Target, starts: Tensor, spread: Tensor) -> Modes | None:
     return Modes(u[is_found], axes * curvature.rsqrt()[:, None], log_mass, hits)
 
 
-def _adam(target: Target, u: Tensor, spread: Tensor) -> Tensor:
+def _adam(target: _Target, u: Tensor, spread: Tensor) -> Tensor:
     first, second = torch.zeros_like(u), torch.zeros_like(u)
     best, least = u, torch.full_like(u[:, 0], torch.inf)
     for step in range(_ADAM_STEPS):
@@ -137,7 +137,7 @@ def _adam(target: Target, u: Tensor, spread: Tensor) -> Tensor:
 
 
 def _newton(
-    target: Target, u: Tensor, spread: Tensor
+    target: _Target, u: Tensor, spread: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Points, energies, Hessians, and whether a minimum was found."""
     u, width = u.clone(), spread.expand_as(u).clone()
@@ -175,7 +175,7 @@ def _step(grad: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _derivatives(
-    target: Target, u: Tensor, width: Tensor
+    target: _Target, u: Tensor, width: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Energy, gradient and Hessian, the last from differences of the gradient."""
     dim = u.shape[-1]
