@@ -35,8 +35,6 @@ class Status(str, Enum):
     def __repr__(self) -> str:
         return str.__repr__(self)
 
-    __repr__ = str.__repr__
-
     @property
     def is_reliable(self) -> bool:
         """Whether the result can be used as it is."""
@@ -92,8 +90,6 @@ class Reason(str, Enum):
 
     def __repr__(self) -> str:
         return str.__repr__(self)
-
-    __repr__ = str.__repr__
 
 
 class Finding(NamedTuple):
