@@ -63,7 +63,25 @@ class UnconstrainedEnergy(Energy):
     def forward(self, u: Tensor) -> Tensor:
         """Evaluate (1) in nats at ``u``, ``(*batch, *unconstrained_event)``."""
         x = self.transform(u)
-        return self.energy(x) - self.transform.log_abs_det_jacobian(u, x)  # (1)
+        return self._inside(x) - self.transform.log_abs_det_jacobian(u, x)  # (1)
+
+    def _inside(self, x: Tensor) -> Tensor:
+        """The energy, infinite at points that rounding has moved out of the support.
+
+        Distributions of Pyro refuse such points, and all others along with them.
+        """
+        try:
+            return self.energy(x)
+        except ValueError:
+            batch_shape = self.energy.batch_shape_of(x)
+            is_inside = _is_inside(self.energy.support, x, batch_shape)
+            if is_inside.all():
+                raise
+            value = x.new_full(batch_shape, torch.inf)
+            if is_inside.any():
+                inside = is_inside.nonzero(as_tuple=True)
+                value = value.index_put(inside, self.energy(x[inside]).to(value))
+            return value
 
 
 def unconstrained(energy: Energy) -> tuple[Energy, torch.distributions.Transform]:
@@ -153,3 +171,18 @@ def _scalar(support: Constraint) -> Constraint:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
+
+
+def _is_inside(support: Constraint, x: Tensor, batch_shape: torch.Size) -> Tensor:
+    """Whether finite points lie in a support, shape ``batch_shape``."""
+    if isinstance(support, constraints.independent):
+        return _is_inside(support.base_constraint, x, batch_shape)
+    if isinstance(support, constraints.cat):  # its own check loses the shape
+        parts = x.split(support.lengths, support.dim)
+        answers = [
+            _is_inside(each, part, batch_shape)
+            for each, part in zip(support.cseq, parts, strict=True)
+        ]
+        return torch.stack(answers).all(0)
+    answer = support.check(x).reshape(*batch_shape, -1).all(-1)
+    return answer & x.isfinite().reshape(*batch_shape, -1).all(-1)

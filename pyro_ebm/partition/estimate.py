@@ -220,7 +220,9 @@ def _looked_at(
     Raises:
         ValueError: If the base does not fit, or the energy is no function of a point.
     """
-    GeometricPath(energy, base)  # checks that they fit
+    is_discrete = energy.support.is_discrete
+    if not is_discrete:
+        GeometricPath(energy, base)  # checks that they fit
     start = time.perf_counter()
     draws = corrected(base).sample(torch.Size((_NUM_CHECKED,)))
     seconds = (time.perf_counter() - start) / _NUM_CHECKED * _NUM_DRAWN
@@ -228,10 +230,10 @@ def _looked_at(
     check_pointwise(energy, draws[: _NUM_CHECKED // 8])
     is_slow = seconds > 0.2 * limits.max_seconds  # a prior run draw by draw
     doubt = None
-    if not (energy.support.is_discrete or is_slow):
+    if not (is_discrete or is_slow):
         doubt = check_draws(base)
     doubts = [] if doubt is None else [doubt]
-    if energy.support.is_discrete or energy(draws).isfinite().sum() < 2:
+    if is_discrete or energy(draws).isfinite().sum() < 2:
         return None, doubts
     found = check_normalizability(energy, draws, base=base)
     if found.status != Status.NOT_NORMALIZABLE or found.finding is None:

@@ -16,6 +16,7 @@ from pyro_ebm.energies import (
     same_support,
     unconstrained,
 )
+from pyro_ebm.partition.default_base import default_base
 
 GAMMA = FunctionEnergy(lambda x: x - 2 * x.log(), (), constraints.positive)
 BETA = FunctionEnergy(
@@ -73,6 +74,41 @@ def test_mixture_is_unconstrained_where_its_components_are():
     assert isinstance(
         unconstrained(DistributionEnergy(mixture))[0], UnconstrainedEnergy
     )
+
+
+PARTS = constraints.cat(
+    [
+        constraints.independent(constraints.unit_interval, 1),
+        constraints.independent(constraints.positive, 1),
+    ],
+    dim=-1,
+)
+
+
+@pytest.mark.parametrize(
+    ("base", "far"),
+    [
+        (dist.Gamma(torch.tensor(2.0), 1.0), 1e4),
+        (dist.Gamma(torch.tensor(2.0), 1.0), -1e4),
+        (dist.Beta(torch.tensor(2.0), 3.0), torch.inf),
+        (default_base(FunctionEnergy(abs, (2,), PARTS)), 1e4),
+    ],
+)
+def test_a_distribution_that_refuses_a_point_refuses_that_point_alone(base, far):
+    """Far out a bijection rounds to the edge of the support or overflows."""
+    fn = FunctionEnergy(lambda x: -base.log_prob(x), base.event_shape, base.support)
+    flat, _ = unconstrained(fn)
+    near = torch.zeros(1, *flat.event_shape)
+    u = torch.cat([near, near + far])
+    value = flat(u)
+    assert value[0] == flat(near)[0]
+    assert not value[1].isfinite()
+    _, grad = flat.value_and_grad(u)
+    assert torch.equal(grad[:1], flat.value_and_grad(near)[1])
+    with pytest.raises(ValueError, match="support"):
+        FunctionEnergy(
+            lambda x: -dist.Gamma(2.0, 1.0).log_prob(-x), (), constraints.positive
+        )(torch.ones(2))
 
 
 def test_support_without_a_bijection_is_an_error():

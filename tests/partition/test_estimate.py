@@ -125,7 +125,7 @@ def test_the_progress_bar_counts_every_evaluation(monkeypatch):
     class Bar:
         count, is_closed = 0, False
 
-        def __init__(self, *, total, disable, **settings):
+        def __init__(self, *, total, disable=False, **settings):
             assert disable or total == 50_000
             self.is_shown = not disable
 

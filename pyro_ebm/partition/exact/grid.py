@@ -42,6 +42,8 @@ _ONE, _EACH = {1: 1025, 2: 97, 3: 33}, {1: 129, 2: 33, 3: 17}
 _GROWN, _MAX_GROWN = {1: 129, 2: 33, 3: 13}, 12
 #: Nodes a side from which on cells without mass are left out of finer grids.
 _DENSE = 50
+#: Width below which a box is shrunk no more.
+_NARROWEST = 1e-9
 #: Cells by which a box is wider than what lies above the cut.
 _MARGIN = 1.0
 
@@ -82,11 +84,15 @@ class Grid:
     def __init__(
         self, density: Callable[[Tensor], Tensor], modes: Modes, limit: float
     ) -> None:
-        self.density, self.modes = density, modes
+        self.density = density
         self.number, self.dim = modes.loc.shape
-        self.log_volume = torch.linalg.slogdet(modes.root).logabsdet
         room = (limit - modes.loc.abs().amax(-1)).clamp(min=limit / 2)
         size = modes.root.abs().amax(-2)  # (K, D): the farthest that an axis goes
+        # A mode of hardly any curvature is no wider than what can be seen.
+        narrower = (room[:, None] / size).clamp(max=1.0)
+        self.modes = modes._replace(root=modes.root * narrower.unsqueeze(-2))
+        self.log_volume = torch.linalg.slogdet(self.modes.root).logabsdet
+        size = size * narrower
         reach = (room[:, None] / size).log().clamp(max=_REACH) + math.log(2)
         reach = reach.clamp(min=1.0, max=_REACH)
         self.largest = torch.stack([-reach, reach], -1)  # (K, D, 2)
@@ -158,6 +164,8 @@ class Grid:
             width = box[:, 1] - box[:, 0]
             low = torch.maximum(chosen.amin(0) - _MARGIN * step, box[:, 0])
             high = torch.minimum(chosen.amax(0) + _MARGIN * step, box[:, 1])
+            if (high - low < _NARROWEST).any():  # it rises up to a corner
+                break
             box = torch.stack([low, high], -1)
             if ((high - low) / width).min() > 0.8:
                 break

@@ -58,8 +58,9 @@ _CELLS = 16
 _DESCENTS = 0.25
 #: Part of the points that the first kind of grid may take; and what is left for looks.
 _FIRST_SHARE, _RESERVE = 0.6, 20_000
-#: Fall of the integrand towards the ends of the boxes that says it dies out, in nats.
-_DEAD = 8.0
+#: Fall of the integrand towards the ends of the boxes that says it dies out, in nats;
+#: and where the end of what can be seen begins, as a part of it.
+_DEAD, _ABOUT = 8.0, 0.9
 #: Error bars above which a result is not exact, in nats.
 _MAX_ERROR = 1e-2
 #: Effective draws without which (1) says nothing; and the difference let pass.
@@ -175,6 +176,7 @@ class _Integrand:
             # Farther out a bijection such as exp has run out of numbers.
             own = torch.float64 if self.energy.is_double else torch.float32
             self.limit = math.log(torch.finfo(own).max) - 10
+        self.at_limit = -math.inf  # the largest log-density about there
         # The likeliest points of each look, in case the next one misses them.
         self.known = origin[:0]
         self.density = origin[:0, 0]
@@ -212,6 +214,9 @@ class _Integrand:
         if is_pole.any():
             self.has_pole |= bool(self.is_placed(u[is_pole]).any())
         value = value.masked_fill(value.isnan() | is_pole, torch.inf)
+        is_far = (u.abs() > _ABOUT * self.limit).any(-1)
+        if is_far.any():
+            self.at_limit = max(self.at_limit, -value[is_far].min().item())
         best = (-value).topk(min(16, len(value))).indices
         self.known = torch.cat([self.known, u[best]])
         self.density = torch.cat([self.density, -value[best]])
@@ -353,7 +358,7 @@ class _Search:
             spent = self.budget.num_evaluations - before
             self.value = sums[-1].value
             change = abs(sums[-1].value - sums[-2].value) if len(sums) > 1 else math.inf
-            is_endless = len(sums) > 4 and max(sums[-1].drop, sums[-2].drop) < _DEAD
+            is_endless = len(sums) > 4 and not self.dies_out(*sums[-2:])
             if len(sums) > 2 and (change < self.tolerance or is_endless):
                 second = self.another(grid, int(1.3 * per_side))
                 apart = abs(second.value - sums[-1].value)
@@ -363,6 +368,12 @@ class _Search:
         if second is None:
             second = self.another(grid, int(per_side / 1.3))
         return _Found(sums[-1], change, second, is_settled=False)
+
+    def dies_out(self, *sums: Sum) -> bool:
+        """Whether any of the sums has, and the density does where sight ends."""
+        if not max(total.drop for total in sums) > _DEAD:
+            return False
+        return sums[-1].peak - self.integrand.at_limit > _DEAD
 
     def another(self, grid: Grid, per_side: int) -> Sum:
         """A sum that shares no node with the others, over larger boxes."""
@@ -374,7 +385,7 @@ class _Search:
         """Error bar and findings."""
         last, second = found.last, found.second
         self.value = second.value
-        if not second.drop > _DEAD:
+        if not self.dies_out(second):
             self.judge_tail(second)
             return
         apart = abs(second.value - last.value)
@@ -417,9 +428,10 @@ class _Search:
             self.num_checks = found.num_evaluations
             self.is_infinite = found.status is Status.NOT_NORMALIZABLE
         if finding is None:
+            drop = min(second.drop, second.peak - self.integrand.at_limit)
             text = (
                 "the integrand has not died out at the ends of the grid: "
-                f"e^-{second.drop:.1f} of its peak"
+                f"e^-{drop:.1f} of its peak"
             )
             finding = Finding(Reason.NOT_CONVERGED, text)
         self.findings.append(finding)
