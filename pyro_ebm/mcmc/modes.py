@@ -21,7 +21,7 @@ References:
     Raftery & Bao (2010), Biometrics 66, 1162-1173 (descents as starts of a sampler).
 """
 
-__all__ = ["Modes", "find_modes"]
+__all__ = ["Modes", "find_modes", "valleys"]
 
 import math
 from collections.abc import Callable
@@ -35,9 +35,13 @@ _MEMORY = 10
 #: The factor ``c`` of (1), and what a step is cut by.
 _SUFFICIENT = 1e-4
 _CUT = 0.3
-#: Descent ends when no start gains more than this in so many rounds, in nats.
+#: A start has arrived when it gains no more than this in so many rounds, in nats.
 _GAIN = 1e-3
 _PATIENCE = 20
+#: Each time, half of those that have not are given up, the highest first, down to this.
+_FEWEST = 256
+#: Points that are compared with their neighbours, and how many those are.
+_BLOCK, _NEIGHBOURS = 2048, 7
 #: Rounds of Newton's method.
 _NEWTON = 6
 #: Ends this near to a mode, in its own standard deviations, are the same mode.
@@ -56,7 +60,10 @@ class Modes(NamedTuple):
         energy: Energy there in nats, shape ``(K,)``.
         scale_tril: Cholesky factors of :math:`A^{-1}`, shape ``(K, D, D)``.
         log_mass: (2), shape ``(K,)``.
-        ends: Where the descents ended, finite ones only, shape ``(S, D)``.
+        hits: Descents that ended within a standard deviation, shape ``(K,)``. Where a
+            mode was met by one there may well be others.
+        ends: Where the descents ended, of those with a finite energy that were not
+            given up as the slowest, shape ``(S, D)``.
         is_complete: Whether all distinct ends were polished and kept; if not, there
             were more than could be measured.
     """
@@ -65,6 +72,7 @@ class Modes(NamedTuple):
     energy: Tensor
     scale_tril: Tensor
     log_mass: Tensor
+    hits: Tensor
     ends: Tensor
     is_complete: bool
 
@@ -96,10 +104,8 @@ def find_modes(
         return value, grad * scale
 
     z, energy = _descend(scaled, (starts - loc) / scale, max_rounds)
-    is_finite = energy.isfinite() & z.isfinite().all(-1)
-    if not is_finite.any():
+    if not len(z):
         return None
-    z, energy = z[is_finite], energy[is_finite]
     chosen, is_complete = _distinct_ends(z, energy, max_modes)
     found = _polish(scaled, z[chosen])
     if found is None:
@@ -108,14 +114,41 @@ def find_modes(
     log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     log_mass = -energies + modes.shape[-1] / 2 * math.log(2 * math.pi) + log_det  # (2)
     kept = _distinct_modes(modes, factor, log_mass)
+    hits = [int((_apart(modes[k], factor[k], z) < _SAME).sum()) for k in kept]
     return Modes(
         loc + scale * modes[kept],
         energies[kept],
         scale[:, None] * factor[kept],
         log_mass[kept] + scale.log().sum(),
+        torch.tensor(hits, device=z.device),
         loc + scale * z,
         is_complete,
     )
+
+
+def valleys(u: Tensor, value: Tensor) -> Tensor:
+    """The points of less energy than their neighbours, the lowest first.
+
+    Args:
+        u: Shape ``(N, D)``, compared in blocks of 2,048.
+        value: Energies, shape ``(N,)``; points where they are not finite are left out.
+    """
+    u, value = u[value.isfinite()], value[value.isfinite()]
+    found = [
+        _low(*block) for block in zip(u.split(_BLOCK), value.split(_BLOCK), strict=True)
+    ]
+    is_low = torch.cat([*found, u.new_zeros(0, dtype=torch.bool)])
+    return u[is_low][value[is_low].argsort()]
+
+
+def _low(u: Tensor, value: Tensor) -> Tensor:
+    """Which are no higher than their neighbours, themselves among them, ``(N,)``."""
+    if len(u) <= _NEIGHBOURS:
+        return torch.ones_like(value, dtype=torch.bool)
+    # Places in the order of each coordinate: no scale and no outlier matters.
+    place = u.argsort(0).argsort(0).double()
+    near = torch.cdist(place, place).topk(_NEIGHBOURS, largest=False).indices
+    return (value[:, None] <= value[near]).all(-1)
 
 
 def _location_and_scale(starts: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,42 +161,74 @@ def _location_and_scale(starts: Tensor) -> tuple[Tensor, Tensor]:
 def _descend(
     value_and_grad: ValueAndGrad, z: Tensor, max_rounds: int
 ) -> tuple[Tensor, Tensor]:
-    """Where the starts end by (1), and the energies there; ``inf`` if never finite."""
-    z = z.clone()
-    energy, grad = value_and_grad(z)
-    grad = _clean(grad)
-    memory = _Memory(z)
-    direction = -grad
-    step = 1 / grad.norm(dim=-1).clamp(min=1e-300)
-    best, waited = energy, 0
-    for _ in range(max_rounds):
-        trial = z + step[:, None] * direction
-        value, new = value_and_grad(trial)
-        slope = (grad * direction).sum(-1)
-        is_taken = value <= energy + _SUFFICIENT * step * slope  # (1)
+    """Where starts end by (1), and the energies there: those finite, not given up."""
+    ends, lows = [z[:0]], [z[:0, 0]]
+    descent = _Descent(value_and_grad, z)
+    best = descent.energy
+    for number in range(1, max_rounds + 1):
+        descent.step()
+        if number % _PATIENCE and number < max_rounds:
+            continue
+        energy = descent.energy
+        is_on_its_way = (best - energy).nan_to_num(0.0) > _GAIN
+        is_end = ~is_on_its_way & energy.isfinite()
+        if number == max_rounds:
+            is_end = energy.isfinite()
+        ends.append(descent.z[is_end])
+        lows.append(energy[is_end])
+        left = is_on_its_way.nonzero().squeeze(-1)
+        most = max(_FEWEST, len(energy) // 2)
+        left = left[energy[left].argsort()[:most]]
+        if not len(left):
+            break
+        descent.select(left)
+        best = descent.energy
+    return torch.cat(ends), torch.cat(lows)
+
+
+class _Descent:
+    """Starts on their way down."""
+
+    def __init__(self, value_and_grad: ValueAndGrad, z: Tensor) -> None:
+        self.value_and_grad = value_and_grad
+        self.z = z
+        self.energy, grad = value_and_grad(z)
+        self.grad = _clean(grad)
+        self.memory = _Memory(z)
+        self.direction = -self.grad
+        self.length = 1 / self.grad.norm(dim=-1).clamp(min=1e-300)
+
+    def select(self, which: Tensor) -> None:
+        """Go on with some of them."""
+        for name in ("z", "energy", "grad", "direction", "length"):
+            setattr(self, name, getattr(self, name)[which])
+        self.memory.select(which)
+
+    def step(self) -> None:
+        """One gradient of each."""
+        z, grad, energy = self.z, self.grad, self.energy
+        trial = z + self.length[:, None] * self.direction
+        value, new = self.value_and_grad(trial)
+        slope = (grad * self.direction).sum(-1)
+        is_taken = value <= energy + _SUFFICIENT * self.length * slope  # (1)
         is_taken &= value.isfinite() & new.isfinite().all(-1)
         wide = is_taken[:, None]
         new = torch.where(wide, new, grad)
         trial = torch.where(wide, trial, z)
-        memory.add(trial - z, new - grad)
-        z, grad, energy = trial, new, torch.where(is_taken, value, energy)
-        fresh = memory.direction(grad)
-        is_down = (fresh * grad).sum(-1) < 0
-        fresh = torch.where(is_down[:, None], fresh, -grad)
-        first = 1 / grad.norm(dim=-1).clamp(min=1e-300)
-        restart = torch.where(is_down & memory.is_used, 1.0, first.clamp(max=1.0))
-        direction = torch.where(wide, fresh, direction)
-        step = torch.where(is_taken, restart, step * _CUT)
+        self.memory.add(trial - z, new - grad)
+        self.z, self.grad = trial, new
+        self.energy = torch.where(is_taken, value, energy)
+        fresh = self.memory.direction(new)
+        is_down = (fresh * new).sum(-1) < 0
+        fresh = torch.where(is_down[:, None], fresh, -new)
+        first = 1 / new.norm(dim=-1).clamp(min=1e-300)
+        restart = torch.where(is_down & self.memory.is_used, 1.0, first.clamp(max=1.0))
+        direction = torch.where(wide, fresh, self.direction)
+        length = torch.where(is_taken, restart, self.length * _CUT)
         # A direction along which nothing helps is given up for the steepest.
-        is_lost = step < 1e-12
-        direction = torch.where(is_lost[:, None], -grad, direction)
-        step = torch.where(is_lost, first.clamp(max=1.0) * 1e-3, step)
-        waited += 1
-        if waited == _PATIENCE:
-            if not ((best - energy).nan_to_num(0.0) > _GAIN).any():
-                break
-            best, waited = energy, 0
-    return z, energy
+        is_lost = length < 1e-12
+        self.direction = torch.where(is_lost[:, None], -new, direction)
+        self.length = torch.where(is_lost, first.clamp(max=1.0) * 1e-3, length)
 
 
 class _Memory:
@@ -190,6 +255,12 @@ class _Memory:
             setattr(self, name, torch.where(mask, moved, old))
         self.gamma = gamma
         self.is_used = self.is_used | is_good
+
+    def select(self, which: Tensor) -> None:
+        """Keep the memories of some starts."""
+        for name in ("steps", "changes", "rho"):
+            setattr(self, name, getattr(self, name)[:, which])
+        self.gamma, self.is_used = self.gamma[which], self.is_used[which]
 
     def direction(self, grad: Tensor) -> Tensor:
         """Minus the approximate inverse Hessian times the gradient."""
@@ -298,11 +369,14 @@ def _distinct_modes(loc: Tensor, factor: Tensor, log_mass: Tensor) -> list[int]:
     while len(left):
         first = left[0]
         kept.append(int(first))
-        apart = torch.linalg.solve_triangular(
-            factor[first], (loc[left] - loc[first]).mT, upper=False
-        )
-        left = left[apart.square().sum(0) > _SAME**2]
+        left = left[_apart(loc[first], factor[first], loc[left]) > _SAME]
     return kept
+
+
+def _apart(loc: Tensor, factor: Tensor, z: Tensor) -> Tensor:
+    """Distances of points from a mode in its standard deviations, shape ``(N,)``."""
+    away = torch.linalg.solve_triangular(factor, (z - loc).mT, upper=False)
+    return away.square().sum(0).sqrt()
 
 
 def _clean(grad: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
 from pyro_ebm.diagnostics.pareto import pareto_k, pareto_std_error
 from pyro_ebm.energies import Energy
 from pyro_ebm.errors import DivergenceError
-from pyro_ebm.mcmc.modes import Modes, find_modes
+from pyro_ebm.mcmc.modes import Modes, find_modes, valleys
 from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition.base import (
     LogPartitionEstimate,
@@ -64,14 +64,17 @@ _FIRST = 4
 _CHAIN_LENGTH = 16
 #: Evaluations a particle that a run takes, roughly, by which it is sized.
 _COST = 80
-_NUM_STARTS = 256
+#: Draws of the base among which starts of descents are looked for; descents, roughly
+#: how many gradients each takes, and the least of them.
+_NUM_LOOKS, _NUM_STARTS = 32_768, 4096
+_GRADIENTS, _MIN_STARTS = 50, 32
 #: Modes that are measured, in few dimensions.
 _MAX_MODES = 256
+#: Descents that a mode is met by, or others of its kind may have been missed; the mass
+#: of modes met by fewer from which on it matters; and how many more draws for them.
+_ENOUGH, _RARE, _MOST_LOOKS = 3, 0.02, 16
 #: Draws of the base that are timed.
 _NUM_TIMED = 16
-#: Draws of the base among which the best starts are looked for.
-_NUM_LOOKS = 2048
-_MIN_STARTS = 32
 _NUM_DRAWS = 4000
 _NUM_FITTED = 6000
 _MAX_K = 0.7
@@ -236,26 +239,48 @@ class _TwoRoutes:
 
     def descend(self) -> Modes | None:
         """The modes that draws of the base descend to."""
-        number = max(_MIN_STARTS, min(_NUM_LOOKS, self.num_affordable_draws(0.1)))
-        u = self.path.draw_base(number).reshape(number, -1).double()
+        factor, modes = 1, None
+        while True:
+            starts = self.starts(_NUM_LOOKS * factor, _NUM_STARTS * factor)
+            if starts is None:
+                return modes
+            # A mode takes 2 D gradients and the decomposition of a matrix, a few times.
+            most = min(_MAX_MODES // max(1, self.dim // 4), 40_000 // self.dim**2 + 1)
+            modes = find_modes(self.value_and_grad, starts, max_modes=most)
+            if modes is None or factor == _MOST_LOOKS or self.dim > _MAX_REPAIRED:
+                return modes
+            rare = modes.log_mass.softmax(0)[modes.hits < _ENOUGH].sum()
+            cost = 4 * _GRADIENTS * len(starts)
+            if rare < _RARE or self.limits.affordable(self.target, 0.2) < cost:
+                return modes
+            factor *= 4
+
+    def starts(self, num_looks: int, num_starts: int) -> Tensor | None:
+        """Draws of the base to descend from, some of them anywhere, some low."""
+        few = self.path.draw_base(2 * _MIN_STARTS).reshape(2 * _MIN_STARTS, -1).double()
+        for _ in range(3):  # to learn what an evaluation costs, once it is traced
+            self.value_and_grad(few)
+        most = max(self.limits.affordable(self.target, 0.02), 2048)
+        most = min(num_looks, most, self.num_affordable_draws(0.1))
+        u = self.path.draw_base(max(_MIN_STARTS, int(most)))
+        u = u.reshape(len(u), -1).double()
         u = u[u.isfinite().all(-1)]
         if len(u) < 2:
             return None
-        for _ in range(3):  # to learn what an evaluation costs, once it is traced
-            self.value_and_grad(u[:64])
-        number = int(self.limits.affordable(self.target, 0.2) / 100)
+        number = int(self.limits.affordable(self.target, 0.1) / _GRADIENTS)
         if number < _MIN_STARTS:
             text = f"time or budget for {number} descents, fewer than {_MIN_STARTS}"
             self.findings.append(Finding(Reason.OUT_OF_BUDGET, text))
             if number < 4:
                 return None
-        # Half of them anywhere, half where the energy is least.
-        number = min(number, _NUM_STARTS if self.dim <= _MAX_REPAIRED else 32)
-        best = log_density(self.target, u).argsort(descending=True)[: number // 2]
-        starts = torch.cat([u[best], u[: number // 2]])
-        # A mode takes 2 D gradients and the decomposition of a matrix, a few times.
-        most = min(_MAX_MODES // max(1, self.dim // 4), 40_000 // self.dim**2 + 1)
-        return find_modes(self.value_and_grad, starts, max_modes=most)
+        if self.dim > _MAX_REPAIRED:
+            number = min(number, _MIN_STARTS)
+        number = min(number, num_starts, len(u))
+        energy = -log_density(self.target, u)
+        low = u[energy.argsort()[: number // 4]]
+        if self.dim <= _MAX_REPAIRED:
+            low = torch.cat([low, valleys(u, energy)[: number // 2]])
+        return torch.cat([low, u[: number - len(low)]])
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The target over flat vectors."""

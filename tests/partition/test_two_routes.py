@@ -34,10 +34,7 @@ FAST = [
 ]
 
 
-#: No descent leads to the narrow mode, no particle is left in it, and both agree.
-LOST = pytest.mark.xfail(reason="the narrow mode is lost, and called ok", strict=False)
 MARKS = {name: pytest.mark.slow for name in BUILDERS if name not in FAST}
-MARKS["narrow_mode_4d"] = LOST
 
 
 @pytest.mark.parametrize(
@@ -69,12 +66,13 @@ sampled = functools.partial(estimate, method="sampling", progress_bar=False)
     ("dim", "weights", "scales", "loc"),
     [
         (3, (0.1, 0.9), (0.3, 1.0), 4.0),
-        pytest.param(5, (0.5, 0.5), (0.4, 1.2), 5.0, marks=LOST),
+        (3, (0.5, 0.5), (0.1, 1.0), 4.0),
+        (5, (0.5, 0.5), (0.4, 1.2), 5.0),
         (8, (0.3, 0.7), (0.5, 1.0), 6.0),
     ],
 )
 def test_a_narrow_mode_beside_a_wide_one(dim, weights, scales, loc):
-    """The kind that particles alone lose. Meant to catch: no descents."""
+    """The kind that particles alone lose. Meant to catch: few descents, or none."""
     settings = {"weights": weights, "locs": (0.0, loc), "scales": scales}
     problem = boxes.gaussian_modes(dim, torch.float64, name="modes", **settings)
     found = sampled(problem.target)

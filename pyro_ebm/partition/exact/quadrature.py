@@ -32,6 +32,7 @@ from pyro_ebm.core.verdict import Finding, Reason, Status
 from pyro_ebm.diagnostics import pareto_k
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.energies.distribution import base_energy
+from pyro_ebm.mcmc.modes import valleys
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.exact.budget import Budget, OutOfBudgetError
 from pyro_ebm.partition.exact.grid import Grid, Sum
@@ -42,8 +43,8 @@ from pyro_ebm.partition.progress import bar_settings
 
 #: Points of the first look, by the number of coordinates.
 _LOOK = {1: 2049, 2: 2048, 3: 2048}
-#: The first look goes to sinh(14), 600,000 scales; and neighbours of a point in it.
-_FAR, _NEIGHBOURS = 14.0, 7
+#: The first look goes to sinh(14), 600,000 scales.
+_FAR = 14.0
 #: Draws of each independent look.
 _DRAWS = 4096
 #: Modes above which one grid for all of them is cheaper.
@@ -138,18 +139,6 @@ def quadrature(
         except OutOfBudgetError as error:
             search.findings.append(Finding(Reason.OUT_OF_BUDGET, str(error)))
         return search.result()
-
-
-def _valleys(u: Tensor, value: Tensor) -> Tensor:
-    """The points of less energy than their neighbours, the lowest first."""
-    u, value = u[value.isfinite()], value[value.isfinite()]
-    if len(u) <= _NEIGHBOURS:
-        return u
-    # Places in the order of each coordinate: no scale and no outlier matters.
-    place = u.argsort(0).argsort(0).double()
-    near = torch.cdist(place, place).topk(_NEIGHBOURS, largest=False).indices
-    is_low = (value[:, None] <= value[near]).all(-1)
-    return u[is_low][value[is_low].argsort()]
 
 
 class _Found(NamedTuple):
@@ -307,7 +296,7 @@ class _Search:
         far = self.loc + self.scale * axis.reshape(number, self.dim).sinh()
         near = self.loc + 4 * self.scale * torch.randn(number, self.dim).to(self.loc)
         looks = [far, near, self.draws[: _DRAWS // 2]]
-        starts = [_valleys(u, self.integrand.value(u)) for u in looks if len(u)]
+        starts = [valleys(u, self.integrand.value(u)) for u in looks if len(u)]
         # One of each in turn; then at random.
         order = torch.cat([torch.arange(len(u)) for u in starts]).argsort(stable=True)
         nearby = torch.cat(looks[1:])
