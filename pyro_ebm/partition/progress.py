@@ -21,7 +21,7 @@ MAX_BYTES = 2**29
 #: Points by which the memory of an evaluation is measured.
 _NUM_MEASURED = 4
 #: Sizes of the pieces.
-_SIZES = tuple(4**power for power in range(3, 9))
+_SIZES = tuple(4**power for power in range(2, 9))
 
 
 def bar_settings(*, is_shown: bool) -> dict[str, Any]:

@@ -75,7 +75,7 @@ _MAX_MODES = 256
 _ENOUGH, _RARE, _MOST_LOOKS = 3, 0.02, 16
 #: Draws of the base that are timed.
 _NUM_TIMED = 16
-_NUM_DRAWS = 4000
+_NUM_DRAWS, _FEWEST_WEIGHED = 4000, 1000
 _NUM_FITTED = 6000
 _MAX_K = 0.7
 #: With a lighter tail of the weights, they need no second look.
@@ -389,7 +389,9 @@ class _TwoRoutes:
     ) -> "_Weighed":
         """Importance sampling, by as many draws as the tolerance takes."""
         start = self.limits.seconds
-        parts = [self.weigh(proposal, 20_000 if self.dim <= _MAX_REPAIRED else 4000)]
+        number = 20_000 if self.dim <= _MAX_REPAIRED else 4000
+        number = min(number, int(self.limits.affordable(self.target, 0.5)))
+        parts = [self.weigh(proposal, max(number, _FEWEST_WEIGHED))]
         each = (self.limits.seconds - start) / len(parts[0])
         while True:
             log_weights = torch.cat(parts)
