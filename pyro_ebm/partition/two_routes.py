@@ -71,8 +71,9 @@ _GRADIENTS, _MIN_STARTS = 50, 32
 #: Modes that are measured, in few dimensions.
 _MAX_MODES = 256
 #: Descents that a mode is met by, or others of its kind may have been missed; the mass
-#: of modes met by fewer from which on it matters; and how many more draws for them.
-_ENOUGH, _RARE, _MOST_LOOKS = 3, 0.02, 16
+#: of modes met by fewer from which on it matters; how many of them are too many; and
+#: how many times as many draws are looked at for them.
+_ENOUGH, _RARE, _MANY_RARE, _MOST_LOOKS = 3, 0.02, 16, 16
 #: Draws of the base that are timed.
 _NUM_TIMED = 16
 _NUM_DRAWS, _FEWEST_WEIGHED = 4000, 1000
@@ -241,6 +242,7 @@ class _TwoRoutes:
         """The modes that draws of the base descend to."""
         factor, modes = 1, None
         while True:
+            start = self.limits.seconds
             starts = self.starts(_NUM_LOOKS * factor, _NUM_STARTS * factor)
             if starts is None:
                 return modes
@@ -249,9 +251,10 @@ class _TwoRoutes:
             modes = find_modes(self.value_and_grad, starts, max_modes=most)
             if modes is None or factor == _MOST_LOOKS or self.dim > _MAX_REPAIRED:
                 return modes
-            rare = modes.log_mass.softmax(0)[modes.hits < _ENOUGH].sum()
-            cost = 4 * _GRADIENTS * len(starts)
-            if rare < _RARE or self.limits.affordable(self.target, 0.2) < cost:
+            rare = modes.log_mass.softmax(0)[modes.hits < _ENOUGH]
+            is_over = 5 * (self.limits.seconds - start) > 0.1 * self.limits.left
+            # Where there are more modes than can be counted, more looks are no help.
+            if rare.sum() < _RARE or len(rare) > _MANY_RARE or is_over:
                 return modes
             factor *= 4
 
@@ -366,6 +369,7 @@ class _TwoRoutes:
         number = max(1, min(_NUM_CLUSTERS, 200 // self.dim))
         proposal = proposal.joined(fit_clusters(u, weights, number), 0.5)
         proposal = self.adapt(proposal, 2)
+        before = len(u)
         for _ in range(_MAX_REPAIRS if self.dim <= _MAX_REPAIRED else 0):
             log_weights = self.pool.log_weights()
             is_bare = self.uncovered(proposal, u, log_weights)
@@ -373,8 +377,10 @@ class _TwoRoutes:
             is_covered = number <= _MAX_UNCOVERED / 3 * len(u)
             is_light = pareto_k(log_weights) < _LIGHT_K
             is_late = self.limits.left < 0.6 * self.limits.max_seconds
-            if (is_covered and is_light) or is_late:
+            is_hopeless = number > max(0.7 * before, 0.05 * len(u))
+            if (is_covered and is_light) or is_late or is_hopeless:
                 break
+            before = number
             if not is_covered:
                 bare = weights[is_bare] / weights[is_bare].sum()
                 extra = fit_clusters(u[is_bare], bare, 1 if number < 200 else 4)
