@@ -88,8 +88,9 @@ _CAUTION = 3.0
 #: Relative rounding of an energy in double precision, with a margin.
 _ROUNDING = 1e-10
 _MIN_ESS = 200.0
-#: Share of the particles that may lie where the proposal is too thin.
-_MAX_UNCOVERED = 0.003
+#: Draws of the proposal in a region of the target that are too few to know its mass,
+#: and the share of the particles that may lie in such a region.
+_FEW_DRAWS, _MAX_UNCOVERED = 3.0, 0.005
 #: What a difference of two routes may be, in nats, beyond three standard errors.
 _SLACK = 0.05
 _MAX_HALF_WIDTH = 0.5
@@ -439,17 +440,29 @@ class _TwoRoutes:
         return found
 
     def uncovered(self, proposal: Proposal, u: Tensor, log_weights: Tensor) -> Tensor:
-        """Particles at which a single draw would weigh more than any did, ``(N,)``."""
+        """Particles at which the proposal is too thin, shape ``(N,)``.
+
+        Of ``n`` draws, a region that holds a share ``m`` of the target and weighs at
+        least ``w`` in it gets ``n m / w`` or fewer. Where those are too few, it is seen
+        by chance. The regions are those of the heaviest particles.
+        """
         own = difference(log_density(self.target, u), proposal.log_prob(u))
-        heavy = log_mean_exp(log_weights) + math.log(0.02 * len(log_weights))
-        return own > torch.maximum(heavy, log_weights.max())
+        own = own - log_mean_exp(log_weights)
+        order = own.argsort(descending=True)
+        share = torch.arange(1, len(u) + 1).to(own) / len(u)
+        num_draws = len(log_weights) * share * (-own[order]).exp()
+        few = (num_draws < _FEW_DRAWS).nonzero()
+        is_bare = torch.zeros(len(u), dtype=torch.bool, device=u.device)
+        if len(few):
+            is_bare[order[: int(few[-1]) + 1]] = True
+        return is_bare
 
     def coverage(
         self, proposal: Proposal, u: Tensor, log_weights: Tensor
     ) -> list[Finding]:
         """Whether the proposal is too thin where particles are."""
         share = self.uncovered(proposal, u, log_weights).double().mean().item()
-        if share <= _MAX_UNCOVERED:
+        if share <= max(_MAX_UNCOVERED, pareto_std_error(log_weights)):
             return []
         text = f"{share:.1%} of the particles lie where the proposal is too thin"
         return [Finding(Reason.NOT_COVERED, text)]
