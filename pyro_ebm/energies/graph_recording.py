@@ -164,6 +164,8 @@ class _Tape(TorchDispatchMode):
         if result is not NotImplemented:
             return result
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        if any(isinstance(a, torch.Generator) for a in tree_leaves((args, kwargs))):
+            raise UntraceableError("it draws from a generator of its own")
         is_variable = is_random(func) or any(map(self._is_variable, tensors))
         if torch.Tag.data_dependent_output in tags(func):
             if is_variable:

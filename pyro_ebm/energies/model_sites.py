@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 
 from pyro_ebm.energies.corrections import support_of
+from pyro_ebm.energies.markov_chains import ChainEvaluator
 from pyro_ebm.energies.missing_data import with_missing_data
 from pyro_ebm.energies.model_checks import check_same, check_site, check_supports
 from pyro_ebm.energies.model_runs import (
@@ -137,6 +138,8 @@ def find_sites(
         )
     )
     check_supports(first, enumerated)
+    maker: Any = potential.__self__
+    maker.trace_prob_evaluator = ChainEvaluator(maker.trace_prob_evaluator)
     values = {name: site["value"].detach() for name, site in sites.items()}
     flat = {name: transforms[name].inv(value) for name, value in values.items()}
     return ModelSites(

@@ -27,6 +27,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from pyro_ebm.energies.graph_cleaning import clean
+from pyro_ebm.energies.graph_grouping import grouped
 from pyro_ebm.energies.graph_precision import (
     in_double_precision,
     is_single_precision,
@@ -251,12 +252,15 @@ class TracedFunction:
                 live += [functools.partial(_itself, tensor) for tensor in learned]
                 tensors += learned
                 recording = record(lambda u, *live: self.function(u), u, *tensors)
-        return _one_point(recording, live)
+        return _one_point(recording, live, u, tensors)
 
 
-def _one_point(recording: Recording, live: Sequence[_Reader]) -> _OnePoint:
+def _one_point(
+    recording: Recording, live: Sequence[_Reader], u: Tensor, tensors: Sequence[Tensor]
+) -> _OnePoint:
     graph = clean(recording, differentiable=True)
     _require_deterministic(graph)
+    recording, graph = _with_groups(recording, graph, u, *tensors)
     _, *placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     used = []
     for node, read in zip(placeholders, live, strict=True):
@@ -273,9 +277,26 @@ def _widened(one_point: _OnePoint, u: Tensor) -> _OnePoint:
     """The same graph in double precision, recorded at ``u``."""
     live = one_point.recorded
     function = in_double_precision(one_point.recording)
+    tensors = [read() for read in live]
     with torch.random.fork_rng(devices=[]):  # of operators that nothing depends on
-        recording = record(function, u.double(), *[read() for read in live])
-    return _one_point(recording, live)
+        recording = record(function, u.double(), *tensors)
+    return _one_point(recording, live, u.double(), tensors)
+
+
+def _with_groups(
+    recording: Recording, graph: fx.GraphModule, *inputs: Tensor
+) -> tuple[Recording, fx.GraphModule]:
+    """What was recorded, with operators that it repeats applied at once."""
+    try:
+        function = grouped(graph, *inputs)
+        if function is None:
+            return recording, graph
+        fewer = record(function, *inputs)
+        cleaned = clean(fewer, differentiable=True)
+    except (RuntimeError, ValueError):  # an operator that knows no stacked tensors
+        return recording, graph
+    is_same = _agree(cleaned(*inputs), graph(*inputs))
+    return (fewer, cleaned) if is_same else (recording, graph)
 
 
 def _require_deterministic(graph: fx.GraphModule) -> None:
