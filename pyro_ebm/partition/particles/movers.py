@@ -19,6 +19,9 @@ from pyro_ebm.mcmc import HMC, Kernel, StepSizeAdaptation, find_step_size
 from pyro_ebm.mcmc.base import flat_event
 from pyro_ebm.mcmc.path import GeometricPath, PathState
 
+#: Robust standard deviations from the median at which a point counts as an outlier.
+_MAX_SCALES = 6.0
+
 
 @final
 class AdaptiveHMC:
@@ -96,7 +99,9 @@ def with_metric(kernel: HMC, u: Tensor, log_weights: Tensor) -> HMC:
     """The kernel with the scales of a weighted population as its metric.
 
     Dense for vectors if there are enough points to tell correlations, else diagonal:
-    any shrinkage of the one towards the other would undo a strong correlation.
+    any shrinkage of the one towards the other would undo a strong correlation. Points
+    farther out than a normal distribution has them count as if they were nearer: those
+    of a vague prior are further apart than any step could be.
 
     Args:
         kernel: Its step size and number of leapfrog steps are kept.
@@ -106,6 +111,7 @@ def with_metric(kernel: HMC, u: Tensor, log_weights: Tensor) -> HMC:
     points, event_shape = flat_event(u, 2).flatten(0, 1), u.shape[2:]
     weights = log_weights.flatten().softmax(0)
     ess = 1 / weights.square().sum()
+    points = _winsorised(points, weights)
     centred = points - weights @ points
     variance = (weights @ centred.square()).clamp(min=1e-12)
     if len(event_shape) == 1 and ess > 5 * len(variance):
@@ -115,6 +121,19 @@ def with_metric(kernel: HMC, u: Tensor, log_weights: Tensor) -> HMC:
             return dataclasses.replace(kernel, scale=None, scale_tril=factor)
     scale = variance.sqrt().reshape(event_shape)
     return dataclasses.replace(kernel, scale=scale, scale_tril=None)
+
+
+def _winsorised(points: Tensor, weights: Tensor) -> Tensor:
+    """Points ``(N, D)``, none farther from the median than some robust scales."""
+    ordered, order = points.sort(0)
+    reached = weights[order].cumsum(0)
+    last = len(points) - 1
+    low, middle, high = (
+        ordered.gather(0, (reached < part).sum(0, keepdim=True).clamp(max=last))
+        for part in (0.25, 0.5, 0.75)
+    )
+    reach = _MAX_SCALES * (high - low) / 1.349  # of a normal distribution
+    return points.clamp(middle - reach, middle + reach)
 
 
 def with_step_size(kernel: HMC, step_size: Tensor) -> HMC:
