@@ -19,8 +19,9 @@ from pyro_ebm.mcmc import HMC, Kernel, StepSizeAdaptation, find_step_size
 from pyro_ebm.mcmc.base import flat_event
 from pyro_ebm.mcmc.path import GeometricPath, PathState
 
-#: Robust standard deviations from the median at which a point counts as an outlier.
-_MAX_SCALES = 6.0
+#: Robust standard deviations from the median that are no distance between modes; and
+#: those that a point counts for at most where others are that far out.
+_VAGUE, _MAX_SCALES = 300.0, 6.0
 
 
 @final
@@ -99,9 +100,9 @@ def with_metric(kernel: HMC, u: Tensor, log_weights: Tensor) -> HMC:
     """The kernel with the scales of a weighted population as its metric.
 
     Dense for vectors if there are enough points to tell correlations, else diagonal:
-    any shrinkage of the one towards the other would undo a strong correlation. Points
-    farther out than a normal distribution has them count as if they were nearer: those
-    of a vague prior are further apart than any step could be.
+    any shrinkage of the one towards the other would undo a strong correlation. Where
+    some are as far out as those of a vague prior, farther than any step could be, the
+    scale is that of the others.
 
     Args:
         kernel: Its step size and number of leapfrog steps are kept.
@@ -132,7 +133,9 @@ def _winsorised(points: Tensor, weights: Tensor) -> Tensor:
         ordered.gather(0, (reached < part).sum(0, keepdim=True).clamp(max=last))
         for part in (0.25, 0.5, 0.75)
     )
-    reach = _MAX_SCALES * (high - low) / 1.349  # of a normal distribution
+    scale = (high - low) / 1.349  # of a normal distribution
+    is_vague = ((points - middle).abs() > _VAGUE * scale).any(0)
+    reach = torch.where(is_vague, _MAX_SCALES * scale, torch.inf)
     return points.clamp(middle - reach, middle + reach)
 
 
