@@ -476,6 +476,27 @@ def test_an_observation_at_each_step_of_a_markov_chain(plate):
     assert_right(found, sum(map(kalman, rows)))
 
 
+@pytest.mark.parametrize("batch", [(), (4,)])
+def test_a_latent_mixture(batch):
+    """Of Gaussians, the evidence is that of a mixture; one for each of four numbers."""
+    loc, scale, weights = (
+        torch.tensor(values) for values in ([-2.0, 1.0], [0.5, 1.0], [0.3, 0.7])
+    )
+
+    def mixture(scale):
+        parts = dist.Normal(loc.expand(*batch, 2), scale)
+        choice = dist.Categorical(weights.expand(*batch, 2))
+        return dist.MixtureSameFamily(choice, parts).to_event(len(batch))
+
+    def program(y):
+        x = pyro.sample("x", mixture(scale))
+        pyro.sample("y", dist.Normal(x, 1.0).to_event(len(batch)), obs=y)
+
+    y = torch.tensor([0.5, -1.0, 2.0, -3.0])[: torch.Size(batch).numel()].reshape(batch)
+    truth = mixture((scale**2 + 1).sqrt()).log_prob(y).item()
+    assert_right(evidence(program, None, y), truth)
+
+
 def test_an_improper_prior():
     def program():
         z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), (3,)))
