@@ -86,9 +86,8 @@ class LadderAdaptation:
         self._num_updates += 1
         self._log_steps.append(self._log_step)
         gain = len(self._log_steps) ** -0.5
-        self._log_step = follow_acceptance(
-            self._log_step, self._given, info, gain
-        )  # (1)
+        log_step, given = self._log_step, self._given
+        self._log_step = follow_acceptance(log_step, given, info, gain)  # (1)
         self._rejections.append(1 - swap_prob.mean(0))
         grad = self.ladder.chains(state).grad / self.ladder.scale
         self._squares.append(grad.square().mean(0))
