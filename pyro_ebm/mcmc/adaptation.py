@@ -11,7 +11,12 @@ References:
     Hoffman & Gelman (2014), JMLR 15, section 3.2.
 """
 
-__all__ = ["KernelAdaptation", "StepSizeAdaptation", "find_step_size"]
+__all__ = [
+    "KernelAdaptation",
+    "StepSizeAdaptation",
+    "find_step_size",
+    "follow_acceptance",
+]
 
 import dataclasses
 from abc import abstractmethod
@@ -156,3 +161,25 @@ def find_step_size(
         direction = above
         step_size = step_size * 2.0**direction
     return step_size
+
+
+def follow_acceptance(
+    log_step_size: Tensor, kernel: Kernel, info: StepInfo, gain: float
+) -> Tensor:
+    r"""Step sizes that follow the acceptance of each temperature for itself.
+
+    .. math::
+        \log\epsilon_k \leftarrow \log\epsilon_k + \gamma\, (\bar a_k - a^\star)
+
+    Args:
+        log_step_size: Shape ``(K,)``.
+        kernel: For its target :math:`a^\star`.
+        info: Of chains at ``K`` temperatures, chain shape ``(C, K)``.
+        gain: :math:`\gamma`; falling with the number of steps to settle down, constant
+            to keep up with an energy that changes.
+
+    References:
+        Robbins & Monro (1951), Annals of Mathematical Statistics 22, 400-407.
+    """
+    excess = info.accept_prob.mean(0) - kernel.target_accept_prob
+    return log_step_size + gain * excess

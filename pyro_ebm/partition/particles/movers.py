@@ -9,7 +9,7 @@ __all__ = ["AdaptiveHMC", "GivenKernels", "with_metric", "with_step_size"]
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import final
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_ebm.mcmc import HMC, Kernel, StepSizeAdaptation, find_step_size
 from pyro_ebm.mcmc.base import flat_event
-from pyro_ebm.mcmc.path import GeometricPath, PathState
+from pyro_ebm.mcmc.path import GeometricPath, PathState, joined
 
 #: Robust standard deviations from the median that are no distance between modes; and
 #: those that a point counts for at most where others are that far out.
@@ -89,11 +89,6 @@ class GivenKernels:
         """See :class:`~pyro_ebm.partition.particles.engine.Mover`."""
         self.path.inverse_temperature = beta
         return self.path.step(self.kernel_at(beta), ancestors)[0]
-
-
-def joined(states: Iterable[PathState]) -> PathState:
-    """States of chain shapes ``(M, A)`` side by side, ``(M, A * len)``."""
-    return PathState(*(torch.cat(parts, 1) for parts in zip(*states, strict=True)))
 
 
 def with_metric(kernel: HMC, u: Tensor, log_weights: Tensor) -> HMC:
