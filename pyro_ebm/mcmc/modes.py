@@ -21,7 +21,15 @@ References:
     Raftery & Bao (2010), Biometrics 66, 1162-1173 (descents as starts of a sampler).
 """
 
-__all__ = ["Modes", "find_modes"]
+__all__ = [
+    "Memory",
+    "Modes",
+    "ValueAndGrad",
+    "clean",
+    "descend",
+    "find_modes",
+    "location_and_scale",
+]
 
 import math
 from collections.abc import Callable
@@ -46,6 +54,8 @@ _SAME = 1.0
 _NO_MASS = 25.0
 
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
+#: Sees points, gradients and memories after each round; ``True`` ends the descent.
+Watch = Callable[[Tensor, Tensor, "Memory"], bool]
 
 
 class Modes(NamedTuple):
@@ -89,13 +99,13 @@ def find_modes(
     Returns:
         The modes, or ``None`` if no energy is finite or no mode has a curvature.
     """
-    loc, scale = _location_and_scale(starts)
+    loc, scale = location_and_scale(starts)
 
     def scaled(z: Tensor) -> tuple[Tensor, Tensor]:
         value, grad = value_and_grad(loc + scale * z)
         return value, grad * scale
 
-    z, energy = _descend(scaled, (starts - loc) / scale, max_rounds)
+    z, energy = descend(scaled, (starts - loc) / scale, max_rounds)
     is_finite = energy.isfinite() & z.isfinite().all(-1)
     if not is_finite.any():
         return None
@@ -118,21 +128,31 @@ def find_modes(
     )
 
 
-def _location_and_scale(starts: Tensor) -> tuple[Tensor, Tensor]:
+def location_and_scale(starts: Tensor) -> tuple[Tensor, Tensor]:
     """Median and robust spread of the starts, shape ``(D,)`` each."""
     loc = starts.median(0).values
     spread = 1.5 * (starts - loc).abs().median(0).values
     return loc, torch.where(spread > 0, spread, torch.ones_like(spread))
 
 
-def _descend(
-    value_and_grad: ValueAndGrad, z: Tensor, max_rounds: int
+def descend(
+    value_and_grad: ValueAndGrad,
+    z: Tensor,
+    max_rounds: int,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Where the starts end by (1), and the energies there; ``inf`` if never finite."""
+    """Where the starts end by (1), and the energies there; ``inf`` if never finite.
+
+    Args:
+        value_and_grad: As for :func:`find_modes`.
+        z: Starts, shape ``(S, D)``, at a scale of about one.
+        max_rounds: Gradients at each start.
+        watch: Called after each round.
+    """
     z = z.clone()
     energy, grad = value_and_grad(z)
-    grad = _clean(grad)
-    memory = _Memory(z)
+    grad = clean(grad)
+    memory = Memory(z)
     direction = -grad
     step = 1 / grad.norm(dim=-1).clamp(min=1e-300)
     best, waited = energy, 0
@@ -158,6 +178,8 @@ def _descend(
         is_lost = step < 1e-12
         direction = torch.where(is_lost[:, None], -grad, direction)
         step = torch.where(is_lost, first.clamp(max=1.0) * 1e-3, step)
+        if watch is not None and watch(z, grad, memory):
+            break
         waited += 1
         if waited == _PATIENCE:
             if not ((best - energy).nan_to_num(0.0) > _GAIN).any():
@@ -166,8 +188,16 @@ def _descend(
     return z, energy
 
 
-class _Memory:
-    """The last steps and changes of the gradient of each start."""
+class Memory:
+    """The last steps and changes of the gradient of each start, the oldest first.
+
+    Attributes:
+        steps: Shape ``(M, S, D)``; 0 where there are fewer than ``M``.
+        changes: Of the gradients along them, the same shape.
+        rho: One over their products, shape ``(M, S)``; 0 where there are fewer.
+        gamma: The approximate inverse Hessian without a step, shape ``(S,)``.
+        is_used: Whether there is any, shape ``(S,)``.
+    """
 
     def __init__(self, z: Tensor) -> None:
         self.steps = z.new_zeros(_MEMORY, *z.shape)
@@ -236,7 +266,7 @@ def _polish(
         if number == _NEWTON - 1:
             break
         curvature = values.abs().clamp(min=1e-8)
-        rotated = (vectors.mT @ _clean(grad)[:, :, None])[:, :, 0] / curvature
+        rotated = (vectors.mT @ clean(grad)[:, :, None])[:, :, 0] / curvature
         step = -(vectors @ rotated[:, :, None])[:, :, 0]
         # Far from the mode a Newton step may lead anywhere: the best of a few lengths.
         lengths = torch.tensor([1.0, 0.3, 0.05]).to(z)
@@ -305,5 +335,6 @@ def _distinct_modes(loc: Tensor, factor: Tensor, log_mass: Tensor) -> list[int]:
     return kept
 
 
-def _clean(grad: Tensor) -> Tensor:
+def clean(grad: Tensor) -> Tensor:
+    """Gradients with 0 in the place of what is not finite."""
     return grad.nan_to_num(0.0, 0.0, 0.0)
