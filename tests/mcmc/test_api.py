@@ -365,6 +365,33 @@ def test_a_good_run_does_not_warn():
         assert found.accept_prob == pytest.approx(0.8, abs=0.1)
 
 
+@pytest.mark.parametrize("keep_draws", [True, False])
+def test_one_chain_in_another_place_is_reported(keep_draws):
+    """One of 64 in a well apart, to which R-hat by ranks is blind.
+
+    Fault: chains judged by R-hat alone, by which this run is ok.
+    """
+
+    def energy(x):
+        wide = x.square().sum(-1) / 2
+        deep = ((x - 30) / 0.5).square().sum(-1) / 2 - 40
+        return -torch.logaddexp(-wide, -deep)
+
+    initial = torch.cat([torch.full((1, 2), 30.0), torch.randn(63, 2)])
+    chains = MCMC(
+        HMC(0.3, num_leapfrog=6),
+        200,
+        0,
+        64,
+        initial=initial,
+        progress_bar=False,
+        keep_draws=keep_draws,
+    )
+    with pytest.warns(UnreliableWarning, match="1 of 64 chains stay in another place"):
+        chains.run(FunctionEnergy(energy, (2,)))
+    assert chains.diagnostics().num_stray == 1
+
+
 @dataclass(frozen=True)
 class Sticky(Kernel):
     """HMC that keeps its first chain where it is."""
