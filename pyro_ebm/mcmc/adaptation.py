@@ -67,7 +67,7 @@ class StepSizeAdaptation(nn.Module):
     No number leaves the device: the step size stays a scalar tensor.
 
     Args:
-        step_size: Where to begin.
+        step_size: Where to begin; with the shape of the chains, each has its own.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
@@ -89,7 +89,8 @@ class StepSizeAdaptation(nn.Module):
         super().__init__()
         start = torch.as_tensor(step_size, dtype=torch.get_default_dtype())
         # t, mean gradient, averaged iterate, iterate, centre: all of Pyro's class.
-        self.register_buffer("_state", torch.zeros(5, device=start.device))
+        state = torch.zeros(5, *start.shape, device=start.device)
+        self.register_buffer("_state", state)
         self.reset(start)
 
     def reset(self, step_size: float | Tensor) -> None:
@@ -102,12 +103,12 @@ class StepSizeAdaptation(nn.Module):
 
     @property
     def step_size(self) -> Tensor:
-        """The current iterate, for use while adapting. Shape ``()``."""
+        """The current iterate, for use while adapting, in the shape of the start."""
         return self._state[3].exp()
 
     @property
     def averaged_step_size(self) -> Tensor:
-        """The averaged iterate, to be frozen after warmup. Shape ``()``."""
+        """The averaged iterate, to be frozen after warmup, in the same shape."""
         return self._state[2].exp()
 
     def update(self, kernel: Kernel, info: StepInfo) -> None:
@@ -121,7 +122,9 @@ class StepSizeAdaptation(nn.Module):
         t, g_avg, x_avg, _, centre = self._state.clone().unbind()
         scheme: Any = DualAveraging(prox_center=centre, gamma=self.GAMMA)
         scheme._t, scheme._g_avg, scheme._x_avg = t, g_avg, x_avg
-        mean = kernel.mean_acceptance(info.accept_prob)
+        is_shared = self._state.dim() == 1
+        mean = info.accept_prob
+        mean = kernel.mean_acceptance(mean) if is_shared else mean.to(t)
         scheme.step(kernel.target_accept_prob - mean)
         x, x_avg = scheme.get_state()
         self._state = torch.stack([scheme._t, scheme._g_avg, x_avg, x, centre])
