@@ -70,6 +70,8 @@ _NUM_LOOKS, _NUM_STARTS = 32_768, 4096
 _GRADIENTS, _MIN_STARTS = 50, 32
 #: Modes that are measured, in few dimensions.
 _MAX_MODES = 256
+#: Modes whose mirror images are looked at.
+_MAX_MIRRORED = 32
 #: Descents that a mode is met by, or others of its kind may have been missed; the mass
 #: of modes met by fewer from which on it matters; how many of them are too many; and
 #: how many times as many draws are looked at for them.
@@ -206,6 +208,7 @@ class _TwoRoutes:
         self.pool = Pool(target)
         self.dim = path.event_shape.numel()
         self.findings: list[Finding] = []
+        self.middle = torch.zeros(self.dim)  # of the draws of the base
         # Some models can be run for one draw of their prior at a time only.
         path.draw_base(_NUM_TIMED)
         start = time.process_time()
@@ -240,6 +243,16 @@ class _TwoRoutes:
         return int(min(_NUM_DRAWS, max(500, self.limits.affordable(self.target, 0.02))))
 
     def descend(self) -> Modes | None:
+        """The modes that draws of the base, and mirror images of modes, descend to."""
+        modes = self.descended()
+        if modes is None or len(modes.loc) > _MAX_MIRRORED:
+            return modes
+        # Many energies have a symmetry, or nearly one: of signs, say.
+        starts = torch.cat([modes.loc, 2 * self.middle - modes.loc])
+        most = 2 * len(modes.loc)
+        return find_modes(self.value_and_grad, starts, max_modes=most) or modes
+
+    def descended(self) -> Modes | None:
         """The modes that draws of the base descend to."""
         factor, modes = 1, None
         while True:
@@ -260,7 +273,7 @@ class _TwoRoutes:
             factor *= 4
 
     def starts(self, num_looks: int, num_starts: int) -> Tensor | None:
-        """Draws of the base to descend from, some of them anywhere, some low."""
+        """Points to descend from: low draws of the base, any draws, and nearer ones."""
         few = self.path.draw_base(2 * _MIN_STARTS).reshape(2 * _MIN_STARTS, -1).double()
         for _ in range(3):  # to learn what an evaluation costs, once it is traced
             self.value_and_grad(few)
@@ -284,7 +297,12 @@ class _TwoRoutes:
         low = u[energy.argsort()[: number // 4]]
         if self.dim <= _MAX_REPAIRED:
             low = torch.cat([low, valleys(u, energy)[: number // 2]])
-        return torch.cat([low, u[: number - len(low)]])
+        others = u[: number - len(low)].clone()
+        # In many dimensions all draws are far from the middle, where modes may be.
+        self.middle, share = u.median(0).values, torch.rand(len(others) // 2, 1).to(u)
+        near = others[: len(share)] - self.middle
+        others[: len(share)] = self.middle + share * near
+        return torch.cat([low, others])
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The target over flat vectors."""
