@@ -61,6 +61,7 @@ api_packages = [
     "partition",
     "distributions",
     "infer",
+    "bases",
     "diagnostics",
     "datasets",
     "plots",

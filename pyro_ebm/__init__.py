@@ -12,6 +12,7 @@ __all__ = [
     "EnergyDistribution",
     "EnergyModel",
     "__version__",
+    "bases",
     "datasets",
     "diagnostics",
     "distributions",
@@ -26,6 +27,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 from pyro_ebm import (
+    bases,
     datasets,
     diagnostics,
     distributions,

@@ -16,6 +16,7 @@ LAYERS = (
     "core",
     "errors",
     "diagnostics",
+    "bases",
     "energies",
     "mcmc",
     "partition",

@@ -63,10 +63,10 @@ class PyroModelEnergy(Energy):
     The model is run a few times when the energy is built, once of them under a tracer;
     no effect handler runs afterwards. Operators that a loop of the model repeats are
     applied at once, and chains of discrete sites are summed by matrix products. A
-    number of chains that comes several times gets a graph of its own. Measured on one core for eight
-    schools: value and gradient at 1,024 points take about a third of the time that
-    Pyro's potential takes at one, compiled a tenth. What was traced is compared with
-    Pyro's potential at a few points.
+    number of chains that comes several times gets a graph of its own. Measured on one
+    core for eight schools: value and gradient at 1,024 points take about a third of the
+    time that Pyro's potential takes at one, compiled a tenth. What was traced is
+    compared with Pyro's potential at a few points.
 
     Parameters stay live: those of modules and of Pyro's parameter store are read at
     each evaluation, and :meth:`forward` gives them gradients; so do the buffers and

@@ -1,0 +1,94 @@
+"""Data as rows of numbers in unconstrained space."""
+
+__all__ = ["Rows", "split"]
+
+from typing import NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+from torch.distributions.constraints import Constraint
+
+#: Share of the rows that are held out, and the least of them.
+_HELD_OUT, _FEWEST = 0.15, 2
+
+
+class Rows(NamedTuple):
+    """Data in unconstrained space, and the way back.
+
+    Attributes:
+        u: Shape ``(N, D)``.
+        event_shape: Of a row as it was given.
+        to_support: From ``(D,)`` to the row; ``None`` where that is a reshape alone.
+    """
+
+    u: Tensor
+    event_shape: torch.Size
+    to_support: Transform | None
+
+    @staticmethod
+    def of(data: Tensor, support: Constraint | None) -> "Rows":
+        """Rows of data.
+
+        Args:
+            data: Shape ``(N, *event)``, floating-point, with at least two rows.
+            support: Of a row; default: all real numbers.
+
+        Raises:
+            TypeError: If ``data`` is no floating-point tensor.
+            ValueError: If there are fewer than two rows, or some entry is not finite or
+                not in the interior of the support.
+        """
+        if not isinstance(data, Tensor) or not data.is_floating_point():
+            kind = data.dtype if isinstance(data, Tensor) else type(data).__name__
+            raise TypeError(
+                f"data must be a floating-point tensor, got {kind}. Convert it by "
+                "torch.as_tensor(data, dtype=torch.float32)."
+            )
+        if data.dim() == 0 or len(data) < _FEWEST:
+            raise ValueError(
+                f"data must have shape (N, *event) with N >= {_FEWEST}, got "
+                f"{tuple(data.shape)}."
+            )
+        data = data.detach()
+        to_support = None if support is None else biject_to(support)
+        u = data if to_support is None else to_support.inv(data)
+        u = u.reshape(len(data), -1)
+        is_bad = ~u.isfinite().all(-1)
+        if is_bad.any():
+            where = "finite" if support is None else f"inside of {support}"
+            raise ValueError(
+                f"data must be {where}; {int(is_bad.sum())} of {len(data)} rows are "
+                f"not, the first of them row {int(is_bad.nonzero()[0])}. Drop these "
+                "rows, or move them off the boundary."
+            )
+        return Rows(u, data.shape[1:], to_support)
+
+    def distribution(self, over_rows: dist.TorchDistribution) -> dist.TorchDistribution:
+        """A distribution over ``(D,)`` as one over the rows as they were given."""
+        transforms: list[Transform] = []
+        flat = self.event_shape
+        if self.to_support is not None:
+            flat = torch.Size(self.to_support.inverse_shape(self.event_shape))
+        if flat != over_rows.event_shape:
+            reshape = torch.distributions.transforms.ReshapeTransform
+            transforms.append(reshape(over_rows.event_shape, flat))
+        if self.to_support is not None:
+            transforms.append(self.to_support)
+        if not transforms:
+            return over_rows
+        return dist.TransformedDistribution(over_rows, transforms, validate_args=False)
+
+
+def split(data: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to fit to, and about a seventh of them held out.
+
+    Args:
+        data: Shape ``(N, *event)``.
+        seed: Of the choice of rows, which leaves torch's own stream as it is.
+    """
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    number = max(1, round(_HELD_OUT * len(data)))
+    order = order.to(data.device)
+    return data[order[number:]], data[order[:number]]

@@ -1,0 +1,61 @@
+"""Which base is taken, and what is said of it."""
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_ebm
+from pyro_ebm import bases
+from pyro_ebm.bases import choice as module
+
+pytest.importorskip("sklearn")
+
+
+def test_the_best_of_held_out_rows_is_taken():
+    clusters = torch.cat([torch.randn(100, 2) - 5, torch.randn(100, 2) + 5])
+    found = bases.fit(clusters)
+    assert found.kind == "gaussian_mixture"
+    assert found.compared[found.kind] >= max(found.compared.values()) - 1e-3
+    assert found.log_likelihood == found.compared[found.kind]
+    assert str(found).startswith(f"gaussian_mixture: {found.log_likelihood:.3f} +- ")
+    assert bases.fit(torch.randn(300, 4)).kind == "normal"
+    signs = torch.randn(400, 8).sign()  # 256 clusters, or two a coordinate
+    assert bases.fit(signs + 0.2 * torch.randn(400, 8)).kind == "independent"
+
+
+def test_the_likelihood_is_that_of_rows_that_were_not_seen(monkeypatch):
+    """Within its error over fits. Fault: fitted to all rows before they are scored."""
+    seen = []
+
+    def spy(data, **settings):
+        seen.append(len(data))
+        return bases.normal(data, **settings)
+
+    monkeypatch.setattr(module, "normal", spy)
+    data = torch.randn(200, 3)
+    found = bases.fit(data, "normal")
+    assert seen == [170, 200]
+    wanted = -3 / 2 * math.log(2 * math.pi * math.e)
+    assert abs(found.log_likelihood - wanted) < 5 * found.std_error
+
+
+def test_a_base_serves_an_energy():
+    data = torch.cat([torch.randn(100, 2) - 3, torch.randn(100, 2) + 3])
+    base = bases.fit(data, "gaussian_mixture").distribution
+    energy = pyro_ebm.energies.FunctionEnergy(lambda x: -base.log_prob(x), (2,))
+    model = pyro_ebm.EnergyModel(energy, base)
+    found = pyro_ebm.partition.estimate(model.energy, base, progress_bar=False)
+    assert abs(found.value) < 1e-3
+
+
+def test_whole_numbers_have_counts():
+    found = bases.fit(torch.randint(0, 3, (100, 2)))
+    assert (found.kind, list(found.compared)) == ("independent", ["independent"])
+    assert isinstance(found.distribution.base_dist, dist.Categorical)
+
+
+def test_an_unknown_kind():
+    with pytest.raises(ValueError, match="'auto' or one of .*'flow'.*got 'spline'"):
+        bases.fit(torch.randn(10, 2), "spline")

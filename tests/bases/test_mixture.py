@@ -1,0 +1,108 @@
+"""Normal distributions and mixtures, fitted to data."""
+
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+
+from pyro_ebm import partition
+from pyro_ebm.bases import gaussian_mixture, normal
+from pyro_ebm.energies import DistributionEnergy
+
+pytest.importorskip("sklearn")
+
+
+def two_clusters(number=2000):
+    near = torch.randn(number, 2) * torch.tensor([0.5, 1.0]) - 3
+    far = torch.randn(number // 2, 2) + torch.tensor([10.0, 3.0])
+    return torch.cat([near, far])
+
+
+def test_a_normal_has_the_moments_of_the_data():
+    data = torch.randn(500, 3) @ torch.randn(3, 3) + 7
+    base = normal(data)
+    torch.testing.assert_close(base.mean, data.mean(0))
+    covariance = data.T.cov(correction=0)
+    torch.testing.assert_close(base.covariance_matrix, covariance, rtol=1e-4, atol=1e-4)
+
+
+def test_the_mixture_is_that_of_the_clusters():
+    base = gaussian_mixture(two_clusters(), 2)
+    order = base.component_distribution.loc[:, 0].argsort()
+    probs = base.mixture_distribution.probs[order]
+    torch.testing.assert_close(probs, torch.tensor([2 / 3, 1 / 3]), atol=0.01, rtol=0)
+    parts = base.component_distribution
+    wanted = torch.tensor([[-3.0, -3.0], [10.0, 3.0]])
+    torch.testing.assert_close(parts.loc[order], wanted, atol=0.1, rtol=0)
+    sd = parts.variance.sqrt()[order]
+    wanted = torch.tensor([[0.5, 1.0], [1.0, 1.0]])
+    torch.testing.assert_close(sd, wanted, atol=0.08, rtol=0)
+
+
+def test_units_do_not_matter():
+    """The density of scaled data is the scaled density. Fault: an absolute floor."""
+    data, scale = two_clusters(400), torch.tensor([1e-5, 1e4])
+    base, scaled = gaussian_mixture(data, 2), gaussian_mixture(data * scale, 2)
+    wanted = base.log_prob(data) - scale.log().sum()
+    torch.testing.assert_close(scaled.log_prob(data * scale), wanted)
+
+
+@pytest.mark.parametrize("fitter", [normal, gaussian_mixture])
+def test_on_a_support_it_is_normalised_and_near_the_data(fitter):
+    data = dist.Beta(2.0, 5.0).sample((1000,))
+    base = fitter(data, support=constraints.unit_interval)
+    energy = DistributionEnergy(base)
+    assert abs(partition.quadrature(energy, progress_bar=False).value) < 1e-5
+    draws = base.sample((4000,))
+    assert ((draws > 0) & (draws < 1)).all()
+    assert abs(draws.mean() - data.mean()) < 0.02
+    assert abs(draws.std() - data.std()) < 0.02
+
+
+@pytest.mark.parametrize("fitter", [normal, gaussian_mixture])
+def test_an_event_may_have_any_shape(fitter):
+    data = torch.randn(100, 2, 3)
+    base = fitter(data)
+    assert base.event_shape == (2, 3)
+    flat = fitter(data.reshape(100, 6))
+    torch.testing.assert_close(base.log_prob(data), flat.log_prob(data.reshape(100, 6)))
+    scalars = fitter(data[:, 0, 0])
+    assert scalars.event_shape == ()
+    assert scalars.log_prob(data[:, 0, 0]).shape == (100,)
+
+
+@pytest.mark.parametrize("fitter", [normal, gaussian_mixture])
+def test_columns_may_be_constant_or_equal(fitter):
+    data = torch.randn(200, 1).expand(200, 2)
+    data = torch.cat([data, torch.ones(200, 1)], 1)
+    base = fitter(data)
+    assert base.log_prob(data).isfinite().all()
+    assert base.sample((10,)).isfinite().all()
+
+
+def test_torch_keeps_its_stream():
+    data = two_clusters(200)
+    before = torch.get_rng_state()
+    gaussian_mixture(data)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "error", "match"),
+    [
+        (torch.zeros(5, 2).long(), {}, TypeError, "floating-point tensor, got torch.i"),
+        ([[1.0]], {}, TypeError, "got list"),
+        (torch.zeros(1, 2), {}, ValueError, r"N >= 2, got \(1, 2\)"),
+        (torch.tensor([1.0, torch.nan, 2.0]), {}, ValueError, "1 of 3 rows.*row 1"),
+        (
+            torch.tensor([1.0, -1.0]),
+            {"support": constraints.positive},
+            ValueError,
+            "inside of",
+        ),
+        (torch.randn(5, 2), {"num_components": 6}, ValueError, "from 1 to.* 5; got 6"),
+    ],
+)
+def test_bad_input(data, settings, error, match):
+    with pytest.raises(error, match=match):
+        gaussian_mixture(data, **settings)
