@@ -669,7 +669,7 @@ def test_a_model_is_computed_in_double_precision():
     assert draws.dtype is torch.float32
     wanted = 3**-0.5 / 20_000**0.5
     assert draws.double().std().item() == pytest.approx(wanted, rel=0.15)
-    narrow = sampler(num_chains=64, dtype=torch.float32)
+    narrow = sampler(num_samples=4, warmup_steps=4, num_chains=8, dtype=torch.float32)
     narrow.run(large_energies)
     assert narrow.diagnostics().dtype is torch.float32
     wide = sampler(dtype=torch.float64)

@@ -104,7 +104,7 @@ def eight_schools():
 
 def test_the_evidence_of_eight_schools():
     """Log evidence by nested quadrature: -31.31134735."""
-    found = estimate(eight_schools, budget=20_000)
+    found = estimate(eight_schools, budget=40_000)
     assert found.status == "ok"
     assert found.lower <= -31.31134735 <= found.upper
     assert found.std_error < 0.03
