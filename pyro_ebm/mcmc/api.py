@@ -266,6 +266,21 @@ class MCMC:
         """
         return summarize(self._started(), self.diagnostics(), prob)
 
+    def print_summary(self, prob: float = 0.9) -> None:
+        """Print :meth:`summary`, with the verdict below the table.
+
+        The columns of Pyro and NumPyro are there: ``sd`` is their ``std``,
+        ``bulk_ess`` their ``n_eff``.
+
+        Args:
+            prob: Of the central interval.
+
+        Raises:
+            RuntimeError: If nothing was run.
+            ValueError: If ``prob`` is not between 0 and 1.
+        """
+        print(self.summary(prob))
+
     def to_arviz(self) -> Any:
         """The run as an ``arviz.InferenceData``, with statistics of the warmup.
 

@@ -349,6 +349,7 @@ def test_chains_that_do_not_mix_are_reported(num_chains):
     assert (found.status, found.is_reliable) == ("unreliable", False)
     assert found.r_hat("x") > 1.5
     assert ("nested" in found.reason) == (num_chains == 128)
+    assert "in 2 places that they do not leave, x around -" in found.reason
 
 
 def test_a_good_run_does_not_warn():
@@ -505,6 +506,13 @@ def test_summary():
     assert len({len(header), len(first), len(second)}) == 1
     assert verdict.startswith("256 chains of 100 draws [ok]")
     assert summary._repr_html_().count("<tr>") == 3
+
+
+def test_print_summary(capsys):
+    chains = sampler(HMC(), 100, 100, 256)
+    chains.run(gaussian())
+    chains.print_summary(0.8)
+    assert capsys.readouterr().out == f"{chains.summary(0.8)}\n"
 
 
 @unreliable_is_fine
@@ -708,6 +716,7 @@ def test_out_of_order():
     for method in (
         chains.get_samples,
         chains.summary,
+        chains.print_summary,
         chains.diagnostics,
         chains.moments,
         chains.to_arviz,
