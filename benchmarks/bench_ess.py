@@ -90,12 +90,12 @@ def run_pyro_ebm(workload, task, *, compile=False, **settings):
     target = resolve_target(workload.target, kernel, workload.args, {}, compile=compile)
     counter = Counter(target.energy)
     target = target._replace(energy=counter)
-    state, num_groups = start_chains(target, kernel, task.num_chains)
+    start_of = start_chains(target, kernel, task.num_chains)
     run = ChainRun(
         target,
-        kernel,
-        state,
-        num_superchains=num_groups,
+        start_of.kernel,
+        start_of.state,
+        num_superchains=start_of.num_groups,
         warmup_steps=task.num_warmup,
         keep_draws=True,
     )

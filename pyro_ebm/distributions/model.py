@@ -1,22 +1,21 @@
 r"""The module that owns an energy, its chains and its :math:`\log Z`."""
 
-__all__ = ["EnergyModel", "standard_base"]
+__all__ = ["EnergyModel"]
 
 import math
-from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import nn
-from torch.distributions import constraints
 
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.representation import model_html, tracked_text
-from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
+from pyro_ebm.energies import DistributionEnergy, Energy
 from pyro_ebm.mcmc import IndependentChains, PersistentChains, Sampler
 from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition import LogPartition, LogPartitionEstimate
+from pyro_ebm.partition.default_base import standard_base
 
 
 class EnergyModel(Factor, nn.Module):
@@ -183,39 +182,3 @@ class EnergyModel(Factor, nn.Module):
 
     def _repr_html_(self) -> str:
         return model_html(self)
-
-
-def standard_base(energy: Energy) -> dist.TorchDistribution:
-    """Standard normal in unconstrained space, on the energy's support."""
-    flat, to_support = unconstrained(energy)
-    zeros = torch.zeros(flat.event_shape, **flat.tensor_options())
-    normal = dist.Normal(zeros, 1.0).to_event(zeros.dim())
-    if flat is energy:
-        return normal
-    return _OnSupport(normal, to_support, energy.support)
-
-
-class _OnSupport(dist.TransformedDistribution):
-    """A transformed distribution whose support is stated.
-
-    torch reads it off the last transform, and ``biject_to(positive)`` ends in an affine
-    one: all real numbers.
-    """
-
-    def __init__(
-        self,
-        base: dist.TorchDistribution,
-        transform: torch.distributions.Transform,
-        support: constraints.Constraint,
-    ) -> None:
-        self._support = support
-        super().__init__(base, [transform])
-
-    @property
-    def support(self) -> constraints.Constraint:
-        return self._support
-
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "_OnSupport":
-        new = self._get_checked_instance(type(self), _instance)
-        new._support = self._support
-        return super().expand(batch_shape, _instance=new)

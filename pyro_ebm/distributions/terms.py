@@ -21,9 +21,10 @@ from torch.distributions import Distribution
 
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.mixture import MixtureOfExperts
-from pyro_ebm.distributions.model import EnergyModel, standard_base
+from pyro_ebm.distributions.model import EnergyModel
 from pyro_ebm.energies import DistributionEnergy, Energy, SumEnergy
 from pyro_ebm.energies.distribution import require_single
+from pyro_ebm.partition.default_base import standard_base
 
 #: What is left of powers that cancel is rounding below this part of them.
 _ROUNDING = 1e-15

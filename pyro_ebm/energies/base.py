@@ -12,6 +12,7 @@ An energy :math:`f: \mathcal{X} \to \mathbb{R}`, in nats, is half of a distribut
 
 __all__ = ["ClosedForm", "Energy", "require_precision"]
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -264,17 +265,43 @@ def require_precision(tensor: Tensor, name: str) -> None:
 
 
 def _unwrap_mixture(support: Constraint) -> Constraint:
-    # torch wraps a mixture's support, which hides the bijection of its parts. The
-    # class is newer than the oldest torch supported, hence its name.
+    """The support that all components of a mixture have, which torch wraps."""
+    if isinstance(support, constraints.independent):
+        inner = _unwrap_mixture(support.base_constraint)
+        if inner is support.base_constraint:
+            return support
+        return constraints.independent(inner, support.reinterpreted_batch_ndims)
+    # The class is newer than the oldest torch supported, hence its name.
     if type(support).__name__ != "MixtureSameFamilyConstraint":
         return support
-    shared: Any = support
-    scalar = shared = shared.base_constraint
-    while isinstance(scalar, constraints.independent):
-        scalar = scalar.base_constraint
-    bounds = [value for value in vars(scalar).values() if isinstance(value, Tensor)]
-    # Components that differ in their bounds have no support in common.
-    return support if any(b.dim() for b in bounds) else shared
+    wrapped: Any = support
+    shared = _of_any_component(wrapped.base_constraint)
+    return support if shared is None else shared
+
+
+def _of_any_component(support: Constraint, num_dims: int = 0) -> Constraint | None:
+    """A support without its last batch dimension, or ``None`` where that matters.
+
+    Args:
+        support: Of the components of a mixture.
+        num_dims: Event dimensions that wrap it.
+    """
+    if isinstance(support, constraints.independent):
+        number = support.reinterpreted_batch_ndims
+        inner = _of_any_component(support.base_constraint, num_dims + number)
+        return None if inner is None else constraints.independent(inner, number)
+    axis = -1 - num_dims
+    bounds = {
+        name: value
+        for name, value in vars(support).items()
+        if isinstance(value, Tensor) and value.dim() > num_dims
+    }
+    firsts = {name: value.select(axis, 0) for name, value in bounds.items()}
+    if any((v != firsts[name].unsqueeze(axis)).any() for name, v in bounds.items()):
+        return None  # components that differ in their bounds share no support
+    clone = copy.copy(support)
+    vars(clone).update(firsts)
+    return clone
 
 
 def _join(shape: torch.Size) -> str:

@@ -14,8 +14,6 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.poutine import Trace
-from torch.distributions import biject_to
-from torch.distributions.constraints import Constraint
 
 from pyro_ebm.energies.base import require_precision
 from pyro_ebm.energies.corrections import support_of
@@ -76,8 +74,7 @@ def check_site(name: str, site: Any) -> None:
 
     Raises:
         ValueError: If it is observed to be nan, or of half precision.
-        NotImplementedError: If it cannot, has no bijection from real space, or is in a
-            plate that is subsampled.
+        NotImplementedError: If it cannot, or is in a plate that is subsampled.
     """
     for frame in site["cond_indep_stack"]:
         if frame.full_size is not None and frame.size < frame.full_size:
@@ -106,8 +103,6 @@ def check_site(name: str, site: Any) -> None:
                 "it, replace it by a distribution with finite support, or marginalise "
                 "it by hand."
             )
-    else:
-        _require_bijection(name, support_of(site["fn"]))
 
 
 def _num_nan(site: Any) -> int:
@@ -119,17 +114,6 @@ def _num_nan(site: Any) -> int:
         mask = torch.as_tensor(site["mask"], device=is_nan.device)
         is_nan = is_nan & mask.reshape(mask.shape + (1,) * site["fn"].event_dim)
     return int(is_nan.sum())
-
-
-def _require_bijection(name: str, support: Constraint) -> None:
-    try:
-        biject_to(support)
-    except NotImplementedError:
-        raise NotImplementedError(
-            f"the support {support} of site {name!r} has no bijection from real space "
-            "in torch. Sample parameters that are free to vary and build the value "
-            "from them, as dist.LKJCholesky and scales do for a covariance."
-        ) from None
 
 
 def check_same(first: Trace, second: Trace) -> None:

@@ -13,6 +13,7 @@ __all__ = ["ModelPrior", "prior_model"]
 import contextlib
 import copy
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, final
 
@@ -75,7 +76,8 @@ def prior_model(model: Model, trace: Trace) -> Model:
     }
     model = with_missing_data(model)
     conditioned = poutine.condition(model, ignored) if ignored else model
-    return poutine.block(conditioned, hide_fn=_is_observed)
+    latent: Model = _WithoutObserved()(conditioned)
+    return latent
 
 
 @final
@@ -268,6 +270,26 @@ class ModelPrior(dist.TorchDistribution):
         return is_same and len(checked) > 0
 
 
+class _WithoutObserved(Messenger):
+    """Hides the observed sites, and their names from the sites of ``pyro.markov``.
+
+    There each site lists those before it, all of which enumeration expects to have met.
+    """
+
+    def __enter__(self) -> Any:
+        self._hidden: set[str] = set()
+        return super().__enter__()
+
+    def _pyro_sample(self, site: Any) -> None:
+        if site["is_observed"]:
+            self._hidden.add(site["name"])
+            site["stop"] = True
+        elif "_markov_scope" in site["infer"]:
+            scope = site["infer"]["_markov_scope"]
+            kept = {name: n for name, n in scope.items() if name not in self._hidden}
+            site["infer"] = {**site["infer"], "_markov_scope": Counter(kept)}
+
+
 class _DoubleDraws(Messenger):
     """Lets the sites of a model draw in double precision."""
 
@@ -285,10 +307,6 @@ def _without_errors() -> Iterator[None]:
     """A draw that has no density gives nan, not an error for all the others."""
     with WithoutValidation(), FailuresAreNan():
         yield
-
-
-def _is_observed(site: Any) -> bool:
-    return site["type"] == "sample" and bool(site["is_observed"])
 
 
 def _require_normalized(name: str, site: dict[str, Any]) -> None:

@@ -102,13 +102,27 @@ def samples(trace: Trace) -> list[tuple[str, Any]]:
 
 @torch.no_grad()
 def initial_value(site: dict[str, Any]) -> Tensor:
-    """A value of a site, uniform in (-2, 2) in unconstrained space if continuous."""
+    """A value of a site, uniform in (-2, 2) in unconstrained space if continuous.
+
+    Raises:
+        NotImplementedError: If its support has no bijection from real space.
+    """
     fn = site["fn"]
     if fn.has_enumerate_support or fn.support.is_discrete:
         return fn.sample()
     # Pyro's own strategy knows neither improper priors nor the support of a mixture.
     like = torch.empty(0) if isinstance(fn, dist.ImproperUniform) else fn.sample()
-    transform = transform_to(support_of(fn))
+    support = support_of(fn)
+    try:
+        biject_to(support)
+        transform = transform_to(support)
+    except NotImplementedError:
+        raise NotImplementedError(
+            f"the support {support} of site {site['name']!r} has no bijection from "
+            "real space in torch. Sample parameters that are free to vary and build "
+            "the value from them, as dist.LKJCholesky and scales do for a covariance; "
+            "of a mixture, give all components the same support."
+        ) from None
     shape = transform.inverse_shape(fn.shape())
     value: Tensor = transform(like.new_empty(shape).uniform_(-2, 2))
     return value

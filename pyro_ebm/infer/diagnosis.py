@@ -147,10 +147,9 @@ def energy_gap(energy_model: EnergyModel, data: Tensor) -> EnergyDifference | No
 def _walker_mean(energy_model: EnergyModel) -> tuple[Tensor, Tensor]:
     """Mean energy of the walkers, with the larger of two standard errors."""
     walkers = energy_model.log_partition.walkers
-    log_weights = walkers.log_weights + walkers.log_offset[:, None]
     energies = walkers.energy.masked_fill(~walkers.energy.isfinite(), 0.0)
-    own = (log_weights.softmax(1) * energies).sum(1)
-    weights = log_weights.flatten().softmax(0)
+    own = (walkers.log_weights.softmax(1) * energies).sum(1)
+    weights = walkers.pooled_log_weights.flatten().softmax(0)
     mean = weights @ energies.flatten()
     variance = weights @ (energies.flatten() - mean).square()
     between = own.std() / math.sqrt(len(own))

@@ -31,9 +31,9 @@ from pyro_ebm.infer.maximum_likelihood import likelihood_surrogate
 from pyro_ebm.infer.noise import noise_of
 from pyro_ebm.infer.objective import Need, Objective, Surrogate
 from pyro_ebm.mcmc import HMC
-from pyro_ebm.mcmc.base import ChainState, replace_nonfinite
-from pyro_ebm.mcmc.ladder import Ladder, Replicas, swap
-from pyro_ebm.mcmc.path import GeometricPath, PathState
+from pyro_ebm.mcmc.adaptation import follow_acceptance
+from pyro_ebm.mcmc.ladder import Ladder, Replicas, first_temperatures, require_hmc
+from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.mcmc.persistent import StatefulModule
 
 
@@ -76,30 +76,18 @@ class TemperedChains(StatefulModule):
     ) -> Tensor:
         """Move, swap and adapt; return the uppermost points, ``(C, *event)``."""
         ladder = Ladder(path, betas.to(self.u), torch.ones_like(self.u[0, 1:]))
-        state = self._evaluated(path)
+        state = path.with_finite_chains(path.evaluate(self.u))
         nowhere = torch.zeros_like(state.base, dtype=torch.bool)
         replicas = Replicas(state, nowhere, int(self.parity))
         for _ in range(num_steps):
-            fresh = path.sample_base(len(self.u), 1)
             adapted = dataclasses.replace(kernel, step_size=self.log_step_size.exp())
-            above = replicas.state.select((slice(None), slice(1, None)))
-            moved, info = ladder.step(adapted, above)
-            joined = zip(fresh, moved, strict=True)
-            state = PathState(*(torch.cat(parts, 1) for parts in joined))
-            replicas, swap_prob, _ = swap(
-                Replicas(state, nowhere, replicas.parity), ladder.inverse_temperatures
+            replicas, _, info, swap_prob, _ = ladder.exchange(adapted, replicas)
+            self.log_step_size = follow_acceptance(
+                self.log_step_size, kernel, info, self.GAIN
             )
-            excess = info.accept_prob.mean(0) - kernel.target_accept_prob
-            self.log_step_size = self.log_step_size + self.GAIN * excess
         self.u, self.swap_prob = replicas.state.u, swap_prob.mean(0)
         self.parity = torch.full_like(self.parity, replicas.parity)
         return path.transform(self.u[:, -1].clone())
-
-    def _evaluated(self, path: GeometricPath) -> PathState:
-        state = path.evaluate(self.u)
-        flat = ChainState(*(part.flatten(0, 1) for part in state.chains()))
-        moved = replace_nonfinite(flat)
-        return state if moved is flat else path.evaluate(moved.x.reshape(self.u.shape))
 
 
 @final
@@ -150,11 +138,7 @@ class TemperedMaximumLikelihood(Objective):
     warmup_steps: int = 50
 
     def __post_init__(self) -> None:
-        if not isinstance(self.kernel, HMC):
-            raise TypeError(
-                "kernel must be HMC, which takes a step size for each temperature; got "
-                f"{type(self.kernel).__name__}. HMC(num_leapfrog=1) is MALA."
-            )
+        require_hmc(self.kernel)
         counts = {"num_chains": 1, "num_temperatures": 2, "num_steps": 1}
         for name, low in {**counts, "warmup_steps": 0}.items():
             if getattr(self, name) < low:
@@ -177,7 +161,7 @@ class TemperedMaximumLikelihood(Objective):
         chains = cast(TemperedChains, state)
         base = noise_of(self.base, distribution, "base")
         path = GeometricPath(distribution.energy, base)
-        betas = torch.linspace(0, 1, self.num_temperatures) ** 3
+        betas = first_temperatures(self.num_temperatures)
         if not chains.u.numel():
             chains.start(path, (self.num_chains, self.num_temperatures), self.kernel)
             if self.warmup_steps:

@@ -11,7 +11,12 @@ References:
     Hoffman & Gelman (2014), JMLR 15, section 3.2.
 """
 
-__all__ = ["KernelAdaptation", "StepSizeAdaptation", "find_step_size"]
+__all__ = [
+    "KernelAdaptation",
+    "StepSizeAdaptation",
+    "find_step_size",
+    "follow_acceptance",
+]
 
 import dataclasses
 from abc import abstractmethod
@@ -62,7 +67,7 @@ class StepSizeAdaptation(nn.Module):
     No number leaves the device: the step size stays a scalar tensor.
 
     Args:
-        step_size: Where to begin.
+        step_size: Where to begin; with the shape of the chains, each has its own.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
@@ -84,7 +89,8 @@ class StepSizeAdaptation(nn.Module):
         super().__init__()
         start = torch.as_tensor(step_size, dtype=torch.get_default_dtype())
         # t, mean gradient, averaged iterate, iterate, centre: all of Pyro's class.
-        self.register_buffer("_state", torch.zeros(5, device=start.device))
+        state = torch.zeros(5, *start.shape, device=start.device)
+        self.register_buffer("_state", state)
         self.reset(start)
 
     def reset(self, step_size: float | Tensor) -> None:
@@ -97,12 +103,12 @@ class StepSizeAdaptation(nn.Module):
 
     @property
     def step_size(self) -> Tensor:
-        """The current iterate, for use while adapting. Shape ``()``."""
+        """The current iterate, for use while adapting, in the shape of the start."""
         return self._state[3].exp()
 
     @property
     def averaged_step_size(self) -> Tensor:
-        """The averaged iterate, to be frozen after warmup. Shape ``()``."""
+        """The averaged iterate, to be frozen after warmup, in the same shape."""
         return self._state[2].exp()
 
     def update(self, kernel: Kernel, info: StepInfo) -> None:
@@ -116,7 +122,9 @@ class StepSizeAdaptation(nn.Module):
         t, g_avg, x_avg, _, centre = self._state.clone().unbind()
         scheme: Any = DualAveraging(prox_center=centre, gamma=self.GAMMA)
         scheme._t, scheme._g_avg, scheme._x_avg = t, g_avg, x_avg
-        mean = kernel.mean_acceptance(info.accept_prob)
+        is_shared = self._state.dim() == 1
+        mean = info.accept_prob
+        mean = kernel.mean_acceptance(mean) if is_shared else mean.to(t)
         scheme.step(kernel.target_accept_prob - mean)
         x, x_avg = scheme.get_state()
         self._state = torch.stack([scheme._t, scheme._g_avg, x_avg, x, centre])
@@ -156,3 +164,25 @@ def find_step_size(
         direction = above
         step_size = step_size * 2.0**direction
     return step_size
+
+
+def follow_acceptance(
+    log_step_size: Tensor, kernel: Kernel, info: StepInfo, gain: float
+) -> Tensor:
+    r"""Step sizes that follow the acceptance of each temperature for itself.
+
+    .. math::
+        \log\epsilon_k \leftarrow \log\epsilon_k + \gamma\, (\bar a_k - a^\star)
+
+    Args:
+        log_step_size: Shape ``(K,)``.
+        kernel: For its target :math:`a^\star`.
+        info: Of chains at ``K`` temperatures, chain shape ``(C, K)``.
+        gain: :math:`\gamma`; falling with the number of steps to settle down, constant
+            to keep up with an energy that changes.
+
+    References:
+        Robbins & Monro (1951), Annals of Mathematical Statistics 22, 400-407.
+    """
+    excess = info.accept_prob.mean(0) - kernel.target_accept_prob
+    return log_step_size + gain * excess

@@ -19,6 +19,9 @@ from pyro_ebm.mcmc.summary import SiteSummary, Summary
 _CHUNK = 2**17
 #: Draws of a chain below which nothing can be said.
 _MIN_DRAWS = 4
+#: Standard deviations of the energy within chains, by which the mean of one is off.
+_STRAY = 5.0
+_MIN_DRAWS_STRAY = 50
 
 
 @torch.no_grad()
@@ -65,6 +68,9 @@ def diagnose(run: ChainRun) -> Diagnostics:
         num_chains=len(run.state.energy),
         num_draws=run.draws.num_draws,
         num_superchains=run.num_superchains,
+        num_moved=run.num_moved,
+        num_stray=_num_stray(run),
+        dtype=run.state.energy.dtype,
     )
     found = verdict(found, count, bias_of(kernel))
     if found.is_reliable or not isinstance(run.draws, KeptDraws):
@@ -108,6 +114,18 @@ def _bfmi_of(run: ChainRun) -> Tensor:
     if isinstance(run.draws, KeptDraws):
         return energy_bfmi(run.draws["energy"].mT, size)
     return size / (run.draws.energy_variance() + size / 2)
+
+
+def _num_stray(run: ChainRun) -> int:
+    if run.draws.num_draws < _MIN_DRAWS_STRAY:
+        return 0
+    if isinstance(run.draws, KeptDraws):
+        variance, mean = torch.var_mean(run.draws["energy"].double(), 0)
+    else:
+        variance, mean = run.draws.energy_variance(), run.draws.energy_mean()
+    off = (mean - mean.median()).abs()
+    spread = torch.maximum(variance.median().sqrt(), 1.5 * off.median())
+    return int((off > _STRAY * spread).sum())
 
 
 def moments_of(run: ChainRun, found: Diagnostics) -> dict[str, Moments]:

@@ -10,6 +10,7 @@ import dataclasses
 import warnings
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from pyro_ebm.errors import UnreliableWarning
@@ -39,13 +40,19 @@ class MCMC:
         initial: Where to start: points of the support, shape ``(K, *event)`` with ``K``
             a divisor of ``num_chains``; of a Pyro model a dict of values of all sites,
             shape ``(K, *site)``, or unconstrained vectors. Default: the base of an
-            ``EnergyModel``, uniform in (-2, 2) for a Pyro model, else a standard
-            normal, both in unconstrained space; uniform on a finite support.
+            ``EnergyModel``; for a Pyro model overdispersed draws of the best normal
+            approximations on descents from uniform points in (-2, 2), if there is a
+            warm-up (Pathfinder, Zhang et al. 2022); else a standard normal in
+            unconstrained space, or uniform on a finite support.
         progress_bar: Whether to show acceptance, divergences and a rough R-hat.
         compile: Whether to compile the energy's gradient with ``torch.compile``:
             several times faster, after some seconds.
         keep_draws: Whether to keep the draws. If not, only moments, R-hat and sample
             sizes come out, by batch means, in memory that does not grow.
+        dtype: In which the energy is computed: ``torch.float64``, or the target's own.
+            Default: double precision for a Pyro model on a CPU, whose energies single
+            precision often cannot hold, else the target's own. The draws of a site come
+            in the type of the model.
 
     Raises:
         TypeError: If ``kernel`` is no kernel.
@@ -75,6 +82,7 @@ class MCMC:
         progress_bar: bool = True,
         compile: bool = False,
         keep_draws: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
         kernel = ChEES() if kernel is None else kernel
         if isinstance(kernel, type) or not isinstance(kernel, ChainKernel):
@@ -95,7 +103,7 @@ class MCMC:
         self.num_samples, self.warmup_steps = num_samples, warmup_steps
         self.num_chains, self.thinning = num_chains, thinning
         self.initial, self.progress_bar = initial, progress_bar
-        self.compile, self.keep_draws = compile, keep_draws
+        self.compile, self.keep_draws, self.dtype = compile, keep_draws, dtype
         self._run: ChainRun | None = None
         self._saved: dict[str, Any] | None = None
         self._diagnostics: Diagnostics | None = None
@@ -123,18 +131,23 @@ class MCMC:
         """
         self._saved = self._run = self._diagnostics = None
         resolved = resolve_target(
-            target, self.kernel, args, kwargs, compile=self.compile
+            target, self.kernel, args, kwargs, compile=self.compile, dtype=self.dtype
         )
-        state, num_superchains = start_chains(
-            resolved, self.kernel, self.num_chains, self.initial
+        start = start_chains(
+            resolved,
+            self.kernel,
+            self.num_chains,
+            self.initial,
+            is_adapted=self.warmup_steps > 0,
         )
         self._run = ChainRun(
             resolved,
-            self.kernel,
-            state,
-            num_superchains=num_superchains,
+            start.kernel,
+            start.state,
+            num_superchains=start.num_groups,
             warmup_steps=self.warmup_steps,
             keep_draws=self.keep_draws,
+            num_moved=start.num_moved,
         )
         self._advance(self._run, self.num_samples)
 
@@ -205,7 +218,7 @@ class MCMC:
                 "resume(num_samples, target, ...)."
             )
         resolved = resolve_target(
-            target, self.kernel, args, kwargs, compile=self.compile
+            target, self.kernel, args, kwargs, compile=self.compile, dtype=self.dtype
         )
         return ChainRun.restored(
             resolved, self.kernel, saved["run"], keep_draws=self.keep_draws
@@ -331,6 +344,7 @@ class MCMC:
             "num_chains": self.num_chains,
             "thinning": self.thinning,
             "keep_draws": self.keep_draws,
+            "dtype": self.dtype,
         }
 
 

@@ -13,7 +13,9 @@ __all__ = [
     "accept",
     "acceptance",
     "bias_of",
+    "far_limit",
     "flat_event",
+    "massless_limit",
     "move_to_others",
     "replace_nonfinite",
     "select",
@@ -85,6 +87,8 @@ class Kernel(ABC):
         target_accept_prob: Mean acceptance that step-size adaptation aims at.
         is_exact: Whether it leaves :math:`e^{-f}` invariant. What was drawn with a
             kernel that does not is never ``"ok"``.
+        has_chain_steps: Whether ``step_size`` may be of the shape of the chains, a step
+            for each, while the kernel is adapted.
 
     Example:
         One kernel serves any energy, from wherever the chains are.
@@ -101,6 +105,7 @@ class Kernel(ABC):
     step_size: float | Tensor
     target_accept_prob: float
     is_exact: ClassVar[bool] = True
+    has_chain_steps: ClassVar[bool] = False
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # so that replace() is typed
 
     @property
@@ -261,6 +266,27 @@ def replace_nonfinite(state: ChainState) -> ChainState:
             "if the chains were well before."
         )
     return move_to_others(state, ~is_finite)
+
+
+def far_limit(size: int) -> float:
+    """Nats above most chains beyond which one has not arrived where the mass is.
+
+    In equilibrium energies differ by some ``sqrt(size / 2)``; between modes of one mass
+    by ``size`` times the log ratio of their widths, of which 20 are allowed for.
+
+    Args:
+        size: Coordinates of a point.
+    """
+    return 20 + 3 * size
+
+
+def massless_limit(size: int) -> float:
+    """Nats of free energy beyond which the surroundings of a chain have no mass.
+
+    Args:
+        size: Coordinates of a point, as the estimates of its volume err in each.
+    """
+    return 10 + 2 * math.sqrt(size)
 
 
 def move_to_others(state: ChainState, is_lost: Tensor) -> ChainState:

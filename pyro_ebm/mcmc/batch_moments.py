@@ -146,6 +146,10 @@ class BatchMoments:
         total = self._total()
         return total.squares[:, -1] / max(total.length - 1, 1)
 
+    def energy_mean(self) -> Tensor:
+        """Mean of the energy along each chain, shape ``(C,)``."""
+        return self._total().mean[:, -1]
+
     def convergence(self, num_superchains: int) -> Convergence:
         """What batches tell, shape ``(D,)`` each.
 

@@ -34,11 +34,14 @@ At the same target these are smaller steps than by the arithmetic mean, with 0.8
 posterior of a small neural network, where chains had got stuck, is sampled with as many
 a gradient as by blackjax (``benchmarks/bench_ess.py``).
 
-Two things differ from the paper, where :math:`j = 1` and :math:`g` is the square
-itself. With :math:`j = \tfrac12` ill-conditioned Gaussians give a fifth more effective
-draws of the means for each gradient, and not fewer of the squares. The logarithm
-changes nothing for them, but where tails are heavy it keeps a few far chains from
-asking for ever longer trajectories.
+Three things differ from the paper, where :math:`j = 1`, :math:`g` is the square
+itself, and the length that maximises (2) is kept. The square decorrelates in half the
+time of the point itself: draws with 1.4 times that length have two to three times the
+effective sample size of the means, and three quarters of that of the squares.
+With :math:`j = \tfrac12` ill-conditioned Gaussians give a fifth more effective draws of
+the means for each gradient, and not fewer of the squares. The logarithm changes nothing
+for them, but where tails are heavy it keeps a few far chains from asking for ever
+longer trajectories.
 
 References:
     Hoffman, Radul & Sountsov (2021), AISTATS, PMLR 130, 3907-3915.
@@ -112,6 +115,7 @@ class ChEES(Kernel):
 
     #: Of one chain, in the mean (4).
     LEAST_ACCEPTANCE: ClassVar[float] = 0.1
+    has_chain_steps: ClassVar[bool] = True
 
     step_size: float | Tensor = 0.1
     trajectory_length: float | Tensor = math.pi / 2
@@ -152,6 +156,8 @@ class ChEES(Kernel):
         u = torch.rand(()).item() if self.quantile is None else self.quantile
         num_leapfrog = self._num_leapfrog(u)
         eps = torch.as_tensor(self.step_size).to(state.x)
+        if eps.dim():  # of each chain
+            eps = eps.reshape(*eps.shape, *[1] * energy.event_dim)
         eps = eps if self.scale is None else eps * self.scale
         # In full: each leapfrog step multiplies by it twice, and broadcasting is slow.
         eps = eps.expand_as(state.x).contiguous()
@@ -161,7 +167,7 @@ class ChEES(Kernel):
             return new, info
         full = TrajectoryInfo(*info)
         full.start, full.trajectory = state, result
-        full.length = num_leapfrog * float(self.step_size)
+        full.length = num_leapfrog * self._middle_step
         return new, full
 
     def mean_acceptance(self, accept_prob: Tensor) -> Tensor:
@@ -177,11 +183,15 @@ class ChEES(Kernel):
         """What learns the length of the trajectories."""
         return TrajectoryAdaptation(self)
 
+    @property
+    def _middle_step(self) -> float:
+        return float(torch.as_tensor(self.step_size).median())
+
     def _num_leapfrog(self, u: float) -> int:
         # The one number that must be on the host, to know how often to call the energy.
         # A frozen kernel holds plain numbers, and so waits for no device.
         length = (1 + self.jitter * (2 * u - 1)) * float(self.trajectory_length)
-        step_size = float(self.step_size)
+        step_size = self._middle_step
         if not length < self.max_leapfrog * step_size:  # also for a step size of zero
             return self.max_leapfrog
         return max(math.ceil(length / step_size), 1)  # (1)
@@ -199,6 +209,8 @@ class TrajectoryAdaptation(KernelAdaptation[ChEES]):
     averaged_log_length: Tensor
     square: Tensor
 
+    #: What the frozen length is, in the length that maximises (2).
+    STRETCH = 1.4
     LEARNING_RATE = 0.05
     DECAY = 0.95
     MAX_UPDATE = 0.35
@@ -240,6 +252,8 @@ class TrajectoryAdaptation(KernelAdaptation[ChEES]):
     def frozen(self, kernel: ChEES) -> ChEES:
         """The kernel after the warm-up."""
         length = self.averaged_log_length.exp().item()
+        if self.square > 0:  # nothing is learned from a single chain
+            length *= self.STRETCH
         return dataclasses.replace(kernel, trajectory_length=length, quantile=None)
 
     def update(self, kernel: ChEES, info: StepInfo) -> None:
@@ -257,8 +271,9 @@ class TrajectoryAdaptation(KernelAdaptation[ChEES]):
         unbiased = self.square / (1 - self.DECAY**self._num_updates)
         step = (self.LEARNING_RATE * grad / unbiased.sqrt()).nan_to_num(0.0)
         step = step.clamp(-self.MAX_UPDATE, self.MAX_UPDATE)
-        # With twice this length a trajectory has as many steps as it may have.
-        limit = torch.as_tensor(kernel.step_size * kernel.max_leapfrog / 2).to(step)
+        # With twice this length a trajectory has about as many steps as it may have.
+        limit = torch.as_tensor(kernel.step_size).median().to(step)
+        limit = limit * kernel.max_leapfrog / 2
         limit = limit.clamp(min=torch.finfo(limit.dtype).tiny).log()
         self.log_length = torch.minimum(self.log_length + step, limit)
         weight = max(self.AVERAGING, 1 / self._num_updates)

@@ -31,6 +31,7 @@ class ChainRun:
         num_superchains: Groups of chains side by side that started at the same point.
         warmup_steps: Transitions in which the kernel adapts.
         keep_draws: Whether draws are kept, or only their moments.
+        num_moved: Chains that start where others do, as their own start led nowhere.
     """
 
     def __init__(
@@ -42,11 +43,19 @@ class ChainRun:
         num_superchains: int,
         warmup_steps: int,
         keep_draws: bool,
+        num_moved: int = 0,
     ) -> None:
         self.target, self.state = target, state
+        self._num_moved = num_moved
         self.num_superchains, self.warmup_steps = num_superchains, warmup_steps
         self._start = state.x  # of the warmup or the draws, to see who moved at all
-        self.warmup = Warmup(cast(Kernel, kernel), target.energy, state, warmup_steps)
+        self.warmup = Warmup(
+            cast(Kernel, kernel),
+            target.energy,
+            state,
+            warmup_steps,
+            num_groups=num_superchains,
+        )
         self.warmup_tally = self._new_tally()
         self.warmup_step_sizes: list[Tensor] = []
         self.warmup_accept_probs: list[Tensor] = []
@@ -117,6 +126,14 @@ class ChainRun:
             text += f", R-hat {self.draws.r_hat():.3f}"
         return text
 
+    @property
+    def num_moved(self) -> int:
+        """Chains that had not arrived where the mass is, and were put where others are.
+
+        By the search for starting points, or in the warm-up.
+        """
+        return self._num_moved + int(self.warmup.num_moved)
+
     def is_stuck(self) -> Tensor:
         """Chains that hardly moved while they were drawn from, shape ``(C,)``.
 
@@ -153,6 +170,7 @@ class ChainRun:
             "chains": {k: v.clone() for k, v in self.state._asdict().items()},
             "start": self._start.clone(),
             "num_superchains": self.num_superchains,
+            "num_moved": self._num_moved,
             "warmup_steps": self.warmup_steps,
             "warmup": self.warmup.state_dict(),
             "warmup_tally": self.warmup_tally.state_dict(),
@@ -195,6 +213,7 @@ class ChainRun:
             num_superchains=saved["num_superchains"],
             warmup_steps=saved["warmup_steps"],
             keep_draws=keep_draws,
+            num_moved=saved["num_moved"],
         )
         run._start = saved["start"].to(options["device"])
         run.warmup.load_state_dict(saved["warmup"])
@@ -208,8 +227,8 @@ class ChainRun:
 
 
 def step_size_of(kernel: ChainKernel) -> Tensor:
-    """Shape ``()``; ``nan`` for a kernel without one."""
-    return torch.as_tensor(getattr(kernel, "step_size", torch.nan))
+    """Shape ``()``, of many the median; ``nan`` for a kernel without one."""
+    return torch.as_tensor(getattr(kernel, "step_size", torch.nan)).median()
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

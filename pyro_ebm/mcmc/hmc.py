@@ -9,7 +9,7 @@ References:
 __all__ = ["HMC"]
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ class HMC(Kernel):
         >>> state.x.shape, kernel.num_gradients
         (torch.Size([64, 2]), 4)
     """
+
+    has_chain_steps: ClassVar[bool] = True
 
     step_size: float | Tensor = 0.1
     num_leapfrog: int = 5

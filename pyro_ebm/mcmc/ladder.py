@@ -22,9 +22,20 @@ References:
     Syed, Bouchard-Cote, Deligiannidis & Doucet (2022), JRSS B 84, 321-350.
 """
 
-__all__ = ["Ladder", "Replicas", "equalised", "interpolate", "swap"]
+__all__ = [
+    "Exchange",
+    "Ladder",
+    "Replicas",
+    "above_base",
+    "between_neighbours",
+    "equalised",
+    "first_temperatures",
+    "interpolate",
+    "require_hmc",
+    "swap",
+]
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +43,7 @@ from torch import Tensor
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.base import ChainState, StepInfo
 from pyro_ebm.mcmc.hmc import HMC
-from pyro_ebm.mcmc.path import GeometricPath, PathState, advance
+from pyro_ebm.mcmc.path import GeometricPath, PathState, advance, joined
 
 
 class Replicas(NamedTuple):
@@ -48,6 +59,25 @@ class Replicas(NamedTuple):
     state: PathState
     is_fresh: Tensor
     parity: int
+
+
+class Exchange(NamedTuple):
+    """A step of all replicas.
+
+    Attributes:
+        replicas: After it.
+        state: Before the swap, chain shape ``(C, K)``.
+        info: What the kernel returned of those above the base.
+        swap_prob: Probabilities (1) of all pairs, shape ``(C, K - 1)``.
+        arrived: Chains in which a point that came from the base has arrived at the
+            energy, shape ``(C,)``.
+    """
+
+    replicas: Replicas
+    state: PathState
+    info: StepInfo
+    swap_prob: Tensor
+    arrived: Tensor
 
 
 class Ladder(Energy):
@@ -83,9 +113,8 @@ class Ladder(Energy):
 
     def chains(self, state: PathState) -> ChainState:
         """The replicas above the base as the kernel sees them."""
-        value = self._mixed(state.base, state.target)
-        grad = self._mixed(state.base_grad, state.target_grad)
-        return ChainState(state.u / self.scale, value, grad * self.scale)
+        u, value, grad = state.at(self.inverse_temperatures[1:])
+        return ChainState(u / self.scale, value, grad * self.scale)
 
     def step(self, kernel: HMC, state: PathState) -> tuple[PathState, StepInfo]:
         """Move the replicas above the base once, each at its temperature.
@@ -99,11 +128,43 @@ class Ladder(Energy):
     def _evaluate(self, z: Tensor) -> PathState:
         return self.path.evaluate(z * self.scale)
 
-    def _mixed(self, base: Tensor, target: Tensor) -> Tensor:
-        beta = self.inverse_temperatures[1:]
-        beta = beta.reshape(beta.shape + (1,) * (base.dim() - 2))
-        # At the end the base may be infinite where the target is not.
-        return torch.where(beta == 1, target, (1 - beta) * base + beta * target)
+    def exchange(self, kernel: HMC, replicas: Replicas) -> Exchange:
+        """Draw from the base, move what is above it, and swap.
+
+        Args:
+            kernel: As for :meth:`step`.
+            replicas: Chain shape ``(C, K)``.
+        """
+        fresh = self.path.sample_base(len(replicas.is_fresh), 1)
+        moved, info = self.step(kernel, above_base(replicas.state))
+        state, is_fresh = joined((fresh, moved)), replicas.is_fresh.clone()
+        is_fresh[:, 0] = True
+        before = Replicas(state, is_fresh, replicas.parity)
+        after, swap_prob, arrived = swap(before, self.inverse_temperatures)
+        return Exchange(after, state, info, swap_prob, arrived)
+
+
+def above_base(state: PathState) -> PathState:
+    """The replicas above the base."""
+    return state.select((slice(None), slice(1, None)))
+
+
+def between_neighbours(
+    state: PathState, inverse_temperatures: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-weights of each replica at the temperature above it, and of that below.
+
+    Args:
+        state: Chain shape ``(C, K)``.
+        inverse_temperatures: Shape ``(K,)``.
+
+    Returns:
+        Upwards for all but the last, and downwards for all but the first, each of shape
+        ``(C, K - 1)``.
+    """
+    low, high = inverse_temperatures[:-1], inverse_temperatures[1:]
+    lower = state.select((slice(None), slice(None, -1)))
+    return lower.log_weight(low, high), above_base(state).log_weight(high, low)
 
 
 def swap(
@@ -121,21 +182,41 @@ def swap(
         from the base has arrived at the energy, shape ``(C,)``.
     """
     state, is_fresh, parity = replicas
-    steps = inverse_temperatures.diff()
-    log_ratio = steps * (state.target - state.base).diff()  # (1)
+    up, down = between_neighbours(state, inverse_temperatures)
+    log_ratio = up + down  # (1)
     # Not a number where both energies are infinite: such points stay.
     swap_prob = log_ratio.nan_to_num(-torch.inf, 0.0, -torch.inf).clamp(max=0.0).exp()
-    pairs = torch.arange(len(steps), device=steps.device)
+    pairs = torch.arange(swap_prob.shape[1], device=swap_prob.device)
     swapped = (torch.rand_like(swap_prob) < swap_prob) & (pairs % 2 == parity)
     # Each replica comes from one place above, one below, or where it is.
-    up = torch.nn.functional.pad(swapped, (0, 1)).long()
-    order = torch.arange(len(steps) + 1, device=steps.device) + up - up.roll(1, -1)
-    rows = torch.arange(len(order), device=steps.device)[:, None]
+    rises = torch.nn.functional.pad(swapped, (0, 1)).long()
+    places = torch.arange(rises.shape[1], device=rises.device)
+    order = places + rises - rises.roll(1, -1)
+    rows = torch.arange(len(order), device=rises.device)[:, None]
     is_fresh = is_fresh[rows, order]
     arrived = is_fresh[:, -1].clone()
     is_fresh[:, -1] = False
     moved = Replicas(state.select((rows, order)), is_fresh, 1 - parity)
     return moved, swap_prob, arrived
+
+
+def first_temperatures(number: int) -> Tensor:
+    r"""Where a ladder begins, :math:`(k / (K - 1))^3`, shape ``(number,)``."""
+    return torch.linspace(0, 1, number) ** 3
+
+
+def require_hmc(kernel: Any) -> None:
+    """Check that a kernel can move replicas.
+
+    Raises:
+        TypeError: If it takes no step size for each temperature.
+    """
+    if not isinstance(kernel, HMC):
+        raise TypeError(
+            "kernel must be HMC, which takes a step size for each temperature; got "
+            f"{type(kernel).__name__}. HMC(num_leapfrog=1) is MALA without a bound on "
+            "the drift."
+        )
 
 
 def equalised(inverse_temperatures: Tensor, rejection: Tensor) -> Tensor:

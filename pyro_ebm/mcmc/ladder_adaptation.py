@@ -25,7 +25,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from pyro_ebm.mcmc.adaptation import find_step_size
+from pyro_ebm.mcmc.adaptation import find_step_size, follow_acceptance
 from pyro_ebm.mcmc.base import StepInfo
 from pyro_ebm.mcmc.hmc import HMC
 from pyro_ebm.mcmc.ladder import Ladder, equalised, interpolate
@@ -86,8 +86,8 @@ class LadderAdaptation:
         self._num_updates += 1
         self._log_steps.append(self._log_step)
         gain = len(self._log_steps) ** -0.5
-        error = info.accept_prob.mean(0) - self._given.target_accept_prob
-        self._log_step = self._log_step + gain * error  # (1)
+        log_step, given = self._log_step, self._given
+        self._log_step = follow_acceptance(log_step, given, info, gain)  # (1)
         self._rejections.append(1 - swap_prob.mean(0))
         grad = self.ladder.chains(state).grad / self.ladder.scale
         self._squares.append(grad.square().mean(0))

@@ -21,7 +21,16 @@ References:
     Raftery & Bao (2010), Biometrics 66, 1162-1173 (descents as starts of a sampler).
 """
 
-__all__ = ["Modes", "find_modes", "valleys"]
+__all__ = [
+    "Descent",
+    "Memory",
+    "Modes",
+    "ValueAndGrad",
+    "clean",
+    "find_modes",
+    "location_and_scale",
+    "valleys",
+]
 
 import math
 from collections.abc import Callable
@@ -97,7 +106,7 @@ def find_modes(
     Returns:
         The modes, or ``None`` if no energy is finite or no mode has a curvature.
     """
-    loc, scale = _location_and_scale(starts)
+    loc, scale = location_and_scale(starts)
 
     def scaled(z: Tensor) -> tuple[Tensor, Tensor]:
         value, grad = value_and_grad(loc + scale * z)
@@ -151,7 +160,7 @@ def _low(u: Tensor, value: Tensor) -> Tensor:
     return (value[:, None] <= value[near]).all(-1)
 
 
-def _location_and_scale(starts: Tensor) -> tuple[Tensor, Tensor]:
+def location_and_scale(starts: Tensor) -> tuple[Tensor, Tensor]:
     """Median and robust spread of the starts, shape ``(D,)`` each."""
     loc = starts.median(0).values
     spread = 1.5 * (starts - loc).abs().median(0).values
@@ -163,7 +172,7 @@ def _descend(
 ) -> tuple[Tensor, Tensor]:
     """Where starts end by (1), and the energies there: those finite, not given up."""
     ends, lows = [z[:0]], [z[:0, 0]]
-    descent = _Descent(value_and_grad, z)
+    descent = Descent(value_and_grad, z)
     best = descent.energy
     for number in range(1, max_rounds + 1):
         descent.step()
@@ -186,15 +195,26 @@ def _descend(
     return torch.cat(ends), torch.cat(lows)
 
 
-class _Descent:
-    """Starts on their way down."""
+class Descent:
+    """Starts on their way down, by (1).
+
+    Args:
+        value_and_grad: As for :func:`find_modes`.
+        z: Starts, shape ``(S, D)``, at a scale of about one.
+
+    Attributes:
+        z: Where they are.
+        energy: Their energies, shape ``(S,)``.
+        grad: The gradients there, shape ``(S, D)``; 0 where they are not finite.
+        memory: Of the last steps.
+    """
 
     def __init__(self, value_and_grad: ValueAndGrad, z: Tensor) -> None:
         self.value_and_grad = value_and_grad
         self.z = z
         self.energy, grad = value_and_grad(z)
-        self.grad = _clean(grad)
-        self.memory = _Memory(z)
+        self.grad = clean(grad)
+        self.memory = Memory(z)
         self.direction = -self.grad
         self.length = 1 / self.grad.norm(dim=-1).clamp(min=1e-300)
 
@@ -231,8 +251,16 @@ class _Descent:
         self.length = torch.where(is_lost, first.clamp(max=1.0) * 1e-3, length)
 
 
-class _Memory:
-    """The last steps and changes of the gradient of each start."""
+class Memory:
+    """The last steps and changes of the gradient of each start, the oldest first.
+
+    Attributes:
+        steps: Shape ``(M, S, D)``; 0 where there are fewer than ``M``.
+        changes: Of the gradients along them, the same shape.
+        rho: One over their products, shape ``(M, S)``; 0 where there are fewer.
+        gamma: The approximate inverse Hessian without a step, shape ``(S,)``.
+        is_used: Whether there is any, shape ``(S,)``.
+    """
 
     def __init__(self, z: Tensor) -> None:
         self.steps = z.new_zeros(_MEMORY, *z.shape)
@@ -307,7 +335,7 @@ def _polish(
         if number == _NEWTON - 1:
             break
         curvature = values.abs().clamp(min=1e-8)
-        rotated = (vectors.mT @ _clean(grad)[:, :, None])[:, :, 0] / curvature
+        rotated = (vectors.mT @ clean(grad)[:, :, None])[:, :, 0] / curvature
         step = -(vectors @ rotated[:, :, None])[:, :, 0]
         # Far from the mode a Newton step may lead anywhere: the best of a few lengths.
         lengths = torch.tensor([1.0, 0.3, 0.05]).to(z)
@@ -379,5 +407,6 @@ def _apart(loc: Tensor, factor: Tensor, z: Tensor) -> Tensor:
     return away.square().sum(0).sqrt()
 
 
-def _clean(grad: Tensor) -> Tensor:
+def clean(grad: Tensor) -> Tensor:
+    """Gradients with 0 in the place of what is not finite."""
     return grad.nan_to_num(0.0, 0.0, 0.0)

@@ -6,10 +6,9 @@ r"""The geometric path from a base distribution to an energy.
 with inverse temperature :math:`\beta`: 0 is the base, 1 is the model.
 """
 
-__all__ = ["GeometricPath", "PathState", "advance"]
+__all__ = ["GeometricPath", "PathState", "advance", "joined", "require_rising"]
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, final
 
 import pyro.distributions as dist
@@ -24,7 +23,13 @@ from pyro_ebm.energies.graph_precision import wide
 from pyro_ebm.energies.model_prior import ModelPrior
 from pyro_ebm.energies.normalization import require_normalized
 from pyro_ebm.errors import DivergenceError
-from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, flat_event
+from pyro_ebm.mcmc.base import (
+    ChainState,
+    Kernel,
+    StepInfo,
+    flat_event,
+    replace_nonfinite,
+)
 
 
 class PathState(NamedTuple):
@@ -62,14 +67,33 @@ class PathState(NamedTuple):
         """The chains as a kernel sees them at the end of the path."""
         return ChainState(self.u, self.target, self.target_grad)
 
-    def log_weight(self, low: float, high: float) -> Tensor:
+    def at(self, beta: float | Tensor) -> ChainState:
+        """The chains as a kernel sees them on the way, by (1).
+
+        Args:
+            beta: The inverse temperature, or one a chain, of a shape that broadcasts
+                to that of the chains.
+        """
+        wide = beta
+        if isinstance(beta, Tensor):
+            wide = beta.reshape(beta.shape + (1,) * (self.u.dim() - self.base.dim()))
+        value = _mixed(beta, self.base, self.target)
+        return ChainState(self.u, value, _mixed(wide, self.base_grad, self.target_grad))
+
+    def log_weight(self, low: float | Tensor, high: float | Tensor) -> Tensor:
         r"""Log-weight :math:`(\beta' - \beta) (f_0 - f)` of a step along the path.
 
         Upwards a point where the target is not finite has weight zero.
+
+        Args:
+            low: :math:`\beta`, a number or one a chain, as for :meth:`at`.
+            high: :math:`\beta'`, alike.
         """
-        log_weight = (high - low) * (self.base - self.target)
-        nowhere = 0.0 if low == high else math.copysign(math.inf, low - high)
-        return torch.where(self.target.isfinite(), log_weight, nowhere)
+        step = high - low
+        nowhere = -torch.inf * torch.as_tensor(step).sign()
+        nowhere = nowhere.nan_to_num(0.0, torch.inf, -torch.inf)
+        log_weight = step * (self.base - self.target)
+        return torch.where(self.target.isfinite(), log_weight, nowhere.to(log_weight))
 
 
 @final
@@ -129,7 +153,7 @@ class GeometricPath(Energy):
         beta = self.inverse_temperature
         if beta == 1:
             return self.target(x)
-        return (1 - beta) * self.base(x) + beta * self.target(x)  # (1)
+        return _mixed(beta, self.base(x), self.target(x))
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """One evaluation of each end."""
@@ -169,30 +193,22 @@ class GeometricPath(Energy):
             )
         return state
 
-    def require_progress(self, num_temperatures: int, limit: int) -> None:
-        """Give up on a path that does not end.
+    def with_finite_chains(self, state: PathState) -> PathState:
+        """Chains where the target is not finite put where others are.
+
+        Args:
+            state: Chain shape ``(C, K)``.
 
         Raises:
-            DivergenceError: If more than ``limit`` temperatures were taken.
+            DivergenceError: If there is no chain with a finite energy and gradient.
         """
-        if num_temperatures > limit:
-            raise DivergenceError(
-                f"the path from the base has not ended after {limit} temperatures; the "
-                f"inverse temperature is {self.inverse_temperature:.3g}. The energy "
-                "falls without bound, or the base is far from it: choose a base nearer."
-            )
+        flat = ChainState(*(part.flatten(0, 1) for part in state.chains()))
+        moved = replace_nonfinite(flat)
+        return state if moved is flat else self.evaluate(moved.x.reshape(state.u.shape))
 
     def at_temperature(self, state: PathState) -> ChainState:
         """The chains as seen by a kernel at the current temperature."""
-        beta = self.inverse_temperature
-        # At the end the base may be infinite where the target is not.
-        if beta == 1:
-            return state.chains()
-        return ChainState(
-            state.u,
-            (1 - beta) * state.base + beta * state.target,
-            (1 - beta) * state.base_grad + beta * state.target_grad,
-        )
+        return state.at(self.inverse_temperature)
 
     def step(self, kernel: Kernel, state: PathState) -> tuple[PathState, StepInfo]:
         """One transition of a kernel at the current temperature, see :func:`advance`.
@@ -202,6 +218,34 @@ class GeometricPath(Energy):
             state: Chain shape ``(*chains,)``.
         """
         return advance(kernel, self, state, self.evaluate, self.at_temperature)
+
+
+def joined(states: Iterable[PathState]) -> PathState:
+    """States of chain shapes ``(C, K_i)`` side by side, ``(C, sum(K_i))``."""
+    return PathState(*(torch.cat(parts, 1) for parts in zip(*states, strict=True)))
+
+
+def require_rising(inverse_temperatures: Sequence[float]) -> None:
+    """Check that a schedule leads from the base to the energy.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    betas = list(inverse_temperatures)
+    rising = all(a < b for a, b in zip(betas[:-1], betas[1:], strict=True))
+    if len(betas) < 2 or betas[0] != 0 or betas[-1] != 1 or not rising:
+        shown = betas if len(betas) < 6 else [*betas[:2], "...", *betas[-2:]]
+        raise ValueError(
+            f"inverse_temperatures must rise from 0 to 1, got {shown}. "
+            "torch.linspace(0, 1, n).tolist() does."
+        )
+
+
+def _mixed(beta: float | Tensor, base: Tensor, target: Tensor) -> Tensor:
+    """Either side of (1), at whose end the base may be infinite, the target not."""
+    if not isinstance(beta, Tensor):
+        return target if beta == 1 else (1 - beta) * base + beta * target  # (1)
+    return torch.where(beta == 1, target, (1 - beta) * base + beta * target)
 
 
 def _drawn_in_double(base: dist.TorchDistribution) -> dist.TorchDistribution:

@@ -57,6 +57,11 @@ class Diagnostics(NamedTuple):
         num_draws: Of each chain.
         num_superchains: Groups of chains that started at the same point; where these
             are fewer than the chains, ``nested_r_hat`` decides.
+        num_moved: Chains that had not arrived where the mass is, and were put where
+            others are, before the first transition or in the warm-up.
+        num_stray: Chains whose mean energy is over 5 standard deviations off that of
+            the others. R-hat goes by ranks, and is blind to one chain in a hundred.
+        dtype: In which the energy was computed, whatever the type of the draws.
         status: ``"ok"`` or ``"unreliable"``.
         reasons: The findings that led to it; empty if it is ``"ok"``.
     """
@@ -70,6 +75,9 @@ class Diagnostics(NamedTuple):
     num_chains: int
     num_draws: int
     num_superchains: int
+    num_moved: int = 0
+    num_stray: int = 0
+    dtype: torch.dtype | None = None
     status: Status = Status.UNRELIABLE
     reasons: tuple[Finding, ...] = ()
 
@@ -99,8 +107,17 @@ class Diagnostics(NamedTuple):
         return (
             f"{self.num_chains:,} chains of {self.num_draws:,} draws [{verdict}], "
             f"acceptance {self.accept_prob:.2f}, {step}"
-            f"{self.num_divergences:,} divergences"
+            f"{self.num_divergences:,} divergences{self._notes}"
         )
+
+    @property
+    def _notes(self) -> str:
+        moved, dtype = "", ""
+        if self.num_moved:
+            moved = f", {self.num_moved:,} chains re-initialised in the warm-up"
+        if self.dtype is not None:
+            dtype = f", computed in {str(self.dtype).removeprefix('torch.')}"
+        return moved + dtype
 
     def _repr_html_(self) -> str:
         step = "" if math.isnan(self.step_size) else f"{self.step_size:.3g}"
@@ -111,6 +128,8 @@ class Diagnostics(NamedTuple):
             "step size": step,
             "divergences": f"{self.num_divergences:,}",
             "stuck chains": f"{self.num_stuck:,}",
+            "re-initialised chains": f"{self.num_moved:,}",
+            "precision": str(self.dtype or "").removeprefix("torch."),
         }
         return rows_table("Diagnostics", rows)
 
@@ -176,6 +195,12 @@ def _chain_findings(found: Diagnostics, num_transitions: int) -> list[Finding]:
     if found.num_stuck:
         stuck = f"{found.num_stuck:,} of {found.num_chains:,} chains are stuck"
         findings.append(Finding(Reason.STUCK, stuck))
+    if found.num_stray:
+        stray = (
+            f"{found.num_stray:,} of {found.num_chains:,} chains stay in another place "
+            "than the others, by their energies: warm up for longer"
+        )
+        findings.append(Finding(Reason.NOT_MIXED, stray))
     bfmi = found.energy_bfmi.nanmedian().item()
     if bfmi < _MIN_BFMI:
         slow = (

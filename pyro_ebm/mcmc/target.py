@@ -16,6 +16,7 @@ from pyro_ebm.energies import (
     unconstrained,
 )
 from pyro_ebm.energies.compiled import CompiledEnergy
+from pyro_ebm.energies.double import in_double
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
 from pyro_ebm.mcmc.independent import IndependentChains
 
@@ -59,6 +60,7 @@ def resolve_target(
     kwargs: dict[str, Any],
     *,
     compile: bool,
+    dtype: torch.dtype | None = None,
 ) -> ChainTarget:
     """Find the energy behind ``target``.
 
@@ -68,12 +70,15 @@ def resolve_target(
         args: Of the model.
         kwargs: Of the model.
         compile: Whether to compile the energy's gradient.
+        dtype: In which the chains move and the energy is computed; default: double
+            precision for a traced Pyro model on a CPU, else the energy's own.
 
     Raises:
         TypeError: If ``target`` is none of these, or arguments are given to an energy.
-        ValueError: If the support is discrete and the kernel is not.
+        ValueError: If the support is discrete and the kernel is not, or ``dtype`` is
+            neither double precision nor that of the energy.
     """
-    found = _find(target, kernel, args, kwargs)
+    found = _in_precision(_find(target, kernel, args, kwargs), dtype)
     if compile:
         return found._replace(energy=CompiledEnergy(found.energy))
     return found
@@ -97,6 +102,33 @@ def _find(
             "DistributionEnergy(distribution)."
         )
     return _model_target(PyroModelEnergy(target, *args, **kwargs))
+
+
+def _in_precision(target: ChainTarget, dtype: torch.dtype | None) -> ChainTarget:
+    """The same with points and energy in another precision, sites in their own."""
+    energy = target.energy
+    options = energy.tensor_options()
+    if dtype is None:
+        is_cheap = options["device"].type == "cpu"
+        is_cheap &= isinstance(energy, PyroModelEnergy) and energy.is_traced
+        dtype = torch.float64 if is_cheap else options["dtype"]
+    if dtype == options["dtype"]:
+        return target
+    if dtype != torch.float64 or energy.support.is_discrete:
+        raise ValueError(
+            f"dtype must be torch.float64, for a continuous support, or that of the "
+            f"energy, {options['dtype']}; got {dtype}. Move the model itself, "
+            "energy.to(dtype), for another."
+        )
+
+    def constrain(u: Tensor) -> dict[str, Tensor]:
+        own = options["dtype"]
+        return {name: v.to(own) for name, v in target.constrain(u).items()}
+
+    def start(num_chains: int) -> Tensor:
+        return target.start(num_chains).double()
+
+    return target._replace(energy=in_double(energy), constrain=constrain, start=start)
 
 
 def _without_arguments(

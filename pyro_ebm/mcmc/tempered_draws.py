@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pyro_ebm.core.verdict import Finding, Reason, Status, in_words, sentence, status_of
 from pyro_ebm.diagnostics import log_mean_exp
-from pyro_ebm.mcmc.base import StepInfo
+from pyro_ebm.mcmc.ladder import Exchange, between_neighbours
 from pyro_ebm.mcmc.tables import rows_table
 
 
@@ -114,27 +114,18 @@ class LadderSums:
 
     def __init__(self, inverse_temperatures: Tensor) -> None:
         self.inverse_temperatures = inverse_temperatures
-        self.steps = inverse_temperatures.diff()
         self.count = 0
 
-    def add(
-        self, difference: Tensor, info: StepInfo, swap_prob: Tensor, arrived: Tensor
-    ) -> None:
-        """Count a step of all replicas.
-
-        Args:
-            difference: ``V`` at each, shape ``(C, K)``.
-            info: What the kernel returned of those above the base.
-            swap_prob: Of all pairs, shape ``(C, K - 1)``.
-            arrived: Chains with an arrival, shape ``(C,)``.
-        """
+    def add(self, done: Exchange) -> None:
+        """Count a step of all replicas."""
+        up, down = between_neighbours(done.state, self.inverse_temperatures)
         new = (
-            -self.steps * difference[:, :-1],
-            self.steps * difference[:, 1:],
-            (difference[:, 0] < torch.inf).long(),
-            info.accept_prob.mean(0),
-            swap_prob.mean(0),
-            arrived.long(),
+            up,
+            down,
+            (up[:, 0] > -torch.inf).long(),
+            done.info.accept_prob.mean(0),
+            done.swap_prob.mean(0),
+            done.arrived.long(),
         )
         self.count += 1
         if self.count == 1:

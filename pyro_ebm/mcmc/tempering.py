@@ -25,11 +25,16 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.energies import Energy
 from pyro_ebm.errors import UnreliableWarning
-from pyro_ebm.mcmc.base import ChainState, StepInfo, replace_nonfinite
 from pyro_ebm.mcmc.hmc import HMC
-from pyro_ebm.mcmc.ladder import Replicas, swap
+from pyro_ebm.mcmc.ladder import (
+    Exchange,
+    Replicas,
+    above_base,
+    first_temperatures,
+    require_hmc,
+)
 from pyro_ebm.mcmc.ladder_adaptation import LadderAdaptation
-from pyro_ebm.mcmc.path import GeometricPath, PathState
+from pyro_ebm.mcmc.path import GeometricPath, PathState, require_rising
 from pyro_ebm.mcmc.tempered_draws import LadderSums, TemperedDraws
 
 
@@ -87,12 +92,7 @@ class ReplicaExchange:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if not isinstance(self.kernel, HMC):
-            raise TypeError(
-                "kernel must be HMC, which takes a step size for each temperature; got "
-                f"{type(self.kernel).__name__}. HMC(num_leapfrog=1) is MALA without a "
-                "bound on the drift."
-            )
+        require_hmc(self.kernel)
         for name, low in (
             ("num_temperatures", 2),
             ("warmup_steps", 0),
@@ -103,13 +103,8 @@ class ReplicaExchange:
                 raise ValueError(
                     f"{name} must be at least {low}, got {getattr(self, name)}."
                 )
-        betas = self.inverse_temperatures
-        if betas is not None:
-            rising = all(a < b for a, b in zip(betas[:-1], betas[1:], strict=True))
-            if len(betas) < 2 or betas[0] != 0 or betas[-1] != 1 or not rising:
-                raise ValueError(
-                    f"inverse_temperatures must rise from 0 to 1, got {betas}."
-                )
+        if self.inverse_temperatures is not None:
+            require_rising(self.inverse_temperatures)
 
     @torch.no_grad()
     def run(
@@ -194,16 +189,15 @@ class _Run:
         initial: Tensor | None,
     ) -> None:
         self.path, self.num_chains = path, num_chains
-        given = settings.inverse_temperatures
-        num_temperatures = settings.num_temperatures if given is None else len(given)
-        betas = torch.linspace(0, 1, num_temperatures) ** 3
-        betas = betas if given is None else torch.tensor(given)
-        state = self._start(num_temperatures, initial)
+        betas = first_temperatures(settings.num_temperatures)
+        if settings.inverse_temperatures is not None:
+            betas = torch.tensor(settings.inverse_temperatures)
+        state = self._start(len(betas), initial)
         self.adaptation = LadderAdaptation(
             path,
             settings.kernel,
             betas.to(state.base),
-            _above(state),
+            above_base(state),
             settings.warmup_steps,
         )
         nowhere = torch.zeros_like(state.base, dtype=torch.bool)
@@ -224,32 +218,15 @@ class _Run:
             u = self.path.transform.inv(initial.detach())
             repeated = u.unsqueeze(1).expand(-1, num_temperatures, *u.shape[1:])
             state = self.path.evaluate(repeated)
-        flat = ChainState(*(part.flatten(0, 1) for part in state.chains()))
-        moved = replace_nonfinite(flat)
-        if moved is flat:
-            return state
-        return self.path.evaluate(moved.x.reshape(state.u.shape))
+        return self.path.with_finite_chains(state)
 
-    def step(self) -> tuple[Tensor, StepInfo, Tensor, Tensor]:
-        """Draw from the base, move what is above it, and swap.
-
-        Returns:
-            The difference ``V`` at all replicas before the swap, what the kernel
-            returned, the swap probabilities and the chains with an arrival.
-        """
-        fresh = self.path.sample_base(self.num_chains, 1)
-        ladder = self.adaptation.ladder
-        moved, info = ladder.step(self.adaptation.kernel, _above(self.replicas.state))
-        state = PathState(
-            *(torch.cat(parts, 1) for parts in zip(fresh, moved, strict=True))
-        )
-        is_fresh = self.replicas.is_fresh.clone()
-        is_fresh[:, 0] = True
-        self.replicas, swap_prob, arrived = swap(
-            Replicas(state, is_fresh, self.replicas.parity), ladder.inverse_temperatures
-        )
-        self.adaptation.update(moved, info, swap_prob)
-        return state.target - state.base, info, swap_prob, arrived
+    def step(self) -> Exchange:
+        """Draw from the base, move what is above it, swap, and learn from that."""
+        ladder, kernel = self.adaptation.ladder, self.adaptation.kernel
+        done = ladder.exchange(kernel, self.replicas)
+        self.replicas = done.replicas
+        self.adaptation.update(above_base(done.state), done.info, done.swap_prob)
+        return done
 
     def sample(self, num_samples: int, thinning: int, bar: Any) -> TemperedDraws:
         """Draw, with the ladder as it is now; the bar counts the steps."""
@@ -257,7 +234,7 @@ class _Run:
         draws = []
         for _ in range(num_samples):
             for _ in range(thinning):
-                sums.add(*self.step())
+                sums.add(self.step())
                 bar.update()
             draws.append(self.replicas.state.u[:, -1])
         u = torch.stack(draws, 1)
@@ -266,8 +243,3 @@ class _Run:
             torch.as_tensor(self.adaptation.kernel.step_size),
             self.path.num_evaluations,
         )
-
-
-def _above(state: PathState) -> PathState:
-    """The replicas above the base."""
-    return state.select((slice(None), slice(1, None)))

@@ -5,7 +5,7 @@ unconstrained space everywhere else. It knows nothing of where the energy has it
 a base to start from, not one to weigh draws of without a look at the weights.
 """
 
-__all__ = ["default_base", "describe"]
+__all__ = ["default_base", "describe", "standard_base"]
 
 from collections.abc import Sequence
 from typing import Any, final
@@ -56,14 +56,28 @@ def default_base(energy: Energy) -> dist.TorchDistribution:
         box = _UniformOnBox(*ends, energy.support)
         return box.to_event(energy.event_dim)
     try:
-        flat, to_support = unconstrained(energy)
+        return standard_base(energy)
     except NotImplementedError as error:
         raise NotImplementedError(
             f"there is no default base on the support {energy.support}. Give base=, a "
             f"normalised distribution over events of shape {tuple(energy.event_shape)} "
             "with this support."
         ) from error
-    zeros = torch.zeros(flat.event_shape, **options)
+
+
+def standard_base(energy: Energy) -> dist.TorchDistribution:
+    """Standard normal in unconstrained space, on the event and support of an energy.
+
+    Args:
+        energy: On any support that ``biject_to`` knows.
+
+    Raises:
+        NotImplementedError: If its support has no bijection from real space.
+
+    Exactness: its ``log_prob`` and ``sample`` are *exact*.
+    """
+    flat, to_support = unconstrained(energy)
+    zeros = torch.zeros(flat.event_shape, **energy.tensor_options())
     normal = dist.Normal(zeros, torch.ones_like(zeros)).to_event(zeros.dim())
     if flat is energy:
         return normal

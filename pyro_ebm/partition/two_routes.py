@@ -221,7 +221,7 @@ class _TwoRoutes:
         proposal = self.adapt(self.around(self.descend()), 3)
         # Where no metric can be dense, fewer will do.
         most = 1024 if self.dim <= _MAX_DENSE else 256
-        journey = self.particles(self.path, self.size(0.25, most), share=0.4)
+        journey = self.particles(self.path, self.size(0.25, most), share=0.6)
         first, particles = None, None
         if journey is not None:
             first = _value_of(journey)

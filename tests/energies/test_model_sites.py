@@ -61,6 +61,15 @@ def no_bijection():
     pyro.sample("precision", dist.ImproperUniform(support, (), (2, 2)))
 
 
+def uniform_mixture(low):
+    parts = dist.Uniform(low, torch.tensor(2.0))
+    pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts))
+
+
+def components_apart():
+    uniform_mixture(torch.tensor([-1.0, 1.0]))
+
+
 @pytest.mark.parametrize(
     ("model", "error", "message"),
     [
@@ -79,6 +88,7 @@ def no_bijection():
         ),
         (nan_data, ValueError, "site 'y' must not contain nan, got 1 in 3"),
         (no_bijection, NotImplementedError, "'precision' has no bijection"),
+        (components_apart, NotImplementedError, "'x' has no .* the same support"),
     ],
 )
 def test_models_that_are_no_energies(model, error, message):
@@ -100,6 +110,47 @@ def test_a_latent_mixture_has_the_support_of_its_components():
     torch.testing.assert_close(x, u.squeeze(-1).exp())
     total = (-energy(u)).logsumexp(0) + (u[1] - u[0]).log()
     torch.testing.assert_close(total, torch.zeros(1), atol=2e-3, rtol=0)
+
+
+def log_normals(*batch):
+    parts = dist.LogNormal(torch.linspace(-0.5, 0.5, 2).expand(*batch, 2), 0.5)
+    weights = dist.Categorical(torch.tensor([0.3, 0.7]).expand(*batch, 2))
+    return dist.MixtureSameFamily(weights, parts)
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        lambda: log_normals(2).to_event(1),
+        lambda: log_normals().expand([2]).to_event(1),
+        lambda: dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(3)),
+            dist.LogNormal(torch.zeros(3, 2), 0.5).to_event(1),
+        ),
+        lambda: dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(2)),
+            dist.Uniform(torch.tensor([[-1.0, 0.0]] * 2), 3.0).to_event(1),
+        ),
+    ],
+    ids=["batch", "expanded", "of vectors", "of boxes"],
+)
+def test_a_mixture_within_an_event_and_of_events(mixture):
+    """Its density integrates to one, and the constrained values lie inside.
+
+    Planted fault: the bounds of a box keep the dimension of the components.
+    """
+
+    def model():
+        pyro.sample("x", mixture())
+
+    energy = PyroModelEnergy(model)
+    assert energy.event_shape == (2,)
+    line = torch.linspace(-9, 9, 301)
+    u = torch.cartesian_prod(line, line)
+    assert mixture().log_prob(energy.constrain(u)["x"]).isfinite().all()
+    total = (-energy(u)).logsumexp(0) + 2 * (line[1] - line[0]).log()
+    torch.testing.assert_close(total, torch.zeros(()), atol=2e-3, rtol=0)
+    assert energy.prior.sample((5,)).shape == (5, 2)
 
 
 def test_what_is_masked_may_be_nan():

@@ -24,7 +24,13 @@ from pyro_ebm.infer import (
     NoiseContrastive,
     RankingNoiseContrastive,
 )
-from pyro_ebm.infer.diagnosis import _drift, _hold_still, diagnose, energy_gap
+from pyro_ebm.infer.diagnosis import (
+    _drift,
+    _hold_still,
+    _walker_mean,
+    diagnose,
+    energy_gap,
+)
 from pyro_ebm.infer.verdict import judge
 from pyro_ebm.mcmc import MALA, ULA
 from pyro_ebm.partition import LogPartition, LogPartitionEstimate
@@ -154,6 +160,25 @@ def test_energy_gap_by_walkers():
     gap = energy_gap(model, DATA)
     assert abs(gap.value - wanted) < 4 * gap.std_error
     assert 0.02 < gap.std_error < 0.2
+
+
+def test_the_mean_over_the_walkers_weighs_their_islands():
+    """An island that holds nearly all of Z gives the mean, and the number of walkers
+    that its error is for.
+
+    Planted fault: the weights without the offsets of the islands.
+    """
+    energy = NeuralEnergy((2,), (8,), base=base())
+    model = EnergyModel(energy, base())
+    model.log_partition.refresh(energy)
+    walkers = model.log_partition.walkers
+    walkers.log_offset[3] += 60.0
+    weights, energies = walkers.log_weights[3].softmax(0), walkers.energy[3]
+    mean, error = _walker_mean(model)
+    assert mean.item() == pytest.approx((weights @ energies).item())
+    variance = weights @ (energies - mean).square()
+    least = (variance * weights.square().sum()).sqrt()
+    assert error.item() >= 0.999 * least.item()
 
 
 def still(x, scale=1.0, num_steps=500):

@@ -366,6 +366,33 @@ def test_a_good_run_does_not_warn():
         assert found.accept_prob == pytest.approx(0.8, abs=0.1)
 
 
+@pytest.mark.parametrize("keep_draws", [True, False])
+def test_one_chain_in_another_place_is_reported(keep_draws):
+    """One of 64 in a well apart, to which R-hat by ranks is blind.
+
+    Fault: chains judged by R-hat alone, by which this run is ok.
+    """
+
+    def energy(x):
+        wide = x.square().sum(-1) / 2
+        deep = ((x - 30) / 0.5).square().sum(-1) / 2 - 40
+        return -torch.logaddexp(-wide, -deep)
+
+    initial = torch.cat([torch.full((1, 2), 30.0), torch.randn(63, 2)])
+    chains = MCMC(
+        HMC(0.3, num_leapfrog=6),
+        200,
+        0,
+        64,
+        initial=initial,
+        progress_bar=False,
+        keep_draws=keep_draws,
+    )
+    with pytest.warns(UnreliableWarning, match="1 of 64 chains stay in another place"):
+        chains.run(FunctionEnergy(energy, (2,)))
+    assert chains.diagnostics().num_stray == 1
+
+
 @dataclass(frozen=True)
 class Sticky(Kernel):
     """HMC that keeps its first chain where it is."""
@@ -626,6 +653,69 @@ def test_dtype_is_the_energys():
     assert chains.get_samples().dtype == torch.float64
     chains.run(gaussian())
     assert chains.get_samples().dtype == torch.float32
+
+
+def large_energies():
+    """A level and its noise, from 20,000 rows of a size of 300."""
+    y = 300 + torch.linspace(-1, 1, 20_000)
+    level = pyro.sample("level", dist.Normal(torch.tensor(0.0), 1000.0))
+    noise = pyro.sample("noise", dist.HalfNormal(torch.tensor(10.0)))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(level, noise), obs=y)
+
+
+@unreliable_is_fine
+@pytest.mark.parametrize("dtype", [torch.float32])
+def test_a_model_is_computed_in_double_precision():
+    """Draws come in its own; ``dtype`` chooses. Fault: rounding of the energies."""
+    chains = sampler(num_samples=50, warmup_steps=100, num_chains=64)
+    chains.run(large_energies)
+    found = chains.diagnostics()
+    assert found.dtype is torch.float64
+    assert "computed in float64" in str(found)
+    draws = chains.get_samples()["level"]
+    assert draws.dtype is torch.float32
+    wanted = 3**-0.5 / 20_000**0.5
+    assert draws.double().std().item() == pytest.approx(wanted, rel=0.15)
+    narrow = sampler(num_chains=64, dtype=torch.float32)
+    narrow.run(large_energies)
+    assert narrow.diagnostics().dtype is torch.float32
+    wide = sampler(dtype=torch.float64)
+    wide.run(gaussian())
+    assert wide.diagnostics().dtype is torch.float64
+    assert wide.get_samples().dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64])
+def test_a_precision_that_nothing_is_computed_in():
+    with pytest.raises(ValueError, match=r"dtype must be .* got torch.float32"):
+        sampler(dtype=torch.float32).run(gaussian())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_regression_in_raw_units_is_right(seed):
+    """Intercept and slope correlate at -.998. Fault: the metric of the draws alone."""
+    pyro.set_rng_seed(seed)
+    x = 66.6 + 3.8 * torch.randn(400)
+    y = 3 + 0.02 * x + 0.4 * torch.randn(400)
+
+    def line():
+        a, b = (pyro.sample(name, dist.Normal(0.0, 10.0)) for name in "ab")
+        noise = pyro.sample("noise", dist.HalfCauchy(2.5))
+        with pyro.plate("rows", 400):
+            pyro.sample("y", dist.Normal(a + b * x, noise), obs=y)
+
+    chains = sampler(num_samples=200, warmup_steps=100, num_chains=64)
+    chains.run(line)
+    assert chains.diagnostics().status == "ok", chains.diagnostics()
+    draws = chains.get_samples()
+    design = torch.stack([torch.ones_like(x), x], 1)
+    noise = draws["noise"].mean()
+    covariance = (design.mT @ design / noise**2 + torch.eye(2) / 100).inverse()
+    wanted = covariance @ design.mT @ y / noise**2
+    for name, mean, variance in zip("ab", wanted, covariance.diagonal(), strict=True):
+        assert (draws[name].mean() - mean).abs() < 0.15 * variance.sqrt()
+        assert (draws[name].std() / variance.sqrt()).log().abs() < 0.15
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_ebm.energies import QuadraticEnergy
+from pyro_ebm.energies import DistributionEnergy, QuadraticEnergy
 from pyro_ebm.mcmc import HMC, MALA, Kernel
 from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition import bidirectional
@@ -130,3 +130,47 @@ def test_weights_along_the_path():
     assert up[1] == up[2] == -math.inf
     assert down[1] == down[2] == math.inf
     assert (state.log_weight(0.3, 0.3) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32])
+def test_a_path_in_double_precision_draws_so(dtype):
+    """Fault: draws of the base in its own precision, and then converted."""
+    base = dist.Normal(torch.zeros(2), 2.0).to_event(1)
+    single = GeometricPath(target(), base)
+    double = GeometricPath(target(), base, is_double=True)
+    assert single.draw_base(100).dtype == torch.float32
+    u = double.draw_base(100)
+    assert u.dtype == torch.float64
+    assert (u != u.float()).all()
+    assert double.sample_base(5).target.dtype == torch.float64
+
+
+def test_a_base_draws_from_its_density():
+    """The squared last diagonal of LKJ's factor of three numbers is uniform; torch has
+    .4 for its mean. Fault: the base as it is."""
+    base = dist.LKJCholesky(3, 1.0)
+    p = GeometricPath(DistributionEnergy(base), base)
+    factor = p.transform(p.draw_base(4000))
+    squares = factor[..., 2, 2].square()
+    assert abs(squares.mean() - 0.5) < 4 * math.sqrt(1 / 12 / 4000)
+
+
+def test_a_temperature_for_each_chain():
+    """As for one number, and at the end without the base, which may be infinite there.
+    Fault: the temperatures along the coordinates."""
+    state = path(target()).sample_base(3, 2)
+    for part, column in (
+        (state.at(torch.tensor([0.3, 1.0])), 1),
+        (state.at(torch.tensor([1.0, 0.3])), 0),
+    ):
+        for got, end, between in zip(part, state.at(1.0), state.at(0.3), strict=True):
+            torch.testing.assert_close(got[:, column], end[:, column])
+            torch.testing.assert_close(got[:, 1 - column], between[:, 1 - column])
+    nowhere = state._replace(base=torch.full_like(state.base, torch.inf))
+    ends = nowhere.at(torch.ones(2))
+    torch.testing.assert_close(ends.energy, state.target)
+    betas = torch.tensor([0.2, 0.5]), torch.tensor([0.5, 0.5])
+    torch.testing.assert_close(
+        state.log_weight(*betas),
+        torch.stack([state.log_weight(0.2, 0.5)[:, 0], torch.zeros(3)], 1),
+    )

@@ -94,6 +94,11 @@ def test_a_kernel_of_ones_own_says_that_it_is_biased_or_nothing():
         ({"num_divergences": 42}, "1.05% of the transitions diverged"),
         ({"num_stuck": 1}, "1 of 4 chains are stuck"),
         (
+            {"num_stray": 1},
+            "1 of 4 chains stay in another place than the others, by their energies: "
+            "warm up for longer",
+        ),
+        (
             {"energy_bfmi": torch.tensor([0.1, 0.2, 0.2, 1.0])},
             "the energy fraction of missing information is 0.20, below 0.3: chains are "
             "slow to reach the tails",

@@ -18,9 +18,16 @@ from pyro_ebm.energies import (
     QuadraticEnergy,
 )
 from pyro_ebm.errors import DivergenceError, UnreliableWarning
-from pyro_ebm.mcmc import HMC, MALA, IndependentChains, ReplicaExchange, tempering
+from pyro_ebm.mcmc import (
+    HMC,
+    MALA,
+    IndependentChains,
+    ReplicaExchange,
+    ladder,
+    tempering,
+)
 from pyro_ebm.mcmc.ladder import Ladder, equalised, swap
-from pyro_ebm.mcmc.path import GeometricPath
+from pyro_ebm.mcmc.path import GeometricPath, PathState
 from pyro_ebm.testing import assert_moments, targets
 
 BETAS = [0.0, 0.1, 0.4, 1.0]
@@ -126,15 +133,15 @@ def test_exact_draws_stay_at_every_temperature(scale):
 
 
 def always_swap(monkeypatch):
-    monkeypatch.setattr(tempering, "swap", lambda r, betas: swap(r, 0 * betas))
+    monkeypatch.setattr(ladder, "swap", lambda r, betas: swap(r, 0 * betas))
 
 
 def swap_by_the_reverse_ratio(monkeypatch):
-    monkeypatch.setattr(tempering, "swap", lambda r, betas: swap(r, -betas))
+    monkeypatch.setattr(ladder, "swap", lambda r, betas: swap(r, -betas))
 
 
 def swap_by_half_the_ratio(monkeypatch):
-    monkeypatch.setattr(tempering, "swap", lambda r, betas: swap(r, betas / 2))
+    monkeypatch.setattr(ladder, "swap", lambda r, betas: swap(r, betas / 2))
 
 
 def leave_energies_behind(monkeypatch):
@@ -143,16 +150,12 @@ def leave_energies_behind(monkeypatch):
         state = moved.state._replace(target=replicas.state.target)
         return moved._replace(state=state), *others
 
-    monkeypatch.setattr(tempering, "swap", faulty)
+    monkeypatch.setattr(ladder, "swap", faulty)
 
 
 def move_at_other_temperatures(monkeypatch):
-    def faulty(self, base, target):
-        beta = self.inverse_temperatures[1:].square()
-        beta = beta.reshape(beta.shape + (1,) * (base.dim() - 2))
-        return (1 - beta) * base + beta * target
-
-    monkeypatch.setattr(Ladder, "_mixed", faulty)
+    right = PathState.at
+    monkeypatch.setattr(PathState, "at", lambda self, beta: right(self, beta.square()))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,25 @@ import torch
 from pyro_ebm.core import Reason
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
 from pyro_ebm.errors import UnreliableWarning
+from pyro_ebm.mcmc.path import GeometricPath
 from pyro_ebm.partition import estimate
-from pyro_ebm.partition.two_routes import Limits
+from pyro_ebm.partition.importance.proposal import Proposal
+from pyro_ebm.partition.importance.student_mixture import StudentMixture
+from pyro_ebm.partition.particles.engine import Journey
+from pyro_ebm.partition.progress import CountedEnergy
+from pyro_ebm.partition.two_routes import (
+    _BY_DRAWS,
+    _BY_PARTICLES,
+    Limits,
+    _disagreement,
+    _FlatBase,
+    _gap_of,
+    _pooled,
+    _shortfall,
+    _TwoRoutes,
+    _Value,
+    _Weighed,
+)
 from pyro_ebm.testing import CountingEnergy
 from pyro_ebm.testing.evidence_problems import boxes, problems, variants
 
@@ -229,3 +246,145 @@ def test_no_warning_for_what_is_good():
     assert found.is_reliable
     assert found.ess > 200
     assert 0 < found.num_seconds < 60
+
+
+# What is made of the numbers -------------------------------------------------------
+
+
+def routes(energy, base):
+    """The state of an estimate that has not begun."""
+    path = GeometricPath(energy, base, is_double=True)
+    path.target = CountedEnergy(path.target)
+    return _TwoRoutes(path, path.target, Limits(0.02, 60.0, None))
+
+
+def at(path, *loc, scale=1.0):
+    """A proposal of Student components at points of two numbers."""
+    weights = torch.full((len(loc),), 1 / len(loc))
+    factor = (scale * torch.eye(2)).expand(len(loc), 2, 2)
+    return Proposal(path, StudentMixture(weights, torch.tensor(loc), factor), 0.04)
+
+
+def reasons(findings):
+    return [finding.reason for finding in findings]
+
+
+def test_particles_that_found_more_speak_against_a_value():
+    """By more than three standard errors and a slack, and never the other way round.
+    Fault: the sign."""
+    assert _shortfall(_Value(0.0, 0.03), _Value(0.19, 0.04)) == []
+    found = _shortfall(_Value(0.0, 0.03), _Value(0.21, 0.04))
+    assert reasons(found) == [Reason.ROUTES_DISAGREE]
+    assert _shortfall(_Value(9.0, 0.03), _Value(0.0, 0.04)) == []
+
+
+def test_two_values_are_pooled_by_their_variances():
+    """With half of what they differ by as the least error. Fault: without that."""
+    assert _pooled([_Value(1.0, 0.1), _Value(1.0, 0.1)]) == (
+        1.0,
+        pytest.approx(0.1 / math.sqrt(2)),
+    )
+    value, std_error = _pooled([_Value(0.0, 0.1), _Value(1.0, 0.2)])
+    assert (value, std_error) == (pytest.approx(0.2), pytest.approx(0.5))
+    assert _pooled([_Value(0.0, math.inf), _Value(1.0, 0.2)]) == (1.0, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("runs", "gap", "first", "wanted"),
+    [
+        ([0.0], 0.4, 0.0, []),
+        ([0.0], 0.6, 0.0, [Reason.DIRECTIONS_DISAGREE]),
+        ([0.0], 0.0, -0.5, [Reason.ROUTES_DISAGREE]),
+        ([0.0], 0.0, None, [Reason.ROUTES_DISAGREE]),
+        ([0.0, 0.0], 0.0, None, []),  # a smaller run agrees
+        ([5.0], 0.0, 0.0, []),  # the weights do
+        ([5.0], 0.0, 9.0, [Reason.ROUTES_DISAGREE]),  # from the base there is more
+    ],
+)
+def test_what_speaks_against_a_run_from_the_proposal(runs, gap, first, wanted):
+    """Of weights that say 5. Faults: no gap; no other look has to agree; the first
+    run may have found more."""
+    weighed = _Weighed(_Value(5.0, 0.01), 1000.0, [], is_good=False)
+    first = None if first is None else _Value(first, 0.01)
+    found = _disagreement([_Value(v, 0.01) for v in runs], gap, first, weighed)
+    assert reasons(found) == wanted
+
+
+def test_the_gap_is_that_of_forwards_and_backwards():
+    """Of means of Z there, and of 1 / Z back."""
+    forward, reverse = torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0])
+    journey = Journey(None, [], forward, forward, forward, reverse, 1.0, True)
+    there = math.log((1 + math.e) / 2)
+    back = -math.log((math.exp(-2) + math.exp(-3)) / 2)
+    assert _gap_of(journey) == pytest.approx(back - there)
+
+
+def test_what_weights_say_against_themselves():
+    """Faults: no bound on the tail, or on the number."""
+    judge = functools.partial(_TwoRoutes.judge_weights, None)
+    tail = torch.distributions.Exponential(1.0).sample((20_000,))
+    assert reasons(judge(0.3 * tail)) == []
+    assert Reason.HEAVY_WEIGHTS in reasons(judge(1.2 * tail))
+    assert reasons(judge(0.1 * torch.randn(150))) == [Reason.FEW_EFFECTIVE]
+
+
+def two_gaussians():
+    loc = torch.tensor([[-6.0, 0.0], [6.0, 0.0]])
+    energy = FunctionEnergy(
+        lambda x: -(-(x[..., None, :] - loc).square().sum(-1) / 2).logsumexp(-1), (2,)
+    )
+    return energy, loc[:, None] + torch.randn(2, 4000, 2)
+
+
+def test_particles_where_the_proposal_is_thin_speak_against_it():
+    """Fault: any share of them is let pass."""
+    energy, particles = two_gaussians()
+    state = routes(energy, normal(2, 1.0))
+    u = particles.flatten(0, 1)
+    one, both = at(state.path, (6.0, 0.0)), at(state.path, (6.0, 0.0), (-6.0, 0.0))
+    found = state.coverage(one, u, state.weigh(one, 4000))
+    assert reasons(found) == [Reason.NOT_COVERED]
+    assert state.coverage(both, u, state.weigh(both, 4000)) == []
+    assert state.coverage(one, particles[1], state.weigh(one, 4000)) == []
+
+
+def test_good_weights_are_enough_only_with_particles_that_agree():
+    """Fault: without any."""
+    energy, particles = two_gaussians()
+    state = routes(energy, normal(2, 4.0))
+    proposal, u = at(state.path, (6.0, 0.0), (-6.0, 0.0)), particles.flatten(0, 1)
+    truth = _Value(math.log(4 * math.pi), 0.01)
+    found = state.weighed(proposal, truth, u)
+    assert found.is_good
+    assert abs(found.value.value - truth.value) < 4 * found.value.std_error < 0.08
+    assert not state.weighed(proposal, None, None).is_good
+    assert not state.weighed(proposal, _Value(truth.value + 1, 0.01), u).is_good
+
+
+def test_error_bars_and_what_is_too_wide():
+    """Faults: no caution where particles have the last word; no widest error."""
+    state = routes(gaussian(2), normal(2))
+    narrow = state.estimate([_Value(1.0, 0.01)], [], 500.0, _BY_DRAWS)
+    wide = state.estimate([_Value(1.0, 0.01)], [], 500.0, _BY_PARTICLES)
+    assert narrow.upper - 1 == pytest.approx(0.03182, abs=1e-4)
+    assert wide.upper - 1 == pytest.approx(3 * 0.03182, abs=3e-4)
+    assert narrow.status == wide.status == "ok"
+    for value, reason in (
+        (_Value(1.0, 0.2), Reason.NOT_CONVERGED),
+        (_Value(math.inf, 0.0), Reason.NOT_FINITE),
+    ):
+        found = state.estimate([value], [], 500.0, _BY_DRAWS)
+        assert found.status == "unreliable"
+        assert reasons(found.reasons) == [reason]
+
+
+def test_islands_from_a_proposal_have_their_part_of_each_component():
+    """Fault: the draws in the order of the proposal, those of its base last."""
+    path = GeometricPath(gaussian(2), normal(2, 1.0, 50.0), is_double=True)
+    mixture = at(path, (0.0, 0.0)).mixture
+    base = _FlatBase(Proposal(path, mixture, 0.5), torch.Size((2,)))
+    u = base.sample((8, 500))
+    share = (u[..., 0] > 25).double().mean(1)
+    assert ((share - 0.5).abs() < 5 * math.sqrt(0.25 / 500)).all()
+    expected = base.proposal.log_prob(u.reshape(-1, 2)).reshape(8, 500)
+    torch.testing.assert_close(base.log_prob(u), expected)

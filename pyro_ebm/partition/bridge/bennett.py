@@ -194,12 +194,16 @@ def solve(first: Tensor, second: Tensor, n_1: float = 1.0, n_2: float = 1.0) -> 
     margin = 50 + math.log(both.shape[-1])
     low = ends.nan_to_num(torch.inf).amin(-1) - margin
     high = ends.nan_to_num(-torch.inf).amax(-1) + margin
+    # Few draws of a vague density may be at 1e100: halve on a scale that bends.
+    centre = ends.nanmedian(-1).values.nan_to_num(0.0)
+    low, high = (low - centre).asinh(), (high - centre).asinh()
     for _ in range(80):
-        middle = (low + high) / 2
-        left = n_1 * (first - middle[:, None]).sigmoid().mean(-1)
-        is_low = left > n_2 * (middle[:, None] - second).sigmoid().mean(-1)
-        low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
-    found = (low + high) / 2
+        half = (low + high) / 2
+        middle = (centre + half.sinh())[:, None]
+        left = n_1 * (first - middle).sigmoid().mean(-1)
+        is_low = left > n_2 * (middle - second).sigmoid().mean(-1)
+        low, high = torch.where(is_low, half, low), torch.where(is_low, high, half)
+    found = centre + ((low + high) / 2).sinh()
     found = torch.where(nothing_1, -torch.inf, found)
     found = torch.where(nothing_2, torch.inf, found)
     return torch.where(nothing_1 & nothing_2, torch.nan, found)

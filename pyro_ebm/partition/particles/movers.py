@@ -9,7 +9,7 @@ __all__ = ["AdaptiveHMC", "GivenKernels", "with_metric", "with_step_size"]
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import final
 
 import torch
@@ -17,7 +17,11 @@ from torch import Tensor
 
 from pyro_ebm.mcmc import HMC, Kernel, StepSizeAdaptation, find_step_size
 from pyro_ebm.mcmc.base import flat_event
-from pyro_ebm.mcmc.path import GeometricPath, PathState
+from pyro_ebm.mcmc.path import GeometricPath, PathState, joined
+
+#: Robust standard deviations from the median that are no distance between modes; and
+#: those that a point counts for at most where others are that far out.
+_VAGUE, _MAX_SCALES = 300.0, 6.0
 
 
 @final
@@ -87,16 +91,13 @@ class GivenKernels:
         return self.path.step(self.kernel_at(beta), ancestors)[0]
 
 
-def joined(states: Iterable[PathState]) -> PathState:
-    """States of chain shapes ``(M, A)`` side by side, ``(M, A * len)``."""
-    return PathState(*(torch.cat(parts, 1) for parts in zip(*states, strict=True)))
-
-
 def with_metric(kernel: HMC, u: Tensor, log_weights: Tensor) -> HMC:
     """The kernel with the scales of a weighted population as its metric.
 
     Dense for vectors if there are enough points to tell correlations, else diagonal:
-    any shrinkage of the one towards the other would undo a strong correlation.
+    any shrinkage of the one towards the other would undo a strong correlation. Where
+    some are as far out as those of a vague prior, farther than any step could be, the
+    scale is that of the others.
 
     Args:
         kernel: Its step size and number of leapfrog steps are kept.
@@ -106,6 +107,7 @@ def with_metric(kernel: HMC, u: Tensor, log_weights: Tensor) -> HMC:
     points, event_shape = flat_event(u, 2).flatten(0, 1), u.shape[2:]
     weights = log_weights.flatten().softmax(0)
     ess = 1 / weights.square().sum()
+    points = _winsorised(points, weights)
     centred = points - weights @ points
     variance = (weights @ centred.square()).clamp(min=1e-12)
     if len(event_shape) == 1 and ess > 5 * len(variance):
@@ -115,6 +117,21 @@ def with_metric(kernel: HMC, u: Tensor, log_weights: Tensor) -> HMC:
             return dataclasses.replace(kernel, scale=None, scale_tril=factor)
     scale = variance.sqrt().reshape(event_shape)
     return dataclasses.replace(kernel, scale=scale, scale_tril=None)
+
+
+def _winsorised(points: Tensor, weights: Tensor) -> Tensor:
+    """Points ``(N, D)``, none farther from the median than some robust scales."""
+    ordered, order = points.sort(0)
+    reached = weights[order].cumsum(0)
+    last = len(points) - 1
+    low, middle, high = (
+        ordered.gather(0, (reached < part).sum(0, keepdim=True).clamp(max=last))
+        for part in (0.25, 0.5, 0.75)
+    )
+    scale = (high - low) / 1.349  # of a normal distribution
+    is_vague = ((points - middle).abs() > _VAGUE * scale).any(0)
+    reach = torch.where(is_vague, _MAX_SCALES * scale, torch.inf)
+    return points.clamp(middle - reach, middle + reach)
 
 
 def with_step_size(kernel: HMC, step_size: Tensor) -> HMC:

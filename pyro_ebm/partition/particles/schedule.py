@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from pyro_ebm.mcmc import Kernel
-from pyro_ebm.mcmc.path import GeometricPath
+from pyro_ebm.mcmc.path import GeometricPath, require_rising
 from pyro_ebm.partition.particles.engine import travel
 from pyro_ebm.partition.particles.movers import AdaptiveHMC
 
@@ -61,7 +61,7 @@ def plan_schedule(
     """
     if inverse_temperatures is not None:
         betas = [float(beta) for beta in inverse_temperatures]
-        _check(betas)
+        require_rising(betas)
         if kernel is not None:
             return Schedule(betas, [kernel] * len(betas))
     elif num_temperatures < 1:
@@ -79,16 +79,6 @@ def plan_schedule(
     # The kernel of the next rung above: its step suits the narrower distribution.
     above = [next(k for k, rung in enumerate(rungs) if rung >= beta) for beta in betas]
     return Schedule(betas, [found[max(k, 1) - 1] for k in above])
-
-
-def _check(betas: list[float]) -> None:
-    rising = all(a < b for a, b in zip(betas[:-1], betas[1:], strict=True))
-    if len(betas) < 2 or betas[0] != 0 or betas[-1] != 1 or not rising:
-        shown = betas if len(betas) < 6 else [*betas[:2], "...", *betas[-2:]]
-        raise ValueError(
-            f"inverse_temperatures must rise from 0 to 1, got {shown}. "
-            "torch.linspace(0, 1, n).tolist() does."
-        )
 
 
 def _pilot(path: GeometricPath) -> tuple[list[float], list[Kernel]]:

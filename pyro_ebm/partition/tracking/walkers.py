@@ -92,11 +92,15 @@ class Walkers(StatefulModule):
         wanted = value + deviations - log_mean_exp(deviations)
         self.log_offset = self.log_offset + wanted - own
 
+    @property
+    def pooled_log_weights(self) -> Tensor:
+        """Weights among the walkers of all islands, each by its log Z, ``(M, N)``."""
+        return self.log_weights + self.log_offset[:, None]
+
     def ess(self) -> float:
         """Effective number of walkers."""
-        log_weights = self.log_weights + self.log_offset[:, None]
-        pooled = effective_sample_fraction(log_weights.flatten())
-        return pooled.item() * log_weights.numel()
+        pooled = effective_sample_fraction(self.pooled_log_weights.flatten())
+        return pooled.item() * self.log_weights.numel()
 
     def resampling_rate(self) -> float:
         """Resamplings per island and update since the start."""
@@ -115,7 +119,7 @@ class Walkers(StatefulModule):
         """
         value, grad = energy.value_and_grad(self.u)
         self.num_evaluations += value.numel()
-        increment = torch.where(value.isfinite(), self.energy - value, -torch.inf)
+        increment = self._increment(value)
         fraction = effective_sample_fraction(increment.flatten())
         if fraction < self.ESS_INCREMENT and not force:
             return False
@@ -150,11 +154,15 @@ class Walkers(StatefulModule):
         """
         value = energy(self.u)
         self.num_evaluations += value.numel()
-        increment = torch.where(value.isfinite(), self.energy - value, -torch.inf)
-        log_weights = self.log_weights + increment
-        ratio = log_mean_exp(log_weights) - log_mean_exp(self.log_weights)
-        pooled = (log_weights + self.log_offset[:, None]).flatten()
+        increment = self._increment(value)
+        mean = log_mean_exp(self.log_weights + increment)
+        pooled = (self.pooled_log_weights + increment).flatten()
+        ratio = mean - log_mean_exp(self.log_weights)
         return ratio, effective_sample_fraction(pooled).item()
+
+    def _increment(self, value: Tensor) -> Tensor:
+        """What the log-weights gain under another energy of these values."""
+        return torch.where(value.isfinite(), self.energy - value, -torch.inf)
 
     def _resample(self, poor: Tensor) -> None:
         """Resample the islands that a mask of shape ``(M,)`` names."""

@@ -1,5 +1,6 @@
 """Log evidence of Pyro models, from the prior and from a guide."""
 
+import contextlib
 import functools
 import math
 import sys
@@ -420,6 +421,80 @@ def test_a_prior_whose_draws_are_not_those_of_its_density(proposal):
     assert_right(found, right)
     assert found.reasons[-1].reason == Reason.BASE_INCONSISTENT
     assert "started from a standard normal, not from the prior" in found.reason
+
+
+def local_level(y, plate="none"):
+    """A level that walks at random, and what is seen of it at each step.
+
+    Args:
+        y: Shape ``(T,)``, or ``(T, N)`` with a plate.
+        plate: ``"around"`` the steps and ``"within"`` each, a level for each row, or
+            ``"data"``, one level that all rows show, of which plates take two.
+    """
+    x, size = 0.0, y[0].numel()
+    with pyro.plate("rows", size) if plate == "around" else contextlib.nullcontext():
+        for t in pyro.markov(range(len(y))):
+            if plate == "within":
+                with pyro.plate(f"rows{t}", size):
+                    x = pyro.sample(f"x{t}", dist.Normal(x, 0.5))
+                    pyro.sample(f"y{t}", dist.Normal(x, 1.0), obs=y[t])
+                continue
+            x = pyro.sample(f"x{t}", dist.Normal(x, 0.5))
+            if plate == "data":
+                with pyro.plate(f"rows{t}", size, subsample_size=2) as rows:
+                    pyro.sample(f"y{t}", dist.Normal(x, 1.0), obs=y[t, rows])
+            else:
+                pyro.sample(f"y{t}", dist.Normal(x, 1.0), obs=y[t])
+
+
+def kalman(y):
+    """Log evidence of one level, of which ``y[t]`` is seen at step ``t``."""
+    mean, variance, total = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    for seen in y:
+        variance = variance + 0.25
+        for value in torch.atleast_1d(seen):
+            sd = (variance + 1).sqrt()
+            total = total + dist.Normal(mean, sd).log_prob(value)
+            mean = mean + variance / (variance + 1) * (value - mean)
+            variance = variance / (variance + 1)
+    return total.item()
+
+
+STEPS = torch.tensor(
+    [[0.3, -0.5, 1.5], [-1.2, 0.1, 2.0], [0.8, 0.4, 2.5], [2.0, -0.9, 1.0]],
+    dtype=torch.float64,
+)
+
+
+@pytest.mark.parametrize("plate", ["none", "around", "within", "data"])
+def test_an_observation_at_each_step_of_a_markov_chain(plate):
+    """Planted fault: the names of the observations are left to the steps after them,
+    and the prior, which has none, cannot be built."""
+    y = STEPS[:, 0] if plate == "none" else STEPS
+    found = evidence(functools.partial(local_level, plate=plate), None, y)
+    rows = y.unbind(1) if plate in ("around", "within") else [y]
+    assert_right(found, sum(map(kalman, rows)))
+
+
+@pytest.mark.parametrize("batch", [(), (4,)])
+def test_a_latent_mixture(batch):
+    """Of Gaussians, the evidence is that of a mixture; one for each of four numbers."""
+    loc, scale, weights = (
+        torch.tensor(values) for values in ([-2.0, 1.0], [0.5, 1.0], [0.3, 0.7])
+    )
+
+    def mixture(scale):
+        parts = dist.Normal(loc.expand(*batch, 2), scale)
+        choice = dist.Categorical(weights.expand(*batch, 2))
+        return dist.MixtureSameFamily(choice, parts).to_event(len(batch))
+
+    def program(y):
+        x = pyro.sample("x", mixture(scale))
+        pyro.sample("y", dist.Normal(x, 1.0).to_event(len(batch)), obs=y)
+
+    y = torch.tensor([0.5, -1.0, 2.0, -3.0])[: torch.Size(batch).numel()].reshape(batch)
+    truth = mixture((scale**2 + 1).sqrt()).log_prob(y).item()
+    assert_right(evidence(program, None, y), truth)
 
 
 def test_an_improper_prior():

@@ -128,6 +128,21 @@ def test_components_of_few_draws_keep_their_place():
     assert (found.loc[0] != far.loc[0]).all()
 
 
+def test_the_shape_of_few_draws_is_shrunk_to_the_one_before():
+    """Thirty draws in two dimensions have 15 parts of 16. Fault: all of it."""
+    u, weights = torch.randn(30, 2), torch.full((30,), 1 / 30)
+    before = StudentMixture(torch.ones(1), torch.zeros(1, 2), 10 * torch.eye(2)[None])
+    found = before.updated(u, weights, 0.1)
+    g = weights * 7 / (5 + u.square().sum(-1) / 100)
+    loc = g @ u / g.sum()
+    own = ((u - loc) * g[:, None]).mT @ (u - loc)
+    torch.testing.assert_close(found.loc[0], loc)
+    torch.testing.assert_close(
+        found.scale_tril[0] @ found.scale_tril[0].mT,
+        15 / 16 * own + 100 / 16 * torch.eye(2),
+    )
+
+
 def test_two_mixtures_joined_and_a_mixture_at_points():
     one, other = example(), example()._replace(loc=example().loc + 10)
     both, u = one.joined(other, 0.25), 8 * torch.randn(50, 3)

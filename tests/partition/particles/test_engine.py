@@ -235,6 +235,17 @@ def test_the_metric_is_that_of_the_weighted_population():
     torch.testing.assert_close(covariance, factor @ factor.mT, atol=0.1, rtol=0.05)
 
 
+def test_points_of_a_vague_prior_do_not_set_the_scale():
+    """Two of a hundred are at 1e6; a second mode at 50 scales is no outlier."""
+    u = torch.randn(2, 5000, 3)
+    u[:, ::50, 0] *= 1e6
+    u[:, ::2, 1] = 50 + 0.1 * u[:, ::2, 1]
+    scale = with_metric(HMC(), u, torch.zeros(2, 5000)).scale_tril.norm(dim=-1)
+    assert 0.9 < scale[0] < 1.5
+    assert 24 < scale[1] < 26
+    assert abs(scale[2] - 1) < 0.05
+
+
 def test_few_points_have_a_diagonal_metric():
     """Too few to tell correlations, or an event of some other shape."""
     few = with_metric(HMC(), torch.randn(1, 12, 6), torch.zeros(1, 12))

@@ -187,6 +187,17 @@ def test_log_ratio_to_another_energy():
     assert walkers.log_ratio(gaussian(30.0))[1] < 0.01
 
 
+def test_the_effective_fraction_of_a_ratio_weighs_the_islands():
+    """One of four that holds nearly all of Z is a quarter of the walkers.
+
+    Planted fault: the weights without the offsets.
+    """
+    walkers = started()
+    assert walkers.log_ratio(gaussian())[1] == pytest.approx(1.0)
+    walkers.log_offset[2] += 60.0
+    assert walkers.log_ratio(gaussian())[1] == pytest.approx(0.25)
+
+
 def test_evaluations_are_counted():
     walkers, energy = started(), CountingEnergy(gaussian(0.1))
     follow(walkers, [energy])
