@@ -162,8 +162,10 @@ def test_draws_belong_to_the_caller():
     energy = bowl()
     q = EnergyDistribution(energy, 0.0)
     q.sample().fill_(1e6)
+    before = energy.num_gradients
     q.sample()
     assert q.sample((20,)).abs().max() < 10
+    assert energy.num_gradients == before
     energy.to(torch.float32)
     assert q.sample().dtype == torch.float32
 
