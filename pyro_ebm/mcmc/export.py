@@ -57,7 +57,7 @@ def to_arviz(run: ChainRun, samples: dict[str, Tensor], *, log_likelihood: bool)
     }
     with warnings.catch_warnings():
         # It takes many chains of few draws for a slip.
-        warnings.filterwarnings("ignore", "More chains", UserWarning)
+        warnings.filterwarnings("ignore", "More chains|Found chain", UserWarning)
         return _from_dict(arviz, arrays)
 
 
