@@ -22,8 +22,8 @@ class SamplingDiagnostics(NamedTuple):
         reasons: The findings that led to it; empty unless it is ``"unreliable"``.
         num_chains: Chains that were run, one a draw; 0 where there were none.
         num_transitions: Of each chain after the warm-up.
-        r_hat: The largest R-hat of a coordinate, over 64 of the chains, in
-            unconstrained space; ``nan`` without chains, or where these were too short.
+        r_hat: The largest R-hat of a coordinate, not of ranks, over 64 of the chains,
+            in unconstrained space; ``nan`` without chains or where they were too short.
         num_stuck: Chains that hardly moved.
     """
 

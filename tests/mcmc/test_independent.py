@@ -155,7 +155,9 @@ def test_a_narrow_mode_keeps_its_share():
     )
     mixing = dist.Categorical(torch.tensor([0.25, 0.75]))
     starts = dist.Normal(torch.tensor([-5.0, 5.0]), torch.tensor([0.05, 1.0]))
-    with pytest.warns(UnreliableWarning, match=r"R-hat of the chains .* is 1\.\d\d > "):
+    with pytest.warns(
+        UnreliableWarning, match=r"R-hat of the chains .* is \d+\.\d\d > "
+    ):
         x = IndependentChains(dist.MixtureSameFamily(mixing, starts))(energy, 4000)
     assert abs((x < 0).double().mean() - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
     assert_moments(x[x < 0], -5.0, 0.01)
@@ -224,7 +226,7 @@ def test_a_verdict_on_the_draws():
     far = FunctionEnergy(lambda x: (x.abs() - 8) ** 2 / 2, ())
     apart = IndependentChains().draw(far, 100).diagnostics
     assert (apart.status, apart.is_reliable) == ("unreliable", False)
-    assert apart.r_hat > 1.5
+    assert apart.r_hat > 4
     assert "ReplicaExchange for separate modes" in str(apart)
 
 
