@@ -74,6 +74,10 @@ class Reason(str, Enum):
     NOT_ESTIMATED = "not estimated yet"
     # Chains.
     NOT_MIXED = "the chains have not mixed"
+    CHAINS_BEHIND = "some chains did not arrive"
+    SEPARATE_MODES = "chains are in separate modes"
+    COLLINEAR = "coordinates are collinear"
+    FUNNEL = "a scale that a spread follows"
     STUCK = "chains are stuck"
     DIVERGENCES = "divergent transitions"
     BIASED_KERNEL = "the kernel is biased"

@@ -21,11 +21,13 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_ebm.core.verdict import Status
 from pyro_ebm.distributions.operators import Factor
+from pyro_ebm.distributions.pool import draw, last_diagnostics
 from pyro_ebm.distributions.representation import distribution_html, log_partition_text
 from pyro_ebm.energies import ClosedForm, Energy, PyroModelEnergy
 from pyro_ebm.errors import UnreliableWarning
-from pyro_ebm.mcmc import IndependentChains, Sampler
+from pyro_ebm.mcmc import IndependentChains, Sampler, SamplingDiagnostics
 from pyro_ebm.partition import LogPartitionEstimate
 
 
@@ -151,6 +153,11 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Independent draws, one chain each, with no gradient.
 
+        Fewer draws than the chains that are run at least, 32 by default, come from a
+        pool, from which each is taken once, for all distributions of the same energy:
+        one draw at a time costs no more than many at once. The pool is dropped when
+        the energy changes and when torch's seed is set anew.
+
         Chains that take more than three seconds show a progress bar; the sampler
         ``IndependentChains(base, progress_bar=False)`` shows none.
 
@@ -160,6 +167,10 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         Returns:
             Shape ``(*sample, *batch, *event)``. Within Pyro's search for initial
             values, which throws draws away, the chains' starting points.
+
+        Warns:
+            UnreliableWarning: If the chains have not converged, once as long as the
+                energy stands; see :meth:`sampling_diagnostics`.
         """
         shape = self._extended_shape(torch.Size(sample_shape))
         num_draws = math.prod(shape[: len(shape) - len(self.event_shape)])
@@ -171,8 +182,34 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
             elif any(isinstance(handler, InitMessenger) for handler in _PYRO_STACK):
                 draws = self._sampler.start(self.energy, num_draws)
             else:
-                draws = self._sampler(self.energy, num_draws)
+                draws = draw(self.energy, self._sampler, num_draws)
         return draws.reshape(shape)
+
+    def sampling_diagnostics(self) -> SamplingDiagnostics:
+        """How the last draws of :meth:`sample` were made, and how good they are.
+
+        Returns:
+            ``"exact"`` by a closed form; by chains their R-hat and a verdict.
+
+        Raises:
+            RuntimeError: If nothing was drawn since the energy changed.
+
+        Example:
+            >>> energy = pyro_ebm.energies.FunctionEnergy(lambda x: x**4, ())
+            >>> q = EnergyDistribution(energy)
+            >>> x = q.sample()
+            >>> q.sampling_diagnostics().status
+            'ok'
+        """
+        if self.sampler is None and self.closed_form() is not None:
+            return SamplingDiagnostics("closed form", Status.EXACT)
+        with torch.inference_mode(mode=False):
+            found = last_diagnostics(self.energy, self._sampler)
+        if found is None:
+            raise RuntimeError(
+                "there are no draws of the energy as it is now: call sample first."
+            )
+        return found
 
     def closed_form(self) -> ClosedForm | None:
         """What is known of the energy without sampling, or ``None``."""

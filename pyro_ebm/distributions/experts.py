@@ -9,6 +9,7 @@ __all__ = [
     "stacked",
 ]
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, final
@@ -17,11 +18,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.verdict import Status, status_of
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.model import EnergyModel
 from pyro_ebm.energies import DistributionEnergy, Energy
 from pyro_ebm.energies.distribution import require_single
 from pyro_ebm.errors import UnreliableWarning
+from pyro_ebm.mcmc import SamplingDiagnostics
+from pyro_ebm.mcmc.sampler import Draws
 
 
 @final
@@ -55,6 +59,19 @@ class ExpertDraws:
                 "pyro_ebm.mcmc.IndependentChains()."
             )
         return self._draw(num_draws, lambda expert, n: expert.sample(torch.Size([n])))
+
+    def draw(self, energy: Energy, num_draws: int) -> Draws:
+        """The same, with all that speaks against the draws of the experts."""
+        x = self(energy, num_draws)
+        energies = [e for e in self.experts if isinstance(e, EnergyDistribution)]
+        found: list[SamplingDiagnostics] = []
+        for expert in energies:
+            with contextlib.suppress(RuntimeError):  # none of this one was drawn
+                found.append(expert.sampling_diagnostics())
+        reasons = tuple(reason for part in found for reason in part.reasons)
+        is_exact = all(part.status is Status.EXACT for part in found)
+        status = status_of(reasons, Status.EXACT if is_exact else Status.OK)
+        return Draws(x, SamplingDiagnostics(type(self).__name__, status, reasons))
 
     def start(self, energy: Energy, num_draws: int) -> Tensor:
         """Starting points of the experts' own samplers, by weight."""

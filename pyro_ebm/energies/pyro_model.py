@@ -31,6 +31,7 @@ from pyro_ebm.energies.graph_precision import is_rounded
 from pyro_ebm.energies.graph_recording import UntraceableError, first_line
 from pyro_ebm.energies.missing_data import with_missing_data
 from pyro_ebm.energies.model_checks import check_log_partitions, check_sums
+from pyro_ebm.energies.model_outputs import ModelOutputs, model_outputs
 from pyro_ebm.energies.model_prior import ModelPrior, prior_model
 from pyro_ebm.energies.model_runs import run_model, samples
 from pyro_ebm.energies.model_sites import ModelSites, find_sites
@@ -332,6 +333,18 @@ class PyroModelEnergy(Energy):
                 energy, model, self._args, self._kwargs, self._sites
             )
         return self._prior
+
+    def outputs(self, values: Mapping[str, Tensor]) -> ModelOutputs:
+        """Deterministic sites and log-likelihoods at draws of the latent sites.
+
+        Args:
+            values: A value of shape ``(N, *site_shape)`` for each latent site.
+
+        Returns:
+            Those at each draw, and the observed data. Only the data where the model has
+            discrete latent sites or plates that subsample.
+        """
+        return model_outputs(self.model, self._args, self._kwargs, values)
 
     def check_evidence(self) -> None:
         r"""Check that :math:`\log Z` is the log evidence of the model.

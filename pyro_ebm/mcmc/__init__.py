@@ -16,6 +16,7 @@ __all__ = [
     "PyroKernel",
     "ReplicaExchange",
     "Sampler",
+    "SamplingDiagnostics",
     "StepInfo",
     "StepSizeAdaptation",
     "ULA",
@@ -33,7 +34,7 @@ from pyro_ebm.mcmc.independent import IndependentChains
 from pyro_ebm.mcmc.langevin import MALA
 from pyro_ebm.mcmc.persistent import PersistentChains
 from pyro_ebm.mcmc.pyro_kernel import PyroKernel
-from pyro_ebm.mcmc.sampler import Sampler
+from pyro_ebm.mcmc.sampler import Sampler, SamplingDiagnostics
 from pyro_ebm.mcmc.tempering import ReplicaExchange
 from pyro_ebm.mcmc.unadjusted import ULA
 from pyro_ebm.mcmc.warmup import Warmup

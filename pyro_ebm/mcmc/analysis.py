@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyro_ebm.diagnostics import Convergence, convergence, energy_bfmi
 from pyro_ebm.diagnostics.ranks import quantiles
+from pyro_ebm.mcmc.advice import advise
 from pyro_ebm.mcmc.base import bias_of
 from pyro_ebm.mcmc.batch_moments import BatchMoments
 from pyro_ebm.mcmc.draws import KeptDraws
@@ -71,7 +72,11 @@ def diagnose(run: ChainRun) -> Diagnostics:
         num_stray=_num_stray(run),
         dtype=run.state.energy.dtype,
     )
-    return verdict(found, count, bias_of(kernel))
+    found = verdict(found, count, bias_of(kernel))
+    if found.is_reliable or not isinstance(run.draws, KeptDraws):
+        return found
+    advice = advise(samples_of(run), run.draws["energy"].mT, found)
+    return found._replace(reasons=(*found.reasons, *advice))
 
 
 def _convergence_of(run: ChainRun) -> dict[str, Convergence]:

@@ -279,18 +279,44 @@ class MCMC:
         """
         return summarize(self._started(), self.diagnostics(), prob)
 
-    def to_arviz(self) -> Any:
-        """The run as an ``arviz.InferenceData``, with statistics of the warmup.
+    def print_summary(self, prob: float = 0.9) -> None:
+        """Print :meth:`summary`, with the verdict below the table.
+
+        The columns of Pyro and NumPyro are there: ``sd`` is their ``std``,
+        ``bulk_ess`` their ``n_eff``.
+
+        Args:
+            prob: Of the central interval.
+
+        Raises:
+            RuntimeError: If nothing was run.
+            ValueError: If ``prob`` is not between 0 and 1.
+        """
+        print(self.summary(prob))
+
+    def to_arviz(self, *, log_likelihood: bool = True) -> Any:
+        """The run as an ``arviz.InferenceData``, or as a ``DataTree`` from ArviZ 1 on.
+
+        With statistics of the sampler and of the warm-up, and of a Pyro model its
+        deterministic sites, its data and the log-likelihood of each observation, shape
+        ``(num_chains, num_draws, *batch_shape)``. These three are found by running the
+        model at the draws; where it has discrete latent sites or plates that subsample
+        there are only the data.
 
         There is no ``energy`` among the statistics, which ArviZ takes for the total
         energy with momenta; :meth:`diagnostics` has the ``energy_bfmi``.
 
+        Args:
+            log_likelihood: Whether to run a Pyro model at the draws. The result has as
+                many numbers as there are draws times observations.
+
         Raises:
             ImportError: If ArviZ is not installed.
             RuntimeError: If nothing was run, or the draws were not kept.
+            ValueError: If a site has the name of one of ArviZ's own dimensions.
         """
         run = self._started()
-        return to_arviz(run, samples_of(run))
+        return to_arviz(run, samples_of(run), log_likelihood=log_likelihood)
 
     def _by_site(self, values: dict[str, Any]) -> Any:
         return values if self._started().target.is_model else values[SITE]

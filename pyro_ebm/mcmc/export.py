@@ -1,19 +1,22 @@
-"""A run as an ``arviz.InferenceData``."""
+"""A run as an object of ArviZ."""
 
 __all__ = ["to_arviz"]
 
+import inspect
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.energies import PyroModelEnergy
+from pyro_ebm.energies.compiled import CompiledEnergy
 from pyro_ebm.mcmc.draws import KeptDraws
 from pyro_ebm.mcmc.driver import ChainRun, step_size_of
 
 
-def to_arviz(run: ChainRun, samples: dict[str, Tensor]) -> Any:
-    """Draws and statistics, with those of the warmup.
+def to_arviz(run: ChainRun, samples: dict[str, Tensor], *, log_likelihood: bool) -> Any:
+    """Draws, what the model computes at them, data and statistics.
 
     There is no ``energy`` among the statistics: ArviZ takes it for the total energy
     with momenta, which kernels here do not record.
@@ -21,10 +24,12 @@ def to_arviz(run: ChainRun, samples: dict[str, Tensor]) -> Any:
     Args:
         run: With draws that were kept.
         samples: Values of the sites, shape ``(num_chains, num_draws, *site)``.
+        log_likelihood: Whether to run a Pyro model at the draws.
 
     Returns:
-        An ``arviz.InferenceData`` with groups ``posterior``, ``sample_stats`` and
-        ``warmup_sample_stats``.
+        An ``arviz.InferenceData``, or an ``xarray.DataTree`` from ArviZ 1 on, with
+        groups ``posterior``, ``sample_stats``, ``warmup_sample_stats``, and of a Pyro
+        model ``log_likelihood`` and ``observed_data``.
 
     Raises:
         ImportError: If ArviZ is not installed.
@@ -41,8 +46,51 @@ def to_arviz(run: ChainRun, samples: dict[str, Tensor]) -> Any:
             "to_arviz needs the draws, and keep_draws is False. Use summary(), or run "
             "with keep_draws=True."
         )
-    _check_names(samples)
-    draws = run.draws
+    groups = {"posterior": samples}
+    if log_likelihood:
+        groups = _with_outputs(run, samples)
+    _check_names(groups["posterior"])
+    arrays = {
+        group: {name: value.detach().cpu().numpy() for name, value in part.items()}
+        for group, part in (groups | _statistics(run, run.draws)).items()
+        if part
+    }
+    with warnings.catch_warnings():
+        # It takes many chains of few draws for a slip.
+        warnings.filterwarnings("ignore", "More chains|Found chain", UserWarning)
+        return _from_dict(arviz, arrays)
+
+
+def _from_dict(arviz: Any, groups: dict[str, dict[str, Any]]) -> Any:
+    """ArviZ 1 takes the groups as one argument, ArviZ 0 each as its own."""
+    saves = {"save_warmup": any(name.startswith("warmup") for name in groups)}
+    if "posterior" in inspect.signature(arviz.from_dict).parameters:
+        return arviz.from_dict(**groups, **saves)
+    return arviz.from_dict(groups, **saves)
+
+
+def _with_outputs(
+    run: ChainRun, samples: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Groups of a Pyro model, its deterministic sites among the draws."""
+    energy = run.target.energy
+    energy = energy.energy if isinstance(energy, CompiledEnergy) else energy
+    num_chains, num_draws = next(iter(samples.values())).shape[:2]
+    if not isinstance(energy, PyroModelEnergy) or not num_draws:
+        return {"posterior": samples}
+    found = energy.outputs({name: v.flatten(0, 1) for name, v in samples.items()})
+    deterministic, log_likelihood = (
+        {name: v.unflatten(0, (num_chains, num_draws)) for name, v in part.items()}
+        for part in (found.deterministic, found.log_likelihood)
+    )
+    return {
+        "posterior": samples | deterministic,
+        "log_likelihood": log_likelihood,
+        "observed_data": found.observed,
+    }
+
+
+def _statistics(run: ChainRun, draws: KeptDraws) -> dict[str, dict[str, Tensor]]:
     statistics = {
         "acceptance_rate": draws["accept_prob"],
         "diverging": draws["divergent"],
@@ -50,7 +98,7 @@ def to_arviz(run: ChainRun, samples: dict[str, Tensor]) -> Any:
         "potential_energy": draws["energy"],
         "step_size": step_size_of(run.warmup.kernel).expand_as(draws["energy"]),
     }
-    groups: dict[str, Any] = {"sample_stats": _by_chain(statistics)}
+    groups = {"sample_stats": _by_chain(statistics)}
     if run.warmup_accept_probs:
         accept_prob = torch.stack(run.warmup_accept_probs)
         step_sizes = torch.stack(run.warmup_step_sizes)
@@ -61,14 +109,7 @@ def to_arviz(run: ChainRun, samples: dict[str, Tensor]) -> Any:
                 "step_size": step_sizes[:, None].expand_as(accept_prob),
             }
         )
-        groups["save_warmup"] = True
-    with warnings.catch_warnings():
-        # It takes many chains of few draws for a slip.
-        warnings.filterwarnings("ignore", "More chains", UserWarning)
-        return arviz.from_dict(
-            posterior={name: value.cpu().numpy() for name, value in samples.items()},
-            **groups,
-        )
+    return groups
 
 
 def _check_names(samples: dict[str, Tensor]) -> None:
@@ -81,6 +122,6 @@ def _check_names(samples: dict[str, Tensor]) -> None:
         )
 
 
-def _by_chain(statistics: dict[str, Tensor]) -> dict[str, Any]:
-    """``(num_draws, num_chains)`` tensors as ``(num_chains, num_draws)`` arrays."""
-    return {name: v.transpose(0, 1).cpu().numpy() for name, v in statistics.items()}
+def _by_chain(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``(num_draws, num_chains)`` tensors as ``(num_chains, num_draws)`` ones."""
+    return {name: v.transpose(0, 1) for name, v in statistics.items()}

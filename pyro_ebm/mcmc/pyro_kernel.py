@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, final
 
 import torch
+from pyro.infer.autoguide.initialization import init_to_uniform
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
@@ -20,18 +21,27 @@ from pyro_ebm.mcmc.base import Kernel, StepInfo, replace_nonfinite
 
 @final
 class PyroKernel(MCMCKernel):
-    """Run a kernel on a Pyro model, one chain at a time.
+    """Run a kernel on a Pyro model or a potential, one chain at a time.
 
     For many chains at once prefer the kernel itself; this adapter lets it stand where
-    Pyro's HMC and NUTS stand: ``pyro.infer.MCMC(PyroKernel(MALA(), model), ...)``.
+    Pyro's HMC and NUTS stand: ``pyro.infer.MCMC(PyroKernel(MALA(), model), ...)``, with
+    several chains and their ``initial_params`` too.
 
     Args:
         kernel: Any kernel of :mod:`pyro_ebm.mcmc`.
         model: A Pyro model with continuous latent sites; its arguments are given to
             ``MCMC.run``.
+        potential_fn: In place of a model: minus the log density of a dict of values in
+            unconstrained space, in nats, shape ``()``. It needs the ``initial_params``
+            of ``pyro.infer.MCMC``.
+        transforms: From the support of a site to unconstrained space, by name; default:
+            those of the supports of a model, none of a potential.
+        init_strategy: Where sites of a model start, as for autoguides.
 
     Raises:
-        TypeError: If ``model`` is an energy or cannot be called.
+        TypeError: If ``model`` is an energy or cannot be called, or ``potential_fn``
+            cannot.
+        ValueError: If not one of ``model`` and ``potential_fn`` is given.
 
     Example:
         >>> def model():
@@ -43,33 +53,50 @@ class PyroKernel(MCMCKernel):
         torch.Size([20])
     """
 
-    def __init__(self, kernel: Kernel, model: Callable[..., Any]) -> None:
-        if isinstance(model, Energy) or not callable(model):
+    def __init__(
+        self,
+        kernel: Kernel,
+        model: Callable[..., Any] | None = None,
+        potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
+        *,
+        transforms: dict[str, Any] | None = None,
+        init_strategy: Callable[..., Any] = init_to_uniform,
+    ) -> None:
+        if (model is None) == (potential_fn is None):
+            raise ValueError(
+                "exactly one of model and potential_fn must be given, got "
+                + ("neither." if model is None else "both.")
+            )
+        if model is not None and (isinstance(model, Energy) or not callable(model)):
             raise TypeError(
                 f"model must be a Pyro model, got {type(model).__name__}. An energy "
                 'becomes one as lambda: pyro.sample("x", EnergyDistribution(energy)).'
             )
+        if potential_fn is not None and not callable(potential_fn):
+            raise TypeError(
+                "potential_fn must map a dict of unconstrained values to an energy, "
+                f"got {type(potential_fn).__name__}."
+            )
         self.kernel = kernel
         self.model = model
-        self.transforms: dict[str, Any] | None = None
+        self.potential_fn = potential_fn
+        self.init_strategy = init_strategy
+        # Those of the last run, which pyro.infer.MCMC asks for, or else as given.
+        self.transforms, self._given_transforms = transforms, transforms
         self._initial_params: dict[str, Tensor] | None = None
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Find the latent sites, a starting point and a step size.
 
         Raises:
-            ValueError: If the model has no latent site.
+            ValueError: If the model has no latent site, or a potential is given no
+                starting point.
             DivergenceError: If the starting point that was given has a non-finite
                 energy.
         """
         self._warmup_steps, self._step = warmup_steps, 0
         self._accept_sum, self._num_nonfinite = 0.0, 0
-        initial, potential, self.transforms, _ = initialize_model(
-            self.model,
-            model_args=args,
-            model_kwargs=kwargs,
-            initial_params=self._initial_params,
-        )
+        initial, potential = self._found(args, kwargs)
         if not initial:
             raise ValueError(
                 "model must have at least one continuous latent site, got none: all "
@@ -87,6 +114,28 @@ class PyroKernel(MCMCKernel):
         start = find_step_size(self.kernel, self._energy, self._state)
         self._adaptation = StepSizeAdaptation(start)
         self._adapted = dataclasses.replace(self.kernel, step_size=start)
+
+    def _found(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], Tensor]]:
+        """Where the chain starts, and its potential."""
+        if self.potential_fn is not None:
+            if self._initial_params is None:
+                raise ValueError(
+                    "initial_params must be given with a potential_fn: "
+                    "pyro.infer.MCMC(kernel, ..., initial_params={site: value})."
+                )
+            self.transforms = self._given_transforms or {}
+            return self._initial_params, self.potential_fn
+        initial, potential, self.transforms, _ = initialize_model(
+            self.model,
+            model_args=args,
+            model_kwargs=kwargs,
+            transforms=self._given_transforms,
+            init_strategy=self.init_strategy,
+            initial_params=self._initial_params,
+        )
+        return initial, potential
 
     @property
     def initial_params(self) -> dict[str, Tensor] | None:

@@ -1,6 +1,6 @@
 """The table of a run."""
 
-__all__ = ["SiteSummary", "Summary"]
+__all__ = ["SiteSummary", "Summary", "coordinate_names"]
 
 import itertools
 from collections.abc import Iterator
@@ -80,7 +80,9 @@ class Summary(NamedTuple):
         cells = [["", *names]]
         for site, summary in self.sites.items():
             columns = [value.flatten()[:_MAX_ROWS].tolist() for value in summary]
-            rows = zip(_names(site, summary.mean.shape), *columns, strict=False)
+            rows = zip(
+                coordinate_names(site, summary.mean.shape), *columns, strict=False
+            )
             for name, *row in rows:
                 text = [f"{v:{form}}" for v, form in zip(row, _FORMATS, strict=True)]
                 cells.append([name, *text])
@@ -90,7 +92,7 @@ class Summary(NamedTuple):
         return cells
 
 
-def _names(site: str, shape: tuple[int, ...]) -> Iterator[str]:
+def coordinate_names(site: str, shape: tuple[int, ...]) -> Iterator[str]:
     """``site``, or ``site[0, 1]`` of each coordinate in order."""
     if not shape:
         yield site

@@ -65,11 +65,17 @@ def moments(grid):
 
 
 def test_draws_are_those_of_the_conditional():
-    """Draws of the marginal: planted, and seen to fail."""
+    """Draws of the marginal: planted, and seen to fail.
+
+    There are two modes that no chain travels between. Their shares are right by
+    symmetry, which the verdict cannot know.
+    """
     conditional = banana().condition({1: 1.2})
     assert isinstance(conditional, Conditional)
     mean, variance = moments(grid_of(conditional))
-    assert_moments(conditional.sample((1000,)), mean, variance)
+    with pytest.warns(UnreliableWarning, match="in modes that they do not leave"):
+        draws = conditional.sample((1000,))
+    assert_moments(draws, mean, variance)
     with pytest.raises(AssertionError):  # planted
         assert_moments(banana().sample((1000,))[..., :1], mean, variance)
 

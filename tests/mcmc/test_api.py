@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import sys
 import warnings
 from dataclasses import dataclass
 
@@ -349,6 +348,7 @@ def test_chains_that_do_not_mix_are_reported(num_chains):
     assert (found.status, found.is_reliable) == ("unreliable", False)
     assert found.r_hat("x") > 1.5
     assert ("nested" in found.reason) == (num_chains == 128)
+    assert "in 2 places that they do not leave, x around -" in found.reason
 
 
 def test_a_good_run_does_not_warn():
@@ -534,6 +534,13 @@ def test_summary():
     assert summary._repr_html_().count("<tr>") == 3
 
 
+def test_print_summary(capsys):
+    chains = sampler(HMC(), 100, 100, 256)
+    chains.run(gaussian())
+    chains.print_summary(0.8)
+    assert capsys.readouterr().out == f"{chains.summary(0.8)}\n"
+
+
 @unreliable_is_fine
 def test_a_long_summary_is_cut():
     chains = sampler()
@@ -542,56 +549,6 @@ def test_a_long_summary_is_cut():
     assert "x[39]" in text
     assert "x[40]" not in text
     assert "x: 20 more" in text
-
-
-def sampler_of_many():
-    """More chains than draws, which ArviZ takes for a slip."""
-    chains = sampler(num_samples=8, num_chains=64)
-    chains.run(gaussian())
-    return chains
-
-
-@unreliable_is_fine
-def test_to_arviz():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        arviz = pytest.importorskip("arviz")
-    chains = sampler(num_samples=20)
-    chains.run(model_energy())
-    data = chains.to_arviz()
-    assert data.posterior["scale"].shape == (16, 20, 2)
-    assert data.sample_stats["acceptance_rate"].shape == (16, 20)
-    assert data.sample_stats["diverging"].dtype == bool
-    assert data.warmup_sample_stats["step_size"].shape == (16, 30)
-    samples = chains.get_samples(group_by_chain=True)
-    assert (data.posterior["loc"].values == samples["loc"].numpy()).all()
-    found = chains.diagnostics().sites["loc"]
-    r_hat = arviz.rhat(data, var_names="loc")["loc"].item()
-    assert found.r_hat.item() == pytest.approx(r_hat, rel=1e-10)
-    ess = arviz.ess(data, var_names="loc")["loc"].item()
-    assert found.bulk_ess.item() == pytest.approx(ess, rel=1e-10)
-    assert sampler_of_many().to_arviz().posterior["x"].shape == (64, 8, 2)
-    # lp is the log density where the chains move.
-    lp = -model_energy()(model_energy().unconstrain(samples))
-    torch.testing.assert_close(torch.tensor(data.sample_stats["lp"].values), lp)
-
-
-def test_without_arviz(monkeypatch):
-    monkeypatch.setitem(sys.modules, "arviz", None)
-    chains = sampler(num_samples=4)
-    with pytest.warns(UnreliableWarning):
-        chains.run(gaussian())
-    with pytest.raises(ImportError, match=r"pip install 'pyro-ebm\[arviz\]'"):
-        chains.to_arviz()
-
-
-@unreliable_is_fine
-def test_arviz_would_drop_a_site_called_chain():
-    pytest.importorskip("arviz")
-    chains = sampler(num_samples=4)
-    chains.run(lambda: pyro.sample("chain", dist.Normal(0.0, 1.0)))
-    with pytest.raises(ValueError, match=r"not be called \['chain'\] in ArviZ"):
-        chains.to_arviz()
 
 
 @unreliable_is_fine
@@ -798,6 +755,7 @@ def test_out_of_order():
     for method in (
         chains.get_samples,
         chains.summary,
+        chains.print_summary,
         chains.diagnostics,
         chains.moments,
         chains.to_arviz,

@@ -148,13 +148,17 @@ def test_chains_that_start_where_it_is_too_steep_get_away():
 
 def test_a_narrow_mode_keeps_its_share():
     """A quarter of the chains start in it, and are still there, spread as it is.
-    Planted: chains that are stuck in the warmup moved to others; 2 % were left."""
+    Planted: chains that are stuck in the warmup moved to others; 2 % were left. That
+    no chain travels is said all the same: by no chain can the share be told."""
     energy = FunctionEnergy(
         lambda x: torch.where(x < 0, 50 * (x + 5) ** 2, (x - 5) ** 2 / 2), ()
     )
     mixing = dist.Categorical(torch.tensor([0.25, 0.75]))
     starts = dist.Normal(torch.tensor([-5.0, 5.0]), torch.tensor([0.05, 1.0]))
-    x = IndependentChains(dist.MixtureSameFamily(mixing, starts))(energy, 4000)
+    with pytest.warns(
+        UnreliableWarning, match=r"R-hat of the chains .* is \d+\.\d\d > "
+    ):
+        x = IndependentChains(dist.MixtureSameFamily(mixing, starts))(energy, 4000)
     assert abs((x < 0).double().mean() - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
     assert_moments(x[x < 0], -5.0, 0.01)
     assert_moments(x[x > 0], 5.0, 1.0)
@@ -210,3 +214,23 @@ def test_the_bar_counts_every_transition_and_changes_no_draw(monkeypatch):
     assert is_shown == [True, False]
     assert bars[0].n == bars[0].total == 14
     assert torch.equal(*draws)
+
+
+def test_a_verdict_on_the_draws():
+    """Planted: chains of which all but the first are left out of the comparison."""
+    good = IndependentChains().draw(gaussian(), 100).diagnostics
+    assert (good.status, good.reasons, good.num_stuck) == ("ok", (), 0)
+    assert (good.num_chains, good.num_transitions) == (100, 100)
+    assert 1 < good.r_hat < 1.1
+    assert str(good).startswith("draws by IndependentChains [ok], 100 chains of 100 tr")
+    far = FunctionEnergy(lambda x: (x.abs() - 8) ** 2 / 2, ())
+    apart = IndependentChains().draw(far, 100).diagnostics
+    assert (apart.status, apart.is_reliable) == ("unreliable", False)
+    assert apart.r_hat > 4
+    assert "ReplicaExchange for separate modes" in str(apart)
+
+
+def test_few_transitions_are_not_judged_and_not_warned_of():
+    found = IndependentChains(warmup_steps=2, num_steps=2).draw(gaussian(), 5)
+    assert found.diagnostics.r_hat != found.diagnostics.r_hat  # nan
+    assert found.diagnostics.reason == "2 transitions are too few to judge the draws"

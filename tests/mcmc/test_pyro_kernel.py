@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import MCMC, NUTS
+from pyro.infer.autoguide.initialization import init_to_value
 from pyro.ops.stats import effective_sample_size
 
 import pyro_ebm
@@ -203,6 +204,64 @@ def test_initial_params_are_used_once(kernel, monkeypatch):
     assert starts[1] != 7.0
 
 
+@pytest.mark.filterwarnings("ignore:num_chains=2 is more than available_cpu")
+@pytest.mark.parametrize("context", ["fork", "spawn", None])
+def test_several_chains_as_with_pyros_kernels(context, monkeypatch):
+    """A process a chain or one after the other, from starting points of their own."""
+    num_cores = 1 if context is None else 3
+    monkeypatch.setattr("torch.multiprocessing.cpu_count", lambda: num_cores)
+    starts = {"rate": torch.tensor([-3.0, 3.0])}
+    settings = {"num_chains": 2, "mp_context": context, "initial_params": starts}
+    size = 5 if context == "spawn" else 400
+    mcmc = run(HMC(num_leapfrog=2), gamma_model, DATA, num_samples=size, **settings)
+    draws = mcmc.get_samples(group_by_chain=True)["rate"]
+    assert draws.shape == (2, size)
+    assert not torch.equal(draws[0], draws[1])
+    assert (draws > 0).all()
+    assert set(mcmc.diagnostics()["acceptance rate"]) == {"chain 0", "chain 1"}
+    if context != "spawn":
+        shape, rate = 2.0 + len(DATA), 1.0 + DATA.sum().item()
+        assert_chain_moments(draws[1], shape / rate, shape / rate**2)
+
+
+def log_gamma(params):
+    """Minus the log density of the logarithm of a Gamma(3, 2), in two coordinates."""
+    u = params["u"]
+    return (2 * u.exp() - 3 * u).sum() + (params["v"] ** 2).sum() / 2
+
+
+def test_a_potential_and_its_transforms():
+    """Planted: the Jacobian added once more; transforms left out."""
+    starts = {"u": torch.zeros(2), "v": torch.zeros(())}
+    transforms = {"u": torch.distributions.transforms.ExpTransform().inv}
+    kernel = PyroKernel(HMC(num_leapfrog=2), None, log_gamma, transforms=transforms)
+    mcmc = MCMC(kernel, 1500, 300, initial_params=starts, disable_progbar=True)
+    mcmc.run()
+    samples = mcmc.get_samples()
+    assert_chain_moments(samples["u"][:, 0], 1.5, 0.75)
+    assert_chain_moments(samples["v"], 0.0, 1.0)
+    bare = PyroKernel(HMC(), potential_fn=log_gamma)
+    with pytest.raises(
+        ValueError, match="initial_params must be given with a potential"
+    ):
+        MCMC(bare, 2, 2, disable_progbar=True).run()
+
+
+def test_init_strategy(monkeypatch):
+    found = []
+    init = MALA.init
+
+    def record(self, energy, x):
+        found.append(x.item())
+        return init(self, energy, x)
+
+    monkeypatch.setattr(MALA, "init", record)
+    strategy = init_to_value(values={"rate": torch.tensor(5.0)})
+    kernel = PyroKernel(MALA(), gamma_model, init_strategy=strategy)
+    MCMC(kernel, 2, 0, disable_progbar=True).run(DATA)
+    assert found[0] == pytest.approx(torch.tensor(5.0).log().item())
+
+
 def test_same_seed_same_chain(kernel):
     chains = []
     for _ in range(2):
@@ -216,6 +275,12 @@ def test_bad_models(kernel):
         PyroKernel(kernel, QuadraticEnergy(torch.zeros(2)))
     with pytest.raises(TypeError, match="got int"):
         PyroKernel(kernel, 3)
+    with pytest.raises(TypeError, match="potential_fn must map a dict .* got int"):
+        PyroKernel(kernel, potential_fn=3)
+    with pytest.raises(ValueError, match="exactly one of model and .* got neither"):
+        PyroKernel(kernel)
+    with pytest.raises(ValueError, match="exactly one of model and .* got both"):
+        PyroKernel(kernel, normal_model, log_gamma)
     with pytest.raises(ValueError, match="at least one continuous latent site"):
         run(kernel, lambda: pyro.sample("x", dist.Normal(0.0, 1.0), obs=DATA[0]))
 
