@@ -60,7 +60,7 @@ class ExpertDraws:
             )
         return self._draw(num_draws, lambda expert, n: expert.sample(torch.Size([n])))
 
-    def draw(self, energy: Energy, num_draws: int) -> Draws:
+    def draw_diagnosed(self, energy: Energy, num_draws: int) -> Draws:
         """The same, with all that speaks against the draws of the experts."""
         x = self(energy, num_draws)
         energies = [e for e in self.experts if isinstance(e, EnergyDistribution)]

@@ -131,8 +131,8 @@ class Pool:
 
 
 def _drawn(sampler: Any, energy: Energy, num_draws: int) -> Draws:
-    if hasattr(sampler, "draw"):
-        found: Draws = sampler.draw(energy, num_draws)
+    if hasattr(sampler, "draw_diagnosed"):
+        found: Draws = sampler.draw_diagnosed(energy, num_draws)
         return found
     name = type(sampler).__name__
     silent = Finding(

@@ -106,12 +106,12 @@ class IndependentChains:
         Warns:
             UnreliableWarning: If chains hardly moved or remember their starts.
         """
-        draws = self.draw(energy, num_draws)
+        draws = self.draw_diagnosed(energy, num_draws)
         warn_of(draws.diagnostics)
         return draws.x
 
     @torch.no_grad()
-    def draw(self, energy: Energy, num_draws: int) -> Draws:
+    def draw_diagnosed(self, energy: Energy, num_draws: int) -> Draws:
         """Run the chains, with a verdict instead of a warning.
 
         Args:

@@ -72,9 +72,9 @@ class Draws(NamedTuple):
 class Sampler(Protocol):
     """Draws from ``e^-f``, many at once.
 
-    One that can tell how good its draws are has a method ``draw`` besides, with the
-    same arguments, which returns :class:`Draws` and does not warn. One that runs a
-    number of chains however few draws are wanted says so by ``min_chains``;
+    One that can tell how good its draws are has a method ``draw_diagnosed`` besides,
+    with the same arguments, which returns :class:`Draws` and does not warn. One that
+    runs a number of chains however few draws are wanted says so by ``min_chains``;
     :class:`~pyro_ebm.EnergyDistribution` keeps the rest for later.
 
     Example:

@@ -253,6 +253,7 @@ def test_shapes(exact):
     assert (given.expand_event(x)[..., 0] == 0.5).all()
 
 
+@pytest.mark.filterwarnings("ignore:R-hat of the chains of the draws")
 def test_plates_and_nuts():
     given = banana().condition({1: 1.2})
 

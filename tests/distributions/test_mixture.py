@@ -208,6 +208,7 @@ def test_starting_points_are_cheap_and_in_the_wells():
     assert all(f.num_values + f.num_gradients == 0 for f in energies)
 
 
+@pytest.mark.filterwarnings("ignore:R-hat of the chains of the draws")
 def test_its_base_is_a_mixture_so_that_a_product_finds_all_wells():
     """From a standard normal all draws are in the nearer well."""
     q = two_wells()

@@ -218,19 +218,19 @@ def test_the_bar_counts_every_transition_and_changes_no_draw(monkeypatch):
 
 def test_a_verdict_on_the_draws():
     """Planted: chains of which all but the first are left out of the comparison."""
-    good = IndependentChains().draw(gaussian(), 100).diagnostics
+    good = IndependentChains().draw_diagnosed(gaussian(), 100).diagnostics
     assert (good.status, good.reasons, good.num_stuck) == ("ok", (), 0)
     assert (good.num_chains, good.num_transitions) == (100, 100)
     assert 1 < good.r_hat < 1.1
     assert str(good).startswith("draws by IndependentChains [ok], 100 chains of 100 tr")
     far = FunctionEnergy(lambda x: (x.abs() - 8) ** 2 / 2, ())
-    apart = IndependentChains().draw(far, 100).diagnostics
+    apart = IndependentChains().draw_diagnosed(far, 100).diagnostics
     assert (apart.status, apart.is_reliable) == ("unreliable", False)
     assert apart.r_hat > 4
     assert "ReplicaExchange for separate modes" in str(apart)
 
 
 def test_few_transitions_are_not_judged_and_not_warned_of():
-    found = IndependentChains(warmup_steps=2, num_steps=2).draw(gaussian(), 5)
+    found = IndependentChains(warmup_steps=2, num_steps=2).draw_diagnosed(gaussian(), 5)
     assert found.diagnostics.r_hat != found.diagnostics.r_hat  # nan
     assert found.diagnostics.reason == "2 transitions are too few to judge the draws"

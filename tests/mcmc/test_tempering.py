@@ -73,6 +73,7 @@ def test_weights_of_separated_modes_are_found_from_one_of_them(dim):
     assert abs(weight_on_the_right(state.x) - 0.3) > 0.05
 
 
+@pytest.mark.filterwarnings("ignore:R-hat of the chains of the draws")
 def test_independent_chains_of_hmc_take_the_weights_of_their_start():
     """From the base, which covers both modes, but knows nothing of their weights."""
     energy, base = two_modes(2)

@@ -82,12 +82,12 @@ def test_a_pyro_model_has_its_log_evidence():
     x, y = torch.randn(12, 3), torch.randn(12)
     covariance = 4 * x @ x.mT + 0.25 * torch.eye(12)
     truth = dist.MultivariateNormal(torch.zeros(12), covariance).log_prob(y).item()
-    found = estimate(functools.partial(regression, x, y), budget=20_000)
+    found = estimate(functools.partial(regression, x, y), budget=40_000)
     assert found.status == "ok"
     assert found.lower <= truth <= found.upper
     assert found.std_error < 0.05
     with_energy = estimate(
-        pyro_ebm.energies.PyroModelEnergy(regression, x, y), budget=20_000
+        pyro_ebm.energies.PyroModelEnergy(regression, x, y), budget=40_000
     )
     assert abs(with_energy.value - truth) < 0.05
 
