@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pyro_ebm
-from pyro_ebm.energies import conjugate
+from pyro_ebm.energies.closed_form import conjugate
 
 
 def pytest_addoption(parser):

@@ -44,11 +44,11 @@ from workloads import WORKLOADS
 from pyro_ebm import mcmc
 from pyro_ebm.diagnostics import convergence
 from pyro_ebm.energies import CompiledEnergy, Energy
-from pyro_ebm.mcmc.analysis import diagnose
-from pyro_ebm.mcmc.driver import ChainRun
-from pyro_ebm.mcmc.leapfrog import leapfrog
-from pyro_ebm.mcmc.start import start_chains
-from pyro_ebm.mcmc.target import resolve_target
+from pyro_ebm.mcmc.kernels.leapfrog import leapfrog
+from pyro_ebm.mcmc.report.analysis import diagnose
+from pyro_ebm.mcmc.run.driver import ChainRun
+from pyro_ebm.mcmc.run.target import resolve_target
+from pyro_ebm.mcmc.starts.start import start_chains
 
 NUM_WARMUP, NUM_DRAWS = 300, {1: 1000, 64: 1000, 1024: 200}
 ONE_THREAD = {

@@ -44,9 +44,9 @@ from sklearn.mixture import GaussianMixture
 from torch import nn
 
 from pyro_ebm import EnergyDistribution, datasets, infer, partition
+from pyro_ebm.core.errors import DivergenceError, UnreliableWarning
 from pyro_ebm.energies import DistributionEnergy, FunctionEnergy
-from pyro_ebm.errors import DivergenceError, UnreliableWarning
-from pyro_ebm.infer.score_matching import Slopes
+from pyro_ebm.infer.objectives.score.score_matching import Slopes
 from pyro_ebm.mcmc import IndependentChains, PersistentChains
 from pyro_ebm.testing import CountingEnergy
 

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from pyro_ebm import EnergyDistribution, infer, partition, plots
+from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.energies import NeuralEnergy
-from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.mcmc import IndependentChains
 
 torch.set_num_threads(1)  # a second thread only slows so small a network down

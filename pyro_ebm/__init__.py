@@ -32,11 +32,11 @@ from pyro_ebm import (
     diagnostics,
     distributions,
     energies,
-    errors,
     infer,
     mcmc,
     partition,
 )
+from pyro_ebm.core import errors
 from pyro_ebm.distributions import EnergyDistribution, EnergyModel
 from pyro_ebm.energies import Energy
 from pyro_ebm.infer import fit

@@ -14,7 +14,6 @@ PACKAGE = "pyro_ebm"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 LAYERS = (
     "core",
-    "errors",
     "diagnostics",
     "bases",
     "energies",
@@ -223,9 +222,9 @@ def test_package(check):
 HEAD = '"""A module."""\n\n__all__ = ["A"]\n\n'
 CLEAN = {
     "__init__.py": "from pyro_ebm import energies, plots\n",
-    "errors.py": "",
+    "core/errors.py": "",
     "energies/__init__.py": "from pyro_ebm.energies.base import A\n",
-    "energies/base.py": "import math\n\nfrom pyro_ebm.errors import A\n",
+    "energies/base.py": "import math\n\nfrom pyro_ebm.core.errors import A\n",
     "mcmc/__init__.py": "from .base import A\n",
     "mcmc/base.py": "from pyro_ebm.energies import A\n",
     "infer/__init__.py": "from pyro_ebm import energies, mcmc\n",
@@ -241,14 +240,14 @@ PLANTED = [
     (check_layers, "energies/late.py", "from ..mcmc.base import A"),
     (check_layers, "energies/late.py", "from .. import mcmc"),
     (check_layers, "energies/late.py", "if A:\n    from pyro_ebm.mcmc import A"),
-    (check_layers, "errors.py", "from pyro_ebm.energies.base import A"),
+    (check_layers, "core/errors.py", "from pyro_ebm.energies.base import A"),
     (check_layers, "infer/top.py", "from pyro_ebm import A"),
     (check_layers, "infer/top.py", "import pyro_ebm"),
     (check_layers, "infer/leaf.py", "from pyro_ebm import plots"),
     (check_layers, "infer/leaf.py", "from pyro_ebm.plots import A"),
     (check_layers, "testing/leaf.py", "from pyro_ebm.plots import A"),
     (check_cycles, "mcmc/base.py", "from pyro_ebm.mcmc import A"),
-    (check_cycles, "errors.py", "from pyro_ebm.energies import base"),
+    (check_cycles, "core/errors.py", "from pyro_ebm.energies import base"),
     (
         check_nested_imports,
         "mcmc/a.py",

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from pyro_ebm import plots
+from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
-from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.mcmc import HMC, MCMC, ReplicaExchange
-from pyro_ebm.mcmc.tempered_draws import TemperedDraws
+from pyro_ebm.mcmc.tempering.tempered_draws import TemperedDraws
 from pyro_ebm.partition import thermodynamic_integration
 
 

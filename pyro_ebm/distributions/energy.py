@@ -21,12 +21,12 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.core.verdict import Status
 from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.pool import draw, last_diagnostics
 from pyro_ebm.distributions.representation import distribution_html, log_partition_text
 from pyro_ebm.energies import ClosedForm, Energy, PyroModelEnergy
-from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.mcmc import IndependentChains, Sampler, SamplingDiagnostics
 from pyro_ebm.partition import LogPartitionEstimate
 

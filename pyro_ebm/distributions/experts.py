@@ -18,14 +18,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.core.verdict import Status, status_of
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.model import EnergyModel
 from pyro_ebm.energies import DistributionEnergy, Energy
 from pyro_ebm.energies.distribution import require_single
-from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.mcmc import SamplingDiagnostics
-from pyro_ebm.mcmc.sampler import Draws
+from pyro_ebm.mcmc.samplers.sampler import Draws
 
 
 @final

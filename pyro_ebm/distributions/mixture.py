@@ -36,7 +36,7 @@ from pyro_ebm.distributions.experts import (
 from pyro_ebm.distributions.model import EnergyModel
 from pyro_ebm.distributions.representation import distribution_html
 from pyro_ebm.energies import ClosedForm, Energy, MixtureEnergy
-from pyro_ebm.energies.gaussian import GaussianForm, gaussian_form
+from pyro_ebm.energies.closed_form.gaussian import GaussianForm, gaussian_form
 
 
 @final

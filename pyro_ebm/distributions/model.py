@@ -13,7 +13,7 @@ from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.representation import model_html, tracked_text
 from pyro_ebm.energies import DistributionEnergy, Energy
 from pyro_ebm.mcmc import IndependentChains, PersistentChains, Sampler
-from pyro_ebm.mcmc.path import GeometricPath
+from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition import LogPartition, LogPartitionEstimate
 from pyro_ebm.partition.default_base import standard_base
 

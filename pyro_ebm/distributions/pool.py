@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_ebm.core.verdict import Finding, Reason, Status
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc import Sampler
-from pyro_ebm.mcmc.sampler import Draws, SamplingDiagnostics, warn_of
+from pyro_ebm.mcmc.samplers.sampler import Draws, SamplingDiagnostics, warn_of
 
 #: Draws of the second pool and those after it, in units of the first. When the second
 #: is begun, as many chains have been run as if each draw had had chains of its own.

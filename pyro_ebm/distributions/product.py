@@ -35,6 +35,7 @@ import torch
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
+from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.core.verdict import Finding, Reason, Status
 from pyro_ebm.distributions.bound import LogPartitionBound, hoelder_bound
 from pyro_ebm.distributions.energy import EnergyDistribution
@@ -49,10 +50,9 @@ from pyro_ebm.distributions.terms import (
     terms_of,
 )
 from pyro_ebm.energies import ClosedForm, SumEnergy
+from pyro_ebm.energies.closed_form.gaussian import ImproperProductError
+from pyro_ebm.energies.discrete.finite import finite_values
 from pyro_ebm.energies.distribution import base_energy
-from pyro_ebm.energies.finite import finite_values
-from pyro_ebm.energies.gaussian import ImproperProductError
-from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.mcmc import IndependentChains, Sampler
 from pyro_ebm.partition import (
     LogPartitionEstimate,

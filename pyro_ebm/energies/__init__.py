@@ -38,32 +38,32 @@ __all__ = [
 ]
 
 from pyro_ebm.energies.algebra import ExpEnergy, SumEnergy
-from pyro_ebm.energies.associative_memory import (
+from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.closed_form.conjugate import register_product
+from pyro_ebm.energies.closed_form.marginal import marginal
+from pyro_ebm.energies.discrete.finite import FiniteUniform, spins
+from pyro_ebm.energies.discrete.lattice import IsingEnergy, PottsEnergy
+from pyro_ebm.energies.discrete.rbm import RBMEnergy
+from pyro_ebm.energies.distribution import DistributionEnergy
+from pyro_ebm.energies.function import FunctionEnergy
+from pyro_ebm.energies.graphs.compiled import CompiledEnergy
+from pyro_ebm.energies.memory.associative_memory import (
     HopfieldEnergy,
     Retrieval,
     SpinMemoryEnergy,
 )
-from pyro_ebm.energies.base import ClosedForm, Energy
-from pyro_ebm.energies.clamped import ClampedEnergy
-from pyro_ebm.energies.compiled import CompiledEnergy
-from pyro_ebm.energies.conjugate import register_product
-from pyro_ebm.energies.convolutional import ConvolutionalEnergy
-from pyro_ebm.energies.distribution import DistributionEnergy
-from pyro_ebm.energies.finite import FiniteUniform, spins
-from pyro_ebm.energies.function import FunctionEnergy
-from pyro_ebm.energies.lattice import IsingEnergy, PottsEnergy
-from pyro_ebm.energies.linear_map import LinearMapEnergy
-from pyro_ebm.energies.marginal import marginal
+from pyro_ebm.energies.memory.vector_memory import VectorMemoryEnergy
 from pyro_ebm.energies.mixture import MixtureEnergy
-from pyro_ebm.energies.neural import NeuralEnergy
-from pyro_ebm.energies.part import PartEnergy
-from pyro_ebm.energies.pyro_model import PyroModelEnergy
+from pyro_ebm.energies.neural.convolutional import ConvolutionalEnergy
+from pyro_ebm.energies.neural.neural import NeuralEnergy
+from pyro_ebm.energies.pyro_model.pyro_model import PyroModelEnergy
 from pyro_ebm.energies.quadratic import QuadraticEnergy
-from pyro_ebm.energies.rbm import RBMEnergy
-from pyro_ebm.energies.unconstrained import (
+from pyro_ebm.energies.views.clamped import ClampedEnergy
+from pyro_ebm.energies.views.linear_map import LinearMapEnergy
+from pyro_ebm.energies.views.part import PartEnergy
+from pyro_ebm.energies.views.unconstrained import (
     UnconstrainedEnergy,
     is_unconstrained,
     same_support,
     unconstrained,
 )
-from pyro_ebm.energies.vector_memory import VectorMemoryEnergy

@@ -21,9 +21,9 @@ from torch.distributions import Distribution
 
 from pyro_ebm.energies.base import ClosedForm, Energy, require_precision
 from pyro_ebm.energies.corrections import corrected, map_tensors
-from pyro_ebm.energies.model_prior import ModelPrior
 from pyro_ebm.energies.normalization import require_normalized
-from pyro_ebm.energies.unconstrained import same_support
+from pyro_ebm.energies.pyro_model.model_prior import ModelPrior
+from pyro_ebm.energies.views.unconstrained import same_support
 
 
 @final

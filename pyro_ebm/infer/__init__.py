@@ -1,7 +1,7 @@
 """Learning the parameters of energies inside Pyro models.
 
-Start with :mod:`~pyro_ebm.infer.objective`, the contract of all estimators, and
-:mod:`~pyro_ebm.infer.maximum_likelihood`, beside eq. (1.16).
+Start with :mod:`~pyro_ebm.infer.objectives.objective`, the contract of all estimators,
+and :mod:`~pyro_ebm.infer.objectives.likelihood.maximum_likelihood`, beside eq. (1.16).
 """
 
 __all__ = [
@@ -53,33 +53,40 @@ __all__ = [
     "tempered_maximum_likelihood",
 ]
 
-from pyro_ebm.infer.contrastive_divergence import ContrastiveDivergence
-from pyro_ebm.infer.denoising import DenoisingScoreMatching
-from pyro_ebm.infer.diagnosis import EnergyDifference, FitDiagnostics
-from pyro_ebm.infer.energy_discrepancy import EnergyDiscrepancy
-from pyro_ebm.infer.exact_likelihood import ExactMaximumLikelihood
-from pyro_ebm.infer.fit import fit
-from pyro_ebm.infer.fit_record import FitRecord
-from pyro_ebm.infer.fit_result import FitResult, FitTimings
-from pyro_ebm.infer.flow_contrastive import FlowContrastive
-from pyro_ebm.infer.generator import AmortizedSampler
+from pyro_ebm.infer.fit.diagnosis import EnergyDifference, FitDiagnostics
+from pyro_ebm.infer.fit.fit import fit
+from pyro_ebm.infer.fit.fit_record import FitRecord
+from pyro_ebm.infer.fit.fit_result import FitResult, FitTimings
+from pyro_ebm.infer.fit.stages import Stage
 from pyro_ebm.infer.handler import ObjectiveModel, maximum_likelihood
-from pyro_ebm.infer.importance import BoundedLikelihood, ImportanceSampledLikelihood
 from pyro_ebm.infer.likelihood import (
     LogLikelihood,
     log_likelihood,
     log_likelihood_difference,
 )
 from pyro_ebm.infer.loss import ObjectiveLoss
-from pyro_ebm.infer.maximum_likelihood import MaximumLikelihood
-from pyro_ebm.infer.noise_contrastive import NoiseContrastive
-from pyro_ebm.infer.objective import Objective, Surrogate, Terms
-from pyro_ebm.infer.penalty import EnergyPenalty
-from pyro_ebm.infer.ranking import RankingNoiseContrastive
-from pyro_ebm.infer.sandwich import ParameterErrors
-from pyro_ebm.infer.score_matching import ScoreMatching, SlicedScoreMatching
-from pyro_ebm.infer.stages import Stage
-from pyro_ebm.infer.standard_errors import parameter_errors
+from pyro_ebm.infer.objectives.contrast.flow_contrastive import FlowContrastive
+from pyro_ebm.infer.objectives.contrast.noise_contrastive import NoiseContrastive
+from pyro_ebm.infer.objectives.contrast.ranking import RankingNoiseContrastive
+from pyro_ebm.infer.objectives.likelihood.contrastive_divergence import (
+    ContrastiveDivergence,
+)
+from pyro_ebm.infer.objectives.likelihood.exact_likelihood import ExactMaximumLikelihood
+from pyro_ebm.infer.objectives.likelihood.generator import AmortizedSampler
+from pyro_ebm.infer.objectives.likelihood.importance import (
+    BoundedLikelihood,
+    ImportanceSampledLikelihood,
+)
+from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikelihood
+from pyro_ebm.infer.objectives.likelihood.tempered import TemperedMaximumLikelihood
+from pyro_ebm.infer.objectives.objective import Objective, Surrogate, Terms
+from pyro_ebm.infer.objectives.penalty import EnergyPenalty
+from pyro_ebm.infer.objectives.score.denoising import DenoisingScoreMatching
+from pyro_ebm.infer.objectives.score.energy_discrepancy import EnergyDiscrepancy
+from pyro_ebm.infer.objectives.score.score_matching import (
+    ScoreMatching,
+    SlicedScoreMatching,
+)
 from pyro_ebm.infer.sugar import (
     amortized_sampler,
     bounded_likelihood,
@@ -95,4 +102,5 @@ from pyro_ebm.infer.sugar import (
     sliced_score_matching,
     tempered_maximum_likelihood,
 )
-from pyro_ebm.infer.tempered import TemperedMaximumLikelihood
+from pyro_ebm.infer.uncertainty.sandwich import ParameterErrors
+from pyro_ebm.infer.uncertainty.standard_errors import parameter_errors

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from pyro_ebm.distributions import EnergyDistribution, MixtureOfExperts
 from pyro_ebm.energies.normalization import inner_distributions
 from pyro_ebm.infer.checks import require_learnable, require_objective
-from pyro_ebm.infer.maximum_likelihood import MaximumLikelihood
-from pyro_ebm.infer.objective import Objective, Surrogate
+from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikelihood
+from pyro_ebm.infer.objectives.objective import Objective, Surrogate
 from pyro_ebm.mcmc import PersistentChains
 
 

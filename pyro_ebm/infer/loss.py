@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.energies import Energy
 from pyro_ebm.infer.checks import points_of, require_objective
-from pyro_ebm.infer.objective import Objective, as_distribution
+from pyro_ebm.infer.objectives.objective import Objective, as_distribution
 from pyro_ebm.mcmc import PersistentChains
 
 

@@ -47,18 +47,26 @@ __all__ = [
 from collections.abc import Callable
 from typing import Any
 
-from pyro_ebm.infer.contrastive_divergence import ContrastiveDivergence
-from pyro_ebm.infer.denoising import DenoisingScoreMatching
-from pyro_ebm.infer.energy_discrepancy import EnergyDiscrepancy
-from pyro_ebm.infer.exact_likelihood import ExactMaximumLikelihood
-from pyro_ebm.infer.flow_contrastive import FlowContrastive
-from pyro_ebm.infer.generator import AmortizedSampler
 from pyro_ebm.infer.handler import ObjectiveModel
-from pyro_ebm.infer.importance import BoundedLikelihood, ImportanceSampledLikelihood
-from pyro_ebm.infer.noise_contrastive import NoiseContrastive
-from pyro_ebm.infer.ranking import RankingNoiseContrastive
-from pyro_ebm.infer.score_matching import ScoreMatching, SlicedScoreMatching
-from pyro_ebm.infer.tempered import TemperedMaximumLikelihood
+from pyro_ebm.infer.objectives.contrast.flow_contrastive import FlowContrastive
+from pyro_ebm.infer.objectives.contrast.noise_contrastive import NoiseContrastive
+from pyro_ebm.infer.objectives.contrast.ranking import RankingNoiseContrastive
+from pyro_ebm.infer.objectives.likelihood.contrastive_divergence import (
+    ContrastiveDivergence,
+)
+from pyro_ebm.infer.objectives.likelihood.exact_likelihood import ExactMaximumLikelihood
+from pyro_ebm.infer.objectives.likelihood.generator import AmortizedSampler
+from pyro_ebm.infer.objectives.likelihood.importance import (
+    BoundedLikelihood,
+    ImportanceSampledLikelihood,
+)
+from pyro_ebm.infer.objectives.likelihood.tempered import TemperedMaximumLikelihood
+from pyro_ebm.infer.objectives.score.denoising import DenoisingScoreMatching
+from pyro_ebm.infer.objectives.score.energy_discrepancy import EnergyDiscrepancy
+from pyro_ebm.infer.objectives.score.score_matching import (
+    ScoreMatching,
+    SlicedScoreMatching,
+)
 
 
 def amortized_sampler(model: Callable[..., Any], **settings: Any) -> ObjectiveModel:

@@ -24,17 +24,17 @@ __all__ = [
     "find_step_size",
 ]
 
-from pyro_ebm.mcmc.adaptation import StepSizeAdaptation, find_step_size
-from pyro_ebm.mcmc.api import MCMC
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
-from pyro_ebm.mcmc.chees import ChEES
-from pyro_ebm.mcmc.gibbs import Gibbs
-from pyro_ebm.mcmc.hmc import HMC
-from pyro_ebm.mcmc.independent import IndependentChains
-from pyro_ebm.mcmc.langevin import MALA
-from pyro_ebm.mcmc.persistent import PersistentChains
+from pyro_ebm.mcmc.kernels.chees import ChEES
+from pyro_ebm.mcmc.kernels.gibbs import Gibbs
+from pyro_ebm.mcmc.kernels.hmc import HMC
+from pyro_ebm.mcmc.kernels.langevin import MALA
+from pyro_ebm.mcmc.kernels.unadjusted import ULA
 from pyro_ebm.mcmc.pyro_kernel import PyroKernel
-from pyro_ebm.mcmc.sampler import Sampler, SamplingDiagnostics
-from pyro_ebm.mcmc.tempering import ReplicaExchange
-from pyro_ebm.mcmc.unadjusted import ULA
-from pyro_ebm.mcmc.warmup import Warmup
+from pyro_ebm.mcmc.run.api import MCMC
+from pyro_ebm.mcmc.samplers.independent import IndependentChains
+from pyro_ebm.mcmc.samplers.persistent import PersistentChains
+from pyro_ebm.mcmc.samplers.sampler import Sampler, SamplingDiagnostics
+from pyro_ebm.mcmc.tempering.tempering import ReplicaExchange
+from pyro_ebm.mcmc.warmup.adaptation import StepSizeAdaptation, find_step_size
+from pyro_ebm.mcmc.warmup.warmup import Warmup

@@ -29,9 +29,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.energies import Energy, is_unconstrained
-from pyro_ebm.errors import DivergenceError
 
 
 class ChainState(NamedTuple):

@@ -15,8 +15,8 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
 from pyro_ebm.energies import Energy, FunctionEnergy
-from pyro_ebm.mcmc.adaptation import StepSizeAdaptation, find_step_size
 from pyro_ebm.mcmc.base import Kernel, StepInfo, replace_nonfinite
+from pyro_ebm.mcmc.warmup.adaptation import StepSizeAdaptation, find_step_size
 
 
 @final

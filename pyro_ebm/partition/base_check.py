@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
-from pyro_ebm.energies.double import in_double
+from pyro_ebm.energies.views.double import in_double
 
 #: Draws that the proposal is fitted to; draws of it for each draw that is tested.
 _NUM_FITTED = 2000

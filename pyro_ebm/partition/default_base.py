@@ -17,7 +17,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.energies import Energy, FiniteUniform, unconstrained
-from pyro_ebm.energies.finite import finite_values
+from pyro_ebm.energies.discrete.finite import finite_values
 
 
 def default_base(energy: Energy) -> dist.TorchDistribution:

@@ -11,13 +11,13 @@ from typing import Any, Literal, TypeAlias
 import pyro.distributions as dist
 import torch
 
+from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.core.verdict import Finding, Status
 from pyro_ebm.energies import Energy, PyroModelEnergy
 from pyro_ebm.energies.corrections import corrected
-from pyro_ebm.energies.finite import finite_values
-from pyro_ebm.energies.pointwise import check_pointwise
-from pyro_ebm.errors import UnreliableWarning
-from pyro_ebm.mcmc.path import GeometricPath
+from pyro_ebm.energies.discrete.finite import finite_values
+from pyro_ebm.energies.views.pointwise import check_pointwise
+from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.base_check import check_draws
 from pyro_ebm.partition.default_base import default_base, describe

@@ -47,7 +47,7 @@ from pyro_ebm.energies import (
     unconstrained,
 )
 from pyro_ebm.energies.distribution import base_energy
-from pyro_ebm.energies.double import DoubleEnergy
+from pyro_ebm.energies.views.double import DoubleEnergy
 from pyro_ebm.partition.exact.precision import PreciseEnergy
 from pyro_ebm.partition.progress import CountedEnergy
 

@@ -32,13 +32,13 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
+from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.core.verdict import Finding, Reason, Status
 from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
 from pyro_ebm.diagnostics.pareto import pareto_k, pareto_std_error
 from pyro_ebm.energies import Energy
-from pyro_ebm.errors import DivergenceError
-from pyro_ebm.mcmc.modes import Modes, find_modes, valleys
-from pyro_ebm.mcmc.path import GeometricPath
+from pyro_ebm.mcmc.starts.modes import Modes, find_modes, valleys
+from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition.base import (
     LogPartitionEstimate,
     combine_replicates,

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from pyro_ebm.mcmc.tempered_draws import TemperedDraws
+from pyro_ebm.mcmc.tempering.tempered_draws import TemperedDraws
 from pyro_ebm.partition import ThermodynamicCurve
 from pyro_ebm.plots.style import axes_or_current, palette_of
 

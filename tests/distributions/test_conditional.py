@@ -14,6 +14,7 @@ from torch import nn
 
 from pyro_ebm import EnergyDistribution, EnergyModel, partition
 from pyro_ebm.core import Finding, Reason, Status
+from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.distributions import Conditional, MixtureOfExperts
 from pyro_ebm.energies import (
     ClampedEnergy,
@@ -23,7 +24,6 @@ from pyro_ebm.energies import (
     PyroModelEnergy,
     QuadraticEnergy,
 )
-from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.infer import maximum_likelihood
 from pyro_ebm.mcmc import HMC, IndependentChains, ReplicaExchange
 from pyro_ebm.testing import assert_moments

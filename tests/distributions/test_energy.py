@@ -17,6 +17,7 @@ from torch import nn
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.core import Finding, Reason, Status
+from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.distributions import energy as energy_module
 from pyro_ebm.energies import (
     DistributionEnergy,
@@ -26,7 +27,6 @@ from pyro_ebm.energies import (
     PyroModelEnergy,
     QuadraticEnergy,
 )
-from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.mcmc import HMC, IndependentChains
 from pyro_ebm.partition import quadrature
 from pyro_ebm.partition.base import LogPartitionEstimate

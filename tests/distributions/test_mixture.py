@@ -15,6 +15,7 @@ from torch import nn
 
 from pyro_ebm import EnergyDistribution, EnergyModel, partition
 from pyro_ebm.core import Finding, Reason, Status
+from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.distributions import MixtureOfExperts
 from pyro_ebm.energies import (
     DistributionEnergy,
@@ -23,7 +24,6 @@ from pyro_ebm.energies import (
     PyroModelEnergy,
     QuadraticEnergy,
 )
-from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.infer import handler, maximum_likelihood
 from pyro_ebm.mcmc import IndependentChains
 from pyro_ebm.partition.base import LogPartitionEstimate

@@ -11,9 +11,9 @@ from pyro.infer import Importance
 from torch import nn
 
 from pyro_ebm import EnergyDistribution, EnergyModel
+from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.distributions import MixtureOfExperts, pool
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
-from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.mcmc import IndependentChains
 from pyro_ebm.testing import CountingEnergy, assert_moments
 

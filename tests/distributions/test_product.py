@@ -15,6 +15,7 @@ from torch import nn
 import pyro_ebm
 from pyro_ebm import EnergyDistribution, EnergyModel
 from pyro_ebm.core import Status
+from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.distributions import MixtureOfExperts, ProductOfExperts
 from pyro_ebm.distributions.terms import normalised_experts
 from pyro_ebm.energies import (
@@ -27,7 +28,6 @@ from pyro_ebm.energies import (
     PartEnergy,
     QuadraticEnergy,
 )
-from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.infer import MaximumLikelihood, maximum_likelihood
 from pyro_ebm.mcmc import HMC, IndependentChains
 from pyro_ebm.partition import LogPartitionEstimate, estimate, quadrature
@@ -335,7 +335,7 @@ def mixtures():
 WIDE = dist.Normal(torch.zeros(3, dtype=torch.float64), 4.0).to_event(1)
 
 
-@pytest.mark.filterwarnings("ignore::pyro_ebm.errors.UnreliableWarning")
+@pytest.mark.filterwarnings("ignore::pyro_ebm.core.errors.UnreliableWarning")
 @pytest.mark.parametrize(
     ("seeds", "least"), [(2, 2), pytest.param(10, 9, marks=pytest.mark.slow)]
 )

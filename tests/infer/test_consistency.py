@@ -31,8 +31,9 @@ from pyro_ebm.infer import (
     SlicedScoreMatching,
     TemperedMaximumLikelihood,
 )
-from pyro_ebm.mcmc import HMC, MALA, ULA, persistent
-from pyro_ebm.mcmc.adaptation import StepSizeAdaptation
+from pyro_ebm.mcmc import HMC, MALA, ULA
+from pyro_ebm.mcmc.samplers import persistent
+from pyro_ebm.mcmc.warmup.adaptation import StepSizeAdaptation
 from tests.infer.problems import THETA, quartic_density, quartic_energy, solve, wide
 
 QUICK = {"sizes": (100, 1600), "count": 14, "band": 0.25}

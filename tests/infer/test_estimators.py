@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.datasets import two_moons, two_moons_density
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy, RBMEnergy
-from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.infer import (
     AmortizedSampler,
     BoundedLikelihood,
@@ -29,7 +29,7 @@ from pyro_ebm.infer import (
     SlicedScoreMatching,
     TemperedMaximumLikelihood,
 )
-from pyro_ebm.infer.generator import GeneratorState
+from pyro_ebm.infer.objectives.likelihood.generator import GeneratorState
 from pyro_ebm.partition import enumeration, quadrature
 from tests.infer.problems import Affine
 

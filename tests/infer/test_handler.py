@@ -19,11 +19,11 @@ from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
 from pyro_ebm import EnergyDistribution, EnergyModel, infer
+from pyro_ebm.core.errors import UnregisteredParameterWarning
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
-from pyro_ebm.errors import UnregisteredParameterWarning
 from pyro_ebm.infer import MaximumLikelihood, ObjectiveModel
 from pyro_ebm.infer.handler import maximum_likelihood
-from pyro_ebm.infer.objective import Objective, Terms
+from pyro_ebm.infer.objectives.objective import Objective, Terms
 from pyro_ebm.testing import CountingEnergy
 
 ELBOS = {

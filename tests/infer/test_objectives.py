@@ -37,7 +37,7 @@ from pyro_ebm.infer import (
     SlicedScoreMatching,
     TemperedMaximumLikelihood,
 )
-from pyro_ebm.infer.noise import LearnedLogPartition
+from pyro_ebm.infer.objectives.contrast.noise import LearnedLogPartition
 from pyro_ebm.mcmc import HMC, MALA
 from pyro_ebm.testing import CountingEnergy
 from tests.infer.problems import Affine, GammaEnergy, base

@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from pyro_ebm.mcmc import HMC, MCMC, ULA
-from pyro_ebm.mcmc.chees import ChEES
+from pyro_ebm.mcmc.kernels.chees import ChEES
 
 NUM_SETS, NUM_CHAINS, NUM_BINS = 256, 63, 16
 #: Quantile of the chi-square distribution with 15 degrees of freedom at 1e-4.
 LIMIT = 44.3
 
-pytestmark = pytest.mark.filterwarnings("ignore::pyro_ebm.errors.UnreliableWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pyro_ebm.core.errors.UnreliableWarning"
+)
 
 X = torch.tensor([[-1.0], [0.0], [0.5], [2.0]], dtype=torch.float64)
 

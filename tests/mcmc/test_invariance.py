@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from pyro_ebm.energies import DistributionEnergy, Energy, QuadraticEnergy, unconstrained
-from pyro_ebm.mcmc import HMC, MALA, ULA, ChEES, chees, hmc, langevin, leapfrog
+from pyro_ebm.mcmc import HMC, MALA, ULA, ChEES
 from pyro_ebm.mcmc.base import accept
+from pyro_ebm.mcmc.kernels import chees, hmc, langevin, leapfrog
 from pyro_ebm.testing import assert_moments
 
 NUM_CHAINS, NUM_STEPS = 20_000, 30

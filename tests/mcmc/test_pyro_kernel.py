@@ -9,11 +9,12 @@ from pyro.infer.autoguide.initialization import init_to_value
 from pyro.ops.stats import effective_sample_size
 
 import pyro_ebm
+from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.diagnostics import mean_std_error
 from pyro_ebm.energies import QuadraticEnergy
-from pyro_ebm.errors import DivergenceError
-from pyro_ebm.mcmc import HMC, MALA, PyroKernel, hmc, langevin
+from pyro_ebm.mcmc import HMC, MALA, PyroKernel
 from pyro_ebm.mcmc.base import accept
+from pyro_ebm.mcmc.kernels import hmc, langevin
 
 KERNELS = {"mala": MALA(), "hmc": HMC(num_leapfrog=2)}
 DATA = torch.tensor([1.2, 0.4, 2.1, 1.7, 0.9], dtype=torch.float64)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import pyro_ebm
+from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
-from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.partition import estimate
 from pyro_ebm.testing import targets
 

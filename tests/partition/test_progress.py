@@ -102,7 +102,7 @@ def test_every_estimator_has_a_progress_bar():
     assert functions == CALLS.keys() | WITHOUT
 
 
-@pytest.mark.filterwarnings("ignore::pyro_ebm.errors.UnreliableWarning")
+@pytest.mark.filterwarnings("ignore::pyro_ebm.core.errors.UnreliableWarning")
 @pytest.mark.parametrize("name", sorted(CALLS))
 def test_the_bar_counts_and_is_closed(name, bars):
     function = getattr(partition, name)
@@ -170,7 +170,7 @@ def test_an_estimate_taken_over_shows_its_walkers_and_learning_none(bars):
 
 def test_a_ratio_shows_one_bar_for_its_draws_too(bars, monkeypatch):
     """Seen to fail with the default bar of the chains."""
-    monkeypatch.setattr("pyro_ebm.mcmc.independent.tqdm", Bar)
+    monkeypatch.setattr("pyro_ebm.mcmc.samplers.independent.tqdm", Bar)
     partition.log_ratio(ENERGY, OTHER, num_draws=100)
     assert len(bars.shown) == 1
     bars.shown.clear()

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pyro_ebm.core import Reason
+from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
-from pyro_ebm.errors import UnreliableWarning
-from pyro_ebm.mcmc.path import GeometricPath
+from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition import estimate
 from pyro_ebm.partition.importance.proposal import Proposal
 from pyro_ebm.partition.importance.student_mixture import StudentMixture
@@ -115,7 +115,7 @@ def test_all_evaluations_are_counted():
     assert 0.7 * spent <= found.num_evaluations <= spent
 
 
-@pytest.mark.filterwarnings("ignore::pyro_ebm.errors.UnreliableWarning")
+@pytest.mark.filterwarnings("ignore::pyro_ebm.core.errors.UnreliableWarning")
 @pytest.mark.parametrize("budget", [50_000, 200_000])
 def test_the_budget_is_kept(budget):
     """Nearly: a step of the particles is finished. Meant to catch: one never over."""
@@ -123,7 +123,7 @@ def test_the_budget_is_kept(budget):
     assert found.num_evaluations < 1.3 * budget
 
 
-@pytest.mark.filterwarnings("ignore::pyro_ebm.errors.UnreliableWarning")
+@pytest.mark.filterwarnings("ignore::pyro_ebm.core.errors.UnreliableWarning")
 def test_seconds_are_kept():
     """By the processor, as others may share it. Meant to catch: a run is never over."""
 

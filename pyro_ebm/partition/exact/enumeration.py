@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.core.verdict import Finding, Reason, Status, status_of
 from pyro_ebm.energies import Energy
-from pyro_ebm.energies.double import in_double
-from pyro_ebm.energies.finite import finite_values
-from pyro_ebm.energies.rbm import RBMEnergy
+from pyro_ebm.energies.discrete.finite import finite_values
+from pyro_ebm.energies.discrete.rbm import RBMEnergy
+from pyro_ebm.energies.views.double import in_double
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.exact.budget import Budget, OutOfBudgetError
 from pyro_ebm.partition.exact.precision import insists_on_single

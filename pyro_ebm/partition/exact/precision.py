@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energies import Energy
-from pyro_ebm.energies.double import DoubleEnergy, in_double
-from pyro_ebm.energies.tracing import CastFunction
+from pyro_ebm.energies.graphs.tracing import CastFunction
+from pyro_ebm.energies.views.double import DoubleEnergy, in_double
 
 #: Points at which it is seen whether an energy computes in double precision.
 _NUM_TRIED = 8
@@ -109,7 +109,7 @@ def insists_on_single(energy: Energy) -> bool:
     """Whether an energy seen in double precision computes in single nevertheless.
 
     Args:
-        energy: What :func:`pyro_ebm.energies.double.in_double` has returned.
+        energy: What :func:`pyro_ebm.energies.views.double.in_double` has returned.
     """
     if not isinstance(energy, DoubleEnergy):
         return False

@@ -32,7 +32,7 @@ from pyro_ebm.core.verdict import Finding, Reason, Status
 from pyro_ebm.diagnostics import pareto_k
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.energies.distribution import base_energy
-from pyro_ebm.mcmc.modes import valleys
+from pyro_ebm.mcmc.starts.modes import valleys
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.exact.budget import Budget, OutOfBudgetError
 from pyro_ebm.partition.exact.grid import Grid, Sum

@@ -27,9 +27,9 @@ from pyro.infer.importance import vectorized_importance_weights
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from pyro_ebm.energies.graph_recording import LinAlgError
-from pyro_ebm.energies.model_checks import check_log_partitions
-from pyro_ebm.energies.model_runs import retried
+from pyro_ebm.energies.graphs.graph_recording import LinAlgError
+from pyro_ebm.energies.pyro_model.model_checks import check_log_partitions
+from pyro_ebm.energies.pyro_model.model_runs import retried
 
 #: Draws of the vectorised run that are done again one by one.
 _NUM_CHECKED = 4

@@ -25,7 +25,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from pyro_ebm.mcmc.path import GeometricPath
+from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition.importance.student_mixture import StudentMixture
 
 #: The base is not given up: with less it could not show that it has become good.

@@ -45,7 +45,7 @@ from pyro_ebm.diagnostics import log_mean_exp
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc import Kernel
 from pyro_ebm.mcmc.base import bias_of
-from pyro_ebm.mcmc.path import GeometricPath, PathState
+from pyro_ebm.mcmc.tempering.path import GeometricPath, PathState
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.bridge.bennett import bennett
 from pyro_ebm.partition.importance.importance import estimate_from_weights

@@ -32,8 +32,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
-from pyro_ebm.errors import DivergenceError
 from pyro_ebm.partition.bridge.bennett import solve
 from pyro_ebm.partition.particles.resampling import systematic_resample
 

@@ -39,15 +39,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.energies import Energy
 from pyro_ebm.energies.base import ClosedForm
+from pyro_ebm.energies.discrete.finite import (
+    AnnealingPath,
+    FiniteUniform,
+    finite_values,
+)
+from pyro_ebm.energies.discrete.lattice import LatticeEnergy
+from pyro_ebm.energies.discrete.rbm import RBMEnergy
 from pyro_ebm.energies.distribution import base_energy
-from pyro_ebm.energies.finite import AnnealingPath, FiniteUniform, finite_values
-from pyro_ebm.energies.lattice import LatticeEnergy
-from pyro_ebm.energies.rbm import RBMEnergy
-from pyro_ebm.errors import DivergenceError
-from pyro_ebm.mcmc.gibbs import Gibbs
+from pyro_ebm.mcmc.kernels.gibbs import Gibbs
 from pyro_ebm.partition.base import LogPartitionEstimate, student_t_quantile
 from pyro_ebm.partition.bridge.bennett import bennett, solve
 from pyro_ebm.partition.particles.engine import travel

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from pyro_ebm.mcmc import Kernel
-from pyro_ebm.mcmc.path import GeometricPath, require_rising
+from pyro_ebm.mcmc.tempering.path import GeometricPath, require_rising
 from pyro_ebm.partition.particles.engine import travel
 from pyro_ebm.partition.particles.movers import AdaptiveHMC
 

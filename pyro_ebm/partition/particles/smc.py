@@ -30,7 +30,7 @@ from torch import Tensor
 from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc import HMC
-from pyro_ebm.mcmc.path import GeometricPath, PathState
+from pyro_ebm.mcmc.tempering.path import GeometricPath, PathState
 from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
 from pyro_ebm.partition.particles.engine import travel
 from pyro_ebm.partition.particles.movers import AdaptiveHMC

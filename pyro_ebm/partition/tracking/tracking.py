@@ -48,11 +48,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.core.verdict import Finding, Reason, Status, sentence, status_of
 from pyro_ebm.energies import Energy, unconstrained
-from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc import HMC, ChainState
-from pyro_ebm.mcmc.persistent import StatefulModule
+from pyro_ebm.mcmc.samplers.persistent import StatefulModule
 from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
 from pyro_ebm.partition.exact.closed_form import closed_form
 from pyro_ebm.partition.normalizability import check_normalizability

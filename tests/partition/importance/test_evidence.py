@@ -23,9 +23,9 @@ from pyro.infer.autoguide import (
 from torch import nn
 
 from pyro_ebm import EnergyDistribution
+from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.core.verdict import Reason
 from pyro_ebm.energies import FunctionEnergy, PyroModelEnergy
-from pyro_ebm.errors import UnreliableWarning
 from pyro_ebm.partition import evidence, quadrature
 
 module = sys.modules[evidence.__module__]
@@ -274,7 +274,7 @@ def test_a_guide_that_is_far_off_is_said_to_be():
     assert_right(estimate, truth())
 
 
-@pytest.mark.filterwarnings("ignore::pyro_ebm.errors.UnreliableWarning")
+@pytest.mark.filterwarnings("ignore::pyro_ebm.core.errors.UnreliableWarning")
 def test_a_bad_guide_does_not_spoil_a_good_estimate():
     """Weights of neither the guide nor the prior reach so small a posterior."""
 
@@ -616,7 +616,7 @@ def test_classes_that_the_guide_draws_too():
     assert not found.reasons
 
 
-@pytest.mark.filterwarnings("ignore::pyro_ebm.errors.UnreliableWarning")
+@pytest.mark.filterwarnings("ignore::pyro_ebm.core.errors.UnreliableWarning")
 @pytest.mark.parametrize("is_vectorized", [True, False])
 def test_a_prior_that_takes_long_is_not_checked(is_vectorized, monkeypatch):
     """Where twenty thousand draws of it would take more than the time that there is."""

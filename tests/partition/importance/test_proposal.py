@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
-from pyro_ebm.mcmc.path import GeometricPath
+from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition.importance.pool import log_density
 from pyro_ebm.partition.importance.proposal import MIN_SHARE, Proposal
 from pyro_ebm.partition.importance.student_mixture import StudentMixture

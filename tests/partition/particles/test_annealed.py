@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pyro_ebm.core import Reason
+from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
-from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc import HMC, MALA, ULA
-from pyro_ebm.mcmc.path import GeometricPath
+from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition.particles.annealed import (
     _Annealing,
     annealed_importance_sampling,

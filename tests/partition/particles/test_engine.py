@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
-from pyro_ebm.errors import DivergenceError
 from pyro_ebm.mcmc import HMC
 from pyro_ebm.partition.bridge.bennett import bennett, solve
 from pyro_ebm.partition.particles.engine import travel

@@ -9,8 +9,8 @@ import pytest
 import torch
 from pyro.distributions import constraints
 
+from pyro_ebm.core.errors import DivergenceError, UnreliableWarning
 from pyro_ebm.energies import FunctionEnergy, IsingEnergy, RBMEnergy
-from pyro_ebm.errors import DivergenceError, UnreliableWarning
 from pyro_ebm.mcmc import Gibbs
 from pyro_ebm.partition import enumeration, estimate, gibbs_annealing
 from pyro_ebm.testing import CountingEnergy, finite_targets

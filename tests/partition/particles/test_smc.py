@@ -5,8 +5,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
-from pyro_ebm.errors import DivergenceError
 from pyro_ebm.partition import smc
 from pyro_ebm.partition.particles.smc import run_smc
 from pyro_ebm.testing import CountingEnergy, assert_moments, targets

@@ -1,0 +1,3 @@
+"""Energies over finitely many states: lattices, spins and Boltzmann machines."""
+
+__all__: list[str] = []

@@ -1,0 +1,315 @@
+"""Clean an operator graph, so that it has few nodes and a batched form.
+
+Cleaning keeps its value at every input, and its gradient where that is asked for.
+"""
+
+__all__ = ["clean"]
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pyro_ebm.energies.graphs.graph_recording import (
+    Recording,
+    UntraceableError,
+    is_random,
+    tags,
+)
+
+aten = torch.ops.aten
+
+# The result follows from the shape of the argument alone.
+_SHAPE_ONLY = {
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+}
+_IDENTITIES = {aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default}
+_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+_SCATTERS = {
+    aten.select_scatter.default,
+    aten.slice_scatter.default,
+    aten.diagonal_scatter.default,
+}
+# The identity where the result has the shape and type of the argument.
+_CASTS = _VIEWS | {aten.expand.default, aten.squeeze.dim, aten._to_copy.default}
+
+
+def clean(recording: Recording, *, differentiable: bool) -> fx.GraphModule:
+    """Fold constants, drop operators without effect, and share equal ones.
+
+    Args:
+        recording: Without operators that write into their arguments.
+        differentiable: Whether gradients through the graph must stay as they are.
+
+    Returns:
+        The graph, which takes the inputs that were recorded.
+
+    Raises:
+        UntraceableError: If a shape depends on the inputs.
+    """
+    _prune(recording.graph)
+    return _Cleaner(recording, differentiable=differentiable).cleaned()
+
+
+def _prune(graph: fx.Graph) -> None:
+    """Remove every node that no output depends on."""
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+
+
+class _Cleaner:
+    """One pass over a graph that builds the clean one node by node."""
+
+    def __init__(self, recording: Recording, *, differentiable: bool) -> None:
+        self.recording = recording
+        self.values = recording.values
+        self.differentiable = differentiable
+        self.graph = fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+        # What stands for each old node: a node of the new graph, or a constant.
+        self.new: dict[fx.Node, Any] = {
+            node: self.graph.placeholder(node.name) for node in recording.inputs
+        }
+        self.seen: dict[Any, fx.Node] = {}
+
+    def cleaned(self) -> fx.GraphModule:
+        """The clean graph."""
+        for node in self.recording.graph.nodes:
+            if node.op == "call_function":
+                self.new[node] = self._replace(node)
+            elif node.op == "output":
+                self.graph.output(fx.node.map_arg(node.args[0], self._own))
+            elif node not in self.new:
+                self.new[node] = self.values[node]
+        _prune(self.graph)
+        return fx.GraphModule(self._used_constants(), self.graph)
+
+    def _own(self, old: fx.Node) -> fx.Node:
+        """An output, in memory that neither the inputs nor the constants share."""
+        node = self._as_node(old)
+        is_new = node.op == "call_function" and not (
+            node.target is aten.reshape.default or node.target.is_view
+        )
+        contiguous = {"memory_format": torch.contiguous_format}
+        return node if is_new else self._call(aten.clone.default, (node,), contiguous)
+
+    def _replace(self, node: fx.Node) -> Any:
+        if node.target in _SHAPE_ONLY:
+            return self._evaluated(node, self.values)
+        if not is_random(node.target) and self._is_constant(node):
+            return self._evaluated(node, self.new)
+        same = self._same_as_argument(node)
+        if same is not None:
+            return same
+        self._require_static_shape(node)
+        if node.target in (aten.index.Tensor, aten.index_put.default):
+            return self._index(node)
+        if node.target is aten.copy.default:
+            return self._copy(node)
+        if node.target in _SCATTERS:
+            return self._scatter(node)
+        # Without clones and expansions a view may no longer be one of memory.
+        target = aten.reshape.default if node.target in _VIEWS else node.target
+        return self._call(target, self._mapped(node.args), self._mapped(node.kwargs))
+
+    @torch.no_grad()
+    def _evaluated(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        operator: Any = node.target
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        return operator(*args, **kwargs)
+
+    def _call(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        key = None if is_random(target) else _key(target, args, kwargs)
+        if key is None:
+            return self.graph.call_function(target, args, kwargs)
+        if key not in self.seen:
+            self.seen[key] = self.graph.call_function(target, args, kwargs)
+        return self.seen[key]
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        """What is left of writing a tensor into another, whose values are lost."""
+        value, written = self.values[node], node.all_input_nodes[-1]
+        source = self._mapped(written)
+        if self.values[written].dtype is not value.dtype:
+            dtype = {"dtype": value.dtype}
+            source = self._call(aten._to_copy.default, (source,), dtype)
+        return self._call(aten.expand.default, (source, list(value.shape)), {})
+
+    def _scatter(self, node: fx.Node) -> fx.Node:
+        """Writing into a part of a tensor, as a choice between two tensors.
+
+        Gradients through torch's own batched form are wrong.
+        """
+        source: Any
+        target, source, *where = node.args
+        value, shape = self.values[node], list(self.values[node].shape)
+        number = torch.arange(self.values[source].numel(), device=value.device)
+        nowhere = torch.full(shape, -1, device=value.device)
+        # For each entry, which one of the source it takes; -1 for none.
+        place: Any = node.target
+        taken = place(nowhere, number.reshape(self.values[source].shape), *where)
+        flat = self._call(aten.reshape.default, (self._mapped(source), [-1]), {})
+        order = self._constant(taken.flatten().clamp(min=0))
+        new = self._call(aten.index_select.default, (flat, 0, order), {})
+        new = self._call(aten.reshape.default, (new, shape), {})
+        args = (self._constant(taken >= 0), new, self._mapped(target))
+        return self._call(aten.where.self, args, {})
+
+    def _require_static_shape(self, node: fx.Node) -> None:
+        is_indexing = node.target is aten.index.Tensor  # tagged for the sake of masks
+        if torch.Tag.dynamic_output_shape in tags(node.target) and not is_indexing:
+            raise UntraceableError(f"a shape depends on latent values ({node.target})")
+
+    def _index(self, node: fx.Node) -> fx.Node:
+        """Indexing, with masks as indices where they are known."""
+        masks_and_indices: Any
+        target, masks_and_indices, *rest = node.args
+        indices: list[Any] = []
+        for index in masks_and_indices:
+            if index is None or self.values[index].dtype is not torch.bool:
+                indices.append(self._mapped(index))
+            elif not isinstance(self.new[index], fx.Node):
+                known = self.new[index].nonzero(as_tuple=True)
+                indices.extend(self._constant(part) for part in known)
+            else:
+                return self._masked_fill(node)
+        args = (self._mapped(target), indices, *self._mapped(rest))
+        return self._call(node.target, args, self._mapped(node.kwargs))
+
+    def _masked_fill(self, node: fx.Node) -> fx.Node:
+        """``target[mask] = number`` for a mask that depends on latent values."""
+        if node.target is aten.index.Tensor:
+            raise UntraceableError("a tensor is indexed by a mask of latent values")
+        arguments: Any = node.args
+        target, (mask, *others), value, *accumulate = arguments
+        if others or any(accumulate) or self.values[value].numel() != 1:
+            raise UntraceableError("a tensor is filled through a mask of latent values")
+        trailing = self.values[target].dim() - self.values[mask].dim()
+        shape = [*self.values[mask].shape, *[1] * trailing]
+        wide = self._call(aten.reshape.default, (self._mapped(mask), shape), {})
+        number = self._call(aten.reshape.default, (self._mapped(value), []), {})
+        return self._call(aten.where.self, (wide, number, self._mapped(target)), {})
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        return not any(
+            isinstance(self.new[argument], fx.Node) for argument in node.all_input_nodes
+        )
+
+    def _same_as_argument(self, node: fx.Node) -> Any:
+        """What stands for an argument that the result equals, or ``None``."""
+        first = node.args[0] if node.args else None
+        if not isinstance(first, fx.Node):
+            return None
+        new: Any = self.new[first]
+        if node.target is aten.detach.default:
+            return None if self.differentiable else new
+        if node.target in _IDENTITIES:
+            return new
+        if node.target in _CASTS:
+            is_same = _layout(self.values[node]) == _layout(self.values[first])
+            return new if is_same else None
+        if node.target is aten.pow.Tensor_Scalar and node.args[1] == 1:
+            return new
+        if node.target is aten.neg.default:
+            is_negated = isinstance(new, fx.Node) and new.target is aten.neg.default
+            return new.args[0] if is_negated else None
+        neutral = self._neutral(node)
+        return None if neutral is None else self.new[neutral]
+
+    def _neutral(self, node: fx.Node) -> fx.Node | None:
+        """The other argument, where one is added 0 or multiplied by 1."""
+        neutral = _NEUTRAL.get(node.target)
+        if neutral is None or len(node.args) != 2 or node.kwargs:
+            return None
+        element, is_commutative = neutral
+        pairs = [node.args, node.args[::-1]] if is_commutative else [node.args]
+        for kept, other in pairs:
+            if (
+                isinstance(kept, fx.Node)
+                and self._is_full_of(other, element)
+                and _layout(self.values[kept])[:2] == _layout(self.values[node])[:2]
+            ):
+                return kept
+        return None
+
+    def _is_full_of(self, argument: Any, element: float) -> bool:
+        if isinstance(argument, fx.Node):
+            argument = self.new[argument]
+            if isinstance(argument, fx.Node):
+                return False
+            return bool((argument == element).all())
+        return bool(argument == element)
+
+    def _mapped(self, arguments: Any) -> Any:
+        return fx.node.map_arg(arguments, self._as_node)
+
+    def _as_node(self, old: fx.Node) -> Any:
+        new = self.new[old]
+        return self._constant(new) if isinstance(new, Tensor) else new
+
+    def _constant(self, value: Tensor) -> fx.Node:
+        key = ("constant", id(value))
+        if key not in self.seen:
+            name = f"constant_{len(self.constants)}"
+            self.constants[name] = value  # which keeps its id its own
+            with self.graph.inserting_before(self._first_operator()):
+                self.seen[key] = self.graph.get_attr(name)
+        return self.seen[key]
+
+    def _first_operator(self) -> fx.Node | None:
+        nodes = (node for node in self.graph.nodes if node.op != "placeholder")
+        return next(nodes, None)
+
+    def _used_constants(self) -> dict[str, Tensor]:
+        used = {node.target for node in self.graph.nodes if node.op == "get_attr"}
+        return {name: _lean(c) for name, c in self.constants.items() if name in used}
+
+
+# Operator -> (the neutral second argument, whether it may also stand first).
+_NEUTRAL: dict[Any, tuple[float, bool]] = {
+    aten.add.Tensor: (0.0, True),
+    aten.sub.Tensor: (0.0, False),
+    aten.mul.Tensor: (1.0, True),
+    aten.mul.Scalar: (1.0, False),
+    aten.div.Tensor: (1.0, False),
+    aten.add.Scalar: (0.0, False),
+}
+
+
+def _layout(value: Tensor) -> tuple[Any, ...]:
+    return value.shape, value.dtype, value.device
+
+
+def _lean(constant: Tensor) -> Tensor:
+    """A constant that repeats itself along an axis needs no memory there."""
+    constant = lean = constant.detach()
+    for axis, size in enumerate(constant.shape):
+        first = lean.narrow(axis, 0, min(size, 1))
+        if size > 1 and lean.equal(first.expand_as(lean)):
+            lean = first
+    return lean.clone().expand_as(constant)
+
+
+def _key(target: Any, args: Any, kwargs: Any) -> Any:
+    """What makes two nodes the same computation; ``None`` if it cannot be told."""
+
+    def frozen(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return (type(value).__name__, *map(frozen, value))
+        if isinstance(value, dict):
+            return tuple((name, frozen(part)) for name, part in value.items())
+        # 1, 1.0 and True are equal and hash alike, but promote otherwise.
+        return (type(value), value)
+
+    key = (target, frozen(args), frozen(kwargs))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key

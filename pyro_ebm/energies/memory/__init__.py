@@ -1,0 +1,3 @@
+"""Associative memories."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Energies that are networks, for vectors and images."""
+
+__all__: list[str] = []

@@ -1,0 +1,186 @@
+r"""A multi-layer perceptron as an energy of vectors.
+
+.. math::
+    f(x) = g_\theta(x) - \log p_0(x)                                        \tag{1}
+
+with a network :math:`g_\theta` and, if given, a normalised base :math:`p_0`. With
+:math:`a_l = W_l h_{l-1} + b_l`, :math:`h_l = s(a_l)`, :math:`h_0 = x` and
+:math:`g = w^\top h_L + b`, its gradient is the recursion
+
+.. math::
+    \partial_{h_L} g = w, \qquad
+    \partial_{h_{l-1}} g = W_l^\top
+        \big(s'(a_l) \odot \partial_{h_l} g\big)                           \tag{2}
+"""
+
+__all__ = ["NeuralEnergy", "build_activation"]
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_ebm.energies.base import Energy
+from pyro_ebm.energies.distribution import base_energy
+from pyro_ebm.energies.neural.spectral import BoundedLinear
+
+# s'(a) * grad in one fused operation, from (activation, grad, a, s(a)).
+_SLOPE_TIMES: dict[type, Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]] = {
+    nn.SiLU: lambda s, grad, a, h: torch.ops.aten.silu_backward(grad, a),
+    nn.Tanh: lambda s, grad, a, h: torch.ops.aten.tanh_backward(grad, h),
+    nn.GELU: lambda s, grad, a, h: torch.ops.aten.gelu_backward(
+        grad, a, approximate=s.approximate
+    ),
+    nn.Softplus: lambda s, grad, a, h: torch.ops.aten.softplus_backward(
+        grad, a, s.beta, s.threshold
+    ),
+}
+
+
+@final
+class NeuralEnergy(Energy):
+    r"""A multi-layer perceptron (1), by default with smooth activations.
+
+    The output layer starts small, so that :math:`f` starts close to the energy of the
+    base. Without a base :math:`f` starts almost constant and grows at most linearly,
+    possibly downwards: nothing then makes :math:`e^{-f}` integrable over an unbounded
+    space, so give a base unless the training keeps it so.
+
+    Any activation works; one with a kink (``nn.ReLU``) makes :math:`f` piecewise linear
+    and its gradient jump, which costs Hamiltonian and Langevin kernels acceptance, and
+    score matching, which differentiates twice, its meaning.
+
+    The gradient comes from (2), without autograd, for ``nn.SiLU``, ``nn.Softplus``,
+    ``nn.Tanh`` and ``nn.GELU``; forward hooks on the layers are called there too.
+
+    Args:
+        event_shape: Shape of one point, usually ``(D,)``; it is flattened.
+        hidden_sizes: Width of each hidden layer.
+        activation: Builds one activation module a hidden layer, such as ``nn.SiLU``.
+        base: Normalised distribution :math:`p_0` over all of :math:`\mathbb{R}^D`, kept
+            fixed; see :class:`~pyro_ebm.energies.DistributionEnergy`.
+        spectral_norm: Largest spectral norm :math:`c` that a weight matrix may have;
+            larger ones are scaled down when used, by a bound of it that is at most 8 %
+            above up to a width of 128. Then :math:`|\partial_x g| \le c^{L+1} s^L`
+            with the steepest slope ``s`` of the activation (1.1 for ``nn.SiLU``): the
+            energy cannot rise or fall faster, and learning cannot blow it up. Too small
+            a bound cannot fit sharp edges of the data. A gradient of 256 chains takes
+            about 2.5 times as long, that of 1,024 and wide layers 1.2 times. Default:
+            no bound.
+
+    Raises:
+        TypeError: If ``activation`` does not build a module, or ``base`` is no
+            distribution.
+        ValueError: If the base has another event shape or support or is batched, or
+            ``spectral_norm`` is not positive and finite.
+
+    Example:
+        >>> base = dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+        >>> f = NeuralEnergy((2,), hidden_sizes=(64, 64), base=base)
+        >>> value, grad = f.value_and_grad(torch.randn(5, 2))
+        >>> value.shape, grad.shape
+        (torch.Size([5]), torch.Size([5, 2]))
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        hidden_sizes: Sequence[int] = (128, 128),
+        *,
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        base: dist.TorchDistribution | None = None,
+        spectral_norm: float | None = None,
+    ) -> None:
+        super().__init__(event_shape)
+        self.base_energy = base_energy(base, self)
+        linear: Callable[[int, int], nn.Linear] = nn.Linear
+        if spectral_norm is not None:
+            linear = functools.partial(BoundedLinear, max_norm=spectral_norm)
+        layers: list[nn.Module] = []
+        width = self.event_shape.numel()
+        for size in hidden_sizes:
+            layers += [linear(width, size), build_activation(activation)]
+            width = size
+        self.network = nn.Sequential(*layers, small_output(width, linear))
+
+    @property
+    def base(self) -> dist.TorchDistribution | None:
+        """The distribution :math:`p_0`, or ``None``."""
+        return None if self.base_energy is None else self.base_energy.distribution
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate (1) at ``x`` of shape ``(*batch, *event)``."""
+        flat = x.reshape(self.batch_shape_of(x) + (self.event_shape.numel(),))
+        energy = self.network(flat).squeeze(-1)
+        return energy if self.base_energy is None else energy + self.base_energy(x)
+
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Energy and gradient by (2) where the activation allows it."""
+        batch_shape = self.batch_shape_of(x)
+        activations = list(self.network)[1::2]
+        if any(
+            type(s) not in _SLOPE_TIMES or getattr(s, "inplace", False)
+            for s in activations
+        ):
+            return super().value_and_grad(x)
+        flat = x.detach().reshape(batch_shape + (self.event_shape.numel(),))
+        value, grad = self._network_value_and_grad(flat)
+        grad = grad.reshape(x.shape)
+        if self.base_energy is None:
+            return value, grad
+        base_value, base_grad = self.base_energy.value_and_grad(x)
+        return value + base_value, grad + base_grad
+
+    @torch.no_grad()
+    def _network_value_and_grad(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        hidden: list[Any] = list(self.network)
+        output = hidden.pop()
+        tape = []
+        for linear, activation in zip(hidden[::2], hidden[1::2], strict=True):
+            a, weight = _apply(linear, h)
+            h = activation(a)
+            tape.append((weight, activation, a, h))
+        value, weight = _apply(output, h)
+        value, grad = value.squeeze(-1), weight[0].expand(h.shape)
+        for weight, activation, a, h_out in reversed(tape):
+            grad = _SLOPE_TIMES[type(activation)](activation, grad, a, h_out)
+            # A contiguous transpose makes the product with a narrow input layer five
+            # times faster on a CPU, and no other slower.
+            grad = nn.functional.linear(grad, weight.mT.contiguous())  # (2)
+        return value, grad
+
+
+def _apply(linear: Any, h: Tensor) -> tuple[Tensor, Tensor]:
+    """What a layer makes of its input, and the weight by which it does."""
+    if isinstance(linear, BoundedLinear):
+        weight = linear.bounded_weight()
+        return linear(h, weight), weight
+    return linear(h), linear.weight
+
+
+def build_activation(activation: Callable[[], nn.Module]) -> nn.Module:
+    """Call ``activation``, and check that a module comes out.
+
+    Raises:
+        TypeError: If it is a module already, or does not build one.
+    """
+    module = None if isinstance(activation, nn.Module) else activation()
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            "activation must build a module when called, as nn.SiLU or "
+            f"functools.partial(nn.Softplus, beta=2) do; got {activation!r}."
+        )
+    return module
+
+
+def small_output(
+    width: int, linear: Callable[[int, int], nn.Linear] = nn.Linear
+) -> nn.Linear:
+    """Linear layer to one number, which starts close to zero."""
+    layer = linear(width, 1)
+    nn.init.normal_(layer.weight, std=0.01 / width**0.5)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,3 @@
+"""A Pyro model as an energy of its latent variables."""
+
+__all__: list[str] = []

@@ -1,0 +1,218 @@
+"""Runs of a Pyro model, for what its sites are."""
+
+__all__ = [
+    "CorrectedDraws",
+    "FailuresAreNan",
+    "Model",
+    "WithoutValidation",
+    "initial_value",
+    "retried",
+    "run_model",
+    "run_until",
+    "samples",
+    "unwrapped",
+]
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import torch
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+from torch.distributions import Distribution, biject_to, transform_to
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_ebm.energies.base import _unwrap_mixture as unwrapped
+from pyro_ebm.energies.corrections import corrected, support_of
+from pyro_ebm.energies.graphs.graph_recording import LinAlgError
+from pyro_ebm.energies.pyro_model.edge_draws import edge_draw
+
+aten = torch.ops.aten
+Model = Callable[..., Any]
+_T = TypeVar("_T")
+#: Runs of a model at random values before an error is taken as final.
+_MAX_TRIES = 20
+
+
+def run_model(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    """Trace of a run in which latent values are uniform in unconstrained space.
+
+    Unlike a draw of the prior, it can be had from improper priors too.
+    """
+    initialized = poutine.trace(InitMessenger(initial_value)(model))
+    return retried(lambda: initialized.get_trace(*args, **kwargs))
+
+
+class _Stop(Exception):  # noqa: N818
+    pass
+
+
+class _StopAfter(Messenger):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def _pyro_post_sample(self, site: Any) -> None:
+        if site["name"] == self.name:
+            raise _Stop
+
+
+def run_until(
+    name: str, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Trace, dict[str, Tensor]]:
+    """A run that ends after a site.
+
+    Returns:
+        Its trace, and the values of sites that were drawn in unconstrained space.
+    """
+    tracer = poutine.trace(_StopAfter(name)(model))
+    with poutine.block(), CorrectedDraws() as draws, contextlib.suppress(_Stop):
+        tracer(*args, **kwargs)
+    return tracer.msngr.trace, draws.flat
+
+
+def retried(run: Callable[[], _T]) -> _T:
+    """Run a model again if it fails at some values, as at a singular matrix."""
+    for attempt in range(_MAX_TRIES):
+        try:
+            with poutine.block():
+                return run()
+        except (ValueError, LinAlgError):
+            if attempt == _MAX_TRIES - 1:
+                raise
+    raise AssertionError
+
+
+def samples(trace: Trace) -> list[tuple[str, Any]]:
+    """Names and sample sites of a run, in order, without those of plates."""
+    return [
+        (name, site)
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not isinstance(site["fn"], _Subsample)
+    ]
+
+
+@torch.no_grad()
+def initial_value(site: dict[str, Any]) -> Tensor:
+    """A value of a site, uniform in (-2, 2) in unconstrained space if continuous.
+
+    Raises:
+        NotImplementedError: If its support has no bijection from real space.
+    """
+    fn = site["fn"]
+    if fn.has_enumerate_support or fn.support.is_discrete:
+        return fn.sample()
+    # Pyro's own strategy knows neither improper priors nor the support of a mixture.
+    like = torch.empty(0) if isinstance(fn, dist.ImproperUniform) else fn.sample()
+    support = support_of(fn)
+    try:
+        biject_to(support)
+        transform = transform_to(support)
+    except NotImplementedError:
+        raise NotImplementedError(
+            f"the support {support} of site {site['name']!r} has no bijection from "
+            "real space in torch. Sample parameters that are free to vary and build "
+            "the value from them, as dist.LKJCholesky and scales do for a covariance; "
+            "of a mixture, give all components the same support."
+        ) from None
+    shape = transform.inverse_shape(fn.shape())
+    value: Tensor = transform(like.new_empty(shape).uniform_(-2, 2))
+    return value
+
+
+class CorrectedDraws(Messenger):
+    """Lets a model draw from the densities of its sites, where torch does not.
+
+    Attributes:
+        flat: Values in unconstrained space, of sites that were drawn there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, site: Any) -> None:
+        fn = site["fn"] = corrected(site["fn"])
+        if site["value"] is not None or site["is_observed"] or not _is_continuous(fn):
+            return
+        u = edge_draw(fn)
+        if u is not None:
+            self.flat[site["name"]] = u
+            value = biject_to(fn.support)(u.to(fn.mean.dtype))
+            site["value"], site["done"] = value, True
+
+
+def _is_continuous(fn: Any) -> bool:
+    support: Any = getattr(fn, "support", None)
+    return support is not None and not support.is_discrete
+
+
+_FACTORS = {
+    aten.linalg_cholesky_ex.default,
+    aten.linalg_inv_ex.default,
+    aten.linalg_lu_factor_ex.default,
+    aten._linalg_solve_ex.default,
+}
+
+
+class FailuresAreNan(TorchDispatchMode):
+    """Lets a factorisation give nan where it fails, instead of raising an error."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is aten._linalg_check_errors.default:
+            return None
+        result = func(*args, **(kwargs or {}))
+        if func not in _FACTORS:
+            return result
+        *factors, info = result
+        for factor in factors:
+            if factor.is_floating_point():
+                failed = (info != 0).reshape(
+                    info.shape + (1,) * (factor.dim() - info.dim())
+                )
+                factor.masked_fill_(failed, torch.nan)
+        return result
+
+
+class WithoutValidation(Messenger):
+    """Lets a value outside of the support have a density of zero, or nan, unchecked.
+
+    Checks look into values, which tracing cannot, and would end a run whose chains
+    stray. Pyro's switch does not reach distributions that were expanded before.
+    """
+
+    def __enter__(self) -> Any:
+        self._switch = pyro.validation_enabled(is_validate=False)
+        self._switch.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        self._switch.__exit__(*error)
+        return super().__exit__(*error)
+
+    def _pyro_sample(self, site: Any) -> None:
+        site["fn"] = _unvalidated(site["fn"])
+
+
+def _unvalidated(fn: Any) -> Any:
+    """Copy of a distribution, and of those that it is made of, without checks."""
+    parts = {
+        name: _unvalidated(part)
+        for name, part in getattr(fn, "__dict__", {}).items()
+        if isinstance(part, Distribution)
+    }
+    if not parts and not getattr(fn, "_validate_args", False):
+        return fn
+    clone = copy.copy(fn)
+    vars(clone).update(parts, _validate_args=False)
+    return clone

@@ -1,0 +1,291 @@
+r"""Whether a fit can be believed: what is measured at its end, at little cost.
+
+*Energy gap.* Where the likelihood is largest no change of the scale of the energy
+raises it, so that
+
+.. math::
+    \Delta = \mathbb{E}_{\text{data}}[f] - \mathbb{E}_{q_\theta}[f]         \tag{1}
+
+is near 0. The second mean is one over the walkers that track :math:`\log Z`, which give
+no gradient; so (1) is measured for any objective.
+
+*Drift.* The points that gave the gradient, chains or draws of a generator, are moved on
+by a kernel that leaves :math:`e^{-f}` as it is, at fixed parameters. Points in
+equilibrium keep their mean energy; those that lag behind the parameters do not.
+
+*Overlap.* Weights :math:`e^{-f(y)} / p_n(y)` of draws of the noise :math:`p_n`, and the
+probability that the ratio is larger at a datum than at a draw of the noise.
+"""
+
+__all__ = ["EnergyDifference", "FitDiagnostics", "diagnose", "energy_gap"]
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyro_ebm.diagnostics import (
+    bulk_ess,
+    effective_sample_fraction,
+    nested_r_hat,
+    pareto_k,
+)
+from pyro_ebm.distributions import EnergyModel
+from pyro_ebm.energies import Energy, unconstrained
+from pyro_ebm.infer.fit.stages import unwrapped
+from pyro_ebm.infer.objectives.likelihood.contrastive_divergence import (
+    ContrastiveDivergence,
+)
+from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikelihood
+from pyro_ebm.infer.objectives.likelihood.negatives import negative_points, noise_in
+from pyro_ebm.infer.objectives.likelihood.tempered import TemperedChains
+from pyro_ebm.infer.objectives.objective import Objective
+from pyro_ebm.mcmc import MALA, Kernel, PersistentChains
+from pyro_ebm.mcmc.base import replace_nonfinite
+from pyro_ebm.mcmc.warmup.adaptation import find_step_size
+
+#: Draws of the noise, and data, that the overlap is measured with.
+_NUM_NOISE = 2048
+
+
+class EnergyDifference(NamedTuple):
+    """A difference of mean energies.
+
+    Attributes:
+        value: In nats.
+        std_error: Its standard error.
+        relative: The value in standard deviations of the energy.
+
+    Example:
+        >>> print(EnergyDifference(-0.12, 0.04, -0.2))
+        -0.120 +- 0.040
+    """
+
+    value: float
+    std_error: float
+    relative: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} +- {self.std_error:.3f}"
+
+
+class FitDiagnostics(NamedTuple):
+    r"""What was measured at the end of a fit; ``None`` where it does not apply.
+
+    Attributes:
+        energy_gap: (1), of the averaged parameters.
+        drift: Change of the mean energy of the gradient's points while they move on at
+            fixed parameters, in the iterate.
+        r_hat: Nested :math:`\hat R` of their energies between the halves of that run.
+        ess: Effective number of these energies, all points and moves together.
+        num_moves: Moves in that run.
+        acceptance: Mean acceptance in it.
+        chain_age: Moves that a chain has made since it was begun or restarted, a mean
+            that the settings imply.
+        chain_lag: Parameter steps in which the chains forget: the moves that an
+            effective draw takes by the moves a step. Of the order of ``num_moves`` it
+            is only a lower bound.
+        gradient_snr: Norm of the mean gradient by the size of its noise, over about the
+            last 50 steps: large while the fit gets on, small once noise is all there
+            is.
+        noise_ess: Effective number of the noise points of a step, as a proposal for
+            the model.
+        noise_k: Pareto shape of their weights; above 0.7 importance sampling fails.
+        noise_separation: Probability that a datum is told from a noise point; 0.5 says
+            that they are alike, 1 that the comparison teaches nothing.
+
+    Example:
+        >>> data = torch.randn(500, 2)
+        >>> model = pyro_ebm.EnergyModel(pyro_ebm.energies.NeuralEnergy((2,), (8,)))
+        >>> found = pyro_ebm.fit(
+        ...     model, data, num_steps=10, progress_bar=False
+        ... ).diagnostics
+        >>> found.num_moves, 0 < found.acceptance < 1, found.noise_ess
+        (10, True, None)
+    """
+
+    energy_gap: EnergyDifference | None = None
+    drift: EnergyDifference | None = None
+    r_hat: float | None = None
+    ess: float | None = None
+    num_moves: int = 0
+    acceptance: float | None = None
+    chain_age: float | None = None
+    chain_lag: float | None = None
+    gradient_snr: float | None = None
+    noise_ess: float | None = None
+    noise_k: float | None = None
+    noise_separation: float | None = None
+
+
+@torch.no_grad()
+def energy_gap(energy_model: EnergyModel, data: Tensor) -> EnergyDifference | None:
+    """Gap (1) of the averaged parameters, ``None`` while log Z is unknown.
+
+    Args:
+        energy_model: With walkers, or a closed form.
+        data: Shape ``(N, *event)``.
+    """
+    tracker = energy_model.log_partition
+    energy = tracker.averaged_energy
+    flat, to_support = unconstrained(energy)
+    if tracker.is_closed_form:
+        known = energy.closed_form()
+        draws = known.distribution.sample((1000,)) if known is not None else data
+        values = flat(to_support.inv(draws))
+        mean, error = values.mean(), values.std() / math.sqrt(len(values))
+    elif tracker.walkers.is_started and tracker.averaged().is_reliable:
+        mean, error = _walker_mean(energy_model)
+    else:
+        return None
+    at_data = flat(to_support.inv(data))
+    data_error = at_data.std() / math.sqrt(len(at_data))
+    value, spread = at_data.mean() - mean, at_data.std()
+    return _difference(value, torch.hypot(error, data_error), spread)
+
+
+def _walker_mean(energy_model: EnergyModel) -> tuple[Tensor, Tensor]:
+    """Mean energy of the walkers, with the larger of two standard errors."""
+    walkers = energy_model.log_partition.walkers
+    energies = walkers.energy.masked_fill(~walkers.energy.isfinite(), 0.0)
+    own = (walkers.log_weights.softmax(1) * energies).sum(1)
+    weights = walkers.pooled_log_weights.flatten().softmax(0)
+    mean = weights @ energies.flatten()
+    variance = weights @ (energies.flatten() - mean).square()
+    between = own.std() / math.sqrt(len(own))
+    return mean, torch.maximum(between, (variance / walkers.ess()).sqrt())
+
+
+def diagnose(
+    energy_model: EnergyModel,
+    objective: Objective,
+    state: nn.Module,
+    data: Tensor,
+    num_steps: int,
+    batch_size: int,
+) -> FitDiagnostics:
+    """Measure all but the gap and the gradient, at the iterate's parameters.
+
+    Args:
+        energy_model: Before its average is adopted.
+        objective: Of the last stage.
+        state: Its.
+        data: Shape ``(N, *event)``.
+        num_steps: Parameter steps taken with the objective.
+        batch_size: Points a step.
+    """
+    objective = unwrapped(objective)
+    found = _overlap(energy_model, objective, state, data, batch_size)
+    setting = _kernel_of(objective, state, energy_model.energy)
+    if setting is None:
+        return found
+    kernel, per_step = setting
+    points = negative_points(objective, energy_model(), state)
+    if points is None:
+        return found
+    # 2 % of all moves of the stage, and at least enough to see something.
+    num_moves = min(max(num_steps * per_step // 50, 10), 100)
+    energies, acceptance = _hold_still(energy_model.energy, points, kernel, num_moves)
+    ess = bulk_ess(energies[:, 1:]).item()
+    return found._replace(
+        drift=_drift(energies),
+        r_hat=nested_r_hat(energies[:, 1:], 1).item(),
+        ess=ess,
+        num_moves=num_moves,
+        acceptance=acceptance,
+        chain_age=_age(objective, num_steps),
+        chain_lag=energies[:, 1:].numel() / ess / per_step,
+    )
+
+
+def _kernel_of(
+    objective: Objective, state: nn.Module, energy: Energy
+) -> tuple[Kernel, int] | None:
+    """The kernel to hold points still with, and moves a parameter step."""
+    if "generator" in objective.needs:
+        return MALA(), 1  # its step size is still to be found
+    kernel = getattr(objective, "kernel", None)
+    if not isinstance(kernel, Kernel):
+        return None
+    num_steps = int(getattr(objective, "num_steps", 1))
+    if isinstance(state, PersistentChains) and state.is_started:
+        step_size = state.adaptation.step_size
+    elif isinstance(state, TemperedChains) and state.u.numel():
+        step_size = state.log_step_size[-1].exp()
+    else:
+        return None
+    return dataclasses.replace(kernel, step_size=step_size), num_steps
+
+
+@torch.no_grad()
+def _hold_still(
+    energy: Energy, points: Tensor, kernel: Kernel, num_moves: int
+) -> tuple[Tensor, float]:
+    """Energies ``(C, num_moves + 1)`` from the start on, and the mean acceptance."""
+    flat, to_support = unconstrained(energy)
+    state = replace_nonfinite(kernel.init(flat, to_support.inv(points)))
+    if not isinstance(kernel.step_size, Tensor):
+        step_size = find_step_size(kernel, flat, state)
+        kernel = dataclasses.replace(kernel, step_size=step_size)
+    energies, accepted = [state.energy], []
+    for _ in range(num_moves):
+        state, info = kernel.step(flat, state)
+        energies.append(state.energy)
+        accepted.append(info.accept_prob.mean())
+    return torch.stack(energies, -1), torch.stack(accepted).mean().item()
+
+
+def _drift(energies: Tensor) -> EnergyDifference:
+    """Mean of the last quarter less the start, paired by chain."""
+    late = energies[:, -max(energies.shape[1] // 4, 1) :]
+    change = late.mean(1) - energies[:, 0]
+    error = change.std() / math.sqrt(len(change))
+    return _difference(change.mean(), error, late.std())
+
+
+def _difference(value: Tensor, error: Tensor, spread: Tensor) -> EnergyDifference:
+    relative = (value / spread).nan_to_num(0.0) if spread == 0 else value / spread
+    return EnergyDifference(value.item(), error.item(), relative.item())
+
+
+def _age(objective: Objective, num_steps: int) -> float | None:
+    """Mean moves since a chain was begun, where the settings say so."""
+    if isinstance(objective, ContrastiveDivergence):
+        return float(objective.num_steps)
+    if not isinstance(objective, MaximumLikelihood):
+        return None
+    num_chains = objective.num_chains
+    rate = round(objective.restart_fraction * num_chains) / num_chains
+    steps = (1 - (1 - rate) ** num_steps) / rate if rate else num_steps
+    return objective.num_steps * steps
+
+
+@torch.no_grad()
+def _overlap(
+    energy_model: EnergyModel,
+    objective: Objective,
+    state: nn.Module,
+    data: Tensor,
+    batch_size: int,
+) -> FitDiagnostics:
+    noise = noise_in(objective, energy_model(), state)
+    if noise is None:
+        return FitDiagnostics()
+    energy = energy_model.energy
+    y = noise.sample(torch.Size((_NUM_NOISE,)))
+    y, x = y.to(**energy.tensor_options(y)), data[:_NUM_NOISE]
+    at_noise = -energy(y) - noise.log_prob(y).to(y)
+    at_data = -energy(x) - noise.log_prob(x).to(x)
+    num_draws = getattr(objective, "num_draws", None)
+    if num_draws is None:
+        num_draws = batch_size * getattr(objective, "num_noise", 1)
+    finite = at_noise.nan_to_num(nan=-torch.inf, posinf=torch.inf)
+    fraction = effective_sample_fraction(finite).item()
+    order = torch.searchsorted(at_noise.sort().values, at_data)
+    return FitDiagnostics(
+        noise_ess=fraction * num_draws,
+        noise_k=pareto_k(finite),
+        noise_separation=order.double().mean().item() / _NUM_NOISE,
+    )

@@ -1,0 +1,161 @@
+"""What a fit returns, and how it is printed."""
+
+__all__ = ["FitResult", "FitTimings"]
+
+import textwrap
+from typing import NamedTuple
+
+from torch import nn
+
+from pyro_ebm.core.verdict import Finding, Status
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.infer.fit.diagnosis import FitDiagnostics
+from pyro_ebm.infer.fit.fit_record import FitRecord
+from pyro_ebm.infer.fit.fit_table import fit_html
+from pyro_ebm.infer.likelihood import LogLikelihood
+from pyro_ebm.partition import LogPartitionEstimate
+
+#: Characters in a printed line.
+_WIDTH = 88
+#: A space at which no line is broken.
+_TIE = "\N{NO-BREAK SPACE}"
+
+
+class FitTimings(NamedTuple):
+    """What a fit has cost.
+
+    Attributes:
+        seconds: Wall-clock time of all of it.
+        cpu_seconds: Processor time of this process, all threads together.
+        seconds_per_step: Wall-clock time of a parameter step, a mean; with log Z, but
+            without records and the end.
+
+    Example:
+        >>> FitTimings(seconds=8.0, cpu_seconds=7.5, seconds_per_step=0.004)[0]
+        8.0
+    """
+
+    seconds: float
+    cpu_seconds: float
+    seconds_per_step: float
+
+
+class FitResult(NamedTuple):
+    r"""What a fit returns.
+
+    Attributes:
+        distribution: The averaged model with its :math:`\log Z`.
+        log_partition: That :math:`\log Z`, with error and verdict, by
+            :func:`pyro_ebm.partition.estimate` if that is reliable, else as tracked.
+        history: A record every ``record_interval`` steps.
+        num_steps: Parameter steps taken.
+        stopped: Why it ended: ``"finished"``, ``"early stopping"``, ``"callback"``,
+            ``"interrupted"``, or ``"loss not finite"``.
+        state: What the last objective has learned beside the energy, such as the log Z
+            of noise contrast, for the last parameters before averaging.
+        train: Log-likelihood of training points, at most 2,000, under the distribution.
+        validation: That of the validation points, or ``None``.
+        stages: Name of the objective, and steps taken with it, of each stage.
+        timings: Seconds.
+        diagnostics: Energy gap, chains, gradients and noise at the end.
+        status: ``"ok"`` or ``"unreliable"``.
+        reasons: What speaks against the fit, the gravest first, each with a way out;
+            empty if the status is ``"ok"``.
+
+    Example:
+        >>> data = torch.randn(500, 2)
+        >>> model = pyro_ebm.EnergyModel(pyro_ebm.energies.NeuralEnergy((2,), (8,)))
+        >>> noise_contrast = pyro_ebm.infer.NoiseContrastive()
+        >>> result = pyro_ebm.fit(
+        ...     model, data, noise_contrast, num_steps=10, progress_bar=False
+        ... )
+        >>> print(result)  # doctest: +ELLIPSIS
+        q(x) = exp(-f(x)) / Z, f = NeuralEnergy over (2,)
+          steps: 10 by NoiseContrastive [finished], ... s, ... ms a step
+          ...
+          verdict: ...
+    """
+
+    distribution: EnergyDistribution
+    log_partition: LogPartitionEstimate
+    history: list[FitRecord]
+    num_steps: int
+    stopped: str
+    state: nn.Module
+    train: LogLikelihood
+    validation: LogLikelihood | None
+    stages: tuple[tuple[str, int], ...]
+    timings: FitTimings
+    diagnostics: FitDiagnostics
+    status: Status
+    reasons: tuple[Finding, ...]
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether the status is ``"ok"``."""
+        return self.status.is_reliable
+
+    @property
+    def verdict(self) -> str:
+        """``"ok"``, or the gravest of what was found, in a few words.
+
+        ``"loss not finite"``; ``"noise too far from data"``, for fewer than 5 effective
+        noise points a step, or data told from noise in 99.5 % of pairs; ``"not at
+        equilibrium"``, for a drift or an energy gap beyond 4 standard errors that is
+        worth 0.05 nats a point (gap squared by twice the variance of the energy), or a
+        nested R-hat above 1.05; ``"log Z unknown: run partition.estimate"``; ``"still
+        learning"``, for a log-likelihood that rose by 0.05 nats in the last quarter of
+        the records.
+        """
+        return str(self.reasons[0].reason if self.reasons else self.status)
+
+    def _repr_html_(self) -> str:
+        return fit_html(self)
+
+    def __str__(self) -> str:
+        energy = self.distribution.energy
+        shape, timings = tuple(energy.event_shape), self.timings
+        steps = ", then ".join(f"{count:,} by {name}" for name, count in self.stages)
+        lines = [
+            f"steps: {steps} [{self.stopped}], {timings.seconds:.1f} s, "
+            f"{1000 * timings.seconds_per_step:.1f} ms a step",
+            f"log-likelihood a point: {self.train}",
+            "" if self.validation is None else f"held-out: {self.validation}",
+            str(self.log_partition),
+            _described(self.diagnostics),
+            f"verdict: {self.verdict}",
+            *(f"- {reason}" for reason in self.reasons),
+        ]
+        head = f"q(x) = exp(-f(x)) / Z, f = {type(energy).__name__} over {shape}"
+        return "\n".join([head, *(_wrapped(line) for line in lines if line)])
+
+
+def _wrapped(line: str) -> str:
+    """Indented, and in several lines where it is too long for one."""
+    return textwrap.fill(
+        line,
+        _WIDTH,
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    ).replace(_TIE, " ")
+
+
+def _described(found: FitDiagnostics) -> str:
+    """What was measured, a name never apart from its number; empty if nothing was."""
+    parts = {
+        "energy gap": found.energy_gap,
+        "drift of the chains": found.drift,
+        "R-hat": _number(found.r_hat, ".3f"),
+        "acceptance": _number(found.acceptance, ".2f"),
+        "gradient signal to noise": _number(found.gradient_snr, ".2g"),
+        "effective noise points a step": _number(found.noise_ess, ",.0f"),
+        "told from noise": _number(found.noise_separation, ".1%"),
+    }
+    texts = [f"{k} {v}" for k, v in parts.items() if v is not None]
+    return ", ".join(text.replace(" ", _TIE) for text in texts)
+
+
+def _number(value: float | None, spec: str) -> str | None:
+    return None if value is None else format(value, spec)

@@ -1,0 +1,153 @@
+"""Several objectives one after the other, in one fit.
+
+Score matching and noise contrast are quick and see the whole of the data, maximum
+likelihood is the most accurate: begin with the one and finish with the other.
+"""
+
+__all__ = ["Stage", "as_stages", "begin_chains", "unwrapped"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from pyro_ebm.distributions import EnergyModel
+from pyro_ebm.energies import unconstrained
+from pyro_ebm.infer.checks import require_objective
+from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikelihood
+from pyro_ebm.infer.objectives.objective import Objective
+from pyro_ebm.infer.objectives.penalty import EnergyPenalty
+from pyro_ebm.mcmc import IndependentChains, PersistentChains
+
+#: Moves of chains that begin in a later stage, before its first parameter step.
+_WARMUP_MOVES = 50
+
+
+@final
+@dataclass(frozen=True)
+class Stage:
+    """A part of a fit: an objective for a number of parameter steps.
+
+    Args:
+        objective: The estimator.
+        num_steps: Parameter steps.
+        optim: An optimiser of its own, as for :func:`pyro_ebm.fit`; default: that of
+            the fit, which goes on with what it has accumulated.
+
+    Raises:
+        TypeError: If ``objective`` is none.
+        ValueError: If ``num_steps`` is not positive.
+
+    Example:
+        >>> energy = pyro_ebm.energies.NeuralEnergy((2,), (16,))
+        >>> model = pyro_ebm.EnergyModel(energy)
+        >>> stages = [
+        ...     Stage(pyro_ebm.infer.DenoisingScoreMatching(0.3), num_steps=10),
+        ...     Stage(pyro_ebm.infer.MaximumLikelihood(), num_steps=5),
+        ... ]
+        >>> data = torch.randn(500, 2)
+        >>> pyro_ebm.fit(model, data, stages, progress_bar=False).num_steps
+        15
+    """
+
+    objective: Objective
+    num_steps: int
+    optim: Any = None
+
+    def __post_init__(self) -> None:
+        require_objective(self.objective)
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
+
+    @property
+    def name(self) -> str:
+        """The objective's, for people."""
+        objective = self.objective
+        if isinstance(objective, EnergyPenalty):
+            inner = type(objective.objective).__name__
+            return f"{inner} with penalty {objective.weight:g}"
+        return type(objective).__name__
+
+
+def as_stages(
+    objective: Objective | Sequence[Stage] | None, num_steps: int | None
+) -> list[Stage]:
+    """What a fit was asked for, as stages.
+
+    Args:
+        objective: One for all steps, default ``MaximumLikelihood()``; or stages.
+        num_steps: Of the one objective, default 2,000; stages have their own.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If there is no stage, or stages and ``num_steps``.
+    """
+    if objective is None or isinstance(objective, Objective):
+        steps = 2000 if num_steps is None else num_steps
+        return [Stage(objective or MaximumLikelihood(), steps)]
+    stages = [objective] if isinstance(objective, Stage) else objective
+    if not isinstance(stages, Sequence) or isinstance(stages, str):
+        require_objective(objective)
+    for stage in stages:
+        if not isinstance(stage, Stage):
+            raise TypeError(
+                "objective must be an Objective or a list of Stage, got a list with "
+                f"{stage!r}. Wrap it: Stage(objective, num_steps)."
+            )
+    if not stages:
+        raise ValueError("objective must hold at least one Stage, got none.")
+    if num_steps is not None:
+        raise ValueError(
+            f"num_steps must be left out with stages, which have their own; got "
+            f"{num_steps}."
+        )
+    return list(stages)
+
+
+def begin_chains(
+    energy_model: EnergyModel, objective: Objective, state: nn.Module
+) -> None:
+    """Start chains for an energy that has been learned without them.
+
+    From the base they would take a while to arrive, and meanwhile push the energy up
+    where it is not too low. They start at the walkers that follow log Z, which are
+    draws of the averaged model, and move on at fixed parameters.
+
+    Args:
+        energy_model: With walkers.
+        objective: Only :class:`MaximumLikelihood`, in a penalty or not, needs it.
+        state: Its chains.
+    """
+    objective = unwrapped(objective)
+    if not (
+        isinstance(objective, MaximumLikelihood) and isinstance(state, PersistentChains)
+    ):
+        return
+    energy, kernel = energy_model.energy, objective.kernel
+    x = _draws_of_walkers(energy_model, objective.num_chains)
+    if x is None:
+        sampler = energy_model.sampler or IndependentChains(base=energy_model.base)
+        x = sampler.start(energy, objective.num_chains)
+    state.start(energy, x, kernel)
+    state.advance(energy, kernel, _WARMUP_MOVES)
+
+
+def unwrapped(objective: Objective) -> Objective:
+    """The objective inside a penalty, or itself."""
+    return objective.objective if isinstance(objective, EnergyPenalty) else objective
+
+
+@torch.no_grad()
+def _draws_of_walkers(energy_model: EnergyModel, num_draws: int) -> Tensor | None:
+    tracker = energy_model.log_partition
+    if not tracker.walkers.is_started or not tracker.averaged().is_reliable:
+        return None
+    walkers = tracker.walkers
+    log_weights = walkers.log_weights + walkers.log_offset[:, None]
+    weights = log_weights.flatten().softmax(0)
+    chosen = torch.multinomial(weights, num_draws, replacement=True)
+    _, to_support = unconstrained(energy_model.energy)
+    points: Tensor = to_support(walkers.u.flatten(0, 1)[chosen])
+    return points

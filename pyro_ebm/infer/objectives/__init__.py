@@ -1,0 +1,3 @@
+"""Estimators of energies, one class each."""
+
+__all__: list[str] = []

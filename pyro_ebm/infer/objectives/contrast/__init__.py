@@ -1,0 +1,3 @@
+"""Estimators that tell data from noise."""
+
+__all__: list[str] = []

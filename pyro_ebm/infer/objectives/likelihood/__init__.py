@@ -1,0 +1,3 @@
+"""Estimators that climb the likelihood."""
+
+__all__: list[str] = []

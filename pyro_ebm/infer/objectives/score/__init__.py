@@ -1,0 +1,3 @@
+"""Estimators that need no normaliser."""
+
+__all__: list[str] = []

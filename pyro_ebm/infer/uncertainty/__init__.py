@@ -1,0 +1,3 @@
+"""Standard errors of what was learned."""
+
+__all__: list[str] = []

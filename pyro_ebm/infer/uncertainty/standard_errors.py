@@ -1,0 +1,274 @@
+r"""Standard errors of the parameters of an energy.
+
+They are what :mod:`~pyro_ebm.infer.uncertainty.sandwich` makes of the equation that the
+fit has solved; here it is found which that is, and what is learned in it.
+"""
+
+__all__ = ["parameter_errors"]
+
+import copy
+import itertools
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pyro_ebm.core.verdict import Finding, Reason
+from pyro_ebm.distributions import EnergyDistribution, EnergyModel
+from pyro_ebm.energies import Energy
+from pyro_ebm.infer.checks import require_objective
+from pyro_ebm.infer.objectives.contrast.noise import LearnedLogPartition
+from pyro_ebm.infer.objectives.likelihood.contrastive_divergence import (
+    ContrastiveDivergence,
+)
+from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikelihood
+from pyro_ebm.infer.objectives.objective import Objective, as_distribution
+from pyro_ebm.infer.objectives.score.denoising import DenoisingScoreMatching
+from pyro_ebm.infer.objectives.score.energy_discrepancy import EnergyDiscrepancy
+from pyro_ebm.infer.uncertainty.estimating_equations import Equation, objective_equation
+from pyro_ebm.infer.uncertainty.likelihood_equation import likelihood_equation
+from pyro_ebm.infer.uncertainty.sandwich import ParameterErrors, Solved
+from pyro_ebm.mcmc.base import bias_of
+
+#: Above this number of parameters their covariance is neither affordable nor of use.
+_MAX_PARAMETERS = 1000
+
+_BIASES = {
+    DenoisingScoreMatching: "the interval is about the energy of the noisy data: each "
+    "variance is too large by noise_scale squared",
+    ContrastiveDivergence: "short chains are off unless the energy can be that of the "
+    "data, and the errors hold only if it can",
+}
+
+
+@torch.enable_grad()
+def parameter_errors(
+    model: Energy | EnergyModel | EnergyDistribution,
+    data: Tensor,
+    objective: Objective | None = None,
+    *,
+    state: nn.Module | None = None,
+    covariance: Literal["sandwich", "information"] = "sandwich",
+    draws: Tensor | None = None,
+    num_redraws: float = math.inf,
+) -> ParameterErrors:
+    r"""Standard errors of what an energy has learned; for few parameters.
+
+    The errors are those of a finite sample of data: how much the parameters would vary
+    if new data were drawn and the fit repeated to its end. What an optimiser has left
+    undone is not in them, but is looked for: where the solution is more than half a
+    standard error away, the status is ``"unreliable"``.
+
+    Args:
+        model: With the parameters that were found; those with ``requires_grad`` count,
+            the others are taken for known. After :func:`~pyro_ebm.fit`, the
+            :class:`~pyro_ebm.EnergyModel`.
+        data: That they were fitted to, shape ``(*batch, *event)``; independent points.
+        objective: By what; default: ``MaximumLikelihood()``. All estimators of the
+            likelihood have the same errors but for ``num_redraws``.
+        state: What the objective has learned beside the energy, ``ObjectiveLoss.state``
+            or ``FitResult.state``; needed where that is a log Z, whose error is given
+            too.
+        covariance: ``"sandwich"``, or ``"information"``, of the likelihood only:
+            less variable at few data, and wrong unless the energy can be theirs.
+        draws: Independent draws of the model, shape ``(C, *event)``, for expectations
+            under it. Default: a sum over its space if that is finite or has at most
+            three dimensions, else 4,096 draws by its sampler.
+        num_redraws: How many independent draws of the objective's own randomness lie
+            behind the parameters: noise points, directions or perturbations of each
+            point, chains or proposals of a step. 1 if it was drawn once and held; the
+            default, infinity, if it was drawn anew at each of many steps and the
+            parameters averaged, as :func:`~pyro_ebm.fit` does.
+
+    Raises:
+        NotImplementedError: If the objective solves no equation that is known here.
+        TypeError: If an argument is of another type.
+        ValueError: If there is no parameter or more than 1,000, no more data than
+            parameters, an argument out of range, or a direction in which the parameters
+            can move without any effect: the message names it.
+
+    Exactness: *consistent* in the number of data.
+
+    Cost: one backward pass over the data a parameter; 8 of them where an objective
+    other than the likelihood draws something.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> data = 2 * torch.randn(400, 1) + 1
+        >>> precision = 1 / data.var(0, correction=0).diag()
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(data.mean(0), precision)
+        >>> errors = parameter_errors(energy, data)
+        >>> errors.names, errors.status
+        (('loc[0]', 'log_diagonal[0]'), 'ok')
+        >>> errors.std_error  # in the limit 2 / 20 and 1 / sqrt(800)
+        tensor([0.10, 0.04], dtype=torch.float64)
+    """
+    objective = MaximumLikelihood() if objective is None else objective
+    require_objective(objective)
+    distribution = as_distribution(model)
+    energy = distribution.energy
+    num_points = energy.batch_shape_of(data).numel()
+    x = data.detach().reshape(num_points, *energy.event_shape)
+    _require_settings(objective, covariance, num_redraws)
+    own_state = _state_for(objective, state, energy)
+    named = _named_parameters(energy, objective, own_state)
+    names, parameters = _entry_names(named), [p for _, p in named]
+    _require_points(x, len(names))
+    if objective.is_pointwise:
+        equation = likelihood_equation(
+            distribution, objective, parameters, x, draws, covariance, num_redraws
+        )
+    else:
+        equation = objective_equation(
+            distribution, objective, own_state, parameters, x, num_redraws
+        )
+    _require_derivatives(equation, names)
+    estimate = torch.cat([p.detach().flatten() for p in parameters]).double()
+    kept = [name for name, keep in zip(names, equation.has_effect, strict=True) if keep]
+    solved = Solved(
+        kept, estimate[equation.has_effect], equation.where_it_has_effect(), num_points
+    )
+    solved.require_identified(parameters[0].dtype)
+    return solved.errors(covariance, _biases(objective))
+
+
+def _biases(objective: Objective) -> list[Finding]:
+    found = []
+    if type(objective) in _BIASES:
+        found.append(Finding(Reason.INCONSISTENT_ESTIMATOR, _BIASES[type(objective)]))
+    # With weight 1 the datum is ranked among its copies, which is consistent.
+    if isinstance(objective, EnergyDiscrepancy) and objective.stabilizer != 1:
+        off = (
+            "the interval is about a value that is off by O(1 / num_copies), as it is "
+            "not with stabilizer=1"
+        )
+        found.append(Finding(Reason.INCONSISTENT_ESTIMATOR, off))
+    kernel = getattr(objective, "kernel", None)
+    if bias_of(kernel):
+        beside = (
+            f"chains of {type(kernel).__name__} settle beside the model, and the "
+            "interval is about what they make of the data"
+        )
+        found.append(Finding(Reason.BIASED_KERNEL, beside))
+    return found
+
+
+# What is learned ---------------------------------------------------------------------
+
+
+def _state_for(
+    objective: Objective, state: nn.Module | None, energy: Energy
+) -> nn.Module:
+    """A state of our own, at which the objective can be evaluated.
+
+    Raises:
+        NotImplementedError: If the objective solves no equation that is known.
+        TypeError: If the state is that of another objective.
+        ValueError: If it is missing.
+    """
+    fresh = objective.make_state()
+    if objective.is_pointwise:
+        return fresh
+    learns = any(True for _ in fresh.parameters())
+    knows = not learns or isinstance(fresh, LearnedLogPartition)
+    moves = {"chains", "generator"} & objective.needs
+    if not knows or (moves and not isinstance(objective, ContrastiveDivergence)):
+        raise NotImplementedError(
+            f"{type(objective).__name__} solves no equation of the data whose errors "
+            "are known: what it learns or moves beside the energy depends on the "
+            "parameters. Fit on by MaximumLikelihood, or take the bootstrap."
+        )
+    if state is None and not learns:
+        return fresh.to(**energy.tensor_options())
+    if state is None or not bool(getattr(state, "is_started", True)):
+        raise ValueError(
+            f"{type(objective).__name__} learns log Z beside the energy, and state "
+            "does not hold it: give ObjectiveLoss.state, or FitResult.state."
+        )
+    if not isinstance(state, type(fresh)):
+        raise TypeError(
+            f"state must be the {type(fresh).__name__} of {type(objective).__name__}, "
+            f"got {type(state).__name__}."
+        )
+    return copy.deepcopy(state)
+
+
+def _named_parameters(
+    energy: Energy, objective: Objective, state: nn.Module
+) -> list[tuple[str, Tensor]]:
+    named: list[tuple[str, Tensor]] = [
+        (name, p) for name, p in energy.named_parameters() if p.requires_grad
+    ]
+    if isinstance(state, LearnedLogPartition) and not objective.is_pointwise:
+        # What a flow learns has no effect on the rest: to first order, any will do.
+        if state.log_partition.requires_grad:
+            named.append(("log_partition", state.log_partition))
+    if not named:
+        raise ValueError(
+            "model must have parameters with requires_grad, got none. After fit, give "
+            "the EnergyModel: the distribution that fit returns is a frozen copy."
+        )
+    return named
+
+
+def _entry_names(named: list[tuple[str, Tensor]]) -> list[str]:
+    return [
+        f"{name}[{','.join(map(str, index))}]" if index else name
+        for name, parameter in named
+        for index in itertools.product(*map(range, parameter.shape))
+    ]
+
+
+# Bad input ---------------------------------------------------------------------------
+
+
+def _require_settings(
+    objective: Objective, covariance: str, num_redraws: float
+) -> None:
+    if covariance not in ("sandwich", "information"):
+        raise ValueError(
+            f"covariance must be 'sandwich' or 'information', got {covariance!r}."
+        )
+    if covariance == "information" and not objective.is_pointwise:
+        raise ValueError(
+            "covariance must be 'sandwich' for an objective other than the likelihood: "
+            f"the information says nothing of {type(objective).__name__}."
+        )
+    if not num_redraws >= 1:
+        raise ValueError(f"num_redraws must be at least 1, got {num_redraws}.")
+
+
+def _require_points(x: Tensor, num_parameters: int) -> None:
+    if num_parameters > _MAX_PARAMETERS:
+        raise ValueError(
+            f"model has {num_parameters:,} parameters, more than {_MAX_PARAMETERS:,}: "
+            "their covariance would say little of a network. Hold most of them by "
+            "requires_grad_(False), for errors given the rest, or report the error of "
+            "what the model says, as log_likelihood_difference does."
+        )
+    if len(x) <= num_parameters:
+        raise ValueError(
+            f"data must hold more points than there are parameters, {num_parameters}; "
+            f"got {len(x)}."
+        )
+    if not x.isfinite().all():
+        raise ValueError(
+            f"data must be finite, got {int((~x.isfinite()).sum())} numbers that are "
+            "not. Drop those points."
+        )
+
+
+def _require_derivatives(equation: Equation, names: list[str]) -> None:
+    is_finite = (equation.curvature + equation.spread).isfinite().all(0)
+    if not is_finite.all():
+        raise ValueError(
+            "the derivatives of the objective must be finite at the data and under the "
+            f"model, and are not in {names[int((~is_finite).int().argmax())]!r}. Look "
+            "for points at the edge of the support, or where the energy overflows."
+        )
+    if not equation.has_effect.any():
+        raise ValueError(
+            f"model must have a parameter that its energy depends on, got {names}. "
+            "Does the energy detach them, or copy them when it is built?"
+        )

@@ -1,0 +1,3 @@
+"""Kernels that move many chains at once."""
+
+__all__: list[str] = []

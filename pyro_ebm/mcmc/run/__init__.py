@@ -1,0 +1,3 @@
+"""One run of many chains: target, driver, storage."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Replica exchange along a path of energies."""
+
+__all__: list[str] = []

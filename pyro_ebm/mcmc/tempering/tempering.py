@@ -1,0 +1,245 @@
+r"""Replica exchange: chains that travel between a base and the energy.
+
+A chain that starts in one of several separated modes stays there. Here each chain has
+:math:`K` replicas on a ladder of temperatures. The lowest is drawn anew from the base
+at each step, the others move by a kernel, and neighbours swap places (see
+:mod:`pyro_ebm.mcmc.tempering.ladder`). What arrives at the energy is a draw of the base
+that was carried up the ladder, as likely in one mode as the mode is heavy.
+
+References:
+    Geyer (1991), Computing Science and Statistics 23, 156-163.
+    Syed, Bouchard-Cote, Deligiannidis & Doucet (2022), JRSS B 84, 321-350.
+"""
+
+__all__ = ["ReplicaExchange"]
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_ebm.core.errors import UnreliableWarning
+from pyro_ebm.energies import Energy
+from pyro_ebm.mcmc.kernels.hmc import HMC
+from pyro_ebm.mcmc.tempering.ladder import (
+    Exchange,
+    Replicas,
+    above_base,
+    first_temperatures,
+    require_hmc,
+)
+from pyro_ebm.mcmc.tempering.ladder_adaptation import LadderAdaptation
+from pyro_ebm.mcmc.tempering.path import GeometricPath, PathState, require_rising
+from pyro_ebm.mcmc.tempering.tempered_draws import LadderSums, TemperedDraws
+
+
+@final
+@dataclass(frozen=True)
+class ReplicaExchange:
+    r"""Run chains with replicas between a base and an energy, which swap places.
+
+    It is a :class:`~pyro_ebm.mcmc.Sampler` too: ``EnergyDistribution(energy,
+    sampler=ReplicaExchange(base))`` draws by it, one chain a draw.
+
+    Args:
+        base: A normalised Pyro distribution over the same event and support that covers
+            all modes; of a ``PyroModelEnergy`` its ``prior``. What it does not reach is
+            not found.
+        kernel: What moves the replicas above the base. With ``scale`` or ``scale_tril``
+            it keeps that at all temperatures; without, each gets a scale of its own.
+        num_temperatures: :math:`K`, base and energy included, at least 2.
+        inverse_temperatures: Where the ladder begins, rising from 0 to 1, such as those
+            of a run of sequential Monte Carlo; then ``num_temperatures`` is not used.
+            Default: ``(k / (K - 1)) ** 3``. The warm-up moves them.
+        warmup_steps: Steps in which temperatures, scales and step sizes adapt; with 0
+            all stay as given.
+        num_steps: Steps after the warm-up when used as a sampler.
+        min_chains: At least so many chains are run by it.
+
+    Raises:
+        TypeError: If ``kernel`` is not :class:`~pyro_ebm.mcmc.HMC`, the only one that
+            takes a step size for each temperature.
+        ValueError: If a setting is out of range.
+
+    Exactness: draws are *consistent* in the number of steps, and so is
+    ``log_partition``.
+
+    Example:
+        >>> modes = torch.tensor([-4.0, 4.0])
+        >>> energy = pyro_ebm.energies.FunctionEnergy(
+        ...     lambda x: -torch.logsumexp(-2 * (x[..., None] - modes) ** 2, -1), ()
+        ... )
+        >>> base = dist.Normal(torch.tensor(0.0), 5.0)
+        >>> found = ReplicaExchange(base, num_temperatures=4).run(energy, 200)
+        >>> found.draws.shape, found.status
+        (torch.Size([64, 200]), 'ok')
+        >>> abs((found.draws > 0).float().mean().item() - 0.5) < 0.05
+        True
+    """
+
+    base: dist.TorchDistribution
+    kernel: HMC = field(default_factory=HMC)
+    num_temperatures: int = 8
+    inverse_temperatures: Sequence[float] | None = None
+    warmup_steps: int = 200
+    num_steps: int = 100
+    min_chains: int = 32
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        require_hmc(self.kernel)
+        for name, low in (
+            ("num_temperatures", 2),
+            ("warmup_steps", 0),
+            ("num_steps", 1),
+            ("min_chains", 1),
+        ):
+            if getattr(self, name) < low:
+                raise ValueError(
+                    f"{name} must be at least {low}, got {getattr(self, name)}."
+                )
+        if self.inverse_temperatures is not None:
+            require_rising(self.inverse_temperatures)
+
+    @torch.no_grad()
+    def run(
+        self,
+        energy: Energy,
+        num_samples: int = 1000,
+        num_chains: int = 64,
+        *,
+        thinning: int = 1,
+        initial: Tensor | None = None,
+        progress_bar: bool = True,
+    ) -> TemperedDraws:
+        """Warm up and draw, all chains and temperatures at once.
+
+        A step costs ``(K - 1) * kernel.num_gradients + 1`` evaluations a chain.
+
+        Args:
+            energy: On any support that ``biject_to`` knows.
+            num_samples: Draws of each chain.
+            num_chains: Chains, each with ``K`` replicas.
+            thinning: Steps a draw.
+            initial: Where all replicas of each chain start, points of the support of
+                shape ``(C, *event)``; default: draws of the base.
+            progress_bar: Whether to show the steps, if they take more than a second.
+
+        Raises:
+            ValueError: If a number or the shape of ``initial`` is out of range, or the
+                base does not fit the energy.
+            DivergenceError: If energy and gradient are finite at no start.
+
+        Warns:
+            UnreliableWarning: If the status is not ``"ok"``.
+        """
+        counts = {"num_samples": num_samples, "num_chains": num_chains}
+        for name, count in {**counts, "thinning": thinning}.items():
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}.")
+        run = _Run(self, GeometricPath(energy, self.base), num_chains, initial)
+        total = self.warmup_steps + num_samples * thinning
+        with tqdm(
+            total=total, desc="tempering", disable=not progress_bar, delay=1
+        ) as bar:
+            for _ in range(self.warmup_steps):
+                run.step()
+                bar.update()
+            found = run.sample(num_samples, thinning, bar)
+        if not found.is_reliable:
+            warnings.warn(
+                f"replica exchange is unreliable: {found.reason}",
+                UnreliableWarning,
+                stacklevel=2,
+            )
+        return found
+
+    def __call__(self, energy: Energy, num_draws: int) -> Tensor:
+        """Independent draws, the last point of a chain each, ``(num_draws, *event)``.
+
+        Args:
+            energy: As for :meth:`run`, with its errors and its warning.
+            num_draws: How many points are wanted.
+        """
+        num_chains = max(num_draws, self.min_chains)
+        found = self.run(
+            energy, 1, num_chains, thinning=self.num_steps, progress_bar=False
+        )
+        return found.draws[:num_draws, 0]
+
+    def start(self, energy: Energy, num_draws: int) -> Tensor:
+        """Points of the base, shape ``(num_draws, *event)``."""
+        draws = self.base.sample(torch.Size((num_draws,))).detach()
+        return draws.to(**energy.tensor_options(draws))
+
+
+class _Run:
+    """Replicas under way."""
+
+    def __init__(
+        self,
+        settings: ReplicaExchange,
+        path: GeometricPath,
+        num_chains: int,
+        initial: Tensor | None,
+    ) -> None:
+        self.path, self.num_chains = path, num_chains
+        betas = first_temperatures(settings.num_temperatures)
+        if settings.inverse_temperatures is not None:
+            betas = torch.tensor(settings.inverse_temperatures)
+        state = self._start(len(betas), initial)
+        self.adaptation = LadderAdaptation(
+            path,
+            settings.kernel,
+            betas.to(state.base),
+            above_base(state),
+            settings.warmup_steps,
+        )
+        nowhere = torch.zeros_like(state.base, dtype=torch.bool)
+        self.replicas = Replicas(state, nowhere, 0)
+
+    def _start(self, num_temperatures: int, initial: Tensor | None) -> PathState:
+        """All replicas, shape ``(C, K)``, where energy and gradient are finite."""
+        shape = (self.num_chains, num_temperatures)
+        if initial is None:
+            state = self.path.sample_base(*shape)
+        else:
+            expected = (self.num_chains, *self.path.distribution.event_shape)
+            if initial.shape != expected:
+                raise ValueError(
+                    f"initial must have shape {expected}, (num_chains, *event), got "
+                    f"{tuple(initial.shape)}."
+                )
+            u = self.path.transform.inv(initial.detach())
+            repeated = u.unsqueeze(1).expand(-1, num_temperatures, *u.shape[1:])
+            state = self.path.evaluate(repeated)
+        return self.path.with_finite_chains(state)
+
+    def step(self) -> Exchange:
+        """Draw from the base, move what is above it, swap, and learn from that."""
+        ladder, kernel = self.adaptation.ladder, self.adaptation.kernel
+        done = ladder.exchange(kernel, self.replicas)
+        self.replicas = done.replicas
+        self.adaptation.update(above_base(done.state), done.info, done.swap_prob)
+        return done
+
+    def sample(self, num_samples: int, thinning: int, bar: Any) -> TemperedDraws:
+        """Draw, with the ladder as it is now; the bar counts the steps."""
+        sums = LadderSums(self.adaptation.ladder.inverse_temperatures)
+        draws = []
+        for _ in range(num_samples):
+            for _ in range(thinning):
+                sums.add(self.step())
+                bar.update()
+            draws.append(self.replicas.state.u[:, -1])
+        u = torch.stack(draws, 1)
+        return sums.result(
+            self.path.transform(u),
+            torch.as_tensor(self.adaptation.kernel.step_size),
+            self.path.num_evaluations,
+        )

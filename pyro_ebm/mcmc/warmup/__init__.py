@@ -1,0 +1,3 @@
+"""Adaptation of steps and metric before draws are kept."""
+
+__all__: list[str] = []

@@ -1,0 +1,267 @@
+"""Gibbs sampling leaves ``e^-f`` invariant on spaces small enough to enumerate.
+
+Chains start from exact draws and must stay there: a chi-square on all states, and the
+first and second moments of the energy. Each kind of sweep is also run with a planted
+fault, which one of the two must find.
+"""
+
+import math
+
+import pytest
+import torch
+from pyro.distributions import constraints
+
+from pyro_ebm.energies import (
+    FunctionEnergy,
+    IsingEnergy,
+    PottsEnergy,
+    RBMEnergy,
+)
+from pyro_ebm.energies.discrete.finite import finite_values
+from pyro_ebm.energies.discrete.lattice import LatticeEnergy
+from pyro_ebm.mcmc import Gibbs
+from pyro_ebm.mcmc.kernels import gibbs as module
+from pyro_ebm.testing import CountingEnergy, assert_moments
+
+NUM_CHAINS = 20_000
+
+
+def function(event=(3,), low=0, high=2, fn=None):
+    coefficients = torch.linspace(-1, 1, math.prod(event)).reshape(event)
+    support = constraints.integer_interval(low, high)
+
+    def energy(x):
+        flat = x.flatten(-len(event)) if event else x[..., None]
+        rough = (flat.cumsum(-1) * 1.3).cos().sum(-1)
+        return rough + (coefficients * x).reshape(flat.shape).sum(-1)
+
+    return FunctionEnergy(
+        fn or energy, event, constraints.independent(support, len(event))
+    )
+
+
+def forbidden(x):
+    """No two neighbours may both be one; nan and infinity are both no energy."""
+    both = (x[..., 1:] * x[..., :-1]).sum(-1)
+    value = -0.5 * x.sum(-1)
+    return torch.where(both == 0, value, torch.where(both == 1, torch.inf, torch.nan))
+
+
+ENERGIES = {
+    "ising": lambda: IsingEnergy((2, 4), 0.3, 0.2),
+    "ising-free": lambda: IsingEnergy((3, 3), 0.6, torch.randn(3, 3), periodic=False),
+    "ising-odd": lambda: IsingEnergy((3, 3), -0.5),
+    "potts": lambda: PottsEnergy((2, 3), 3, 0.6),
+    "rbm": lambda: RBMEnergy(torch.randn(7, 3), torch.randn(7), torch.randn(3)),
+    "function": function,
+    "function-scalar": lambda: function((), -2, 3),
+    "function-matrix": lambda: function((2, 3), 0, 1),
+    "function-forbidden": lambda: function((6,), 0, 1, forbidden),
+}
+
+
+def states(energy):
+    values = torch.tensor(finite_values(energy.support))
+    dim = energy.event_shape.numel()
+    return torch.cartesian_prod(*[values] * dim).reshape(-1, *energy.event_shape)
+
+
+def probabilities(energy):
+    log_density = -energy(states(energy)).detach()
+    return log_density.where(log_density.isfinite(), -torch.inf).softmax(0)
+
+
+def run(energy, kernel, num_steps=3):
+    """Where chains that start from exact draws are after some steps."""
+    start = states(energy)[
+        torch.multinomial(probabilities(energy), NUM_CHAINS, replacement=True)
+    ]
+    state = kernel.init(energy, start)
+    for _ in range(num_steps):
+        state, _ = kernel.step(energy, state)
+    return state
+
+
+def assert_stays(energy, state):
+    p = probabilities(energy)
+    values = torch.tensor(finite_values(energy.support))
+    digits = torch.searchsorted(values, state.x.reshape(NUM_CHAINS, -1))
+    powers = len(values) ** torch.arange(digits.shape[1] - 1, -1, -1)
+    count = torch.bincount((digits * powers).sum(-1), minlength=len(p))
+    assert (count[p == 0] == 0).all(), "a state of no probability was visited"
+    common = p * NUM_CHAINS > 5
+    expected, found = p[common] * NUM_CHAINS, count[common]
+    chi_square = ((found - expected) ** 2 / expected).sum()
+    degrees = int(common.sum()) - 1
+    z = (chi_square - degrees) / math.sqrt(2 * degrees)
+    assert z < 5, f"chi-square of the states, |z| = {z:.1f}"
+    f = energy(states(energy)).detach()[p > 0]
+    mean = p[p > 0] @ f
+    central = [p[p > 0] @ (f - mean) ** k for k in (2, 4)]
+    assert_moments(
+        state.energy[:, None], mean, central[0], fourth_central_moment=central[1]
+    )
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+@pytest.mark.parametrize("name", ENERGIES)
+def test_exact_draws_stay(name, is_reversed):
+    """Faults: see below."""
+    energy = ENERGIES[name]()
+    assert_stays(energy, run(energy, Gibbs(is_reversed=is_reversed)))
+
+
+def all_at_once(monkeypatch):
+    """Neighbours move together, as if they were independent."""
+    right = LatticeEnergy.__init__
+
+    def faulty(self, *args, **kwargs):
+        right(self, *args, **kwargs)
+        self.blocks = torch.ones_like(self.blocks[:1])
+
+    monkeypatch.setattr(LatticeEnergy, "__init__", faulty)
+
+
+def two_colours(monkeypatch):
+    """A chessboard on a torus of odd side."""
+    right = LatticeEnergy.__init__
+
+    def faulty(self, *args, **kwargs):
+        right(self, *args, **kwargs)
+        parity = sum(torch.meshgrid(*map(torch.arange, self.event_shape)), start=0)
+        self.blocks = torch.stack([parity % 2 == 0, parity % 2 == 1])
+
+    monkeypatch.setattr(LatticeEnergy, "__init__", faulty)
+
+
+def no_field(monkeypatch):
+    right = IsingEnergy.site_logits
+
+    def faulty(self, x):
+        up = torch.zeros_like(x) if self.field is None else self.field
+        return right(self, x) - torch.stack([-up, up]).reshape(2, *(1,) * x.dim())
+
+    monkeypatch.setattr(IsingEnergy, "site_logits", faulty)
+
+
+def hot(monkeypatch):
+    """Draws at nine tenths of the inverse temperature."""
+    right = module._draw
+    monkeypatch.setattr(module, "_draw", lambda logits, u: right(0.9 * logits, u))
+    flip = module._flip
+    monkeypatch.setattr(module, "_flip", lambda logits: flip(0.9 * logits))
+
+
+def stale_hidden(monkeypatch):
+    """The visible units see the mean of the hidden units instead of their draw."""
+    right, calls = module._flip, []
+
+    def faulty(logits):
+        calls.append(logits)
+        return logits.sigmoid() if len(calls) % 2 else right(logits)
+
+    monkeypatch.setattr(module, "_flip", faulty)
+
+
+FAULTS = [
+    ("ising", all_at_once),
+    ("potts", all_at_once),
+    ("ising-odd", two_colours),
+    ("ising", no_field),
+    ("rbm", stale_hidden),
+    *[(name, hot) for name in ENERGIES if name != "function-forbidden"],
+]
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")
+@pytest.mark.parametrize(("name", "plant"), FAULTS)
+def test_planted_faults_are_caught(name, plant, monkeypatch):
+    plant(monkeypatch)
+    energy = ENERGIES[name]()
+    with pytest.raises(AssertionError, match=r"\|z\|"):
+        assert_stays(energy, run(energy, Gibbs()))
+
+
+@pytest.mark.parametrize("name", ["ising", "ising-odd", "function"])
+def test_reversed_sweeps_are_the_time_reversal(name):
+    """``p(x) T(x, y) = p(y) T'(y, x)``, for pairs of the commonest states.
+
+    Without the reversal it is far from that: seen to fail, as asserted."""
+    energy = ENERGIES[name]()
+    p, all_states = probabilities(energy), states(energy)
+    common = all_states[p.topk(4).indices]
+
+    weight = p.topk(4).values[:, None]
+
+    def flow(kernel):
+        """Probability of going from one to another, and its variance."""
+        x = common.repeat_interleave(NUM_CHAINS, 0)
+        y = kernel.sweep(energy, x).reshape(4, NUM_CHAINS, 1, -1)
+        hits = (y == common.reshape(4, -1)).all(-1).double().mean(1)
+        spread = hits * (1 - hits) + 1 / NUM_CHAINS  # none would not mean certainty
+        return weight * hits, weight**2 * spread / NUM_CHAINS
+
+    def largest_z(first, second):
+        (there, variance), (back, other) = flow(first), flow(second)
+        return ((there - back.mT) / (variance + other.mT).sqrt()).abs().max()
+
+    assert largest_z(Gibbs(), Gibbs(is_reversed=True)) < 4
+    assert largest_z(Gibbs(), Gibbs()) > 8
+
+
+@pytest.mark.parametrize("name", ENERGIES)
+@pytest.mark.parametrize("chains", [(5,), (2, 3), ()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shapes_and_state(name, chains, dtype):
+    energy = ENERGIES[name]()
+    x = states(energy)[0].expand(torch.Size(chains) + energy.event_shape)
+    state, info = Gibbs().step(energy, Gibbs().init(energy, x))
+    assert state.x.shape == state.grad.shape == x.shape
+    assert state.energy.shape == info.accepted.shape == chains
+    assert energy.support.check(state.x).all()
+    torch.testing.assert_close(state.energy, energy(state.x).detach())
+    assert state.grad.isnan().all()
+    assert info.accepted.all()
+    assert not any(value.requires_grad for value in (*state, *info))
+    assert {state.x.dtype, state.energy.dtype} == {dtype}
+
+
+def test_many_sweeps_are_as_many_steps():
+    energy = ENERGIES["ising"]()
+    x = states(energy)[:50]
+    torch.manual_seed(1)
+    once = Gibbs(num_sweeps=3).sweep(energy, x)
+    torch.manual_seed(1)
+    kernel, again = Gibbs(), x
+    for _ in range(3):
+        again = kernel.sweep(energy, again)
+    assert torch.equal(once, again)
+
+
+def test_a_chain_where_nothing_is_finite_stays():
+    """Its neighbours are as bad: the state is kept and called infinite."""
+    energy = function((6,), 0, 1, forbidden)
+    x = torch.ones(10, 6)
+    state, info = Gibbs().step(energy, Gibbs().init(energy, x))
+    assert torch.equal(state.x, x)
+    assert not info.is_finite.any()
+
+
+def test_cost():
+    assert Gibbs().num_evaluations(ENERGIES["ising"]()) == 1
+    assert Gibbs(4).num_evaluations(ENERGIES["rbm"]()) == 4
+    energy = CountingEnergy(function((2, 2)))
+    Gibbs(2).sweep(energy, torch.zeros(7, 2, 2))
+    assert energy.num_values == 7 * Gibbs(2).num_evaluations(energy)
+    assert Gibbs(2).num_evaluations(energy) == 2 * (4 * 2 + 1)
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="num_sweeps must be at least 1, got 0"):
+        Gibbs(0)
+    with pytest.raises(ValueError, match=r"finite support for Gibbs.*mcmc\.HMC"):
+        Gibbs().init(FunctionEnergy(lambda x: x, ()), torch.zeros(3))
+    x = torch.ones(4, 2, 4)
+    x[1, 0, 0], x[2, 1, 1], x[3, 0, 1] = 0, 2, torch.nan
+    with pytest.raises(ValueError, match=r"3 of 4 points do not.*FiniteUniform"):
+        Gibbs().init(ENERGIES["ising"](), x)

@@ -1,0 +1,173 @@
+"""Normal approximations on descents, and the starting points made from them.
+
+Faults that a test is meant to catch are named with it, and were seen to be caught.
+"""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_ebm.mcmc import HMC, ChEES
+from pyro_ebm.mcmc.run.target import resolve_target
+from pyro_ebm.mcmc.starts.modes import Descent, Memory
+from pyro_ebm.mcmc.starts.pathfinder import _Normals, find_approximations
+from pyro_ebm.mcmc.starts.start import start_chains
+
+
+def gaussian(loc, covariance):
+    precision = torch.linalg.inv(covariance)
+
+    def value_and_grad(x):
+        grad = (x - loc) @ precision
+        return ((x - loc) * grad).sum(-1) / 2, grad
+
+    return value_and_grad
+
+
+def with_grad(energy):
+    def value_and_grad(x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = energy(x)
+            (grad,) = torch.autograd.grad(value.sum(), x)
+        return value.detach(), grad
+
+    return value_and_grad
+
+
+def test_the_factor_is_that_of_the_bfgs_formula():
+    """Faults: the rank-one factors in the other order; a wrong sign in ``v``."""
+    z = torch.zeros(3, 4)
+    memory, diagonal = Memory(z), torch.rand(3, 4) + 0.5
+    want = diagonal.diag_embed()
+    hessian = torch.randn(3, 4, 4)
+    hessian = hessian @ hessian.mT + torch.eye(4)
+    for _ in range(5):
+        s = torch.randn(3, 4)
+        y = (hessian @ s[..., None])[..., 0]
+        memory.add(s, y)
+        rho = 1 / (s * y).sum(-1)[:, None, None]
+        left = torch.eye(4) - rho * s[:, :, None] * y[:, None]
+        want = left @ want @ left.mT + rho * s[:, :, None] * s[:, None]
+    grad = torch.randn(3, 4)
+    normal = _Normals(z, grad, memory, diagonal)
+    factor = torch.stack([normal._spread(row) for row in torch.eye(4)[:, None]], -1)
+    torch.testing.assert_close(factor @ factor.mT, want)
+    torch.testing.assert_close(normal.log_det, want.logdet() / 2)
+    torch.testing.assert_close(normal.loc, -(want @ grad[..., None])[..., 0])
+
+
+def test_approximations_of_a_gaussian_are_near_it():
+    """The bound is log Z, less little. Fault: the scale of the starts left out."""
+    loc = torch.tensor([300.0, -1.0, 0.05])
+    factor = torch.tensor([[20.0, 0.0, 0.0], [-0.5, 0.3, 0.0], [0.002, 0.001, 0.007]])
+    covariance = factor @ factor.mT
+    found = find_approximations(gaussian(loc, covariance), torch.randn(16, 3), 64)
+    log_z = (2 * math.pi * covariance).logdet().item() / 2
+    assert (found.bound < log_z + 0.3).all()
+    assert found.bound.median() > log_z - 1.0
+    white = torch.linalg.solve_triangular(factor, (found.loc - loc).mT, upper=False)
+    assert white.abs().median() < 0.5
+    assert found.x.shape == found.grad.shape == (16, 32, 3)
+
+
+def test_the_best_bound_is_not_where_the_density_is_unbounded():
+    """A hierarchy over the log scale, whose density grows without bound there.
+
+    Fault: the end of the descent for the best bound.
+    """
+
+    @with_grad
+    def energy(u):
+        scale, x = u[:, 0].exp(), u[:, 1:]
+        prior = (x / scale[:, None]).square().sum(-1) / 2 + 8 * u[:, 0]
+        return prior + (x - 0.3).square().sum(-1) / 2 + scale
+
+    starts = torch.rand(16, 10) - 0.5
+    found = find_approximations(energy, starts, 64)
+    assert (found.loc[:, 0] > -8).all()
+    descent = Descent(energy, starts)
+    for _ in range(100):
+        descent.step()
+    assert (descent.z[:, 0] < -12).all()
+
+
+def started(model, num_chains=64, kernel=None):
+    kernel = ChEES() if kernel is None else kernel
+    target = resolve_target(model, kernel, (), {}, compile=False)
+    return target, start_chains(target, kernel, num_chains)
+
+
+def line():
+    x = torch.linspace(55.0, 78.0, 200)
+    y = 3 + 0.02 * x + 0.4 * torch.sin(97 * x)
+    a, b = (pyro.sample(name, dist.Normal(0.0, 10.0)) for name in "ab")
+    noise = pyro.sample("noise", dist.HalfCauchy(2.5))
+    with pyro.plate("data", 200):
+        pyro.sample("y", dist.Normal(a + b * x, noise), obs=y)
+
+
+def test_chains_of_a_model_start_around_its_mass_in_its_metric():
+    """Overdispersed, a point for each group. Fault: starts where descents ended."""
+    _, start = started(line)
+    points = start.state.x[::4]
+    assert (start.num_groups, start.num_moved) == (16, 0)
+    assert torch.equal(points.repeat_interleave(4, 0), start.state.x)
+    assert start.state.x.dtype == torch.float64
+    factor = start.kernel.scale_tril
+    white = torch.linalg.solve_triangular(factor, points.mT, upper=False).mT
+    deviation = white.std(0)
+    assert ((deviation > 0.7) & (deviation < 3)).all()
+    assert (factor[1, 0] / factor[1].norm()).abs() > 0.9  # slope and intercept
+    _, start = started(line, kernel=HMC(scale=torch.ones(3)))
+    assert torch.equal(start.kernel.scale, torch.ones(3))  # one that is given stays
+
+
+def test_two_modes_keep_their_chains():
+    """Of one mass, one twenty times narrower. Fault: the energy for the bound."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(3), 20.0).to_event(1))
+        wide = dist.Normal(2.0, 1.0).log_prob(x).sum()
+        narrow = dist.Normal(-2.0, 0.05).log_prob(x).sum()
+        pyro.factor("modes", torch.logaddexp(wide, narrow))
+
+    kernel = ChEES()
+    target = resolve_target(model, kernel, (), {}, compile=False)
+    x = torch.cat([2 + torch.randn(56, 3), -2 + 0.05 * torch.randn(8, 3)])
+    start = start_chains(target._replace(start=lambda _: x), kernel, 64)
+    assert (start.state.x < 0).all(-1).sum() == 8
+    assert start.num_moved == 0
+
+
+def test_paths_without_mass_start_where_others_do():
+    """A minimum with e^-100 of the mass. Fault: every path keeps its own start."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 20.0).to_event(1))
+        deep = dist.Normal(1.5, 0.1).log_prob(x).sum()
+        high = dist.Normal(-1.5, 0.1).log_prob(x).sum() - 100
+        pyro.factor("modes", torch.logaddexp(deep, high))
+
+    _, start = started(model)
+    assert start.num_moved > 0
+    assert (start.state.x > 0).all()
+
+
+@pytest.mark.parametrize("num_chains", [1, 6, 130])
+def test_any_number_of_chains(num_chains):
+    _, start = started(line, num_chains)
+    assert start.state.x.shape == (num_chains, 3)
+    assert start.state.energy.max() < start.state.energy.min() + 200
+
+
+def test_a_model_that_is_nowhere_like_a_normal_starts_all_the_same():
+    def model():
+        x = pyro.sample("x", dist.Uniform(-1.0, 1.0))
+        pyro.factor("hole", torch.where(x.abs() > 0.5, 0.0, -torch.inf))
+
+    _, start = started(model, 16)
+    assert start.state.energy.isfinite().all()
