@@ -3,15 +3,21 @@ r"""The module that owns an energy, its chains and its :math:`\log Z`."""
 __all__ = ["EnergyModel"]
 
 import math
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import nn
 
+from pyro_ebm.bases.saving import from_state, to_state
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.representation import model_html, tracked_text
-from pyro_ebm.energies import DistributionEnergy, Energy
+from pyro_ebm.energies import (
+    DistributionEnergy,
+    Energy,
+    is_unconstrained,
+)
 from pyro_ebm.mcmc import IndependentChains, PersistentChains, Sampler
 from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition import LogPartition, LogPartitionEstimate
@@ -29,13 +35,16 @@ class EnergyModel(Factor, nn.Module):
         energy: The energy :math:`f_\theta`.
         base: A normalised Pyro distribution on the same event and support, somewhat
             wider than the data: reference for :math:`\log Z` and start of all chains.
-            Default: standard normal in unconstrained space.
+            Default: ``"auto"``, a density that :func:`pyro_ebm.fit` fits to the data
+            (:func:`pyro_ebm.bases.fit`) and that a network without a base then
+            corrects; until then standard normal in unconstrained space.
         sampler: How the distribution draws; default: an HMC chain a draw from the base.
         log_partition: A tracker with settings of your own; default:
             ``LogPartition(energy, base)``.
 
     Raises:
-        ValueError: If the base has another event shape or support, or a batch shape.
+        ValueError: If the base has another event shape or support, or a batch shape, or
+            there is a ``log_partition`` and no base.
 
     Example:
         >>> energy = pyro_ebm.energies.NeuralEnergy((2,), hidden_sizes=(16,))
@@ -49,7 +58,7 @@ class EnergyModel(Factor, nn.Module):
     def __init__(
         self,
         energy: Energy,
-        base: dist.TorchDistribution | None = None,
+        base: dist.TorchDistribution | str = "auto",
         *,
         sampler: Sampler | None = None,
         log_partition: LogPartition | None = None,
@@ -60,7 +69,15 @@ class EnergyModel(Factor, nn.Module):
                 f"energy must be an Energy, got {type(energy).__name__}. Wrap a "
                 "callable: pyro_ebm.energies.FunctionEnergy(fn, event_shape)."
             )
-        base = standard_base(energy) if base is None else base
+        self.awaits_base = isinstance(base, str)
+        if isinstance(base, str):
+            if base != "auto" or log_partition is not None:
+                raise ValueError(
+                    f"base must be a Pyro distribution, or 'auto' and no "
+                    f"log_partition; got {base!r}. A tracker needs the base that it "
+                    "was built with."
+                )
+            base = standard_base(energy)
         GeometricPath(energy, base)  # checks that they fit
         self.energy = energy
         self._base = DistributionEnergy(base)  # a module, so that .to() moves it
@@ -69,12 +86,56 @@ class EnergyModel(Factor, nn.Module):
             log_partition = LogPartition(energy, base)
         self.log_partition = log_partition
         self.chains = PersistentChains()
+        self._fitted_base: dict[str, Any] = {}
         self._parameters_when: dict[str, torch.Tensor] = {}
 
     @property
     def base(self) -> dist.TorchDistribution:
         r"""Reference for :math:`\log Z` and start of all chains."""
         return self._base.distribution
+
+    def use_base(self, base: dist.TorchDistribution, x: torch.Tensor) -> None:
+        """Take a density that was fitted to data for the base, in place of ``"auto"``.
+
+        A network without a base corrects it from now on; any other energy stays as it
+        is. The base is in the ``state_dict``.
+
+        Args:
+            base: From :mod:`pyro_ebm.bases`.
+            x: Points that a network standardises by, shape ``(N, *event)``.
+
+        Raises:
+            RuntimeError: If the model was given a base, or has learned already.
+        """
+        if not self.awaits_base:
+            raise RuntimeError(
+                f"the model has a base, {self.base}. Build a new EnergyModel without "
+                "one for a base that is fitted to data."
+            )
+        state = to_state(base)
+        GeometricPath(self.energy, base)
+        self.energy.correct(base, x)
+        self._base, self._fitted_base = DistributionEnergy(base), state
+        self.log_partition = LogPartition(self.energy, base).to(
+            self.log_partition.value.device
+        )
+        self.awaits_base, self.chains = False, PersistentChains()
+
+    def get_extra_state(self) -> Any:
+        """The base, where it was fitted to data."""
+        return self._fitted_base or torch.empty(0)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take the base that was fitted to the data of the model that was saved.
+
+        Raises:
+            ValueError: If this model was built with another.
+        """
+        if isinstance(state, dict) and self.awaits_base:
+            support = self.energy.support
+            is_real = is_unconstrained(support)
+            base = from_state(state, None if is_real else support)
+            self.use_base(base, base.sample((2,)))  # loaded after this: any will do
 
     def forward(self) -> EnergyDistribution:
         r"""The distribution of the current parameters.
@@ -126,23 +187,18 @@ class EnergyModel(Factor, nn.Module):
         distribution.owner = None
         return distribution
 
-    def set_log_partition(
-        self, estimate: LogPartitionEstimate, *, progress_bar: bool = True
-    ) -> None:
+    def set_log_partition(self, estimate: LogPartitionEstimate) -> None:
         r"""Take over an estimate of :math:`\log Z` of the current parameters.
 
         Its value and standard error hold from now on, and follow when learning goes on.
 
         Args:
             estimate: ``pyro_ebm.partition.estimate(model)``, say.
-            progress_bar: Whether to show the energy evaluations of the walkers that
-                are to follow, if it takes more than a second.
 
         Raises:
-            DivergenceError: If no walkers arrive at the energy from the base.
             ValueError: If the estimate is not reliable.
         """
-        self.log_partition.calibrate(self.energy, estimate, progress_bar=progress_bar)
+        self.log_partition.calibrate(self.energy, estimate)
 
     def follow(self) -> None:
         r"""Let :math:`\log Z` follow, if the parameters have moved since last time."""

@@ -136,6 +136,8 @@ def energy_gap(energy_model: EnergyModel, data: Tensor) -> EnergyDifference | No
         draws = known.distribution.sample((1000,)) if known is not None else data
         values = flat(to_support.inv(draws))
         mean, error = values.mean(), values.std() / math.sqrt(len(values))
+    elif tracker.draws is not None:
+        mean, error = tracker.draws.mean_energy(energy)
     elif tracker.walkers.is_started and tracker.averaged().is_reliable:
         mean, error = _walker_mean(energy_model)
     else:

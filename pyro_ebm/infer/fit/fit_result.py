@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from pyro_ebm.bases import FittedBase
 from pyro_ebm.core.verdict import Finding, Status
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.fit.diagnosis import FitDiagnostics
@@ -61,6 +62,10 @@ class FitResult(NamedTuple):
         status: ``"ok"`` or ``"unreliable"``.
         reasons: What speaks against the fit, the gravest first, each with a way out;
             empty if the status is ``"ok"``.
+        base: The density that was fitted to the data first, and what it was compared
+            with; ``None`` where the model had a base.
+        gain: How much better the model is than its base on the held-out points, which
+            chose among its records; ``None`` where there are none.
 
     Example:
         >>> data = torch.randn(500, 2)
@@ -89,6 +94,8 @@ class FitResult(NamedTuple):
     diagnostics: FitDiagnostics
     status: Status
     reasons: tuple[Finding, ...]
+    base: FittedBase | None = None
+    gain: LogLikelihood | None = None
 
     @property
     def is_reliable(self) -> bool:
@@ -121,6 +128,10 @@ class FitResult(NamedTuple):
             f"{1000 * timings.seconds_per_step:.1f} ms a step",
             f"log-likelihood a point: {self.train}",
             "" if self.validation is None else f"held-out: {self.validation}",
+            ""
+            if self.gain is None
+            else f"over the base, held out: {_gained(self.gain)}",
+            "" if self.base is None else f"base: {self.base}",
             str(self.log_partition),
             _described(self.diagnostics),
             f"verdict: {self.verdict}",
@@ -128,6 +139,14 @@ class FitResult(NamedTuple):
         ]
         head = f"q(x) = exp(-f(x)) / Z, f = {type(energy).__name__} over {shape}"
         return "\n".join([head, *(_wrapped(line) for line in lines if line)])
+
+
+def _gained(gain: LogLikelihood) -> str:
+    """The gain a point in nats, and in standard errors."""
+    text = f"{gain.value:+.3f} +- {gain.std_error:.3f} nats a point"
+    if gain.std_error > 0:
+        text += f", z = {gain.value / gain.std_error:.1f}"
+    return text
 
 
 def _wrapped(line: str) -> str:
