@@ -11,6 +11,7 @@ best held-out likelihood is kept, which may be the start.
 
 __all__ = [
     "MAX_GRAD_NORM",
+    "PATIENCE",
     "Plan",
     "WeightedSteps",
     "automatic_plan",
@@ -31,7 +32,7 @@ from pyro_ebm import bases
 from pyro_ebm.bases.rows import split
 from pyro_ebm.bases.stack import Stack
 from pyro_ebm.distributions import EnergyModel
-from pyro_ebm.energies import is_unconstrained
+from pyro_ebm.energies import Energy, is_unconstrained, unconstrained
 from pyro_ebm.infer.fit.optimiser import FitOptim
 from pyro_ebm.infer.fit.stages import Stage
 from pyro_ebm.infer.objectives.likelihood.importance import (
@@ -51,6 +52,8 @@ _STEPS, _CHAIN_STEPS = 4000, 2000
 #: Of the optimiser.
 _RATE, _WARMUP, _LAST_RATE = 2e-3, 100, 0.02
 MAX_GRAD_NORM = 5.0
+#: Records without a better one after which it ends.
+PATIENCE = 15
 #: Part of the time that the base may take, and seconds for it with an estimator given.
 _FOR_BASE, _QUICK = 0.3, 5.0
 
@@ -236,16 +239,26 @@ class WeightedSteps:
     def keeps_up(self) -> bool:
         """Whether enough draws count, if need be those of a nearer proposal."""
         energy, draws = self.model.log_partition.averaged_energy, self.draws
-        if draws.effective_fraction(energy) >= _LOW:
+        fraction = draws.effective_fraction(energy)
+        if fraction >= _LOW:
             return True
         try:
-            near = _quick(draws.resampled(energy, 2000), energy.support)
+            near = _quick(self._smoothed(energy, fraction), energy.support)
         except (ArithmeticError, ValueError):
             return False
         halves = torch.full((2,), 0.5).to(draws.x)
         self.proposal = Stack([self.proposal, near], halves)
         draws.start(energy, self.proposal, _POOL)
         return draws.effective_fraction(energy) >= _LOST
+
+    def _smoothed(self, energy: Energy, fraction: float) -> Tensor:
+        """Draws of the model by their weights, spread out as kernels about them."""
+        flat, to_support = unconstrained(energy)
+        u = to_support.inv(self.draws.resampled(energy, 2000))
+        number = max(fraction * _POOL, 1.0)
+        width = u.std(0) * number ** (-1 / (flat.event_shape.numel() + 4))
+        smoothed: Tensor = to_support(u + width * torch.randn_like(u))
+        return smoothed
 
 
 def chains_instead(num_steps: int) -> Stage:

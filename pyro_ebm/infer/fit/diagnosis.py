@@ -35,6 +35,7 @@ from pyro_ebm.diagnostics import (
 from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.infer.fit.stages import unwrapped
+from pyro_ebm.infer.likelihood import LogLikelihood
 from pyro_ebm.infer.objectives.likelihood.contrastive_divergence import (
     ContrastiveDivergence,
 )
@@ -93,6 +94,7 @@ class FitDiagnostics(NamedTuple):
         noise_ess: Effective number of the noise points of a step, as a proposal for
             the model.
         noise_k: Pareto shape of their weights; above 0.7 importance sampling fails.
+        gain: How much better the model is than its base on held-out points.
         noise_separation: Probability that a datum is told from a noise point; 0.5 says
             that they are alike, 1 that the comparison teaches nothing.
 
@@ -118,6 +120,7 @@ class FitDiagnostics(NamedTuple):
     noise_ess: float | None = None
     noise_k: float | None = None
     noise_separation: float | None = None
+    gain: LogLikelihood | None = None
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from pyro_ebm.distributions import EnergyDistribution, EnergyModel
 from pyro_ebm.energies import DistributionEnergy
 from pyro_ebm.infer.fit.automatic import (
     MAX_GRAD_NORM,
+    PATIENCE,
     Plan,
     WeightedSteps,
     automatic_plan,
@@ -58,6 +59,8 @@ from pyro_ebm.mcmc.base import bias_of
 _LOG = logging.getLogger(__name__)
 #: Wall-clock time of a fit that is told none.
 _SECONDS = 60.0
+#: Records without a better one, and the model still counts as getting better.
+_STILL_BEST = 3
 
 
 def fit(
@@ -115,7 +118,8 @@ def fit(
             part of the data, and none with an estimator given.
         record_interval: Steps between two records of the history.
         patience: Records without a better validation log-likelihood after which a
-            stage stops and goes back to its best one; default: never.
+            stage stops and goes back to its best one; default: 15, and never with an
+            estimator given.
         callbacks: Functions called with each record; if one returns ``True`` the fit
             stops there.
         progress_bar: Show a bar with log-likelihood, energy gap, log Z and acceptance.
@@ -222,9 +226,11 @@ class _Fit:
         self.is_automatic = is_automatic
         # The training curve is read off at most 2,000 points, always the same.
         self.train_data = plan.train[torch.randperm(len(plan.train))[:2000]]
-        self.patience = math.inf if patience is None else patience
+        default = PATIENCE if is_automatic else math.inf
+        self.patience = default if patience is None else patience
         self.stages, self.proposal = list(plan.stages), plan.proposal
         self.state = nn.Module()
+        self.best_value, self.best = -math.inf, _Saved({}, {})
         self.noise = GradientNoise([])
         self.history: list[FitRecord] = []
         self.steps_of_stages: list[int] = []
@@ -293,6 +299,8 @@ class _Fit:
         held_out = self.validation_data
         bias = bias_of(getattr(unwrapped(last), "kernel", None))
         history = [] if self.is_automatic else self.history
+        gain = None if held_out is None else self._gain(distribution, held_out)
+        found = found._replace(gain=gain)
         reasons = judge(found, log_partition, stopped, history, bias)
         wall, cpu = self.began
         return FitResult(
@@ -314,7 +322,6 @@ class _Fit:
             status_of(reasons),
             reasons,
             self.plan.base,
-            None if held_out is None else self._gain(distribution, held_out),
         )
 
     def _gain(self, learned: EnergyDistribution, held_out: Tensor) -> LogLikelihood:
@@ -335,11 +342,13 @@ class _Fit:
         self, svi: Any, stage: Stage, batches: Iterator[Tensor], bar: Any
     ) -> str:
         """Take the steps of a stage; return why they ended."""
-        last_good = best = self._saved()
-        self.best_value, self.num_worse = -math.inf, 0
-        if self.is_automatic:
+        last_good = self._saved()
+        self.num_worse = 0
+        if not self.is_automatic:
+            self.best_value, self.best = -math.inf, last_good
+        elif not self.history:
             self._record(math.nan, svi.optim, bar)  # where it may end
-            last_good = best = self._saved()
+            self.best = last_good = self._saved()
         stopped = "finished"
         try:
             for _ in range(stage.num_steps):
@@ -356,19 +365,21 @@ class _Fit:
                 record = self._record(loss, svi.optim, bar)
                 last_good = self._saved()
                 if self.num_worse == 0:
-                    best = last_good
+                    self.best = last_good
                 if True in [callback(record) is True for callback in self.callbacks]:
                     return "callback"
                 if self.num_worse >= self.patience:
-                    self._go_back(best)
+                    self._go_back(self.best)
                     return "early stopping"
                 if is_late:
                     stopped = "out of time"
                     break
                 if isinstance(svi, WeightedSteps):
                     if not svi.keeps_up():
-                        self._go_back(best)
-                        return "importance failed"
+                        # Chains are for a model that was still getting better.
+                        self._go_back(self.best)
+                        is_best = self.num_worse < _STILL_BEST
+                        return "importance failed" if is_best else "early stopping"
                     self.proposal = svi.proposal
         except KeyboardInterrupt:
             return "interrupted"
@@ -376,7 +387,7 @@ class _Fit:
             self._go_back(last_good)
             raise
         if self.is_automatic and self.validation_data is not None:
-            self._go_back(best)
+            self._go_back(self.best)
         return stopped
 
     def _step(self, svi: Any, batch: Tensor, bar: Any) -> float:
@@ -414,7 +425,8 @@ class _Fit:
         if self.validation_data is not None:
             shown = validation = log_likelihood(averaged, self.validation_data)
             self.num_worse += 1
-            if validation.value > self.best_value:
+            counts = validation.is_normalized or not self.is_automatic
+            if counts and validation.value > self.best_value:
                 self.best_value, self.num_worse = validation.value, 0
         optim.note_record(shown.value)
         estimate = self.model.log_partition.averaged()

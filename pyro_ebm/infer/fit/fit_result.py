@@ -64,8 +64,6 @@ class FitResult(NamedTuple):
             empty if the status is ``"ok"``.
         base: The density that was fitted to the data first, and what it was compared
             with; ``None`` where the model had a base.
-        gain: How much better the model is than its base on the held-out points, which
-            chose among its records; ``None`` where there are none.
 
     Example:
         >>> data = torch.randn(500, 2)
@@ -95,7 +93,14 @@ class FitResult(NamedTuple):
     status: Status
     reasons: tuple[Finding, ...]
     base: FittedBase | None = None
-    gain: LogLikelihood | None = None
+
+    @property
+    def gain(self) -> LogLikelihood | None:
+        """How much better the model is than its base, on the held-out points.
+
+        These have chosen among its records. ``None`` where there are none.
+        """
+        return self.diagnostics.gain
 
     @property
     def is_reliable(self) -> bool:
@@ -128,9 +133,7 @@ class FitResult(NamedTuple):
             f"{1000 * timings.seconds_per_step:.1f} ms a step",
             f"log-likelihood a point: {self.train}",
             "" if self.validation is None else f"held-out: {self.validation}",
-            ""
-            if self.gain is None
-            else f"over the base, held out: {_gained(self.gain)}",
+            "" if self.gain is None else f"over the base: {_gained(self.gain)}",
             "" if self.base is None else f"base: {self.base}",
             str(self.log_partition),
             _described(self.diagnostics),

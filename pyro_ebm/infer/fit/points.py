@@ -99,7 +99,7 @@ def _as_tensor(name: str, data: Any, model: EnergyModel) -> Tensor:
         data = data.to_numpy()
     if not isinstance(data, Tensor):
         try:
-            data = torch.as_tensor(data)
+            data = torch.tensor(data)  # a copy: an array may be read-only
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"{name} must be a tensor, an array or a table of numbers, got "
