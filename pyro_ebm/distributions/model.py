@@ -18,7 +18,12 @@ from pyro_ebm.energies import (
     Energy,
     is_unconstrained,
 )
-from pyro_ebm.mcmc import IndependentChains, PersistentChains, Sampler
+from pyro_ebm.mcmc import (
+    ImportanceResampling,
+    IndependentChains,
+    PersistentChains,
+    Sampler,
+)
 from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition import LogPartition, LogPartitionEstimate
 from pyro_ebm.partition.default_base import standard_base
@@ -38,7 +43,8 @@ class EnergyModel(Factor, nn.Module):
             Default: ``"auto"``, a density that :func:`pyro_ebm.fit` fits to the data
             (:func:`pyro_ebm.bases.fit`) and that a network without a base then
             corrects; until then standard normal in unconstrained space.
-        sampler: How the distribution draws; default: an HMC chain a draw from the base.
+        sampler: How the distribution draws; default: an HMC chain a draw from the base,
+            and importance resampling where the base was fitted to the data.
         log_partition: A tracker with settings of your own; default:
             ``LogPartition(energy, base)``.
 
@@ -220,9 +226,11 @@ class EnergyModel(Factor, nn.Module):
     def _distribution(
         self, energy: Energy, log_partition: torch.Tensor | None
     ) -> EnergyDistribution:
-        sampler = self.sampler
+        sampler: Sampler | None = self.sampler
         if sampler is None and energy.closed_form() is None:
-            sampler = IndependentChains(base=self.base)
+            near = bool(self._fitted_base)  # to the data, hence to the model
+            by_chains = IndependentChains(base=self.base)
+            sampler = ImportanceResampling(self.base) if near else by_chains
         if log_partition is not None:
             log_partition = log_partition.to(**self.energy.tensor_options())
         distribution = EnergyDistribution(energy, log_partition, sampler=sampler)

@@ -54,6 +54,7 @@ from pyro_ebm.infer.likelihood import (
     log_likelihood_difference,
 )
 from pyro_ebm.infer.objectives.objective import Objective
+from pyro_ebm.mcmc import ImportanceResampling
 from pyro_ebm.mcmc.base import bias_of
 
 _LOG = logging.getLogger(__name__)
@@ -293,6 +294,8 @@ class _Fit:
         log_partition = settled_log_partition(model, self.proposal)
         # Another fit must not change it.
         distribution = copy.deepcopy(model.averaged(log_partition))
+        if self.proposal is not None and model.sampler is None:
+            distribution.sampler = ImportanceResampling(self.proposal)
         found = found._replace(
             energy_gap=gap, gradient_snr=self.noise.signal_to_noise()
         )
