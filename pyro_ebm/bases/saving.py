@@ -79,6 +79,12 @@ def _of_rows(base: Any) -> _State:
         if isinstance(parts, dist.MultivariateNormal):
             state = {"loc": parts.loc, "scale_tril": parts.scale_tril}
             return {"kind": "gaussian_mixture", "probs": probs, **state}
+        if isinstance(parts, dist.Independent) and isinstance(
+            parts.base_dist, dist.Normal
+        ):
+            kernels = parts.base_dist
+            state = {"loc": kernels.loc, "scale": kernels.scale}
+            return {"kind": "kernel_density", "probs": probs, **state}
         if isinstance(parts, dist.Normal):
             state = {"loc": parts.loc, "scale": parts.scale}
             return {"kind": "independent", "probs": probs, **state}
@@ -103,5 +109,7 @@ def _over_rows(state: _State) -> dist.TorchDistribution:
         )
         return dist.MixtureSameFamily(weights, parts, validate_args=False)
     kernels = dist.Normal(state["loc"], state["scale"], validate_args=False)
+    if kind == "kernel_density":
+        return dist.MixtureSameFamily(weights, kernels.to_event(1), validate_args=False)
     mixture = dist.MixtureSameFamily(weights, kernels, validate_args=False)
     return mixture.to_event(1)

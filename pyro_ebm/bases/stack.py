@@ -78,7 +78,7 @@ def stacked(parts: Sequence[dist.TorchDistribution], held_out: Tensor) -> Stack:
         >>> parts = [dist.Normal(-2.0, 1.0), dist.Normal(2.0, 1.0)]
         >>> data = torch.cat([torch.randn(300) - 2, torch.randn(100) + 2])
         >>> stacked(parts, data).probs.round(decimals=1)
-        tensor([0.7000, 0.3000])
+        tensor([0.8000, 0.2000])
     """
     at_rows = torch.stack([part.log_prob(held_out) for part in parts])
     at_rows = at_rows.nan_to_num(nan=-torch.inf)

@@ -3,14 +3,16 @@ r"""The module that owns an energy, its chains and its :math:`\log Z`."""
 __all__ = ["EnergyModel"]
 
 import math
-from typing import Any
+from typing import Any, Literal
 
+import pyro
 import pyro.distributions as dist
 import torch
 from torch import nn
 
 from pyro_ebm.bases.saving import from_state, to_state
 from pyro_ebm.distributions.energy import EnergyDistribution
+from pyro_ebm.distributions.learning import KnownGradient, gradient_is_wanted
 from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.representation import model_html, tracked_text
 from pyro_ebm.energies import (
@@ -19,6 +21,7 @@ from pyro_ebm.energies import (
     is_unconstrained,
 )
 from pyro_ebm.mcmc import (
+    MALA,
     ImportanceResampling,
     IndependentChains,
     PersistentChains,
@@ -27,14 +30,23 @@ from pyro_ebm.mcmc import (
 from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition import LogPartition, LogPartitionEstimate
 from pyro_ebm.partition.default_base import standard_base
+from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
+
+#: Kernel, number, transitions a step and restarts of the chains; see MaximumLikelihood.
+_CHAINS = (MALA(), 256, 10, 0.004)
+#: Weighted draws that are kept, and those of a step.
+_POOL, _DRAWS = 20_000, 1024
 
 
 class EnergyModel(Factor, nn.Module):
     r"""An energy that is learned, with all that learning leaves behind.
 
     Calling it gives the distribution of the current parameters, to be used at a
-    ``pyro.sample`` site. Its ``state_dict`` holds the parameters, the averaged
-    parameters, :math:`\log Z` with the walkers that track it, and the chains.
+    ``pyro.sample`` site. In ``train()``, as it is built, ``log_prob`` has the gradient
+    of the likelihood, so that ``SVI`` learns the energy under any ELBO, with plates,
+    scales, masks and subsampling; in ``eval()`` :math:`\log Z` is a number. Its
+    ``state_dict`` holds the parameters, the averaged parameters, :math:`\log Z` with
+    the walkers that track it, and the chains.
 
     Args:
         energy: The energy :math:`f_\theta`.
@@ -47,6 +59,9 @@ class EnergyModel(Factor, nn.Module):
             and importance resampling where the base was fitted to the data.
         log_partition: A tracker with settings of your own; default:
             ``LogPartition(energy, base)``.
+        source: Where the gradient of log Z comes from while learning: 256 persistent
+            chains, or weighted draws of the base as long as enough of them count, which
+            is the cheaper and what a base that was fitted to the data is taken for.
 
     Raises:
         ValueError: If the base has another event shape or support, or a batch shape, or
@@ -68,6 +83,7 @@ class EnergyModel(Factor, nn.Module):
         *,
         sampler: Sampler | None = None,
         log_partition: LogPartition | None = None,
+        source: Literal["chains", "importance"] = "chains",
     ) -> None:
         super().__init__()
         if not isinstance(energy, Energy):
@@ -93,6 +109,8 @@ class EnergyModel(Factor, nn.Module):
         self.log_partition = log_partition
         self.chains = PersistentChains()
         self._fitted_base: dict[str, Any] = {}
+        self._known_gradient: KnownGradient | None = None
+        self.source: Literal["chains", "importance"] = source
         self._parameters_when: dict[str, torch.Tensor] = {}
 
     @property
@@ -126,6 +144,7 @@ class EnergyModel(Factor, nn.Module):
             self.log_partition.value.device
         )
         self.awaits_base, self.chains = False, PersistentChains()
+        self.source = "importance"
 
     def get_extra_state(self) -> Any:
         """The base, where it was fitted to data."""
@@ -165,6 +184,8 @@ class EnergyModel(Factor, nn.Module):
         distribution = self._distribution(self.energy, value)
         distribution.is_normalized = tracked.status.is_reliable
         distribution.log_partition_std_error = tracked.std_error
+        if gradient_is_wanted(self) and self._learned():
+            distribution._gradient = self._log_partition_gradient
         return distribution
 
     def averaged(
@@ -210,6 +231,47 @@ class EnergyModel(Factor, nn.Module):
         r"""Let :math:`\log Z` follow, if the parameters have moved since last time."""
         if self._has_moved("followed") or not self.log_partition.is_started:
             self.log_partition.follow(self.energy)
+
+    def _learned(self) -> list[nn.Parameter]:
+        return [p for p in self.energy.parameters() if p.requires_grad]
+
+    def _log_partition_gradient(self) -> torch.Tensor:
+        r"""Zero, with the gradient of :math:`\log Z`; found anew when parameters move.
+
+        Raises:
+            NotImplementedError: Under torch's JIT.
+        """
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise NotImplementedError(
+                "a model that learns an energy cannot be traced by torch's JIT: its "
+                "chains, and the average over the steps, would be left as they were in "
+                "the first step. Use the ELBO without Jit in its name, or "
+                "energy_model.eval() where nothing is learned."
+            )
+        learned, known = self._learned(), self._known_gradient
+        if known is None or self._has_moved("learned") or not known.is_of(learned):
+            # What the sampler does inside is no part of the model.
+            with pyro.poutine.block(), torch.enable_grad():
+                known = KnownGradient(self._log_partition_graph(), learned)
+            self._known_gradient = known
+        return known()
+
+    def _log_partition_graph(self) -> torch.Tensor:
+        r"""A tensor with the gradient of :math:`\log Z`, after a step of learning."""
+        energy, tracker = self.energy, self.log_partition
+        if self.source == "importance" and tracker.draws is None:
+            draws = WeightedDraws()
+            draws.start(energy, self.base, _POOL)
+            tracker.follow_by(energy, draws)
+        self.follow()
+        if self.source == "importance" and tracker.draws is not None:
+            if tracker.status.is_reliable:
+                return tracker.draws.some(energy, _DRAWS).logsumexp(0)
+            tracker.follow_by(energy, None)  # too few count
+            self.source = "chains"
+        sampler = self.sampler or IndependentChains(base=self.base)
+        x = self.chains.follow(energy, sampler, *_CHAINS)
+        return -energy(x).mean()
 
     def _has_moved(self, since: str) -> bool:
         # By value: an optimiser that writes to .data leaves no trace on the version.

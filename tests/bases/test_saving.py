@@ -28,7 +28,9 @@ def again(base, support=None):
     return from_state(torch.load(stream, weights_only=True), support)
 
 
-@pytest.mark.parametrize("kind", ["normal", "gaussian_mixture", "independent", "flow"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "gaussian_mixture", "kernel_density", "independent", "flow"]
+)
 @pytest.mark.parametrize("shape", [(3,), (2, 2), ()])
 def test_it_is_the_same_density(kind, shape):
     if kind == "flow" and shape == ():
