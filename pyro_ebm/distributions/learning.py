@@ -5,14 +5,14 @@ r"""The gradient of log Z in the parameters, for a model that is being learned.
                                                                             \tag{1}
 
 With it ``log_prob`` has the gradient of the likelihood (1.16), and ``SVI`` learns an
-energy as any other distribution. It is found once for each set of parameters, from
-persistent chains or from weighted draws of the base, and given at each call.
+energy as any other distribution. It is found by the first backward pass of each set of
+parameters, from persistent chains or from weighted draws of the base, and kept.
 """
 
-__all__ = ["KnownGradient", "an_objective_learns", "gradient_is_wanted"]
+__all__ = ["an_objective_learns", "gradient_is_wanted", "with_gradient"]
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -42,45 +42,33 @@ def gradient_is_wanted(model: nn.Module) -> bool:
     return model.training and not _BY_OBJECTIVE.get()
 
 
-class KnownGradient:
-    """A tensor of value zero with a gradient that is known, any number of times.
+def with_gradient(
+    find: Callable[[], Sequence[Tensor]], parameters: Sequence[nn.Parameter]
+) -> Tensor:
+    """A tensor of value zero whose gradient is found when it is asked for.
+
+    So what is only evaluated, or differentiated in other things, costs nothing and
+    changes nothing.
 
     Args:
-        value: A scalar with a graph, of which the gradient is taken here.
-        parameters: What it is taken in.
+        find: Gives the gradient in each parameter.
+        parameters: Of which there is at least one.
+
+    Returns:
+        Shape ``()``.
     """
-
-    def __init__(self, value: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
-        found = torch.autograd.grad(value, self.parameters, allow_unused=True)
-        self.gradients = [
-            torch.zeros_like(p) if g is None else g
-            for p, g in zip(self.parameters, found, strict=True)
-        ]
-
-    def is_of(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Whether these are the parameters."""
-        pairs = zip(self.parameters, parameters, strict=False)
-        return len(self.parameters) == len(parameters) and all(a is b for a, b in pairs)
-
-    def __call__(self) -> Tensor:
-        """The tensor, shape ``()``."""
-        zero: Tensor = _Given.apply(
-            len(self.parameters), *self.gradients, *self.parameters
-        )
-        return zero
+    zero: Tensor = _Found.apply(find, *parameters)
+    return zero
 
 
-class _Given(torch.autograd.Function):
-    """Zero, with given gradients in the last arguments."""
+class _Found(torch.autograd.Function):
+    """Zero, with a gradient that a function finds."""
 
     @staticmethod
-    def forward(ctx: Any, number: int, *tensors: Tensor) -> Tensor:
-        ctx.number = number
-        ctx.save_for_backward(*tensors[:number])
-        return tensors[0].new_zeros(())
+    def forward(ctx: Any, find: Any, *parameters: Tensor) -> Tensor:
+        ctx.find = find
+        return parameters[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        given = [grad * part for part in ctx.saved_tensors]
-        return (None, *[None] * ctx.number, *given)
+        return (None, *[grad * part for part in ctx.find()])

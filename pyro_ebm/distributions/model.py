@@ -12,7 +12,7 @@ from torch import nn
 
 from pyro_ebm.bases.saving import from_state, to_state
 from pyro_ebm.distributions.energy import EnergyDistribution
-from pyro_ebm.distributions.learning import KnownGradient, gradient_is_wanted
+from pyro_ebm.distributions.learning import gradient_is_wanted, with_gradient
 from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.representation import model_html, tracked_text
 from pyro_ebm.energies import (
@@ -109,7 +109,7 @@ class EnergyModel(Factor, nn.Module):
         self.log_partition = log_partition
         self.chains = PersistentChains()
         self._fitted_base: dict[str, Any] = {}
-        self._known_gradient: KnownGradient | None = None
+        self._known: list[torch.Tensor] = []
         self.source: Literal["chains", "importance"] = source
         self._parameters_when: dict[str, torch.Tensor] = {}
 
@@ -236,7 +236,7 @@ class EnergyModel(Factor, nn.Module):
         return [p for p in self.energy.parameters() if p.requires_grad]
 
     def _log_partition_gradient(self) -> torch.Tensor:
-        r"""Zero, with the gradient of :math:`\log Z`; found anew when parameters move.
+        r"""Zero, with the gradient of :math:`\log Z`.
 
         Raises:
             NotImplementedError: Under torch's JIT.
@@ -248,13 +248,20 @@ class EnergyModel(Factor, nn.Module):
                 "the first step. Use the ELBO without Jit in its name, or "
                 "energy_model.eval() where nothing is learned."
             )
-        learned, known = self._learned(), self._known_gradient
-        if known is None or self._has_moved("learned") or not known.is_of(learned):
-            # What the sampler does inside is no part of the model.
+        return with_gradient(self._gradients, self._learned())
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """Of log Z in each parameter; found anew when one has moved."""
+        learned = self._learned()
+        if self._has_moved("learned") or len(self._known) != len(learned):
             with pyro.poutine.block(), torch.enable_grad():
-                known = KnownGradient(self._log_partition_graph(), learned)
-            self._known_gradient = known
-        return known()
+                value = self._log_partition_graph()
+                found = torch.autograd.grad(value, learned, allow_unused=True)
+            self._known = [
+                torch.zeros_like(p) if g is None else g
+                for p, g in zip(learned, found, strict=True)
+            ]
+        return self._known
 
     def _log_partition_graph(self) -> torch.Tensor:
         r"""A tensor with the gradient of :math:`\log Z`, after a step of learning."""

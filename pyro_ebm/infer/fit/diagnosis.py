@@ -101,8 +101,9 @@ class FitDiagnostics(NamedTuple):
     Example:
         >>> data = torch.randn(500, 2)
         >>> model = pyro_ebm.EnergyModel(pyro_ebm.energies.NeuralEnergy((2,), (8,)))
+        >>> objective = pyro_ebm.infer.MaximumLikelihood()
         >>> found = pyro_ebm.fit(
-        ...     model, data, num_steps=10, progress_bar=False
+        ...     model, data, objective, num_steps=10, progress_bar=False
         ... ).diagnostics
         >>> found.num_moves, 0 < found.acceptance < 1, found.noise_ess
         (10, True, None)

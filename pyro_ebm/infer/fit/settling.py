@@ -18,8 +18,6 @@ from pyro_ebm.partition import LogPartitionEstimate, estimate, importance_sampli
 _MAX_SECONDS, _TOLERANCE = 20.0, 0.005
 #: Draws of the proposal that the energy was learned with, in two attempts.
 _NUM_DRAWS = (50_000, 250_000)
-#: Dimensions in which quadrature is better still.
-_BY_QUADRATURE = 2
 
 
 def settled_log_partition(
@@ -57,9 +55,7 @@ def settled_log_partition(
 
 def _by_proposal(energy: Energy, proposal: Any) -> LogPartitionEstimate | None:
     """By fresh draws of the proposal; ``None`` where they do not settle it."""
-    if proposal is None or energy.event_shape.numel() <= _BY_QUADRATURE:
-        return None
-    for number in _NUM_DRAWS:
+    for number in _NUM_DRAWS if proposal is not None else ():
         found = importance_sampling(
             energy, proposal, num_samples=number, progress_bar=False
         )
