@@ -325,6 +325,7 @@ class _Fit:
             status_of(reasons),
             reasons,
             self.plan.base,
+            None if held_out is None else _log_prob(distribution, held_out),
         )
 
     def _gain(self, learned: EnergyDistribution, held_out: Tensor) -> LogLikelihood:
@@ -354,13 +355,14 @@ class _Fit:
             self.best = last_good = self._saved()
         stopped = "finished"
         try:
-            for _ in range(stage.num_steps):
+            for left in reversed(range(stage.num_steps)):
                 loss = self._step(svi, next(batches), bar)
                 if not math.isfinite(loss):
                     self._go_back(last_good)
                     return "loss not finite"
                 is_late = time.monotonic() > self.plan.end
-                if self.num_steps % self.record_interval and not is_late:
+                is_last = is_late or (self.is_automatic and not left)
+                if self.num_steps % self.record_interval and not is_last:
                     continue
                 if not self._is_finite():
                     self._go_back(last_good)
@@ -448,6 +450,11 @@ class _Fit:
             refresh=False,
         )
         return record
+
+
+@torch.no_grad()
+def _log_prob(distribution: EnergyDistribution, x: Tensor) -> Tensor:
+    return distribution.log_prob(x)
 
 
 def _as_pyro_model(energy_model: EnergyModel) -> Any:

@@ -64,8 +64,41 @@ def test_it_corrects_the_base(quick_bases):
     assert abs(result.log_partition.value - quadrature(model.energy).value) < 0.01
     assert result.status == "ok"
     assert abs(result.gain.value - (found.value - base)) < 5 * result.gain.std_error
-    assert "over the base: +" in str(result)
+    assert "over its base +" in str(result)
     assert "base: normal" in str(result)
+
+
+def test_anomalies_are_calibrated(quick_bases):
+    """P-values uniform on new points, small far away. Fault: ranks from below."""
+    _, result = learned(rows(6000), num_steps=600)
+    found = result.anomaly(rows(4000))
+    for level in (0.05, 0.2, 0.5, 0.8):
+        share = (found.p_value <= level).double().mean()
+        assert abs(share - level) < 0.05
+    middle = result.anomaly(torch.zeros(1, 2))  # of the ring
+    assert middle.p_value < 0.02
+    assert torch.equal(middle.score, -result.distribution.log_prob(torch.zeros(1, 2)))
+
+
+def test_without_held_out_points_there_is_nothing_to_calibrate_by(quick_bases):
+    _, result = learned(rows(12), num_steps=20)
+    with pytest.raises(RuntimeError, match="no points were held out"):
+        result.anomaly(rows(3))
+
+
+def test_a_stream_is_learned_as_the_rows_are(quick_bases):
+    """A DataLoader, with and without workers; both give the same parameters."""
+    data, found = rows(3000), []
+    for num_workers in (0, 2):
+        torch.manual_seed(5)
+        dataset = torch.utils.data.TensorDataset(data)
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_size=128, shuffle=True, num_workers=num_workers
+        )
+        model, result = learned(loader, num_steps=60)
+        found.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert torch.equal(*found)
+    assert result.gain.value > 0.02
 
 
 def test_it_starts_as_no_change_and_may_end_there(quick_bases):

@@ -73,7 +73,7 @@ def test_long_lines_are_wrapped_and_no_number_loses_its_name():
     text = str(result)
     assert max(map(len, text.splitlines())) <= 88
     assert "drift of the chains 0.120 +- 0.040, R-hat 1.000,\n    acc" in text
-    assert "gradient signal to noise 0.1, effective noise points a step 9\n" in text
+    assert "gradient signal to noise 0.1, effective noise points a step 9" in text
     assert all(line.startswith("  ") for line in text.splitlines()[1:])
 
 
