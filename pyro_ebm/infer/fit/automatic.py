@@ -78,14 +78,22 @@ class Plan(NamedTuple):
     end: float
 
     def optim(self, model: EnergyModel) -> torch.optim.lr_scheduler.LambdaLR:
-        """Adam, with a rate that rises quickly and falls to little by the end."""
+        """Adam, with a rate that rises quickly and falls to little by the end.
+
+        The clock has a say only where there is no time for all steps, so that a seed
+        gives the same parameters again.
+        """
         adam = torch.optim.Adam(model.parameters(), lr=_RATE)
         total, start = sum(stage.num_steps for stage in self.stages), time.monotonic()
 
         def rate(step: int) -> float:
-            spent = (time.monotonic() - start) / max(self.end - start, 1e-9)
-            done = min(max(step / total, spent), 1.0)
-            falling = (1 + math.cos(math.pi * done)) / 2
+            nonlocal total
+            if step == _WARMUP:
+                each = (time.monotonic() - start) / step
+                left = self.end - time.monotonic()
+                if each * (total - step) > left:
+                    total = step + max(1, int(left / each))
+            falling = (1 + math.cos(math.pi * min(step / total, 1.0))) / 2
             return min(1.0, (step + 1) / _WARMUP) * (falling + _LAST_RATE)
 
         return torch.optim.lr_scheduler.LambdaLR(adam, rate)
