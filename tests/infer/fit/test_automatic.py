@@ -95,7 +95,7 @@ def test_a_stream_is_learned_as_the_rows_are(quick_bases):
         loader = torch.utils.data.DataLoader(
             dataset, batch_size=128, shuffle=True, num_workers=num_workers
         )
-        model, result = learned(loader, num_steps=60)
+        model, result = learned(loader, num_steps=300)
         found.append(torch.cat([p.flatten() for p in model.parameters()]))
     assert torch.equal(*found)
     assert result.gain.value > 0.02
