@@ -127,3 +127,13 @@ def test_rows_are_spread_over_the_window_and_centred_by_group():
     torch.testing.assert_close(draws[0].mT @ draws[0], want)
     kept.reset()
     assert int(kept.count) == 0
+
+
+def test_saved_rows_are_not_changed_by_going_on():
+    """Fault: rows written into the buffer that a saved state shares."""
+    kept = DrawRows(num_chains=4, size=3, num_draws=90).to(torch.float64)
+    kept.update(torch.randn(2, 4, 3), torch.rand(4), 0, expected=2)
+    saved = kept.state_dict()
+    before = str(saved)
+    kept.update(torch.randn(2, 4, 3), torch.rand(4), 1, expected=2)
+    assert str(saved) == before != str(kept.state_dict())
