@@ -105,7 +105,8 @@ class LadderAdaptation:
         self._log_step = torch.stack(self._log_steps[half:]).mean(0)
         if self._num_updates < self.num_steps:
             given = self._given
-            if given.scale is given.scale_tril is given.low_rank is None:
+            metric = (given.scale, given.scale_tril, given.low_rank)
+            if all(part is None for part in metric):
                 self._set_scale(torch.stack(self._squares[half:]).mean(0))
             self._move_temperatures(torch.stack(self._rejections[half:]).mean(0))
         self._start_round()
