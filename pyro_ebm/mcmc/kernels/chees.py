@@ -43,8 +43,9 @@ each chain and transition, goes by smaller steps, as many as the others:
         v_c \sim (1 - p)\, \delta_0 + p\, \mathcal{U}(0, 1)               \tag{5}
 
 The part is a tenth, which costs a twentieth of the mean length. It is larger, up to
-:math:`p = 1`, where in the last window of the warm-up many proposals had an acceptance
-ratio below :math:`e^{-7}`, which hardly occurs where one step suits all places.
+:math:`p = 1`, where in the last window of the warm-up over half a per cent of the
+proposals had an acceptance ratio below :math:`e^{-7}`, which hardly occurs where one
+step suits all places.
 
 Three things differ from the paper, where :math:`j = 1`, :math:`g` is the square
 itself, and the length that maximises (2) is kept. The square decorrelates in half the
@@ -261,8 +262,8 @@ class TrajectoryAdaptation(KernelAdaptation[ChEES]):
     HOPELESS = -7.0
     #: Most of a transition that count: all chains at once are a step too large for all.
     MAX_HOPELESS = 0.02
-    #: Small steps for each hopeless proposal.
-    SMALL_STEPS = 100.0
+    #: Small steps for each hopeless proposal beyond a few.
+    SMALL_STEPS, FEW_HOPELESS = 200.0, 0.005
 
     def __init__(self, kernel: ChEES) -> None:
         super().__init__()
@@ -307,12 +308,12 @@ class TrajectoryAdaptation(KernelAdaptation[ChEES]):
         length = self.averaged_log_length.exp().item()
         if self.square > 0:  # nothing is learned from a single chain
             length *= self.STRETCH
-        small = min(self.SMALL_STEPS * self.hopeless.item(), 1.0)
+        small = self.SMALL_STEPS * (self.hopeless.item() - self.FEW_HOPELESS)
         return dataclasses.replace(
             kernel,
             trajectory_length=length,
             quantile=None,
-            small_steps=max(kernel.small_steps, small),
+            small_steps=max(kernel.small_steps, min(small, 1.0)),
         )
 
     def update(self, kernel: ChEES, info: StepInfo) -> None:
