@@ -193,7 +193,7 @@ class ChEES(Kernel):
             eps = eps.reshape(*eps.shape, *[1] * energy.event_dim)
         if self.quantile is None and self.small_steps:
             part = self._part_of_step(state)
-            eps = eps * part.reshape(*part.shape, *[1] * energy.event_dim)
+            eps = eps * part.reshape((*part.shape, *[1] * energy.event_dim))
         eps = eps if self.scale is None else eps * self.scale
         # In full: each leapfrog step multiplies by it twice, and broadcasting is slow.
         eps = eps.expand_as(state.x).contiguous()

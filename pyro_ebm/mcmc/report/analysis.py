@@ -77,7 +77,7 @@ def diagnose(run: ChainRun) -> Diagnostics:
         dtype=run.state.energy.dtype,
     )
     share = found.num_divergences / (found.num_chains * count)
-    is_looked_at = share >= _MIN_DIVERGENT
+    is_looked_at = share >= _MIN_DIVERGENT and not run.target.energy.support.is_discrete
     advice = hole_in_support(_among_the_draws(run)) if is_looked_at else []
     narrow = _narrow_place(run, share) if is_looked_at and not advice else []
     found = verdict(found, count, (*bias_of(kernel), *narrow))

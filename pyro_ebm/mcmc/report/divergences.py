@@ -43,10 +43,7 @@ def starts_in_a_tail(
         divergent: Whether the transition to a draw was, which then stayed where it
             had started; shape ``(C, N)``.
     """
-    repeats = torch.zeros_like(divergent)
-    repeats[:, 1:] = (energy.diff(dim=1) == 0) & divergent[:, :-1]
-    is_start = divergent & ~repeats
-    chains, times = is_start.nonzero().unbind(1)
+    chains, times = _distinct(energy, divergent)
     if len(chains) < _MIN_STARTS or len(chains.unique()) < _MIN_CHAINS:
         return ""
     names, extremes, sides = ["the energy"], *_ranks(energy, chains, times)
@@ -63,6 +60,21 @@ def starts_in_a_tail(
     if abs(side - 0.5) > 0.2:
         end = "the upper end" if side > 0.5 else "the lower end"
     return f"{end} of {names[best]}"
+
+
+def _distinct(energy: Tensor, divergent: Tensor) -> tuple[Tensor, Tensor]:
+    """Chains and times of the starts, each of which counts once.
+
+    A chain comes back to no point, and so has one energy only where it has stayed.
+    """
+    chains, times = divergent.nonzero().unbind(1)
+    points = torch.stack([chains.to(energy), energy[chains, times]], 1)
+    _, number = points.unique(dim=0, return_inverse=True)
+    count = int(number.max()) + 1 if len(number) else 0
+    some = number.new_zeros(count).scatter_(
+        0, number, torch.arange(len(number), device=number.device)
+    )
+    return chains[some], times[some]
 
 
 def _ranks(draws: Tensor, chains: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
