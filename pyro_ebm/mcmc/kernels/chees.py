@@ -44,8 +44,8 @@ each chain and transition, goes by smaller steps, as many as the others:
 
 The part is a tenth, which costs a twentieth of the mean length. It is larger, up to
 :math:`p = 1`, where in the last window of the warm-up over half a per cent of the
-proposals had an acceptance ratio below :math:`e^{-7}`, which hardly occurs where one
-step suits all places.
+proposals had a finite acceptance ratio below :math:`e^{-7}`, which hardly occurs where
+one step suits all places.
 
 Three things differ from the paper, where :math:`j = 1`, :math:`g` is the square
 itself, and the length that maximises (2) is kept. The square decorrelates in half the
@@ -327,7 +327,9 @@ class TrajectoryAdaptation(KernelAdaptation[ChEES]):
         # Not a number where every proposal was rejected: nothing is learned from that.
         grad = _criterion_grad(kernel, info).to(self.square).nan_to_num(0.0, 0.0, 0.0)
         self._num_updates += 1
-        hopeless = 1 - (info.trajectory.log_ratio > self.HOPELESS).to(grad).mean()
+        # Not those that end beyond a wall, where smaller steps are of no use.
+        ratio = info.trajectory.log_ratio
+        hopeless = (ratio.isfinite() & (ratio < self.HOPELESS)).to(grad).mean()
         hopeless = hopeless.clamp(max=self.MAX_HOPELESS)
         self.hopeless = torch.lerp(self.hopeless, hopeless, 1 / self._num_updates)
         self.square = self.DECAY * self.square + (1 - self.DECAY) * grad.square()
