@@ -79,6 +79,7 @@ class Reason(str, Enum):
     COLLINEAR = "coordinates are collinear"
     FUNNEL = "a scale that a spread follows"
     STUCK = "chains are stuck"
+    ZERO_DENSITY = "zero density inside the support"
     DIVERGENCES = "divergent transitions"
     BIASED_KERNEL = "the kernel is biased"
     # Learning.

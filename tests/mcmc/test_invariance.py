@@ -79,6 +79,7 @@ KERNELS = {
     "hmc-no-jitter": HMC(0.85, num_leapfrog=3, jitter=0.0),
     "hmc-much-jitter": HMC(0.85, num_leapfrog=3, jitter=0.9),
     "chees": ChEES(0.85, trajectory_length=2.0),
+    "chees-small-steps": ChEES(1.2, trajectory_length=2.0, small_steps=1.0),
 }
 SCALED = {
     "mala-scale": MALA(0.5, scale=FACTOR.diagonal()),
@@ -207,6 +208,15 @@ def no_jacobian(monkeypatch):
     )
 
 
+def steps_that_know_the_energy(monkeypatch):
+    """ChEES with small steps where the energy is high, not drawn."""
+    monkeypatch.setattr(
+        ChEES,
+        "_part_of_step",
+        lambda self, state: torch.where(state.energy > 1.0, 0.25, 1.0),
+    )
+
+
 ACCEPTANCE_FAULTS = {
     "no-correction": no_correction,
     "energies-alone": energies_alone,
@@ -235,6 +245,14 @@ FAULTS = {
     **{
         f"chees-{name}": ("chees", "gumbel", plant)
         for name, plant in ACCEPTANCE_FAULTS.items()
+    },
+    **{
+        f"chees-steps-that-know-the-energy-{target}": (
+            "chees-small-steps",
+            target,
+            steps_that_know_the_energy,
+        )
+        for target in ("correlated_gaussian", "gamma")
     },
 }
 

@@ -6,6 +6,8 @@ tells one cause from the others, and is looked for only where a run is not ok.
 
 __all__ = ["advise"]
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,18 +17,44 @@ from pyro_ebm.mcmc.report.summary import coordinate_names
 
 #: Draws of all chains together that are looked at.
 _MAX_DRAWS = 8192
-#: Draws of a group below which nothing can be told.
-_MIN_DRAWS = 10
+#: Draws of a chain below which its group is looked at instead, and of that nothing.
+_MIN_DRAWS_CHAIN, _MIN_DRAWS = 20, 10
 #: Coordinates beyond which correlations are not looked at, as the table has D**2.
 _MAX_COORDINATES = 512
-#: Groups whose mean energy is so many standard deviations above the median one's.
+#: Chains whose mean energy is so many standard deviations above the median one's.
 _FAR = 4.0
-#: Gap between groups, in standard deviations within them, that makes two places.
-_GAP = 4.0
+#: Fall of the energy between two halves, in its standard deviations, of a chain that is
+#: on its way; it is 1.7 on a straight line.
+_FALLING = 1.0
+#: Gap between chains, in standard deviations within them, that makes two places, and
+#: how many of these there may be.
+_GAP, _MAX_PLACES = 4.0, 8
+#: Rows that a place has on average, at least.
+_MIN_ROWS = 2
+#: Part of its transitions in which a row moves, if it is not stuck.
+_MIN_MOVES = 0.05
+#: Coordinates of a vector that can be a funnel.
+_MIN_FUNNEL = 4
 #: Posterior correlation that a diagonal metric cannot undo.
 _COLLINEAR = 0.99
 #: Correlation of log scale and log spread above which the data hardly tell them apart.
 _FUNNEL = 0.7
+
+
+class _Rows(NamedTuple):
+    """The later draws, of each chain, or of each group where these are few.
+
+    Attributes:
+        energy: Shape ``(U, M)``.
+        values: Of all sites side by side, shape ``(U, M, D)``.
+        names: Of the coordinates.
+        units: What a row is: ``"64 chains"``.
+    """
+
+    energy: Tensor
+    values: Tensor
+    names: list[str]
+    units: str
 
 
 @torch.no_grad()
@@ -40,85 +68,145 @@ def advise(
         energy: Shape ``(C, N)``.
         found: Of a run that is not ok.
     """
-    step = max(-(-energy.numel() // _MAX_DRAWS), 1)
-    late = slice(energy.shape[1] // 2, None, step)  # the later half of each chain
-    energy = _by_group(energy[:, late].double(), found)
-    if energy.shape[1] < _MIN_DRAWS or not energy.isfinite().all():
+    rows = _later_rows(samples, energy, found)
+    if rows.energy.shape[1] < _MIN_DRAWS:
         return []
-    names = [n for k, v in samples.items() for n in coordinate_names(k, v.shape[2:])]
+    if not (rows.energy.isfinite().all() and rows.values.isfinite().all()):
+        return []
+    is_far = _is_far(rows.energy)
+    if _is_falling(rows.energy, is_far):
+        return [_not_arrived(rows, is_far)]
+    near = rows._replace(values=rows.values[~is_far])
+    findings = _separate(rows) or _funnels(near, samples, found)
+    if not findings and is_far.any():
+        return [_not_arrived(rows, is_far)]
+    return findings or _collinear(near)
+
+
+def _later_rows(
+    samples: dict[str, Tensor], energy: Tensor, found: Diagnostics
+) -> _Rows:
+    """The later half of each chain, thinned."""
+    num_chains, num_draws = energy.shape
+    most = max(_MAX_DRAWS // num_chains, _MIN_DRAWS_CHAIN)
+    by_chain = num_draws // 2 >= _MIN_DRAWS_CHAIN
+    late = slice(num_draws // 2, None, max(num_draws // 2 // most, 1))
     columns = [v[:, late, ..., None].double().flatten(2) for v in samples.values()]
-    values = _by_group(torch.cat(columns, -1), found)
-    if not values.isfinite().all():
-        return []
-    is_far = _is_far(energy)
-    arrived = values[~is_far]
-    findings = []
-    if is_far.any():
-        findings.append(_not_arrived(energy, is_far, found))
-    else:
-        findings += _separate(values, names, found)
-    if not findings:
-        findings += _collinear(arrived, names)
-        sites = dict(
-            zip(samples, arrived.split([v.shape[-1] for v in columns], -1), strict=True)
-        )
-        findings += _funnels(sites, found)
-    return findings
+    rows, values = energy[:, late].double(), torch.cat(columns, -1)
+    units = f"{num_chains:,} chains"
+    if not by_chain:
+        rows, values = _by_group(rows, found), _by_group(values, found)
+        kind = " groups of chains" if found.is_nested else " chains"
+        units = f"{found.num_superchains:,}{kind}"
+    names = [n for k, v in samples.items() for n in coordinate_names(k, v.shape[2:])]
+    return _Rows(rows, values, names, units)
 
 
 def _by_group(values: Tensor, found: Diagnostics) -> Tensor:
-    """``(C, N, ...)`` as ``(G, C / G * N, ...)``."""
-    return values.unflatten(0, (found.num_superchains, -1)).flatten(1, 2)
+    """``(C, N, ...)`` as ``(G, N * C / G, ...)``."""
+    groups = values.unflatten(0, (found.num_superchains, -1))
+    return groups.transpose(1, 2).flatten(1, 2)
 
 
 def _is_far(energy: Tensor) -> Tensor:
-    """Groups that lie far above the others, shape ``(G,)``."""
+    """Rows that lie far above the others, shape ``(U,)``."""
     mean, sd = energy.mean(1), energy.std(1)
     return mean > mean.median() + _FAR * sd.median()
 
 
-def _not_arrived(energy: Tensor, is_far: Tensor, found: Diagnostics) -> Finding:
-    mean = energy.mean(1)
+def _is_falling(energy: Tensor, is_far: Tensor) -> bool:
+    """Whether most of the far rows are on their way down."""
+    far = energy[is_far]
+    if not len(far):
+        return False
+    half = far.shape[1] // 2
+    fall = far[:, :half].mean(1) - far[:, -half:].mean(1)
+    fall = (fall / far.std(1)).nan_to_num(0.0)
+    return bool(fall.median() > _FALLING)
+
+
+def _not_arrived(rows: _Rows, is_far: Tensor) -> Finding:
+    mean = rows.energy.mean(1)
     above = (mean[is_far].min() - mean.median()).item()
     return Finding(
         Reason.CHAINS_BEHIND,
-        f"{int(is_far.sum())} of {_groups(found)} did not arrive where the others are, "
+        f"{int(is_far.sum())} of {rows.units} did not arrive where the others are, "
         f"{above:.3g} nats and more below in energy: give more warmup_steps, or "
         "initial points nearer to the bulk",
     )
 
 
-def _groups(found: Diagnostics) -> str:
-    kind = " groups of chains" if found.is_nested else " chains"
-    return f"{found.num_superchains:,}{kind}"
-
-
-def _separate(values: Tensor, names: list[str], found: Diagnostics) -> list[Finding]:
-    """Groups in places that they do not leave, by the coordinate that shows it best."""
-    mean, order = values.mean(1).sort(0)
-    sd = values.std(1).gather(0, order)
-    gaps = mean.diff(dim=0) / torch.maximum(sd[1:], sd[:-1])
-    if not len(gaps):
+def _separate(rows: _Rows) -> list[Finding]:
+    """Rows in places that they hardly leave, by the coordinate that shows it best."""
+    moves = (rows.energy.diff(dim=1) != 0).double().mean(1) > _MIN_MOVES
+    values = rows.values[moves]
+    if len(values) < 2 * _MIN_ROWS:
         return []
-    gaps = gaps.nan_to_num(0.0)
-    worst = int(gaps.amax(0).argmax())
-    cuts = (gaps[:, worst] > _GAP).nonzero().squeeze(-1) + 1
-    # As many places as groups are chains that hardly move, no modes.
-    if not len(cuts) or len(cuts) + 1 > len(mean) / 2:
+    along, name = _principal(values)
+    ordered = torch.cat([values, along], -1).sort(1).values
+    count = ordered.shape[1]
+    # A row that was elsewhere for a short time has the median of where it stays.
+    middle = ordered[:, count // 2]
+    spread = (ordered[:, 3 * count // 4] - ordered[:, count // 4]) / 1.349
+    column, cuts = _cuts(middle, spread)
+    if not cuts:
         return []
-    parts = mean[:, worst].tensor_split(cuts.cpu())
-    places = " and ".join(f"{part.mean().item():.3g}" for part in parts)
+    shown = column if column < values.shape[-1] else name
+    order = middle[:, column].argsort()
+    parts = middle[order, shown].tensor_split(cuts)
+    places = sorted((part.mean().item(), len(part)) for part in parts)
+    around = " and ".join(f"{place:.3g} ({count})" for place, count in places)
     return [
         Finding(
             Reason.SEPARATE_MODES,
-            f"the {_groups(found)} are in {len(parts)} places that they do not leave, "
-            f"{names[worst]} around {places}: for separate modes take "
+            f"the {rows.units} are in {len(parts)} places that they hardly leave, "
+            f"{rows.names[shown]} around {around}: for separate modes take "
             "mcmc.ReplicaExchange",
         )
     ]
 
 
-def _collinear(values: Tensor, names: list[str]) -> list[Finding]:
+def _principal(values: Tensor) -> tuple[Tensor, int]:
+    """The direction in which rows differ most, ``(U, M, 1)``, and its main coordinate.
+
+    Modes that are far from each other may be near in each coordinate.
+    """
+    if values.shape[-1] > _MAX_COORDINATES or values.shape[-1] < 2:
+        return values[..., :0], 0
+    scale = values.std(1).median(0).values
+    whitened = (values - values.mean((0, 1))) / scale.clamp(min=1e-300)
+    whitened = torch.where(scale > 0, whitened, 0.0)
+    _, _, axes = torch.linalg.svd(whitened.mean(1), full_matrices=False)
+    return whitened @ axes[0, :, None], int(axes[0].abs().argmax())
+
+
+def _cuts(middle: Tensor, spread: Tensor) -> tuple[int, list[int]]:
+    """The column with the widest gap, and where its sorted rows are to be cut.
+
+    Args:
+        middle: Medians of the rows, shape ``(U, D)``.
+        spread: Standard deviations within them, shape ``(U, D)``.
+    """
+    middle, order = middle.sort(0)
+    spread, gaps = spread.gather(0, order), middle.diff(dim=0)
+    widest = gaps.argmax(0)
+    is_left = torch.arange(len(middle), device=widest.device)[:, None] <= widest
+    sides = (spread.where(side, torch.nan) for side in (is_left, ~is_left))
+    scale = torch.stack([side.nanmedian(0).values for side in sides]).amax(0)
+    ratio = (gaps.amax(0) / scale).nan_to_num(0.0, 0.0, 0.0)
+    column = int(ratio.argmax())
+    is_cut = gaps[:, column] > _GAP * scale[column]
+    cuts = (is_cut.nonzero().squeeze(-1) + 1).tolist()
+    # As many places as rows are chains that hardly move, no modes; wide places too.
+    if not cuts or len(cuts) + 1 > min(len(middle) / _MIN_ROWS, _MAX_PLACES):
+        return column, []
+    parts = middle[:, column].tensor_split(cuts)
+    width = max(part.max() - part.min() for part in parts)
+    return column, cuts if width < gaps[is_cut, column].max() else []
+
+
+def _collinear(rows: _Rows) -> list[Finding]:
+    values, names = rows.values, rows.names
     if values.shape[-1] > _MAX_COORDINATES:
         return []
     centred = (values - values.mean(1, keepdim=True)).flatten(0, 1)
@@ -140,9 +228,14 @@ def _collinear(values: Tensor, names: list[str]) -> list[Finding]:
     ]
 
 
-def _funnels(sites: dict[str, Tensor], found: Diagnostics) -> list[Finding]:
+def _funnels(
+    rows: _Rows, samples: dict[str, Tensor], found: Diagnostics
+) -> list[Finding]:
     """Positive coordinates that the spread of another site follows."""
-    findings = []
+    parts = rows.values.split([v[0, 0].numel() for v in samples.values()], -1)
+    if len(parts) == 1:
+        return _own_funnel(rows)
+    sites, findings = dict(zip(samples, parts, strict=True)), []
     for scale, values in sites.items():
         if not (values > 0).all():
             continue
@@ -151,8 +244,8 @@ def _funnels(sites: dict[str, Tensor], found: Diagnostics) -> list[Finding]:
             if is_done or site == scale or others.shape[-1] < 3:
                 continue
             pair = [values.log(), others.std(-1, keepdim=True).log()]
-            rows = torch.cat([v - v.mean(1, keepdim=True) for v in pair], -1)
-            table = torch.corrcoef(rows.flatten(0, 1).mT).nan_to_num(0.0)
+            centred = torch.cat([v - v.mean(1, keepdim=True) for v in pair], -1)
+            table = torch.corrcoef(centred.flatten(0, 1).mT).nan_to_num(0.0)
             best = int(table[-1, :-1].argmax())
             if table[-1, best] > _FUNNEL:
                 name = list(coordinate_names(scale, found.sites[scale].r_hat.shape))
@@ -166,3 +259,29 @@ def _funnels(sites: dict[str, Tensor], found: Diagnostics) -> list[Finding]:
                     )
                 )
     return findings
+
+
+def _own_funnel(rows: _Rows) -> list[Finding]:
+    """A coordinate of a vector that the spread of the other coordinates follows."""
+    values = rows.values.flatten(0, 1)
+    if not _MIN_FUNNEL <= values.shape[1] <= _MAX_COORDINATES:
+        return []
+    centred = values - values.median(0).values
+    square = (centred / centred.abs().median(0).values).square()
+    spread = (square.sum(1, keepdim=True) - square).log() / 2  # of the others
+    pair = [v - v.mean(0) for v in (values, spread)]
+    common = (pair[0] * pair[1]).mean(0)
+    first, second = (v.square().mean(0) for v in pair)
+    table = (common / (first * second).sqrt()).nan_to_num(0.0)
+    best = int(table.abs().argmax())
+    if table[best].abs() <= _FUNNEL:
+        return []
+    slope, name = (common / first)[best].item(), rows.names[best]
+    return [
+        Finding(
+            Reason.FUNNEL,
+            f"the spread of the other coordinates follows {name} (its logarithm "
+            f"correlates at {table[best].item():.2f}), a funnel: try a non-centred "
+            f"form, in which the others are exp({slope:.2g} * {name}) * z",
+        )
+    ]

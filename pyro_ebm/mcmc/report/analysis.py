@@ -5,10 +5,12 @@ __all__ = ["diagnose", "moments_of", "samples_of", "summarize"]
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.diagnostics import Convergence, convergence, energy_bfmi
 from pyro_ebm.diagnostics.ranks import quantiles
 from pyro_ebm.mcmc.base import bias_of
 from pyro_ebm.mcmc.report.advice import advise
+from pyro_ebm.mcmc.report.divergences import hole_in_support, starts_in_a_tail
 from pyro_ebm.mcmc.report.results import Diagnostics, Moments, verdict
 from pyro_ebm.mcmc.report.summary import SiteSummary, Summary
 from pyro_ebm.mcmc.run.batch_moments import BatchMoments
@@ -19,6 +21,8 @@ from pyro_ebm.mcmc.run.driver import ChainRun, step_size_of
 _CHUNK = 2**17
 #: Draws of a chain below which nothing can be said.
 _MIN_DRAWS = 4
+#: Share of divergent transitions below which their starts are not looked at.
+_MIN_DIVERGENT = 0.002
 #: Standard deviations of the energy within chains, by which the mean of one is off.
 _STRAY = 5.0
 _MIN_DRAWS_STRAY = 50
@@ -73,11 +77,40 @@ def diagnose(run: ChainRun) -> Diagnostics:
         dtype=run.state.energy.dtype,
         non_centred=run.target.non_centred,
     )
-    found = verdict(found, count, bias_of(kernel))
-    if found.is_reliable or not isinstance(run.draws, KeptDraws):
+    share = found.num_divergences / (found.num_chains * count)
+    is_looked_at = share >= _MIN_DIVERGENT and not run.target.energy.support.is_discrete
+    advice = hole_in_support(_among_the_draws(run)) if is_looked_at else []
+    narrow = _narrow_place(run, share) if is_looked_at and not advice else []
+    found = verdict(found, count, (*bias_of(kernel), *narrow))
+    if found.is_reliable:
         return found
-    advice = advise(samples_of(run), run.draws["energy"].mT, found)
+    if isinstance(run.draws, KeptDraws) and not advice:
+        advice = advise(samples_of(run), run.draws["energy"].mT, found)
     return found._replace(reasons=(*found.reasons, *advice))
+
+
+def _narrow_place(run: ChainRun, share: float) -> list[Finding]:
+    """Few divergences tell of a place that was missed, if they start in one tail."""
+    if not isinstance(run.draws, KeptDraws):
+        return []
+    energy, divergent = (run.draws[name].mT for name in ("energy", "divergent"))
+    tail = starts_in_a_tail(samples_of(run), energy, divergent)
+    if not tail:
+        return []
+    return [
+        Finding(
+            Reason.DIVERGENCES,
+            f"divergent transitions, {share:.2%} of all, start at {tail}, beyond which "
+            "chains hardly get: raise target_accept_prob to 0.95 or above",
+        )
+    ]
+
+
+def _among_the_draws(run: ChainRun) -> Tensor:
+    """Energies at the chains' points, each moved by the difference of two others."""
+    x = run.state.x
+    x = x + x.roll(1, 0) - x.roll(2, 0)
+    return run.warmup.kernel.init(run.target.energy, x).energy
 
 
 def _convergence_of(run: ChainRun) -> dict[str, Convergence]:

@@ -202,7 +202,7 @@ def _chain_findings(found: Diagnostics, num_transitions: int) -> list[Finding]:
     if found.num_stray:
         stray = (
             f"{found.num_stray:,} of {found.num_chains:,} chains stay in another place "
-            "than the others, by their energies: warm up for longer"
+            "than the others, by their energies"
         )
         findings.append(Finding(Reason.NOT_MIXED, stray))
     bfmi = found.energy_bfmi.nanmedian().item()

@@ -77,6 +77,100 @@ def test_drawn_lengths_are_uniform():
     assert abs(((numbers - mean) ** 2).mean() - variance) < 4 * spread
 
 
+def parts_of_steps(kernel, num_chains=4000):
+    state = kernel.init(standard(1), torch.zeros(num_chains, 1))
+    return kernel._part_of_step(state)
+
+
+@pytest.mark.parametrize("small_steps", [0.1, 1.0])
+def test_small_steps_have_their_law(small_steps):
+    """Their number is binomial, the log of their size uniform; |z| < 4.
+
+    Seen to fail with the share squared, and with sizes that are uniform themselves.
+    """
+    part = parts_of_steps(ChEES(small_steps=small_steps))
+    depth, is_small = -part.log() / math.log(4), part < 1
+    count = is_small.sum()
+    spread = (4000 * small_steps * (1 - small_steps)) ** 0.5
+    assert abs(count - 4000 * small_steps) <= 4 * spread + 1
+    depth = depth[is_small]
+    assert depth.min() > 0
+    assert depth.max() <= 1
+    for power in (1, 2):
+        mean = 1 / (power + 1)
+        variance = 1 / (2 * power + 1) - mean**2
+        assert abs((depth**power).mean() - mean) < 4 * (variance / count) ** 0.5
+
+
+def test_steps_of_the_warm_up_are_never_small():
+    """Else the trajectories would not have the length that it learns from."""
+    energy, kernel = standard(), ChEES(0.3, quantile=0.5, small_steps=1.0)
+    state = kernel.init(energy, torch.randn(50, 5))
+    runs = []
+    for change in ({}, {"small_steps": 0.0}):
+        torch.manual_seed(3)
+        new, _ = dataclasses.replace(kernel, **change).step(energy, state)
+        runs.append(new.x)
+    assert torch.equal(*runs)
+
+
+def ridge():
+    """Narrower the farther out: it needs a step of a third at the tips of the draws."""
+    return FunctionEnergy(
+        lambda x: x[..., 0] ** 2 / 200 + (x[..., 1] + 0.1 * x[..., 0] ** 2) ** 2 / 2,
+        (2,),
+    )
+
+
+def test_warm_up_raises_the_share_of_small_steps_only_where_steps_are_hopeless():
+    """Seen to fail where the frozen kernel keeps the share that was given."""
+    z = torch.randn(64, 2)
+    x = torch.stack([10 * z[:, 0], z[:, 1] - 10 * z[:, 0] ** 2], -1)
+    for energy, start, is_raised in ((ridge(), x, True), (standard(2), z, False)):
+        kernel = ChEES()
+        warmup, _ = warm_up(kernel, energy, kernel.init(energy, start), 200)
+        share = warmup.kernel.small_steps
+        assert share > 0.11 if is_raised else share == 0.1
+
+
+@pytest.mark.parametrize(("part", "share"), [(1.0, 0.1), (0.01, 1.0)])
+def test_one_step_too_large_for_all_is_no_narrow_place(part, share):
+    """Of 50 transitions of all chains, or of one chain in a hundred in all of them.
+
+    Seen to fail without the bound on what a transition counts for.
+    """
+    energy, kernel = standard(2), ChEES()
+    state = kernel.init(energy, torch.randn(100, 2))
+    adaptation = kernel.adaptation()
+    _, info = adaptation.current(kernel).step(energy, state)
+    bad = torch.full((100,), -1e3).where(torch.arange(100) < 100 * part, 0.0)
+    good = info.trajectory._replace(log_ratio=torch.zeros(100))
+    for number in range(50):
+        is_good = part == 1.0 and number
+        info.trajectory = good if is_good else good._replace(log_ratio=bad)
+        adaptation.update(adaptation.current(kernel), info)
+    found = adaptation.frozen(kernel).small_steps
+    assert found == pytest.approx(share, abs=1e-6)
+
+
+def test_the_tips_of_a_curved_ridge_are_not_closed():
+    """Chains at the tips get away, which no step of the common size lets them.
+
+    The part of them that 20 transitions move; it is under a tenth without small steps.
+    """
+    torch.manual_seed(0)
+    x = torch.tensor([[32.0, -102.4]]) + torch.randn(200, 2) * torch.tensor([0.0, 1.0])
+    moved = {}
+    for small_steps in (0.0, 1.0):
+        kernel = ChEES(0.16, trajectory_length=1.6, small_steps=small_steps)
+        kernel = dataclasses.replace(kernel, scale=torch.tensor([5.0, 5.0]))
+        state = kernel.init(ridge(), x)
+        for _ in range(20):
+            state, _ = kernel.step(ridge(), state)
+        moved[small_steps] = (state.x != x).any(-1).double().mean()
+    assert moved[0.0] < 0.1 < 0.9 < moved[1.0]
+
+
 def criterion(kernel, energy, state, length):
     """(2) and its gradient at a length, at the same momenta for all lengths."""
     torch.manual_seed(5)
@@ -211,6 +305,8 @@ def test_adaptation_wants_the_info_of_the_warm_up():
         {"max_leapfrog": 0},
         {"quantile": 1.5},
         {"quantile": math.nan},
+        {"small_steps": -0.1},
+        {"small_steps": 1.1},
     ],
 )
 def test_invalid_settings(settings):

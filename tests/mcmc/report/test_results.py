@@ -95,8 +95,7 @@ def test_a_kernel_of_ones_own_says_that_it_is_biased_or_nothing():
         ({"num_stuck": 1}, "1 of 4 chains are stuck"),
         (
             {"num_stray": 1},
-            "1 of 4 chains stay in another place than the others, by their energies: "
-            "warm up for longer",
+            "1 of 4 chains stay in another place than the others, by their energies",
         ),
         (
             {"energy_bfmi": torch.tensor([0.1, 0.2, 0.2, 1.0])},
