@@ -53,6 +53,7 @@ from pyro_ebm.partition.importance.pool import (
 )
 from pyro_ebm.partition.importance.proposal import Proposal
 from pyro_ebm.partition.importance.student_mixture import StudentMixture, fit_clusters
+from pyro_ebm.partition.importance.triangular_map import fit_map
 from pyro_ebm.partition.particles.engine import Journey, travel
 from pyro_ebm.partition.particles.movers import AdaptiveHMC
 from pyro_ebm.partition.progress import MAX_BYTES, CountedEnergy
@@ -102,6 +103,13 @@ _MAX_REPAIRS = 4
 #: Dimensions up to which a component can be told from some hundred draws.
 _MAX_REPAIRED = 48
 _MAX_DENSE = 200
+#: Effective share of the draws from which on no map is tried, times as large as it
+#: has to become by one, fits of it, and the dimensions up to which that is cheap.
+_EFFICIENT, _BETTER, _MAP_ROUNDS, _MAX_MAPPED = 0.7, 1.1, 6, 100
+#: Rounds without a gain after which it is given up, and when it is good enough.
+_PATIENCE, _EXCELLENT = 2, 0.7
+#: Effective draws that a map is fitted to at least.
+_FEW_FITTED = 500.0
 
 
 _BY_DRAWS = "independent draws of a proposal fitted to modes and particles"
@@ -161,6 +169,15 @@ class _Value(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.value:.3f} +- {self.std_error:.2g}"
+
+
+class _Tried(NamedTuple):
+    """A proposal, weighted draws of it, and which share of them is effective."""
+
+    proposal: Proposal
+    draws: Tensor
+    log_weights: Tensor
+    efficiency: float
 
 
 class _Weighed(NamedTuple):
@@ -387,10 +404,10 @@ class _TwoRoutes:
         weights = shares.expand_as(journey.state.target).flatten()
         number = max(1, min(_NUM_CLUSTERS, 200 // self.dim))
         proposal = proposal.joined(fit_clusters(u, weights, number), 0.5)
-        proposal = self.adapt(proposal, 2)
+        found = self.mapped(self.adapt(proposal, 2), u, weights)
+        proposal, log_weights = found.proposal, found.log_weights
         before = len(u)
         for _ in range(_MAX_REPAIRS if self.dim <= _MAX_REPAIRED else 0):
-            log_weights = self.pool.log_weights()
             is_bare = self.uncovered(proposal, u, log_weights)
             number = int(is_bare.sum())
             is_covered = number <= _MAX_UNCOVERED / 3 * len(u)
@@ -405,7 +422,49 @@ class _TwoRoutes:
                 extra = fit_clusters(u[is_bare], bare, 1 if number < 200 else 4)
                 proposal = proposal.joined(extra, 0.3)
             proposal = self.adapt(proposal, 2)
+            log_weights = self.pool.log_weights()
         return proposal
+
+    def mapped(self, proposal: Proposal, u: Tensor, weights: Tensor) -> "_Tried":
+        """The proposal, with a triangular map of the particles if that is better."""
+        best = self.tried(proposal, u, weights)
+        is_late = self.limits.left < 0.6 * self.limits.max_seconds
+        if best.efficiency > _EFFICIENT or is_late or self.dim > _MAX_MAPPED:
+            return best
+        # States of one ancestor, and ancestors that have one, are much the same.
+        found = fit_map(u, weights, len(u) / _CHAIN_LENGTH / 4)
+        last = proposal.with_map(found, 0.5)
+        patience = _PATIENCE
+        for _ in range(_MAP_ROUNDS):
+            tried = self.tried(last, u, weights)
+            is_better = tried.efficiency > _BETTER * best.efficiency
+            patience = _PATIENCE if is_better else patience - 1
+            best = max(best, tried, key=lambda one: one.efficiency)
+            if best.efficiency > _EXCELLENT or not patience:
+                break
+            own = tempered(tried.log_weights, _FEW_FITTED).softmax(0)
+            effective = 1 / own.square().sum().item()
+            if effective > 1.5 * _FEW_FITTED:
+                last = last.with_map(fit_map(tried.draws, own, effective), 0.5)
+            last = last.shared_out(tried.draws, own).pruned(tried.draws, own)
+        if best.proposal.triangular is not None:
+            self.pool = Pool(self.target)  # draws of worse proposals are no help
+        return best
+
+    def tried(self, proposal: Proposal, u: Tensor, weights: Tensor) -> "_Tried":
+        """Weights of draws of a proposal, and how efficient these are.
+
+        Particles come to heavy tails that draws of the proposal seldom see. The mean
+        weight over the target is one over the effective share.
+        """
+        draws = proposal.sample(3 * self.num_draws())
+        log_weights = difference(
+            log_density(self.target, draws), proposal.log_prob(draws)
+        )
+        own = difference(log_density(self.target, u), proposal.log_prob(u))
+        mean = (own - log_mean_exp(log_weights)).exp() @ weights
+        share = min(effective_sample_fraction(log_weights).item(), 1 / mean.item())
+        return _Tried(proposal, draws, log_weights, share)
 
     # The estimate.
 
