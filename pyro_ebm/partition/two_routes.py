@@ -77,6 +77,8 @@ _MAX_MIRRORED = 32
 #: of modes met by fewer from which on it matters; how many of them are too many; and
 #: how many times as many draws are looked at for them.
 _ENOUGH, _RARE, _MANY_RARE, _MOST_LOOKS = 3, 0.02, 16, 16
+#: Unconstrained values are rarely larger.
+_USUAL = 2.0
 #: Draws of the base that are timed.
 _NUM_TIMED = 16
 _NUM_DRAWS, _FEWEST_WEIGHED = 4000, 1000
@@ -105,9 +107,9 @@ _MAX_REPAIRED = 48
 _MAX_DENSE = 200
 #: Effective share of the draws from which on no map is tried, times as large as it
 #: has to become by one, fits of it, and the dimensions up to which that is cheap.
-_EFFICIENT, _BETTER, _MAP_ROUNDS, _MAX_MAPPED = 0.7, 1.1, 6, 100
+_EFFICIENT, _BETTER, _MAP_ROUNDS, _MAX_MAPPED = 0.7, 1.1, 8, 100
 #: Rounds without a gain after which it is given up, and when it is good enough.
-_PATIENCE, _EXCELLENT = 2, 0.7
+_PATIENCE, _EXCELLENT = 3, 0.7
 #: Effective draws that a map is fitted to at least.
 _FEW_FITTED = 500.0
 
@@ -290,7 +292,11 @@ class _TwoRoutes:
             factor *= 4
 
     def starts(self, num_looks: int, num_starts: int) -> Tensor | None:
-        """Points to descend from: low draws of the base, any draws, and nearer ones."""
+        """Points to descend from: draws of the base, low, any or nearer, and usual ones.
+
+        References:
+            Stan Reference Manual, section on initialisation (the usual ones).
+        """
         few = self.path.draw_base(2 * _MIN_STARTS).reshape(2 * _MIN_STARTS, -1).double()
         for _ in range(3):  # to learn what an evaluation costs, once it is traced
             self.value_and_grad(few)
@@ -319,6 +325,9 @@ class _TwoRoutes:
         self.middle, share = u.median(0).values, torch.rand(len(others) // 2, 1).to(u)
         near = others[: len(share)] - self.middle
         others[: len(share)] = self.middle + share * near
+        # Draws of a vague prior are all in absurd places; parameters seldom are.
+        usual = others[len(share) :][::2]
+        usual.copy_(_USUAL * (2 * torch.rand(usual.shape).to(u) - 1))
         return torch.cat([low, others])
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:

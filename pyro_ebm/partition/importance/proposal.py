@@ -124,9 +124,7 @@ class Proposal:
         rho = self._log_joint(u).softmax(0).nan_to_num(0.0)
         shares = _at_least(rho @ weights, torch.tensor(parts).to(u.device))
         _, map_share, base_share = shares.tolist()
-        return Proposal(
-            self.path, self.mixture, base_share, self.triangular, map_share
-        )
+        return Proposal(self.path, self.mixture, base_share, self.triangular, map_share)
 
     def pruned(self, u: Tensor, weights: Tensor) -> "Proposal":
         """The proposal without components whose mass the map holds.

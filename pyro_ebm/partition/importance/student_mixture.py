@@ -116,7 +116,9 @@ class StudentMixture(NamedTuple):
         shares = (total / total.sum()).clamp(min=min_weight / len(total))
         return StudentMixture(shares / shares.sum(), loc_new, factor_new)
 
-    def without_idle(self, u: Tensor, weights: Tensor, least: float) -> "StudentMixture":
+    def without_idle(
+        self, u: Tensor, weights: Tensor, least: float
+    ) -> "StudentMixture":
         """The components that hold some weight; the one that holds most, if none does.
 
         Args:

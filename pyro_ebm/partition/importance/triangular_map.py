@@ -121,10 +121,10 @@ def _fit_in_order(z: Tensor, draws: _Draws, order: Tensor) -> TriangularMap:
         # What has a scale of its own is fitted once more, by the inverse variances.
         own, least, most = terms[:, : 2 * i + 1], *limits[:, i]
         s = (own @ log_scale[i, : 2 * i + 1]).clamp(least, most)
-        known = draws._replace(weights=(draws.weights.log() - 2 * s).softmax(0))
-        location[i, : 2 * i + 1] = _last(own, z[:, i], known)
-        residual[:, i] = z[:, i] - own @ location[i, : 2 * i + 1]
         for _ in range(_NUM_SCORED):
+            known = draws._replace(weights=(draws.weights.log() - 2 * s).softmax(0))
+            location[i, : 2 * i + 1] = _last(own, z[:, i], known)
+            residual[:, i] = z[:, i] - own @ location[i, : 2 * i + 1]
             # A step of Fisher scoring: too narrow is worse than too wide.
             square = (residual[:, i] * (-s).exp()).square()
             square = square / (draws.weights @ square)
@@ -205,9 +205,7 @@ def _last(terms: Tensor, y: Tensor, draws: _Draws) -> Tensor:
     return _selected(weighted.mT @ terms, weighted.mT @ y, square, draws.number)
 
 
-def _selected(
-    gram: Tensor, product: Tensor, square: Tensor, number: float
-) -> Tensor:
+def _selected(gram: Tensor, product: Tensor, square: Tensor, number: float) -> Tensor:
     """Least squares, without the terms that are near zero, shape ``(F,)``."""
     kept = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     found = torch.zeros_like(product)
