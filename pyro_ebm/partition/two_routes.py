@@ -105,11 +105,12 @@ _MAX_REPAIRS = 4
 #: Dimensions up to which a component can be told from some hundred draws.
 _MAX_REPAIRED = 48
 _MAX_DENSE = 200
-#: Effective share of the draws from which on no map is tried, times as large as it
-#: has to become by one, fits of it, and the dimensions up to which that is cheap.
-_EFFICIENT, _BETTER, _MAP_ROUNDS, _MAX_MAPPED = 0.7, 1.1, 8, 100
-#: Rounds without a gain after which it is given up, and when it is good enough.
-_PATIENCE, _EXCELLENT = 3, 0.7
+#: Fits of a map, the dimensions up to which they are cheap, and what it is worth: times
+#: as efficient as a proposal without it may be.
+_MAP_ROUNDS, _MAX_MAPPED, _WORTH = 8, 100, 1.25
+#: Times as efficient as the best before is a gain, rounds without one after which it is
+#: given up, and the efficiency that is good enough.
+_BETTER, _PATIENCE, _EXCELLENT = 1.1, 2, 0.7
 #: Effective draws that a map is fitted to at least.
 _FEW_FITTED = 500.0
 
@@ -180,6 +181,7 @@ class _Tried(NamedTuple):
     draws: Tensor
     log_weights: Tensor
     efficiency: float
+    value: _Value
 
 
 class _Weighed(NamedTuple):
@@ -292,7 +294,7 @@ class _TwoRoutes:
             factor *= 4
 
     def starts(self, num_looks: int, num_starts: int) -> Tensor | None:
-        """Points to descend from: draws of the base, low, any or nearer, and usual ones.
+        """Points to descend from: low draws of the base, others, and usual values.
 
         References:
             Stan Reference Manual, section on initialisation (the usual ones).
@@ -435,26 +437,38 @@ class _TwoRoutes:
         return proposal
 
     def mapped(self, proposal: Proposal, u: Tensor, weights: Tensor) -> "_Tried":
-        """The proposal, with a triangular map of the particles if that is better."""
+        """The proposal, with a triangular map of the particles unless that is worse.
+
+        It leads along a ridge beyond what draws and particles have seen, which no
+        efficiency can tell, so that it is kept where it costs little.
+        """
         best = self.tried(proposal, u, weights)
         is_late = self.limits.left < 0.6 * self.limits.max_seconds
-        if best.efficiency > _EFFICIENT or is_late or self.dim > _MAX_MAPPED:
+        is_dear = self.dim > (_MAX_MAPPED if best.efficiency < _EXCELLENT else 20)
+        if is_late or is_dear:
             return best
         # States of one ancestor, and ancestors that have one, are much the same.
         found = fit_map(u, weights, len(u) / _CHAIN_LENGTH / 4)
-        last = proposal.with_map(found, 0.5)
-        patience = _PATIENCE
+        last, patience = proposal.with_map(found, 0.5), _PATIENCE
+        most, highest = best.efficiency, -math.inf
         for _ in range(_MAP_ROUNDS):
             tried = self.tried(last, u, weights)
-            is_better = tried.efficiency > _BETTER * best.efficiency
-            patience = _PATIENCE if is_better else patience - 1
-            best = max(best, tried, key=lambda one: one.efficiency)
-            if best.efficiency > _EXCELLENT or not patience:
+            # On a ridge each round gets farther, and the value rises.
+            is_rising = tried.value.value > highest + tried.value.std_error / 2
+            is_gain = is_rising or tried.efficiency > _BETTER * most
+            patience = _PATIENCE if is_gain else patience - 1
+            most = max(most, tried.efficiency)
+            highest = max(highest, tried.value.value)
+            if tried.efficiency > most / _WORTH:
+                best = tried
+            is_done = best.efficiency > _EXCELLENT and not found.has_terms
+            if is_done or not patience:
                 break
             own = tempered(tried.log_weights, _FEW_FITTED).softmax(0)
             effective = 1 / own.square().sum().item()
             if effective > 1.5 * _FEW_FITTED:
-                last = last.with_map(fit_map(tried.draws, own, effective), 0.5)
+                found = fit_map(tried.draws, own, effective)
+                last = last.with_map(found, 0.5)
             last = last.shared_out(tried.draws, own).pruned(tried.draws, own)
         if best.proposal.triangular is not None:
             self.pool = Pool(self.target)  # draws of worse proposals are no help
@@ -472,8 +486,11 @@ class _TwoRoutes:
         )
         own = difference(log_density(self.target, u), proposal.log_prob(u))
         mean = (own - log_mean_exp(log_weights)).exp() @ weights
-        share = min(effective_sample_fraction(log_weights).item(), 1 / mean.item())
-        return _Tried(proposal, draws, log_weights, share)
+        share = effective_sample_fraction(log_weights).item()
+        share = max(min(share, 1 / max(mean.item(), 1.0)), 1e-12)
+        error = math.sqrt((1 / share - 1) / len(draws))
+        value = _Value(log_mean_exp(log_weights).item(), error)
+        return _Tried(proposal, draws, log_weights, share, value)
 
     # The estimate.
 

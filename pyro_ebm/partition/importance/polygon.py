@@ -5,9 +5,10 @@ Between its first and its last knot :math:`x_1 < \dots < x_K` the density is
 .. math::
     q(x) = \sum_k \alpha_k \frac{h_k(x)}{\int h_k}                           \tag{1}
 
-with :math:`h_k` the hat that is one at :math:`x_k` and zero at its neighbours. The shares
-are the mean heights of the hats at weighted draws. Below and above it is a generalised Pareto density of the
-excess :math:`y` over the knot, with the mass :math:`\tau` of the draws there,
+with :math:`h_k` the hat that is one at :math:`x_k` and zero at its neighbours. The
+shares are the mean heights of the hats at weighted draws. Below and above it is a
+generalised Pareto density of the excess :math:`y` over the knot, with the mass
+:math:`\tau` of the draws there,
 
 .. math::
     q(y) = \frac\tau\sigma (1 + \xi y / \sigma)^{-1 - 1/\xi}                 \tag{2}

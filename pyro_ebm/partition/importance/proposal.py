@@ -4,9 +4,10 @@ r"""A proposal for importance sampling: a Student mixture, a map, the base in re
     q = \alpha_1 t + \alpha_2 m + \alpha_0 p_0                              \tag{1}
 
 The mixture :math:`t` is for modes, the triangular map :math:`m` for marginals and
-ridges that no few ellipsoids describe; either may be missing. The base :math:`p_0` keeps its share, so that a region which all draws have missed still
-gets some. The shares are learned from draws of the mixture itself: with weights
-:math:`w_n` and responsibilities :math:`\rho_{nj} = \alpha_j q_j(u_n) / q(u_n)`,
+ridges that no few ellipsoids describe; either may be missing. The base :math:`p_0`
+keeps its share, so that a region which all draws have missed still gets some. The
+shares are learned from draws of the mixture itself: with weights :math:`w_n` and
+responsibilities :math:`\rho_{nj} = \alpha_j q_j(u_n) / q(u_n)`,
 
 .. math::
     \alpha_j \leftarrow \frac{\sum_n w_n \rho_{nj}}{\sum_n w_n}            \tag{2}

@@ -59,6 +59,11 @@ class TriangularMap(NamedTuple):
     limits: Tensor
     residuals: Polygons
 
+    @property
+    def has_terms(self) -> bool:
+        """Whether a coordinate depends on those before it."""
+        return bool((self.location[:, 1:] != 0).any() or self.log_scale[:, 1:].any())
+
     def sample(self, num: int) -> Tensor:
         """Independent draws, shape ``(num, D)``."""
         residuals = self.residuals.sample(num)
