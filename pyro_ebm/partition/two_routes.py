@@ -111,6 +111,8 @@ _MAP_ROUNDS, _MAX_MAPPED, _WORTH = 8, 100, 1.25
 #: Times as efficient as the best before is a gain, rounds without one after which it is
 #: given up, and the efficiency that is good enough.
 _BETTER, _PATIENCE, _EXCELLENT = 1.1, 2, 0.7
+#: Efficiency that few ellipsoids have where there is a ridge or a heavy tail.
+_FINE = 0.8
 #: Effective draws that a map is fitted to at least.
 _FEW_FITTED = 500.0
 
@@ -444,8 +446,7 @@ class _TwoRoutes:
         """
         best = self.tried(proposal, u, weights)
         is_late = self.limits.left < 0.6 * self.limits.max_seconds
-        is_dear = self.dim > (_MAX_MAPPED if best.efficiency < _EXCELLENT else 20)
-        if is_late or is_dear:
+        if is_late or self.dim > _MAX_MAPPED or best.efficiency > _FINE:
             return best
         # States of one ancestor, and ancestors that have one, are much the same.
         found = fit_map(u, weights, len(u) / _CHAIN_LENGTH / 4)

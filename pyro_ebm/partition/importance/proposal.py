@@ -102,8 +102,9 @@ class Proposal:
         mixture, triangular = self.mixture, self.triangular
         if mixture is None and triangular is None:
             return self
-        for _ in range(num_steps if mixture is not None else 0):
-            mixture = mixture.updated(u, weights, _MIN_COMPONENT)
+        if mixture is not None:
+            for _ in range(num_steps):
+                mixture = mixture.updated(u, weights, _MIN_COMPONENT)
         if triangular is not None:
             triangular = fit_map(u, weights, 1 / weights.square().sum().item())
         shares = self.base_share, triangular, self.map_share
