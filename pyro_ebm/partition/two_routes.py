@@ -20,7 +20,7 @@ References:
     Raftery & Bao (2010), Biometrics 66, 1162-1173.
 """
 
-__all__ = ["Limits", "two_routes"]
+__all__ = ["two_routes"]
 
 import math
 import time
@@ -56,7 +56,7 @@ from pyro_ebm.partition.importance.student_mixture import StudentMixture, fit_cl
 from pyro_ebm.partition.importance.triangular_map import fit_map
 from pyro_ebm.partition.particles.engine import Journey, travel
 from pyro_ebm.partition.particles.movers import AdaptiveHMC
-from pyro_ebm.partition.progress import MAX_BYTES, CountedEnergy
+from pyro_ebm.partition.progress import MAX_BYTES, CountedEnergy, Limits
 
 #: Islands of particles, and states kept of each ancestor.
 _NUM_ISLANDS = 8
@@ -121,49 +121,6 @@ _BY_DRAWS = "independent draws of a proposal fitted to modes and particles"
 _BY_PARTICLES = "SMC from a proposal fitted to modes and particles"
 #: What may keep one route from arriving, and says nothing against the other.
 _EXCUSES = (Reason.OUT_OF_BUDGET, Reason.NOT_ARRIVED)
-
-
-class Limits:
-    """How long an estimate may take.
-
-    Args:
-        tolerance: Standard error wanted, in nats.
-        max_seconds: Seconds after which it ends with what there is.
-        budget: Energy evaluations aimed at; ``None`` for no limit.
-    """
-
-    def __init__(
-        self, tolerance: float, max_seconds: float, budget: int | None
-    ) -> None:
-        self.tolerance, self.max_seconds, self.budget = tolerance, max_seconds, budget
-        self.start = time.monotonic(), time.process_time()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of computing since the start.
-
-        By the clock, or by the processor where others share it.
-        """
-        wall, cpu = self.start
-        return min(time.monotonic() - wall, time.process_time() - cpu)
-
-    @property
-    def left(self) -> float:
-        """Seconds that are left."""
-        return max(self.max_seconds - self.seconds, 0.0)
-
-    def affordable(self, energy: CountedEnergy, share: float) -> float:
-        """Evaluations that a share of what is left pays for."""
-        seconds = self.left * share
-        number = seconds / max(energy.seconds_each, 1e-9)
-        if self.budget is not None:
-            number = min(number, (self.budget - energy.num_evaluations) * share)
-        return max(number, 0.0)
-
-    def is_over(self, energy: CountedEnergy) -> bool:
-        """Whether time or evaluations are spent."""
-        is_spent = self.budget is not None and energy.num_evaluations >= self.budget
-        return is_spent or self.seconds > self.max_seconds
 
 
 class _Value(NamedTuple):
