@@ -1,8 +1,16 @@
 """Bases fitted to data: densities that an energy starts from and corrects."""
 
-__all__ = ["FittedBase", "fit", "flow", "gaussian_mixture", "independent", "normal"]
+__all__ = [
+    "FittedBase",
+    "fit",
+    "flow",
+    "gaussian_mixture",
+    "independent",
+    "kernel_density",
+    "normal",
+]
 
 from pyro_ebm.bases.choice import FittedBase, fit
 from pyro_ebm.bases.flow import flow
-from pyro_ebm.bases.marginals import independent
+from pyro_ebm.bases.kernels import independent, kernel_density
 from pyro_ebm.bases.mixture import gaussian_mixture, normal

@@ -4,33 +4,34 @@ __all__ = ["FittedBase", "fit"]
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import pyro.distributions as dist
-import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.bases.flow import flow
-from pyro_ebm.bases.marginals import independent
+from pyro_ebm.bases.kernels import independent, kernel_density
 from pyro_ebm.bases.mixture import gaussian_mixture, normal
 from pyro_ebm.bases.rows import Rows, split
+from pyro_ebm.bases.stack import Stack, stacked
 
 _Fitter = Callable[[Tensor, float], dist.TorchDistribution]
 #: Rows from which on a flow is tried.
 _ENOUGH_FOR_FLOW = 500
-#: Nats a row by which a simpler kind may be worse.
-_EQUAL = 1e-3
+#: Nats a row by which a simpler kind may be worse, and a mixture must be better.
+_EQUAL, _WORTH = 1e-3, 0.01
 
 
 class FittedBase(NamedTuple):
     """What :func:`fit` found.
 
     Attributes:
-        distribution: Normalised, over the event, fitted to all rows.
-        kind: ``"normal"``, ``"gaussian_mixture"``, ``"independent"`` or ``"flow"``.
+        distribution: Normalised, over the event.
+        kind: ``"normal"``, ``"gaussian_mixture"``, ``"kernel_density"``,
+            ``"independent"``, ``"flow"``, or ``"stack"``, a mixture of them.
         log_likelihood: Nats a held-out row, of the fit to the other rows.
         std_error: Of that, from the number of held-out rows.
         compared: The same of all kinds that were tried; ``-inf`` where a fit failed.
@@ -58,6 +59,7 @@ def fit(
     kind: str = "auto",
     *,
     support: Constraint | None = None,
+    held_out: Tensor | None = None,
     max_seconds: float = 20.0,
     seed: int = 0,
     progress_bar: bool = True,
@@ -67,10 +69,14 @@ def fit(
     Args:
         data: Shape ``(N, *event)``; of an integer type for a finite support, whose
             coordinates are then independent.
-        kind: ``"auto"`` compares a normal distribution, a mixture of them, independent
-            kernel densities and, for 500 rows or more and where zuko is installed, a
-            spline flow; or the one to take.
+        kind: ``"auto"`` compares a normal distribution, a mixture of them, kernel
+            densities of rows and of independent coordinates and, for 500 rows or more
+            and where zuko is installed, a spline flow, and mixes those that are worth
+            it; or the one to take.
         support: Of a row; default: all real numbers.
+        held_out: Rows to compare by, shape ``(M, *event)``; the base is then fitted to
+            ``data`` alone. Default: about a seventh of ``data``, and what was chosen is
+            fitted once more, to all rows.
         max_seconds: Seconds for the flow, which is given up where they are over.
         seed: Of the held-out rows, and of the fits.
         progress_bar: Whether to show the steps of the flow.
@@ -90,8 +96,8 @@ def fit(
         >>> _ = torch.manual_seed(0)
         >>> data = torch.cat([torch.randn(150, 2) - 4, torch.randn(150, 2) + 4])
         >>> found = fit(data, progress_bar=False)
-        >>> found.kind, list(found.compared)
-        ('gaussian_mixture', ['normal', 'gaussian_mixture', 'independent'])
+        >>> found.kind, len(found.compared)
+        ('gaussian_mixture', 5)
         >>> model = pyro_ebm.EnergyModel(
         ...     pyro_ebm.energies.NeuralEnergy((2,), (16,)), found.distribution
         ... )
@@ -105,29 +111,71 @@ def fit(
     wanted = [kind]
     if kind == "auto":
         wanted = ["independent"] if is_whole else _worth_trying(len(data))
-    train, held_out = split(data, seed)
-    start, compared, scores = time.monotonic(), {}, {}
-    for name in wanted:
-        left = max(max_seconds / 2 - (time.monotonic() - start), 1.0)
-        try:
-            scores[name] = fitters[name](train, left).log_prob(held_out)
-        except (ArithmeticError, ValueError):  # no covariance, say
-            if kind != "auto":
-                raise
-            scores[name] = torch.tensor([-math.inf])
-        compared[name] = scores[name].mean().nan_to_num(-math.inf).item()
-    most = max(compared.values())
-    best = next(name for name in wanted if compared[name] >= most - _EQUAL)
-    left = max(max_seconds - (time.monotonic() - start), 1.0)
+    train, apart = split(data, seed) if held_out is None else (data, held_out)
+    seconds = max_seconds / 2 if held_out is None else max_seconds
+    fitted = _fitted(fitters, wanted, train, seconds, skip=kind == "auto")
+    scores = {name: base.log_prob(apart).detach() for name, base in fitted.items()}
+    compared = {
+        name: _mean(scores[name]) if name in scores else -math.inf for name in wanted
+    }
+    best = max(fitted, key=lambda name: compared[name] - _EQUAL * wanted.index(name))
+    chosen, names = fitted[best], [best]
+    if len(fitted) > 1:
+        mixture = stacked(list(fitted.values()), apart)
+        scores["stack"] = mixture.log_prob(apart)
+        compared["stack"] = _mean(scores["stack"])
+        if _is_better(scores["stack"] - scores[best]):
+            best, chosen = "stack", mixture
+            names = [k for k, base in fitted.items() if base in mixture.parts]
+    if held_out is None:
+        again = _fitted(fitters, names, data, seconds, skip=False)
+        chosen = again[best] if best != "stack" else _mixed(again, mixture.probs)
     values = scores[best]
     std_error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return FittedBase(
-        fitters[best](data, left), best, compared[best], std_error, compared
-    )
+    return FittedBase(chosen, best, compared[best], std_error, compared)
+
+
+def _is_better(gains: Tensor) -> bool:
+    """Whether gains at held-out rows are worth it, and hardly chance."""
+    gains = gains.nan_to_num(0.0)
+    error = gains.std().item() / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    return gains.mean().item() > max(_WORTH, error)
+
+
+def _mean(scores: Tensor) -> float:
+    return scores.mean().nan_to_num(-math.inf).item()
+
+
+def _mixed(parts: dict[str, dist.TorchDistribution], probs: Tensor) -> Stack:
+    return Stack(list(parts.values()), probs)
+
+
+def _fitted(
+    fitters: dict[str, _Fitter],
+    wanted: Sequence[str],
+    rows: Tensor,
+    seconds: float,
+    *,
+    skip: bool,
+) -> dict[str, dist.TorchDistribution]:
+    """What could be fitted, by kind; what fails is left out or raised."""
+    start, found = time.monotonic(), {}
+    for name in wanted:
+        left = max(seconds - (time.monotonic() - start), 1.0)
+        try:
+            found[name] = fitters[name](rows, left)
+        except (ArithmeticError, ValueError):  # no covariance, say
+            if not skip:
+                raise
+    if not found:
+        raise ValueError(
+            f"data of shape {tuple(rows.shape)} could be fitted by none of {wanted}."
+        )
+    return found
 
 
 def _worth_trying(num_rows: int) -> list[str]:
-    kinds = ["normal", "independent"]
+    kinds = ["normal", "kernel_density", "independent"]
     if find_spec("sklearn") is not None:
         kinds.insert(1, "gaussian_mixture")
     if num_rows >= _ENOUGH_FOR_FLOW and find_spec("zuko") is not None:
@@ -141,6 +189,9 @@ def _fitters(
     return {
         "normal": lambda data, _: normal(data, support=support),
         "gaussian_mixture": lambda data, _: gaussian_mixture(
+            data, support=support, seed=seed
+        ),
+        "kernel_density": lambda data, _: kernel_density(
             data, support=support, seed=seed
         ),
         "independent": lambda data, _: independent(data, support=support, seed=seed),

@@ -1,6 +1,6 @@
 """Neural spline flows, by zuko."""
 
-__all__ = ["flow"]
+__all__ = ["Flow", "flow", "new_flow"]
 
 import copy
 import time
@@ -62,23 +62,42 @@ def flow(
         >>> base.log_prob(base.sample((5,))).shape
         torch.Size([5])
     """
+    rows = Rows.of(data, support)
+    dim = rows.u.shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sizes = [dim, num_transforms, *hidden_features]
+        module = _module(sizes).to(rows.u)
+        loc, scale = rows.u.mean(0), rows.u.std(0)
+        scale = scale.where(scale > 0, 1.0)
+        _train(module, (rows.u - loc) / scale, max_seconds, seed, is_shown=progress_bar)
+    module.requires_grad_(requires_grad=False)
+    return rows.distribution(Flow(module, sizes, loc, scale))
+
+
+def new_flow(state: dict[str, Any]) -> "Flow":
+    """The flow that :meth:`Flow.saved` describes.
+
+    Raises:
+        ImportError: If zuko is not installed.
+    """
+    module = _module(state["sizes"]).to(state["loc"])
+    module.load_state_dict(state["module"])
+    module.requires_grad_(requires_grad=False)
+    return Flow(module, state["sizes"], state["loc"], state["scale"])
+
+
+def _module(sizes: Sequence[int]) -> nn.Module:
     try:
         import zuko
     except ImportError as error:
         message = "flow needs zuko: pip install 'pyro-ebm[flows]'."
         raise ImportError(message) from error
-    rows = Rows.of(data, support)
-    dim = rows.u.shape[1]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = zuko.flows.NSF(
-            dim, transforms=num_transforms, hidden_features=tuple(hidden_features)
-        ).to(rows.u)
-        loc, scale = rows.u.mean(0), rows.u.std(0)
-        scale = scale.where(scale > 0, 1.0)
-        _train(module, (rows.u - loc) / scale, max_seconds, seed, is_shown=progress_bar)
-    module.requires_grad_(requires_grad=False)
-    return rows.distribution(_Flow(module, loc, scale))
+    dim, num_transforms, *hidden = sizes
+    module: nn.Module = zuko.flows.NSF(
+        dim, transforms=num_transforms, hidden_features=tuple(hidden)
+    )
+    return module
 
 
 def _train(
@@ -109,16 +128,35 @@ def _train(
 
 
 @final
-class _Flow(dist.TorchDistribution):
-    """A flow of zuko over standardised vectors, as a Pyro distribution."""
+class Flow(dist.TorchDistribution):
+    """A flow of zuko over standardised vectors, as a Pyro distribution.
+
+    Args:
+        module: The flow over ``(D,)``.
+        sizes: ``D``, the number of its transforms, and the widths of hidden layers.
+        loc: Mean of the rows, shape ``(D,)``.
+        scale: Their standard deviations.
+    """
 
     arg_constraints: dict[str, Constraint] = {}
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(self, module: nn.Module, loc: Tensor, scale: Tensor) -> None:
+    def __init__(
+        self, module: nn.Module, sizes: Sequence[int], loc: Tensor, scale: Tensor
+    ) -> None:
         super().__init__(torch.Size(), loc.shape, validate_args=False)
-        self.module, self.loc, self.scale = module, loc, scale
+        self.module, self.sizes = module, list(sizes)
+        self.loc, self.scale = loc, scale
+
+    def saved(self) -> dict[str, Any]:
+        """What :func:`new_flow` builds it from."""
+        return {
+            "sizes": self.sizes,
+            "module": dict(self.module.state_dict()),
+            "loc": self.loc,
+            "scale": self.scale,
+        }
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density at ``(*batch, D)``, shape ``(*batch,)``."""

@@ -107,6 +107,7 @@ def gaussian_mixture(
 def _fitted(u: Tensor, num_components: int, seed: int) -> dist.TorchDistribution:
     try:
         from sklearn.mixture import GaussianMixture
+        from threadpoolctl import threadpool_limits  # comes with scikit-learn
     except ImportError as error:
         message = "gaussian_mixture needs scikit-learn: pip install 'pyro-ebm[bases]'."
         raise ImportError(message) from error
@@ -114,7 +115,8 @@ def _fitted(u: Tensor, num_components: int, seed: int) -> dist.TorchDistribution
     loc, scale = x.mean(0), x.std(0)
     scale = np.where(scale > 0, scale, 1.0)
     model = GaussianMixture(num_components, reg_covar=_FLOOR, random_state=seed)
-    with warnings.catch_warnings():
+    # So small a problem takes several threads seven times as long as one.
+    with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore")  # 100 steps are enough for a base
         model.fit((x - loc) / scale)
     factors = np.linalg.cholesky(model.covariances_) * scale[:, None]

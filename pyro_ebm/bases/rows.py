@@ -65,6 +65,17 @@ class Rows(NamedTuple):
             )
         return Rows(u, data.shape[1:], to_support)
 
+    @staticmethod
+    def like(
+        over_rows: dist.TorchDistribution,
+        event_shape: torch.Size,
+        support: Constraint | None,
+    ) -> "Rows":
+        """Rows of the shape and support that a density over ``(D,)`` belongs to."""
+        to_support = None if support is None else biject_to(support)
+        empty = torch.empty((0, *over_rows.event_shape))
+        return Rows(empty, event_shape, to_support)
+
     def distribution(self, over_rows: dist.TorchDistribution) -> dist.TorchDistribution:
         """A distribution over ``(D,)`` as one over the rows as they were given."""
         transforms: list[Transform] = []

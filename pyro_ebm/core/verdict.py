@@ -86,6 +86,7 @@ class Reason(str, Enum):
     MOVING_TOO_FAST = "the parameters move too fast"
     NOT_AT_EQUILIBRIUM = "not at equilibrium"
     STILL_LEARNING = "still learning"
+    WORSE_THAN_BASE = "worse than its base"
     NOISE_TOO_FAR = "noise too far from data"
     UNKNOWN_LOG_PARTITION = "log Z unknown: run partition.estimate"
     INCONSISTENT_ESTIMATOR = "the estimator does not tend to the truth"

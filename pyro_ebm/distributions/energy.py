@@ -87,6 +87,8 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         if known is not None:  # with its gradient
             log_partition = known.log_partition
         self.energy = energy
+        #: Gives a tensor of value zero with the gradient of log Z; of EnergyModel.
+        self._gradient: Callable[[], Tensor] | None = None
         self.log_partition = _as_scalar(log_partition, energy)
         #: Standard error of ``log_partition`` in nats; 0 where none was given.
         self.log_partition_std_error: float | Tensor = 0.0
@@ -100,6 +102,21 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         # The module that keeps parameters and chains, set by EnergyModel.
         self.owner: Any = None
         super().__init__(torch.Size(), energy.event_shape, validate_args=validate_args)
+
+    @property
+    def log_partition(self) -> Tensor:
+        r""":math:`\log Z` in nats, shape ``()``.
+
+        Of an :class:`~pyro_ebm.EnergyModel` in ``train()`` it has the gradient
+        :math:`-\mathbb{E}_q[\partial f]` while gradients are on.
+        """
+        if self._gradient is None or not torch.is_grad_enabled():
+            return self._log_partition
+        return self._log_partition + self._gradient()
+
+    @log_partition.setter
+    def log_partition(self, value: Tensor) -> None:
+        self._log_partition, self._gradient = value, None
 
     @property
     def support(self) -> constraints.Constraint:
@@ -146,9 +163,12 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         self.require_no_free_log_partition()
         x = self._expanded(x)
         value = -self.energy(x)
-        if value.requires_grad and not self.log_partition.requires_grad:
+        log_partition = self.log_partition
+        # The gradient of a model is that in its own parameters.
+        is_blind = self._gradient is not None or not log_partition.requires_grad
+        if value.requires_grad and is_blind:
             self._require_no_latent_energy(value, x)
-        return value - self.log_partition  # (1)
+        return value - log_partition  # (1)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Independent draws, one chain each, with no gradient.
@@ -279,7 +299,7 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         Raises:
             ValueError: If ``log_partition`` is a leaf that requires a gradient.
         """
-        free = self.log_partition
+        free = self._log_partition
         if torch.is_grad_enabled() and free.requires_grad and free.is_leaf:
             raise ValueError(
                 "log_partition is a free parameter (requires_grad=True), and the plain "

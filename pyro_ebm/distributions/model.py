@@ -3,39 +3,69 @@ r"""The module that owns an energy, its chains and its :math:`\log Z`."""
 __all__ = ["EnergyModel"]
 
 import math
+from typing import Any, Literal
 
+import pyro
 import pyro.distributions as dist
 import torch
 from torch import nn
 
+from pyro_ebm.bases.saving import from_state, to_state
 from pyro_ebm.distributions.energy import EnergyDistribution
+from pyro_ebm.distributions.learning import gradient_is_wanted, with_gradient
 from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.representation import model_html, tracked_text
-from pyro_ebm.energies import DistributionEnergy, Energy
-from pyro_ebm.mcmc import IndependentChains, PersistentChains, Sampler
+from pyro_ebm.energies import (
+    DistributionEnergy,
+    Energy,
+    is_unconstrained,
+)
+from pyro_ebm.mcmc import (
+    MALA,
+    ImportanceResampling,
+    IndependentChains,
+    PersistentChains,
+    Sampler,
+)
 from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition import LogPartition, LogPartitionEstimate
 from pyro_ebm.partition.default_base import standard_base
+from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
+
+#: Kernel, number, transitions a step and restarts of the chains; see MaximumLikelihood.
+_CHAINS = (MALA(), 256, 10, 0.004)
+#: Weighted draws that are kept, and those of a step.
+_POOL, _DRAWS = 20_000, 1024
 
 
 class EnergyModel(Factor, nn.Module):
     r"""An energy that is learned, with all that learning leaves behind.
 
     Calling it gives the distribution of the current parameters, to be used at a
-    ``pyro.sample`` site. Its ``state_dict`` holds the parameters, the averaged
-    parameters, :math:`\log Z` with the walkers that track it, and the chains.
+    ``pyro.sample`` site. In ``train()``, as it is built, ``log_prob`` has the gradient
+    of the likelihood, so that ``SVI`` learns the energy under any ELBO, with plates,
+    scales, masks and subsampling; in ``eval()`` :math:`\log Z` is a number. Its
+    ``state_dict`` holds the parameters, the averaged parameters, :math:`\log Z` with
+    the walkers that track it, and the chains.
 
     Args:
         energy: The energy :math:`f_\theta`.
         base: A normalised Pyro distribution on the same event and support, somewhat
             wider than the data: reference for :math:`\log Z` and start of all chains.
-            Default: standard normal in unconstrained space.
-        sampler: How the distribution draws; default: an HMC chain a draw from the base.
+            Default: ``"auto"``, a density that :func:`pyro_ebm.fit` fits to the data
+            (:func:`pyro_ebm.bases.fit`) and that a network without a base then
+            corrects; until then standard normal in unconstrained space.
+        sampler: How the distribution draws; default: an HMC chain a draw from the base,
+            and importance resampling where the base was fitted to the data.
         log_partition: A tracker with settings of your own; default:
             ``LogPartition(energy, base)``.
+        source: Where the gradient of log Z comes from while learning: 256 persistent
+            chains, or weighted draws of the base as long as enough of them count, which
+            is the cheaper and what a base that was fitted to the data is taken for.
 
     Raises:
-        ValueError: If the base has another event shape or support, or a batch shape.
+        ValueError: If the base has another event shape or support, or a batch shape, or
+            there is a ``log_partition`` and no base.
 
     Example:
         >>> energy = pyro_ebm.energies.NeuralEnergy((2,), hidden_sizes=(16,))
@@ -49,10 +79,11 @@ class EnergyModel(Factor, nn.Module):
     def __init__(
         self,
         energy: Energy,
-        base: dist.TorchDistribution | None = None,
+        base: dist.TorchDistribution | str = "auto",
         *,
         sampler: Sampler | None = None,
         log_partition: LogPartition | None = None,
+        source: Literal["chains", "importance"] = "chains",
     ) -> None:
         super().__init__()
         if not isinstance(energy, Energy):
@@ -60,7 +91,15 @@ class EnergyModel(Factor, nn.Module):
                 f"energy must be an Energy, got {type(energy).__name__}. Wrap a "
                 "callable: pyro_ebm.energies.FunctionEnergy(fn, event_shape)."
             )
-        base = standard_base(energy) if base is None else base
+        self.awaits_base = isinstance(base, str)
+        if isinstance(base, str):
+            if base != "auto" or log_partition is not None:
+                raise ValueError(
+                    f"base must be a Pyro distribution, or 'auto' and no "
+                    f"log_partition; got {base!r}. A tracker needs the base that it "
+                    "was built with."
+                )
+            base = standard_base(energy)
         GeometricPath(energy, base)  # checks that they fit
         self.energy = energy
         self._base = DistributionEnergy(base)  # a module, so that .to() moves it
@@ -69,12 +108,59 @@ class EnergyModel(Factor, nn.Module):
             log_partition = LogPartition(energy, base)
         self.log_partition = log_partition
         self.chains = PersistentChains()
+        self._fitted_base: dict[str, Any] = {}
+        self._known: list[torch.Tensor] = []
+        self.source: Literal["chains", "importance"] = source
         self._parameters_when: dict[str, torch.Tensor] = {}
 
     @property
     def base(self) -> dist.TorchDistribution:
         r"""Reference for :math:`\log Z` and start of all chains."""
         return self._base.distribution
+
+    def use_base(self, base: dist.TorchDistribution, x: torch.Tensor) -> None:
+        """Take a density that was fitted to data for the base, in place of ``"auto"``.
+
+        A network without a base corrects it from now on; any other energy stays as it
+        is. The base is in the ``state_dict``.
+
+        Args:
+            base: From :mod:`pyro_ebm.bases`.
+            x: Points that a network standardises by, shape ``(N, *event)``.
+
+        Raises:
+            RuntimeError: If the model was given a base, or has learned already.
+        """
+        if not self.awaits_base:
+            raise RuntimeError(
+                f"the model has a base, {self.base}. Build a new EnergyModel without "
+                "one for a base that is fitted to data."
+            )
+        state = to_state(base)
+        GeometricPath(self.energy, base)
+        self.energy.correct(base, x)
+        self._base, self._fitted_base = DistributionEnergy(base), state
+        self.log_partition = LogPartition(self.energy, base).to(
+            self.log_partition.value.device
+        )
+        self.awaits_base, self.chains = False, PersistentChains()
+        self.source = "importance"
+
+    def get_extra_state(self) -> Any:
+        """The base, where it was fitted to data."""
+        return self._fitted_base or torch.empty(0)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take the base that was fitted to the data of the model that was saved.
+
+        Raises:
+            ValueError: If this model was built with another.
+        """
+        if isinstance(state, dict) and self.awaits_base:
+            support = self.energy.support
+            is_real = is_unconstrained(support)
+            base = from_state(state, None if is_real else support)
+            self.use_base(base, base.sample((2,)))  # loaded after this: any will do
 
     def forward(self) -> EnergyDistribution:
         r"""The distribution of the current parameters.
@@ -98,6 +184,8 @@ class EnergyModel(Factor, nn.Module):
         distribution = self._distribution(self.energy, value)
         distribution.is_normalized = tracked.status.is_reliable
         distribution.log_partition_std_error = tracked.std_error
+        if gradient_is_wanted(self) and self._learned():
+            distribution._gradient = self._log_partition_gradient
         return distribution
 
     def averaged(
@@ -126,28 +214,71 @@ class EnergyModel(Factor, nn.Module):
         distribution.owner = None
         return distribution
 
-    def set_log_partition(
-        self, estimate: LogPartitionEstimate, *, progress_bar: bool = True
-    ) -> None:
+    def set_log_partition(self, estimate: LogPartitionEstimate) -> None:
         r"""Take over an estimate of :math:`\log Z` of the current parameters.
 
         Its value and standard error hold from now on, and follow when learning goes on.
 
         Args:
             estimate: ``pyro_ebm.partition.estimate(model)``, say.
-            progress_bar: Whether to show the energy evaluations of the walkers that
-                are to follow, if it takes more than a second.
 
         Raises:
-            DivergenceError: If no walkers arrive at the energy from the base.
             ValueError: If the estimate is not reliable.
         """
-        self.log_partition.calibrate(self.energy, estimate, progress_bar=progress_bar)
+        self.log_partition.calibrate(self.energy, estimate)
 
     def follow(self) -> None:
         r"""Let :math:`\log Z` follow, if the parameters have moved since last time."""
         if self._has_moved("followed") or not self.log_partition.is_started:
             self.log_partition.follow(self.energy)
+
+    def _learned(self) -> list[nn.Parameter]:
+        return [p for p in self.energy.parameters() if p.requires_grad]
+
+    def _log_partition_gradient(self) -> torch.Tensor:
+        r"""Zero, with the gradient of :math:`\log Z`.
+
+        Raises:
+            NotImplementedError: Under torch's JIT.
+        """
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise NotImplementedError(
+                "a model that learns an energy cannot be traced by torch's JIT: its "
+                "chains, and the average over the steps, would be left as they were in "
+                "the first step. Use the ELBO without Jit in its name, or "
+                "energy_model.eval() where nothing is learned."
+            )
+        return with_gradient(self._gradients, self._learned())
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """Of log Z in each parameter; found anew when one has moved."""
+        learned = self._learned()
+        if self._has_moved("learned") or len(self._known) != len(learned):
+            with pyro.poutine.block(), torch.enable_grad():
+                value = self._log_partition_graph()
+                found = torch.autograd.grad(value, learned, allow_unused=True)
+            self._known = [
+                torch.zeros_like(p) if g is None else g
+                for p, g in zip(learned, found, strict=True)
+            ]
+        return self._known
+
+    def _log_partition_graph(self) -> torch.Tensor:
+        r"""A tensor with the gradient of :math:`\log Z`, after a step of learning."""
+        energy, tracker = self.energy, self.log_partition
+        if self.source == "importance" and tracker.draws is None:
+            draws = WeightedDraws()
+            draws.start(energy, self.base, _POOL)
+            tracker.follow_by(energy, draws)
+        self.follow()
+        if self.source == "importance" and tracker.draws is not None:
+            if tracker.status.is_reliable:
+                return tracker.draws.some(energy, _DRAWS).logsumexp(0)
+            tracker.follow_by(energy, None)  # too few count
+            self.source = "chains"
+        sampler = self.sampler or IndependentChains(base=self.base)
+        x = self.chains.follow(energy, sampler, *_CHAINS)
+        return -energy(x).mean()
 
     def _has_moved(self, since: str) -> bool:
         # By value: an optimiser that writes to .data leaves no trace on the version.
@@ -164,9 +295,11 @@ class EnergyModel(Factor, nn.Module):
     def _distribution(
         self, energy: Energy, log_partition: torch.Tensor | None
     ) -> EnergyDistribution:
-        sampler = self.sampler
+        sampler: Sampler | None = self.sampler
         if sampler is None and energy.closed_form() is None:
-            sampler = IndependentChains(base=self.base)
+            near = bool(self._fitted_base)  # to the data, hence to the model
+            by_chains = IndependentChains(base=self.base)
+            sampler = ImportanceResampling(self.base) if near else by_chains
         if log_partition is not None:
             log_partition = log_partition.to(**self.energy.tensor_options())
         distribution = EnergyDistribution(energy, log_partition, sampler=sampler)

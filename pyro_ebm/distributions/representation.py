@@ -19,7 +19,10 @@ def log_partition_text(distribution: Any) -> str:
     """
     value, error = (
         torch.as_tensor(number).detach().item()
-        for number in (distribution.log_partition, distribution.log_partition_std_error)
+        for number in (
+            distribution._log_partition,  # drawing it must move no chains
+            distribution.log_partition_std_error,
+        )
     )
     shown = _with_error(value, error)
     if distribution.is_normalized:

@@ -207,6 +207,28 @@ class Energy(nn.Module, ABC):
             )
         return energy.detach(), grad
 
+    def correction(self, x: Tensor) -> Tensor:
+        """The energy without that of its base, which is not learned.
+
+        Args:
+            x: Shape ``(*batch, *event)``.
+
+        Returns:
+            Shape ``(*batch,)``; the whole energy where there is no such base.
+        """
+        value: Tensor = self(x)
+        return value
+
+    def correct(self, base: dist.TorchDistribution, x: Tensor) -> None:  # noqa: B027
+        """Become a correction of a density that was fitted to data, if it can be one.
+
+        Networks without a base do; the others stay as they are.
+
+        Args:
+            base: Normalised, over the events of the energy.
+            x: Points of it to standardise by, shape ``(N, *event)``.
+        """
+
     def closed_form(self) -> ClosedForm | None:
         r""":math:`\log Z` and the normalised distribution, where they are known.
 

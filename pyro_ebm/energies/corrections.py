@@ -26,7 +26,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import _InverseTransform
@@ -108,6 +108,8 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
         return fn(value)
     if type(value) in (list, tuple):
         return type(value)(map_tensors(item, fn) for item in value)
+    if isinstance(value, nn.Module):  # a flow's
+        return copy.deepcopy(value)._apply(fn)
     if not isinstance(value, Distribution | Transform):
         return value
     if isinstance(value, _InverseTransform):

@@ -5,6 +5,7 @@ and :mod:`~pyro_ebm.infer.objectives.likelihood.maximum_likelihood`, beside eq. 
 """
 
 __all__ = [
+    "Anomaly",
     "AmortizedSampler",
     "BoundedLikelihood",
     "ContrastiveDivergence",
@@ -56,7 +57,7 @@ __all__ = [
 from pyro_ebm.infer.fit.diagnosis import EnergyDifference, FitDiagnostics
 from pyro_ebm.infer.fit.fit import fit
 from pyro_ebm.infer.fit.fit_record import FitRecord
-from pyro_ebm.infer.fit.fit_result import FitResult, FitTimings
+from pyro_ebm.infer.fit.fit_result import Anomaly, FitResult, FitTimings
 from pyro_ebm.infer.fit.stages import Stage
 from pyro_ebm.infer.handler import ObjectiveModel, maximum_likelihood
 from pyro_ebm.infer.likelihood import (

@@ -21,6 +21,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution, MixtureOfExperts
+from pyro_ebm.distributions.learning import an_objective_learns
 from pyro_ebm.energies.normalization import inner_distributions
 from pyro_ebm.infer.checks import require_learnable, require_objective
 from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikelihood
@@ -116,7 +117,7 @@ class ObjectiveModel(nn.Module):
                 "chains, and the average over the steps, would be left as they were in "
                 "the first step. Use the ELBO without Jit in its name."
             )
-        with _ObjectiveMessenger(self):
+        with _ObjectiveMessenger(self), an_objective_learns():
             return self.model(*args, **kwargs)
 
     @property

@@ -8,6 +8,7 @@ __all__ = [
     "ChainState",
     "Gibbs",
     "HMC",
+    "ImportanceResampling",
     "IndependentChains",
     "Kernel",
     "MALA",
@@ -34,6 +35,7 @@ from pyro_ebm.mcmc.pyro_kernel import PyroKernel
 from pyro_ebm.mcmc.run.api import MCMC
 from pyro_ebm.mcmc.samplers.independent import IndependentChains
 from pyro_ebm.mcmc.samplers.persistent import PersistentChains
+from pyro_ebm.mcmc.samplers.resampling import ImportanceResampling
 from pyro_ebm.mcmc.samplers.sampler import Sampler, SamplingDiagnostics
 from pyro_ebm.mcmc.tempering.tempering import ReplicaExchange
 from pyro_ebm.mcmc.warmup.adaptation import StepSizeAdaptation, find_step_size

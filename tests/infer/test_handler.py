@@ -281,6 +281,108 @@ def test_gradient(site, elbo):
         )
 
 
+ONE_RUN = [case for case in CASES if case[1] not in ("Trace-2", "Renyi")]
+
+
+@pytest.mark.parametrize(("site", "elbo"), ONE_RUN)
+def test_without_a_handler_the_gradient_is_the_same(site, elbo):
+    """To rounding. Fault: log Z without its gradient."""
+    found = []
+    for wrap in (lambda m: ObjectiveModel(m, MaximumLikelihood()), lambda m: m):
+        torch.manual_seed(0)
+        energy_model = ring_model()
+
+        def model(energy_model=energy_model):
+            pyro.module("ring", energy_model)
+            site(energy_model())
+
+        ELBOS[elbo].loss_and_grads(wrap(model), lambda: None)
+        found.append(torch.cat([p.grad.flatten() for p in energy_model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    assert found[0].abs().min() > 0
+
+
+def test_particles_share_the_chains_of_a_step():
+    """Two backward passes at the same parameters move the chains once."""
+    energy_model = ring_model()
+
+    def model():
+        pyro.module("ring", energy_model)
+        plain(energy_model())
+
+    ELBOS["Trace-2"].loss_and_grads(model, lambda: None)
+    u = energy_model.chains.u.clone()
+    grads = [p.grad.clone() for p in energy_model.parameters()]
+    ELBOS["Trace"].loss_and_grads(model, lambda: None)
+    assert torch.equal(energy_model.chains.u, u)
+    for parameter, grad in zip(energy_model.parameters(), grads, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * grad)
+    with torch.no_grad():
+        next(energy_model.parameters()).add_(0.1)
+    ELBOS["Trace"].loss_and_grads(model, lambda: None)
+    assert not torch.equal(energy_model.chains.u, u)
+
+
+def test_plain_svi_learns_and_tracks_log_partition():
+    """Fault: energies that are pushed down for ever."""
+    base = dist.Normal(torch.zeros(2), 2.0).to_event(1)
+    energy_model = EnergyModel(QuadraticEnergy(torch.zeros(2), torch.eye(2)), base)
+    energy_model.energy.closed_form = lambda: None  # as if it were not known
+    data = torch.tensor([1.0, -1.0]) + 0.7 * torch.randn(500, 2)
+
+    def model():
+        pyro.module("quadratic", energy_model)
+        with pyro.plate("data", len(data), subsample_size=100) as rows:
+            pyro.sample("x", energy_model(), obs=data[rows])
+
+    optim = pyro.optim.Adam({"lr": 0.02})
+    svi = pyro.infer.SVI(model, lambda: None, optim, pyro.infer.Trace_ELBO())
+    for _ in range(400):
+        svi.step()
+    assert (energy_model.energy.loc - data.mean(0)).abs().max() < 0.15
+    assert energy_model.log_partition.status.is_reliable
+
+
+def test_in_eval_and_where_nothing_is_asked_for_nothing_moves():
+    energy_model = ring_model()
+    x = torch.zeros(3, 2)
+    energy_model().log_prob(x)  # evaluated, not differentiated
+    (grad,) = torch.autograd.grad(
+        energy_model().log_prob(y := x.clone().requires_grad_()).sum(), y
+    )
+    assert grad.shape == (3, 2)
+    energy_model.eval()
+    energy_model().log_prob(x).sum().backward()
+    assert not energy_model.chains.is_started
+    assert energy_model.log_partition.status == "unreliable"
+
+
+def test_weighted_draws_give_the_gradient_too():
+    """Where the base is near, as the chains do. Fault: the sign of (1)."""
+    base = dist.Normal(torch.zeros(2), 2.5).to_event(1)
+    energy_model = EnergyModel(FunctionEnergy(Ring(), (2,)), base, source="importance")
+
+    def model():
+        pyro.module("ring", energy_model)
+        plain(energy_model())
+
+    grads = []
+    for _ in range(40):
+        for parameter in energy_model.parameters():
+            parameter.grad = None
+        energy_model._known = []  # as if the parameters had moved
+        ELBOS["Trace"].loss_and_grads(model, lambda: None)
+        grads.append(torch.cat([p.grad.flatten() for p in energy_model.parameters()]))
+    assert not energy_model.chains.is_started
+    mean, error = torch.stack(grads).mean(0), torch.stack(grads).std(0) / 40**0.5
+    parameters = list(energy_model.parameters())
+    exact = energy_model.energy(DATA[:, 0]).sum() + 40 * exact_log_partition(
+        energy_model.energy
+    )
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(exact, parameters)])
+    assert ((mean - wanted).abs() < 5 * error + 0.3).all()
+
+
 @pytest.mark.parametrize("elbo", ["Trace", "TraceMeanField-vectorised"])
 def test_gradient_of_two_energies(elbo):
     first, second = ring_model(), ring_model(radius=1.0)

@@ -15,7 +15,10 @@ from pyro_ebm.energies import (
     unconstrained,
 )
 from pyro_ebm.mcmc import HMC, MALA, ULA, ChEES, Kernel
+from pyro_ebm.mcmc.kernels.metric import LowRank
 from pyro_ebm.testing import CountingEnergy
+
+LOW_RANK = LowRank(torch.ones(3), torch.eye(3)[:, :1], torch.tensor([2.0]))
 
 KERNELS = {
     "mala": MALA(step_size=0.2),
@@ -220,6 +223,10 @@ def test_nonfinite_proposals_do_not_touch_other_chains(kernel):
     + [
         (kind, {"scale": torch.ones(2), "scale_tril": torch.eye(2)}, "scale_tril")
         for kind in (MALA, ULA, HMC, ChEES)
+    ]
+    + [
+        (kind, {"scale": torch.ones(3), "low_rank": LOW_RANK}, "low_rank")
+        for kind in (HMC, ChEES)
     ],
 )
 def test_invalid_settings(build, settings, argument):
@@ -306,6 +313,14 @@ def test_scale_of_another_shape(name, setting, event):
     (setting_name,) = setting
     with pytest.raises(ValueError, match=rf"{setting_name} must have"):
         kernel.step(energy, state)
+
+
+@pytest.mark.parametrize("kind", [HMC, ChEES])
+@pytest.mark.parametrize("event", [(), (2,), (3, 3)])
+def test_low_rank_of_another_shape(kind, event):
+    energy, kernel = quartic(event), kind(low_rank=LOW_RANK)
+    with pytest.raises(ValueError, match="low_rank must be"):
+        kernel.step(energy, kernel.init(energy, torch.zeros(3, *event)))
 
 
 def test_mala_is_hmc_with_one_leapfrog_step(monkeypatch):

@@ -15,6 +15,7 @@ from pyro_ebm.energies import DistributionEnergy, Energy, QuadraticEnergy, uncon
 from pyro_ebm.mcmc import HMC, MALA, ULA, ChEES
 from pyro_ebm.mcmc.base import accept
 from pyro_ebm.mcmc.kernels import chees, hmc, langevin, leapfrog
+from pyro_ebm.mcmc.kernels.metric import LowRank
 from pyro_ebm.testing import assert_moments
 
 NUM_CHAINS, NUM_STEPS = 20_000, 30
@@ -65,6 +66,11 @@ def gamma():
 
 TARGETS = {f.__name__: f for f in (correlated_gaussian, gumbel, gamma)}
 FACTOR = torch.tensor([[1.0, 0.0], [0.8, 1.17]], dtype=torch.float64)
+LOW_RANK = LowRank(
+    FACTOR.diagonal(),
+    torch.tensor([[0.6], [0.8]], dtype=torch.float64),
+    torch.tensor([1.6], dtype=torch.float64),
+)
 KERNELS = {
     "mala": MALA(0.4),
     "mala-unbounded": MALA(0.4, max_drift=None),
@@ -80,6 +86,8 @@ SCALED = {
     "mala-scale-tril-tight": MALA(0.7, max_drift=0.3, scale_tril=FACTOR),
     "chees-scale": ChEES(0.9, trajectory_length=1.8, scale=FACTOR.diagonal()),
     "chees-scale-tril": ChEES(1.2, trajectory_length=2.0, scale_tril=FACTOR),
+    "chees-low-rank": ChEES(1.2, trajectory_length=2.0, low_rank=LOW_RANK),
+    "hmc-low-rank": HMC(0.7, num_leapfrog=2, low_rank=LOW_RANK),
     "hmc-scale": HMC(0.9, num_leapfrog=2, scale=FACTOR.diagonal()),
     "hmc-scale-tril": HMC(1.2, num_leapfrog=2, scale_tril=FACTOR),
     "hmc-scale-tril-poor": HMC(0.4, num_leapfrog=2, scale_tril=FACTOR.inverse()),

@@ -95,7 +95,7 @@ class CompiledEnergy(Energy):
         r: Tensor,
         eps: Tensor,
         half: float,
-        scale_tril: Tensor | None = None,
+        factor: Tensor | tuple[Tensor, ...] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The leapfrog step (1) and (2), by one compiled graph.
 
@@ -104,12 +104,14 @@ class CompiledEnergy(Energy):
             r: Momenta, shape of ``x``.
             eps: Step sizes, broadcast to the shape of ``x``.
             half: The number :math:`h`.
-            scale_tril: The matrix :math:`S` for vectors, shape ``(D, D)``.
+            factor: The matrix :math:`S` for vectors, shape ``(D, D)``, or the scale,
+                directions and stretch of one of low rank.
 
         Returns:
             New points, their energies and gradients, and new momenta.
         """
-        metric = () if scale_tril is None else (scale_tril,)
+        metric = () if factor is None else factor
+        metric = (metric,) if isinstance(metric, Tensor) else metric
         h = _scalar(half, x.dtype, x.device)  # a number would be part of the graph
         x, value, grad, r = self._new(self._leapfrog(x, r, eps, h, *metric))
         return x, value, grad, r
@@ -131,7 +133,23 @@ def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _leapfrog(
     energy: Energy, x: Tensor, r: Tensor, eps: Tensor, half: Tensor, *metric: Tensor
 ) -> tuple[Tensor, ...]:
-    x = x + eps * (r @ metric[0].mT if metric else r)  # (1)
+    x = x + eps * _times(r, *metric)  # (1)
     value, grad = energy.value_and_grad(x)
-    force = grad @ metric[0] if metric else grad
-    return x, value, grad, r - half * eps * force  # (2)
+    return x, value, grad, r - half * eps * _transposed(grad, *metric)  # (2)
+
+
+def _times(z: Tensor, *metric: Tensor) -> Tensor:
+    """:math:`S z` of each row."""
+    if len(metric) < 2:
+        return z @ metric[0].mT if metric else z
+    scale, directions, stretch = metric
+    return scale * (z + (z @ directions * (stretch - 1)) @ directions.mT)
+
+
+def _transposed(grad: Tensor, *metric: Tensor) -> Tensor:
+    r""":math:`S^\top \nabla f` of each row."""
+    if len(metric) < 2:
+        return grad @ metric[0] if metric else grad
+    scale, directions, stretch = metric
+    force = scale * grad
+    return force + (force @ directions * (stretch - 1)) @ directions.mT

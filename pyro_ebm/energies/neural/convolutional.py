@@ -10,9 +10,10 @@ with a network :math:`g_\theta` of strided convolutions and, if given, a normali
 __all__ = ["ConvolutionalEnergy"]
 
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import Any, final
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 
 from pyro_ebm.energies.base import Energy
@@ -83,9 +84,29 @@ class ConvolutionalEnergy(Energy):
         """The distribution :math:`p_0`, or ``None``."""
         return None if self.base_energy is None else self.base_energy.distribution
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Evaluate (1) at ``x`` of shape ``(*batch, *event)``."""
+    @torch.no_grad()
+    def correct(self, base: dist.TorchDistribution, x: Tensor) -> None:
+        """Start as the energy of a base, unless there is one.
+
+        Args:
+            base: Normalised, over the image.
+            x: Not used: images are of one scale.
+        """
+        if self.base_energy is not None:
+            return
+        self.base_energy = base_energy(base, self)
+        output: Any = self.network[-1]
+        nn.init.zeros_(output.weight)
+        nn.init.zeros_(output.bias)
+
+    def correction(self, x: Tensor) -> Tensor:
+        """The network alone, shape ``(*batch,)``; see :meth:`Energy.correction`."""
         batch_shape = self.batch_shape_of(x)
         images = x.reshape((batch_shape.numel(), *self.event_shape))
-        energy = self.network(images).reshape(batch_shape)
+        value: Tensor = self.network(images).reshape(batch_shape)
+        return value
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate (1) at ``x`` of shape ``(*batch, *event)``."""
+        energy = self.correction(x)
         return energy if self.base_energy is None else energy + self.base_energy(x)

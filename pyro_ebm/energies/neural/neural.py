@@ -4,8 +4,9 @@ r"""A multi-layer perceptron as an energy of vectors.
     f(x) = g_\theta(x) - \log p_0(x)                                        \tag{1}
 
 with a network :math:`g_\theta` and, if given, a normalised base :math:`p_0`. With
-:math:`a_l = W_l h_{l-1} + b_l`, :math:`h_l = s(a_l)`, :math:`h_0 = x` and
-:math:`g = w^\top h_L + b`, its gradient is the recursion
+:math:`a_l = W_l h_{l-1} + b_l`, :math:`h_l = s(a_l)`, :math:`h_0 = (x - m) / \sigma`,
+which is :math:`x` unless the base was fitted to data, and :math:`g = w^\top h_L + b`,
+the gradient in :math:`h_0` is the recursion
 
 .. math::
     \partial_{h_L} g = w, \qquad
@@ -85,6 +86,9 @@ class NeuralEnergy(Energy):
         (torch.Size([5]), torch.Size([5, 2]))
     """
 
+    loc: Tensor
+    scale: Tensor
+
     def __init__(
         self,
         event_shape: Sequence[int],
@@ -96,6 +100,9 @@ class NeuralEnergy(Energy):
     ) -> None:
         super().__init__(event_shape)
         self.base_energy = base_energy(base, self)
+        self.register_buffer("loc", torch.zeros(self.event_shape.numel()))
+        self.register_buffer("scale", torch.ones(self.event_shape.numel()))
+        self._is_bounded = spectral_norm is not None
         linear: Callable[[int, int], nn.Linear] = nn.Linear
         if spectral_norm is not None:
             linear = functools.partial(BoundedLinear, max_norm=spectral_norm)
@@ -111,10 +118,38 @@ class NeuralEnergy(Energy):
         """The distribution :math:`p_0`, or ``None``."""
         return None if self.base_energy is None else self.base_energy.distribution
 
+    @torch.no_grad()
+    def correct(self, base: dist.TorchDistribution, x: Tensor) -> None:
+        r"""Start as the energy of a base, and standardise what the network sees.
+
+        Nothing is done where there is a base already.
+
+        Args:
+            base: Normalised, over all of :math:`\mathbb{R}^D`.
+            x: Points to standardise by, shape ``(N, *event)``; not used with a
+                ``spectral_norm``, which is of the network as a function of ``x``.
+        """
+        if self.base_energy is not None:
+            return
+        self.base_energy = base_energy(base, self)
+        if not self._is_bounded:
+            flat = x.reshape(len(x), -1)
+            scale = flat.std(0)
+            self.loc.copy_(flat.mean(0))
+            self.scale.copy_(scale.where(scale > 0, 1.0))
+        output: Any = self.network[-1]
+        nn.init.zeros_(output.weight)
+        nn.init.zeros_(output.bias)
+
+    def correction(self, x: Tensor) -> Tensor:
+        """The network alone, shape ``(*batch,)``; see :meth:`Energy.correction`."""
+        flat = x.reshape(self.batch_shape_of(x) + (self.event_shape.numel(),))
+        value: Tensor = self.network((flat - self.loc) / self.scale).squeeze(-1)
+        return value
+
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate (1) at ``x`` of shape ``(*batch, *event)``."""
-        flat = x.reshape(self.batch_shape_of(x) + (self.event_shape.numel(),))
-        energy = self.network(flat).squeeze(-1)
+        energy = self.correction(x)
         return energy if self.base_energy is None else energy + self.base_energy(x)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,8 +162,8 @@ class NeuralEnergy(Energy):
         ):
             return super().value_and_grad(x)
         flat = x.detach().reshape(batch_shape + (self.event_shape.numel(),))
-        value, grad = self._network_value_and_grad(flat)
-        grad = grad.reshape(x.shape)
+        value, grad = self._network_value_and_grad((flat - self.loc) / self.scale)
+        grad = (grad / self.scale).reshape(x.shape)
         if self.base_energy is None:
             return value, grad
         base_value, base_grad = self.base_energy.value_and_grad(x)

@@ -4,7 +4,7 @@ For a draw :math:`z` of all of them, the deterministic sites :math:`g(z)`, and o
 observed site :math:`\log p(y_i \mid z)`, an observation a number.
 """
 
-__all__ = ["ModelOutputs", "model_outputs"]
+__all__ = ["ModelOutputs", "has_whole_plates", "model_outputs"]
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -153,10 +153,14 @@ def _is_auxiliary(site: Any) -> bool:
 def _is_determined(trace: poutine.Trace, values: Mapping[str, Tensor]) -> bool:
     """Whether the values are those of all latent sites, and plates are whole."""
     latent = {name for name, site in samples(trace) if not site["is_observed"]}
+    return latent <= values.keys() and has_whole_plates(trace)
+
+
+def has_whole_plates(trace: poutine.Trace) -> bool:
+    """Whether no plate of a run subsamples."""
     plates = [
         site["fn"]
         for site in trace.nodes.values()
         if site["type"] == "sample" and isinstance(site["fn"], _Subsample)
     ]
-    is_whole = all((p.subsample_size or p.size) == p.size for p in plates)
-    return latent <= values.keys() and is_whole
+    return all((p.subsample_size or p.size) == p.size for p in plates)

@@ -321,14 +321,8 @@ class PyroModelEnergy(Energy):
                 masked or scaled.
         """
         if self._prior is None:
-            model = prior_model(self.model, self._run())
-            energy = PyroModelEnergy(
-                model, *self._args, compile=self._compile, **self._kwargs
-            )
-            # .to() may have changed type and device.
-            energy.origin = self.origin.to(self._own_dtype or self.origin.dtype)
-            if self._own_dtype is not None:
-                energy = energy.in_double()
+            model = prior_model(self.model, self.run())
+            energy = self.of_model(model)
             self._prior = ModelPrior(
                 energy, model, self._args, self._kwargs, self._sites
             )
@@ -353,14 +347,37 @@ class PyroModelEnergy(Energy):
             ValueError: If an energy at one of its sites does not know its log Z, or a
                 discrete site that is summed out is masked.
         """
-        trace = self._run()
+        trace = self.run()
         check_log_partitions(trace)
         check_sums(trace)
 
-    def _run(self) -> Trace:
+    def run(self) -> Trace:
+        """Trace of a run at latent values that are uniform in unconstrained space."""
         with torch.random.fork_rng(devices=[]):
             model = with_missing_data(self.model)
             return run_model(model, self._args, self._kwargs)
+
+    def run_under_handlers(self) -> None:
+        """Run the model as it is, inside of the caller's effect handlers."""
+        with_missing_data(self.model)(*self._args, **self._kwargs)
+
+    def split(self, u: Tensor) -> dict[str, Tensor]:
+        """Each site's part of ``u``: ``(*batch, D)`` to ``(*batch, *flat_shape)``."""
+        return self._sites.split(u)
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """Of the values of the sites in the model itself."""
+        return self._own_dtype or self.origin.dtype
+
+    def of_model(self, model: Callable[..., Any]) -> "PyroModelEnergy":
+        """The energy of a variant of the model, at the same arguments and precision."""
+        energy = PyroModelEnergy(
+            model, *self._args, compile=self._compile, **self._kwargs
+        )
+        # .to() may have changed type and device.
+        energy.origin = energy.origin.to(self.origin.device, self.model_dtype)
+        return energy if self._own_dtype is None else energy.in_double()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Energy":  # noqa: FBT001, FBT002
         # nn.Module moves parameters and buffers only; the data go with them.

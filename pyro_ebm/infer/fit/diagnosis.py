@@ -35,6 +35,7 @@ from pyro_ebm.diagnostics import (
 from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.infer.fit.stages import unwrapped
+from pyro_ebm.infer.likelihood import LogLikelihood
 from pyro_ebm.infer.objectives.likelihood.contrastive_divergence import (
     ContrastiveDivergence,
 )
@@ -93,14 +94,16 @@ class FitDiagnostics(NamedTuple):
         noise_ess: Effective number of the noise points of a step, as a proposal for
             the model.
         noise_k: Pareto shape of their weights; above 0.7 importance sampling fails.
+        gain: How much better the model is than its base on held-out points.
         noise_separation: Probability that a datum is told from a noise point; 0.5 says
             that they are alike, 1 that the comparison teaches nothing.
 
     Example:
         >>> data = torch.randn(500, 2)
         >>> model = pyro_ebm.EnergyModel(pyro_ebm.energies.NeuralEnergy((2,), (8,)))
+        >>> objective = pyro_ebm.infer.MaximumLikelihood()
         >>> found = pyro_ebm.fit(
-        ...     model, data, num_steps=10, progress_bar=False
+        ...     model, data, objective, num_steps=10, progress_bar=False
         ... ).diagnostics
         >>> found.num_moves, 0 < found.acceptance < 1, found.noise_ess
         (10, True, None)
@@ -118,6 +121,7 @@ class FitDiagnostics(NamedTuple):
     noise_ess: float | None = None
     noise_k: float | None = None
     noise_separation: float | None = None
+    gain: LogLikelihood | None = None
 
 
 @torch.no_grad()
@@ -136,6 +140,8 @@ def energy_gap(energy_model: EnergyModel, data: Tensor) -> EnergyDifference | No
         draws = known.distribution.sample((1000,)) if known is not None else data
         values = flat(to_support.inv(draws))
         mean, error = values.mean(), values.std() / math.sqrt(len(values))
+    elif tracker.draws is not None:
+        mean, error = tracker.draws.mean_energy(energy)
     elif tracker.walkers.is_started and tracker.averaged().is_reliable:
         mean, error = _walker_mean(energy_model)
     else:

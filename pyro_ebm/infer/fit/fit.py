@@ -3,29 +3,36 @@
 __all__ = ["fit"]
 
 import copy
+import itertools
 import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_ebm.core.errors import DivergenceError, UnreliableWarning
-from pyro_ebm.core.verdict import Finding, Reason, Status, status_of
-from pyro_ebm.distributions import EnergyModel
-from pyro_ebm.energies import Energy
+from pyro_ebm.core.errors import DivergenceError
+from pyro_ebm.core.verdict import status_of
+from pyro_ebm.distributions import EnergyDistribution, EnergyModel
+from pyro_ebm.energies import DistributionEnergy
+from pyro_ebm.infer.fit.automatic import (
+    MAX_GRAD_NORM,
+    PATIENCE,
+    Plan,
+    WeightedSteps,
+    automatic_plan,
+    chains_instead,
+    given_plan,
+)
 from pyro_ebm.infer.fit.diagnosis import FitDiagnostics, diagnose, energy_gap
 from pyro_ebm.infer.fit.fit_checks import (
     require_callbacks,
     require_counts,
-    require_points,
 )
 from pyro_ebm.infer.fit.fit_record import FitRecord
 from pyro_ebm.infer.fit.fit_result import FitResult, FitTimings
@@ -34,30 +41,40 @@ from pyro_ebm.infer.fit.optimiser import (
     GradientNoise,
     as_fit_optim,
     default_optim,
+    require_parameters,
 )
+from pyro_ebm.infer.fit.points import Points, as_points
+from pyro_ebm.infer.fit.settling import settled_log_partition
 from pyro_ebm.infer.fit.stages import Stage, as_stages, begin_chains, unwrapped
 from pyro_ebm.infer.fit.verdict import judge
 from pyro_ebm.infer.handler import ObjectiveModel
-from pyro_ebm.infer.likelihood import log_likelihood
+from pyro_ebm.infer.likelihood import (
+    LogLikelihood,
+    log_likelihood,
+    log_likelihood_difference,
+)
 from pyro_ebm.infer.objectives.objective import Objective
+from pyro_ebm.mcmc import ImportanceResampling
 from pyro_ebm.mcmc.base import bias_of
-from pyro_ebm.partition import LogPartitionEstimate, estimate
 
 _LOG = logging.getLogger(__name__)
-#: Time that the final log Z may take.
-_MAX_SECONDS = 20.0
+#: Wall-clock time of a fit that is told none.
+_SECONDS = 60.0
+#: Records without a better one, and the model still counts as getting better.
+_STILL_BEST = 3
 
 
 def fit(
     energy_model: EnergyModel,
-    data: Tensor,
-    objective: Objective | Sequence[Stage] | None = None,
+    data: Any,
+    objective: Objective | Sequence[Stage] | Literal["auto"] = "auto",
     *,
     num_steps: int | None = None,
+    max_seconds: float | None = None,
     batch_size: int = 256,
     optim: Any = None,
     max_grad_norm: float | None = None,
-    validation_data: Tensor | None = None,
+    validation_data: Any = None,
     record_interval: int = 100,
     patience: int | None = None,
     callbacks: Sequence[Callable[[FitRecord], Any]] = (),
@@ -65,9 +82,16 @@ def fit(
 ) -> FitResult:
     r"""Fit an energy model to data.
 
+    Told nothing else, it holds out a seventh of the data, fits a density to the others
+    where the model has no base (:func:`pyro_ebm.bases.fit`), and learns the energy by
+    maximum likelihood: a network without a base as a correction of that density, which
+    starts as none. Log Z comes from draws of the base while enough of them count, then
+    from chains (:mod:`~pyro_ebm.infer.fit.automatic`). The best record by the held-out
+    likelihood is kept, which may be the start: the model is never worse than its base.
+
     The model is trained in place; at the end its parameters are the averaged ones, to
-    which the returned :math:`\log Z` belongs: walkers follow the parameters whatever
-    the objective is, through all stages. Pyro's parameter store is left as it was.
+    which the returned :math:`\log Z` belongs: it is followed whatever the objective is,
+    through all stages. Pyro's parameter store is left as it was.
 
     ``print(result)`` says what came out, and whether to believe it: at the end the
     energy gap, chains, gradients and noise are examined (see
@@ -75,20 +99,28 @@ def fit(
 
     Args:
         energy_model: What is fitted.
-        data: Points of shape ``(N, *event)``.
-        objective: The estimator; default: ``MaximumLikelihood()``. Or a list of
+        data: Points of shape ``(N, *event)``: a tensor, an array, a table of pandas, a
+            ``Dataset``, or a ``DataLoader``, of which a batch at a time is in memory.
+        objective: The estimator; default: the likelihood, as said above. Or a list of
             :class:`~pyro_ebm.infer.Stage`, each an objective with its steps.
-        num_steps: Parameter steps, default 2,000; stages have their own.
+        num_steps: Parameter steps, at most; default 4,000, and 2,000 with an estimator
+            given; stages have their own.
+        max_seconds: Wall-clock seconds in which base and steps end; default: 60, and no
+            limit with an estimator given.
         batch_size: Points a step, drawn without replacement within an epoch.
         optim: A Pyro optimiser or scheduler, or a torch optimiser of the model's
             parameters, or a ``torch.optim.lr_scheduler`` of one, which also moves what
             the objective learns. Schedulers advance at each step, those that wait for a
-            plateau at each record. Default: Adam with learning rate 1e-3.
-        max_grad_norm: Longer gradients are shortened to this norm.
-        validation_data: Held-out points; their log-likelihood is recorded.
+            plateau at each record. Default: Adam with a learning rate that falls from
+            2e-3 to little; of 1e-3 with an estimator given.
+        max_grad_norm: Longer gradients are shortened to this norm; default: 5, and as
+            they are with an estimator given.
+        validation_data: Held-out points; their log-likelihood is recorded. Default: a
+            part of the data, and none with an estimator given.
         record_interval: Steps between two records of the history.
         patience: Records without a better validation log-likelihood after which a
-            stage stops and goes back to its best one; default: never.
+            stage stops and goes back to its best one; default: 15, and never with an
+            estimator given.
         callbacks: Functions called with each record; if one returns ``True`` the fit
             stops there.
         progress_bar: Show a bar with log-likelihood, energy gap, log Z and acceptance.
@@ -123,20 +155,48 @@ def fit(
             f"energy_model must be an EnergyModel, got {type(energy_model).__name__}. "
             "Wrap an energy: EnergyModel(energy, base)."
         )
-    stages = as_stages(objective, num_steps)
+    is_automatic = isinstance(objective, str) and objective == "auto"
+    stages = [] if is_automatic else as_stages(objective, num_steps)
     require_counts(
         batch_size=batch_size,
         record_interval=record_interval,
         patience=1 if patience is None else patience,
+        num_steps=1 if num_steps is None else num_steps,
     )
     require_callbacks(callbacks, max_grad_norm)
-    run = _Fit(energy_model, data, validation_data, patience)
-    run.batch_size, run.record_interval = min(batch_size, len(data)), record_interval
+    points = as_points("data", data, energy_model)
+    held_out = validation_data
+    if held_out is not None:
+        held_out = as_points("validation_data", held_out, energy_model).rows
+    elif patience is not None and not is_automatic:
+        raise ValueError(
+            f"patience is {patience} but validation_data is None: early stopping needs "
+            "held-out points. Give validation_data or leave patience out."
+        )
+    began = time.perf_counter(), time.process_time()
+    if is_automatic:
+        seconds = _SECONDS if max_seconds is None else max_seconds
+        plan = automatic_plan(
+            energy_model,
+            points.rows,
+            held_out,
+            num_steps,
+            seconds,
+            progress_bar=progress_bar,
+        )
+    else:
+        plan = given_plan(energy_model, points.rows, held_out, stages, max_seconds)
+    run = _Fit(energy_model, plan, patience, is_automatic=is_automatic)
+    run.began = began
+    run.batch_size, run.record_interval = batch_size, record_interval
     run.callbacks, run.max_grad_norm = callbacks, max_grad_norm
-    total = sum(stage.num_steps for stage in stages)
+    if is_automatic and max_grad_norm is None:
+        run.max_grad_norm = MAX_GRAD_NORM
+    total = sum(stage.num_steps for stage in plan.stages)
+    train = points if points.loader is not None else Points(plan.train)
     with tqdm(total=total, disable=not progress_bar, desc="fit") as bar:
-        stopped = run.all_stages(stages, data, optim, bar)
-    return run.result(stages, stopped)
+        stopped = run.all_stages(train, optim, bar)
+    return run.result(stopped)
 
 
 class _Saved(NamedTuple):
@@ -157,23 +217,21 @@ class _Fit:
     def __init__(
         self,
         model: EnergyModel,
-        data: Tensor,
-        validation_data: Tensor | None,
+        plan: Plan,
         patience: int | None,
+        *,
+        is_automatic: bool,
     ) -> None:
-        if patience is not None and validation_data is None:
-            raise ValueError(
-                f"patience is {patience} but validation_data is None: early stopping "
-                "needs held-out points. Give validation_data or leave patience out."
-            )
-        require_points("data", data, model)
-        if validation_data is not None:
-            require_points("validation_data", validation_data, model)
-        self.model, self.validation_data = model, validation_data
+        self.model, self.plan = model, plan
+        self.validation_data = plan.held_out
+        self.is_automatic = is_automatic
         # The training curve is read off at most 2,000 points, always the same.
-        self.train_data = data[torch.randperm(len(data))[:2000]]
-        self.patience = math.inf if patience is None else patience
+        self.train_data = plan.train[torch.randperm(len(plan.train))[:2000]]
+        default = PATIENCE if is_automatic else math.inf
+        self.patience = default if patience is None else patience
+        self.stages, self.proposal = list(plan.stages), plan.proposal
         self.state = nn.Module()
+        self.best_value, self.best = -math.inf, _Saved({}, {})
         self.noise = GradientNoise([])
         self.history: list[FitRecord] = []
         self.steps_of_stages: list[int] = []
@@ -185,15 +243,18 @@ class _Fit:
         """Parameter steps so far."""
         return sum(self.steps_of_stages)
 
-    def all_stages(
-        self, stages: list[Stage], data: Tensor, optim: Any, bar: Any
-    ) -> str:
+    def all_stages(self, data: Points, optim: Any, bar: Any) -> str:
         """Take the steps of all stages; return why they ended."""
+        if optim is None and self.is_automatic:
+            require_parameters(self.model)
+            optim = self.plan.optim(self.model)
         optim = default_optim(self.model) if optim is None else optim
-        optims = [self._optim(stage.optim or optim) for stage in stages]
-        batches, last = _batches(data, self.batch_size), nn.Module()
+        optims = [self._optim(stage.optim or optim) for stage in self.stages]
+        batch_size = min(self.batch_size, len(data.rows))
+        batches, last = data.batches(batch_size, self.model), nn.Module()
         stopped = "finished"
-        for stage, stage_optim in zip(stages, optims, strict=True):
+        for index in itertools.count():
+            stage, stage_optim = self.stages[index], optims[min(index, len(optims) - 1)]
             self.noise = stage_optim.noise
             self.steps_of_stages.append(0)
             with pyro.get_param_store().scope():
@@ -202,32 +263,48 @@ class _Fit:
                 stage_optim.add(self.state)
                 if self.num_steps and self.state is not last:
                     begin_chains(self.model, stage.objective, self.state)
-                svi = SVI(learn, lambda batch: None, stage_optim, Trace_ELBO())
+                svi: Any = SVI(learn, lambda batch: None, stage_optim, Trace_ELBO())
+                if self.proposal is not None:
+                    rows = self.train_data
+                    svi = WeightedSteps(self.model, stage_optim, self.proposal, rows)
                 try:
-                    stopped = self._stage(svi, stage.num_steps, batches, bar)
+                    stopped = self._stage(svi, stage, batches, bar)
                 finally:
                     stage_optim.remove_added()
             last = self.state
-            if stopped not in ("finished", "early stopping"):
+            if stopped == "importance failed":
+                self.model.log_partition.follow_by(self.model.energy, None)
+                left = stage.num_steps - self.steps_of_stages[-1]
+                self.stages.append(chains_instead(left))
+                self.proposal = None
+            elif stopped not in ("finished", "early stopping"):
+                break
+            if index + 1 == len(self.stages):
                 break
         return stopped
 
-    def result(self, stages: list[Stage], stopped: str) -> FitResult:
+    def result(self, stopped: str) -> FitResult:
         """Examine the fit, and make the average the model."""
         model, taken = self.model, self.steps_of_stages
-        last = stages[len(taken) - 1].objective
+        last = self.stages[len(taken) - 1].objective
         found = self._diagnosed(last)
         model.adopt_average()
-        log_partition = _settled_log_partition(model)
+        at_best = self.train_data if not self.is_automatic else self.validation_data
+        gap = energy_gap(model, self.train_data if at_best is None else at_best)
+        log_partition = settled_log_partition(model, self.proposal)
         # Another fit must not change it.
         distribution = copy.deepcopy(model.averaged(log_partition))
-        gap = energy_gap(model, self.train_data)
+        if self.proposal is not None and model.sampler is None:
+            distribution.sampler = ImportanceResampling(self.proposal)
         found = found._replace(
             energy_gap=gap, gradient_snr=self.noise.signal_to_noise()
         )
         held_out = self.validation_data
         bias = bias_of(getattr(unwrapped(last), "kernel", None))
-        reasons = judge(found, log_partition, stopped, self.history, bias)
+        history = [] if self.is_automatic else self.history
+        gain = None if held_out is None else self._gain(distribution, held_out)
+        found = found._replace(gain=gain)
+        reasons = judge(found, log_partition, stopped, history, bias)
         wall, cpu = self.began
         return FitResult(
             distribution,
@@ -238,7 +315,7 @@ class _Fit:
             copy.deepcopy(self.state),
             log_likelihood(distribution, self.train_data),
             None if held_out is None else log_likelihood(distribution, held_out),
-            tuple((s.name, n) for s, n in zip(stages, taken, strict=False)),
+            tuple((s.name, n) for s, n in zip(self.stages, taken, strict=False)),
             FitTimings(
                 time.perf_counter() - wall,
                 time.process_time() - cpu,
@@ -247,7 +324,13 @@ class _Fit:
             found,
             status_of(reasons),
             reasons,
+            self.plan.base,
+            None if held_out is None else _log_prob(distribution, held_out),
         )
+
+    def _gain(self, learned: EnergyDistribution, held_out: Tensor) -> LogLikelihood:
+        base = EnergyDistribution(DistributionEnergy(self.model.base))
+        return log_likelihood_difference(learned, base, held_out)
 
     def _diagnosed(self, objective: Objective) -> FitDiagnostics:
         steps = self.steps_of_stages[-1]
@@ -260,18 +343,26 @@ class _Fit:
         return as_fit_optim(optim, self.model, self.max_grad_norm, noise)
 
     def _stage(
-        self, svi: SVI, num_steps: int, batches: Iterator[Tensor], bar: Any
+        self, svi: Any, stage: Stage, batches: Iterator[Tensor], bar: Any
     ) -> str:
         """Take the steps of a stage; return why they ended."""
-        last_good = best = self._saved()
-        self.best_value, self.num_worse = -math.inf, 0
+        last_good = self._saved()
+        self.num_worse = 0
+        if not self.is_automatic:
+            self.best_value, self.best = -math.inf, last_good
+        elif not self.history:
+            self._record(math.nan, svi.optim, bar)  # where it may end
+            self.best = last_good = self._saved()
+        stopped = "finished"
         try:
-            for _ in range(num_steps):
+            for left in reversed(range(stage.num_steps)):
                 loss = self._step(svi, next(batches), bar)
                 if not math.isfinite(loss):
                     self._go_back(last_good)
                     return "loss not finite"
-                if self.num_steps % self.record_interval:
+                is_late = time.monotonic() > self.plan.end
+                is_last = is_late or (self.is_automatic and not left)
+                if self.num_steps % self.record_interval and not is_last:
                     continue
                 if not self._is_finite():
                     self._go_back(last_good)
@@ -279,20 +370,32 @@ class _Fit:
                 record = self._record(loss, svi.optim, bar)
                 last_good = self._saved()
                 if self.num_worse == 0:
-                    best = last_good
+                    self.best = last_good
                 if True in [callback(record) is True for callback in self.callbacks]:
                     return "callback"
                 if self.num_worse >= self.patience:
-                    self._go_back(best)
+                    self._go_back(self.best)
                     return "early stopping"
+                if is_late:
+                    stopped = "out of time"
+                    break
+                if isinstance(svi, WeightedSteps):
+                    if not svi.keeps_up():
+                        # Chains are for a model that was still getting better.
+                        self._go_back(self.best)
+                        is_best = self.num_worse < _STILL_BEST
+                        return "importance failed" if is_best else "early stopping"
+                    self.proposal = svi.proposal
         except KeyboardInterrupt:
             return "interrupted"
         except DivergenceError:
             self._go_back(last_good)
             raise
-        return "finished"
+        if self.is_automatic and self.validation_data is not None:
+            self._go_back(self.best)
+        return stopped
 
-    def _step(self, svi: SVI, batch: Tensor, bar: Any) -> float:
+    def _step(self, svi: Any, batch: Tensor, bar: Any) -> float:
         began = time.perf_counter()
         loss: float = svi.step(batch)
         if math.isfinite(loss):
@@ -327,7 +430,8 @@ class _Fit:
         if self.validation_data is not None:
             shown = validation = log_likelihood(averaged, self.validation_data)
             self.num_worse += 1
-            if validation.value > self.best_value:
+            counts = validation.is_normalized or not self.is_automatic
+            if counts and validation.value > self.best_value:
                 self.best_value, self.num_worse = validation.value, 0
         optim.note_record(shown.value)
         estimate = self.model.log_partition.averaged()
@@ -348,61 +452,9 @@ class _Fit:
         return record
 
 
-def _settled_log_partition(model: EnergyModel) -> LogPartitionEstimate:
-    r"""The final :math:`\log Z`: an estimate of its own, which the walkers take over.
-
-    The walkers have followed the parameters for a curve; now that these hold still, a
-    run of ``partition.estimate`` is the better use of the same time. Without a reliable
-    one it is that of the walkers, with their verdict.
-    """
-    tracker = model.log_partition
-    tracked = tracker.averaged()
-    if tracker.is_closed_form:
-        return tracked
-    found = _estimated(tracker.averaged_energy, model.base)
-    if found is None or not found.is_reliable:
-        return tracked if tracked.is_reliable else _with_advice(tracked, found)
-    missed = tracked.value - found.value
-    error = math.hypot(tracked.std_error, found.std_error)
-    if tracked.is_reliable and found.status is Status.OK and missed > 4 * error + 0.05:
-        # Either errs downwards, by the modes that it lacks.
-        more = f"the walkers have found {missed:.2g} nats more than partition.estimate"
-        reasons = (Finding(Reason.ROUTES_DISAGREE, more),)
-        return found._replace(status=Status.UNRELIABLE, reasons=reasons)
-    try:
-        tracker.calibrate(model.energy, found, progress_bar=False)
-    except DivergenceError:  # no walkers arrive, but the value is as good
-        pass
-    return found
-
-
-def _estimated(
-    energy: Energy, base: dist.TorchDistribution
-) -> LogPartitionEstimate | None:
-    """What ``partition.estimate`` says without a warning; ``None`` if it cannot run."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UnreliableWarning)
-            return estimate(
-                energy,
-                base,
-                tolerance=0.01,
-                max_seconds=_MAX_SECONDS,
-                progress_bar=False,
-            )
-    except (DivergenceError, NotImplementedError, RuntimeError, ValueError):
-        return None  # whatever it refuses, the fit is not to be lost
-
-
-def _with_advice(
-    tracked: LogPartitionEstimate, found: LogPartitionEstimate | None
-) -> LogPartitionEstimate:
-    """Say how to find a log Z that neither the walkers nor an estimate have found."""
-    advice = "run pyro_ebm.partition.estimate(model) for longer, or from a nearer base"
-    if found is not None:
-        advice = f"{found.method} has not found log Z either ({found.reason}); {advice}"
-    unknown = Finding(Reason.UNKNOWN_LOG_PARTITION, advice)
-    return tracked._replace(reasons=(*tracked.reasons, unknown))
+@torch.no_grad()
+def _log_prob(distribution: EnergyDistribution, x: Tensor) -> Tensor:
+    return distribution.log_prob(x)
 
 
 def _as_pyro_model(energy_model: EnergyModel) -> Any:
@@ -414,10 +466,3 @@ def _as_pyro_model(energy_model: EnergyModel) -> Any:
             pyro.sample("x", energy_model(), obs=batch)
 
     return model
-
-
-def _batches(data: Tensor, batch_size: int) -> Iterator[Tensor]:
-    while True:
-        order = torch.randperm(len(data), device=data.device)
-        for index in order[: len(data) // batch_size * batch_size].split(batch_size):
-            yield data[index]

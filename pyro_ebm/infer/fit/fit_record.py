@@ -28,7 +28,7 @@ class FitRecord(NamedTuple):
         >>> settings = {"num_steps": 4, "record_interval": 2, "progress_bar": False}
         >>> result = pyro_ebm.fit(model, data, **settings)
         >>> [record.step for record in result.history]
-        [2, 4]
+        [0, 2, 4]
     """
 
     step: int

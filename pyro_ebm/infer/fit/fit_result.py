@@ -1,12 +1,14 @@
 """What a fit returns, and how it is printed."""
 
-__all__ = ["FitResult", "FitTimings"]
+__all__ = ["Anomaly", "FitResult", "FitTimings"]
 
 import textwrap
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from pyro_ebm.bases import FittedBase
 from pyro_ebm.core.verdict import Finding, Status
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.fit.diagnosis import FitDiagnostics
@@ -40,6 +42,23 @@ class FitTimings(NamedTuple):
     seconds_per_step: float
 
 
+class Anomaly(NamedTuple):
+    r"""How unusual points are.
+
+    Attributes:
+        score: :math:`-\log q(x)` in nats, shape ``(*batch,)``.
+        p_value: Chance of a score at least as large for a point of the data's kind, by
+            the rank among the held-out points; at least one over their number.
+
+    Example:
+        >>> Anomaly(torch.tensor([9.0]), torch.tensor([0.01])).p_value
+        tensor([0.0100])
+    """
+
+    score: Tensor
+    p_value: Tensor
+
+
 class FitResult(NamedTuple):
     r"""What a fit returns.
 
@@ -61,6 +80,9 @@ class FitResult(NamedTuple):
         status: ``"ok"`` or ``"unreliable"``.
         reasons: What speaks against the fit, the gravest first, each with a way out;
             empty if the status is ``"ok"``.
+        base: The density that was fitted to the data first, and what it was compared
+            with; ``None`` where the model had a base.
+        held_out_log_prob: :math:`\log q` of the validation points, or ``None``.
 
     Example:
         >>> data = torch.randn(500, 2)
@@ -71,9 +93,10 @@ class FitResult(NamedTuple):
         ... )
         >>> print(result)  # doctest: +ELLIPSIS
         q(x) = exp(-f(x)) / Z, f = NeuralEnergy over (2,)
+          log Z = ...
+          verdict: ...
           steps: 10 by NoiseContrastive [finished], ... s, ... ms a step
           ...
-          verdict: ...
     """
 
     distribution: EnergyDistribution
@@ -89,6 +112,51 @@ class FitResult(NamedTuple):
     diagnostics: FitDiagnostics
     status: Status
     reasons: tuple[Finding, ...]
+    base: FittedBase | None = None
+    held_out_log_prob: Tensor | None = None
+
+    @property
+    def gain(self) -> LogLikelihood | None:
+        """How much better the model is than its base, on the held-out points.
+
+        These have chosen among its records. ``None`` where there are none.
+        """
+        return self.diagnostics.gain
+
+    def anomaly(self, x: Tensor) -> Anomaly:
+        r"""How unusual points are, calibrated by the held-out points.
+
+        Args:
+            x: Shape ``(*batch, *event)``.
+
+        Returns:
+            Scores, and p-values that are uniform on points like the data.
+
+        Raises:
+            RuntimeError: If no points were held out.
+
+        Exactness: the p-values are *exact* but for the choice among records, which the
+        held-out points have made.
+
+        Example:
+            >>> data = torch.randn(200, 2)
+            >>> model = pyro_ebm.EnergyModel(pyro_ebm.energies.NeuralEnergy((2,), (8,)))
+            >>> result = pyro_ebm.fit(model, data, num_steps=20, progress_bar=False)
+            >>> far = result.anomaly(torch.tensor([[6.0, 6.0], [0.0, 0.0]]))
+            >>> bool(far.p_value[0] < 0.05), bool(far.p_value[1] > 0.3)
+            (True, True)
+        """
+        known = self.held_out_log_prob
+        if known is None:
+            raise RuntimeError(
+                "no points were held out to calibrate by: give fit validation_data, or "
+                "objective='auto' and at least 20 points."
+            )
+        with torch.no_grad():
+            score = -self.distribution.log_prob(x)
+        rank = torch.searchsorted((-known).sort().values, score)  # those below
+        p_value = (1.0 + len(known) - rank) / (1 + len(known))
+        return Anomaly(score, p_value)
 
     @property
     def is_reliable(self) -> bool:
@@ -116,18 +184,30 @@ class FitResult(NamedTuple):
         energy = self.distribution.energy
         shape, timings = tuple(energy.event_shape), self.timings
         steps = ", then ".join(f"{count:,} by {name}" for name, count in self.stages)
+        held_out = "" if self.validation is None else f"held-out: {self.validation}"
+        if held_out and self.gain is not None:
+            held_out += f"; over its base {_gained(self.gain)}"
         lines = [
-            f"steps: {steps} [{self.stopped}], {timings.seconds:.1f} s, "
-            f"{1000 * timings.seconds_per_step:.1f} ms a step",
-            f"log-likelihood a point: {self.train}",
-            "" if self.validation is None else f"held-out: {self.validation}",
+            held_out,
             str(self.log_partition),
-            _described(self.diagnostics),
             f"verdict: {self.verdict}",
             *(f"- {reason}" for reason in self.reasons),
+            f"log-likelihood a point of the training data: {self.train}",
+            f"steps: {steps} [{self.stopped}], {timings.seconds:.1f} s, "
+            f"{1000 * timings.seconds_per_step:.1f} ms a step",
+            "" if self.base is None else f"base: {self.base}",
+            _described(self.diagnostics),
         ]
         head = f"q(x) = exp(-f(x)) / Z, f = {type(energy).__name__} over {shape}"
         return "\n".join([head, *(_wrapped(line) for line in lines if line)])
+
+
+def _gained(gain: LogLikelihood) -> str:
+    """The gain a point in nats, and in standard errors."""
+    text = f"{gain.value:+.3f} +- {gain.std_error:.3f} nats a point"
+    if gain.std_error > 0:
+        text += f", z = {gain.value / gain.std_error:.1f}"
+    return text
 
 
 def _wrapped(line: str) -> str:

@@ -9,7 +9,13 @@ averages :math:`\bar g` and :math:`\overline{|g|^2}` of weights :math:`w_t` give
     w = \sum_t w_t^2                                                       \tag{1}
 """
 
-__all__ = ["FitOptim", "GradientNoise", "as_fit_optim", "default_optim"]
+__all__ = [
+    "FitOptim",
+    "GradientNoise",
+    "as_fit_optim",
+    "default_optim",
+    "require_parameters",
+]
 
 from collections.abc import Iterable
 from typing import Any
@@ -165,13 +171,21 @@ def default_optim(energy_model: EnergyModel) -> torch.optim.Optimizer:
     Raises:
         ValueError: If the model has no parameters.
     """
-    parameters = list(energy_model.parameters())
-    if not parameters:
+    require_parameters(energy_model)
+    return torch.optim.Adam(energy_model.parameters(), lr=1e-3)
+
+
+def require_parameters(energy_model: EnergyModel) -> None:
+    """Check that there is something to learn.
+
+    Raises:
+        ValueError: If the model has no parameters.
+    """
+    if not any(True for _ in energy_model.parameters()):
         raise ValueError(
             "energy_model has no parameters to fit. A FunctionEnergy learns those of "
             "an nn.Module given as its fn."
         )
-    return torch.optim.Adam(parameters, lr=1e-3)
 
 
 def _require_own_parameters(optim: Any, energy_model: EnergyModel) -> None:

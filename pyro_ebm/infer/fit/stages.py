@@ -72,25 +72,25 @@ class Stage:
 
 
 def as_stages(
-    objective: Objective | Sequence[Stage] | None, num_steps: int | None
+    objective: Objective | Sequence[Stage] | str, num_steps: int | None
 ) -> list[Stage]:
     """What a fit was asked for, as stages.
 
     Args:
-        objective: One for all steps, default ``MaximumLikelihood()``; or stages.
+        objective: One for all steps, or stages.
         num_steps: Of the one objective, default 2,000; stages have their own.
 
     Raises:
         TypeError: If it is neither.
         ValueError: If there is no stage, or stages and ``num_steps``.
     """
-    if objective is None or isinstance(objective, Objective):
-        steps = 2000 if num_steps is None else num_steps
-        return [Stage(objective or MaximumLikelihood(), steps)]
+    if isinstance(objective, Objective):
+        return [Stage(objective, 2000 if num_steps is None else num_steps)]
     stages = [objective] if isinstance(objective, Stage) else objective
     if not isinstance(stages, Sequence) or isinstance(stages, str):
         require_objective(objective)
-    for stage in stages:
+    given: Sequence[Any] = stages
+    for stage in given:
         if not isinstance(stage, Stage):
             raise TypeError(
                 "objective must be an Objective or a list of Stage, got a list with "
@@ -103,7 +103,7 @@ def as_stages(
             f"num_steps must be left out with stages, which have their own; got "
             f"{num_steps}."
         )
-    return list(stages)
+    return list(given)
 
 
 def begin_chains(

@@ -59,6 +59,13 @@ def judge(
     ]
     if not log_partition.is_reliable:
         broken.append(Finding(Reason.UNKNOWN_LOG_PARTITION, log_partition.reason))
+    gain = found.gain
+    if gain is not None and gain.value < -NUM_ERRORS / 2 * gain.std_error - SMALL:
+        worse = (
+            f"on held-out points the model is worse than its base by {-gain.value:.3f} "
+            f"+- {gain.std_error:.3f} nats a point: take the base"
+        )
+        broken.append(Finding(Reason.WORSE_THAN_BASE, worse))
     broken += [Finding(Reason.STILL_LEARNING, text) for text in _progress(history)]
     return tuple(broken)
 

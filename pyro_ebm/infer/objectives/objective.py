@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution, EnergyModel
+from pyro_ebm.distributions.learning import an_objective_learns
 from pyro_ebm.energies import Energy
 
 #: What an objective may ask of an energy, or of whoever uses it.
@@ -160,7 +161,8 @@ def as_distribution(
     if isinstance(model, EnergyDistribution):
         return model
     if isinstance(model, EnergyModel):
-        return model.forward()
+        with an_objective_learns():
+            return model.forward()
     if isinstance(model, Energy):
         return EnergyDistribution(model)
     raise TypeError(

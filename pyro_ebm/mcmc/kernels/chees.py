@@ -60,7 +60,13 @@ from torch import Tensor
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, accept
 from pyro_ebm.mcmc.kernels.leapfrog import Trajectory, trajectory
-from pyro_ebm.mcmc.kernels.metric import check_scales, require_one_scale, whiten
+from pyro_ebm.mcmc.kernels.metric import (
+    Factor,
+    LowRank,
+    check_scales,
+    require_one_scale,
+    whiten,
+)
 from pyro_ebm.mcmc.warmup.adaptation import KernelAdaptation
 
 
@@ -94,6 +100,8 @@ class ChEES(Kernel):
             near the standard deviation of ``x``. Default: the identity.
         scale_tril: A dense :math:`S` for vector events, shape ``(D, D)``; best where
             :math:`S S^\top` is near the covariance of ``x``. Instead of ``scale``.
+        low_rank: An :math:`S` for long vectors that stretches few directions. Instead
+            of the other two.
         jitter: :math:`j` in (1), at most 1: lengths are drawn from
             ``T * [1 - jitter, 1 + jitter]``, so that no trajectory closes on itself.
         max_leapfrog: Most leapfrog steps in a trajectory.
@@ -121,6 +129,7 @@ class ChEES(Kernel):
     trajectory_length: float | Tensor = math.pi / 2
     scale: Tensor | None = None
     scale_tril: Tensor | None = None
+    low_rank: LowRank | None = None
     jitter: float = 0.5
     max_leapfrog: int = 200
     quantile: float | None = None
@@ -134,7 +143,7 @@ class ChEES(Kernel):
             raise ValueError(
                 f"trajectory_length must be positive and finite, got {length}."
             )
-        require_one_scale(self.scale, self.scale_tril)
+        require_one_scale(self.scale, self.scale_tril, self.low_rank)
         if not 0 <= self.jitter <= 1:
             raise ValueError(f"jitter must be in [0, 1], got {self.jitter}.")
         if self.max_leapfrog < 1:
@@ -145,6 +154,10 @@ class ChEES(Kernel):
             raise ValueError(f"quantile must be in [0, 1], got {self.quantile}.")
 
     @property
+    def _factor(self) -> Factor | None:
+        return self.scale_tril if self.low_rank is None else self.low_rank
+
+    @property
     def num_gradients(self) -> int:
         """One a leapfrog step; those of the mean length where that is drawn."""
         return self._num_leapfrog(0.5 if self.quantile is None else self.quantile)
@@ -152,7 +165,7 @@ class ChEES(Kernel):
     @torch.no_grad()
     def step(self, energy: Energy, state: ChainState) -> tuple[ChainState, StepInfo]:
         """Move every chain once; ``state.x`` has shape ``(*chains, *event)``."""
-        check_scales(energy, self.scale, self.scale_tril)
+        check_scales(energy, self.scale, self._factor)
         u = torch.rand(()).item() if self.quantile is None else self.quantile
         num_leapfrog = self._num_leapfrog(u)
         eps = torch.as_tensor(self.step_size).to(state.x)
@@ -161,7 +174,7 @@ class ChEES(Kernel):
         eps = eps if self.scale is None else eps * self.scale
         # In full: each leapfrog step multiplies by it twice, and broadcasting is slow.
         eps = eps.expand_as(state.x).contiguous()
-        result = trajectory(energy, state, eps, num_leapfrog, self.scale_tril)
+        result = trajectory(energy, state, eps, num_leapfrog, self._factor)
         new, info = accept(result.log_ratio, state, result.end)
         if self.quantile is None:
             return new, info
@@ -226,8 +239,13 @@ class TrajectoryAdaptation(KernelAdaptation[ChEES]):
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew at the kernel's own length, in a new metric."""
-        self.log_length = self._start.to(self.log_length, copy=True)
+        """Begin anew in a new metric, at the kernel's own length times the spread.
+
+        A metric of gradients is as wide as the density is curved. On a ring the draws
+        are twice as wide as that, and (2) does not see how far along it they go.
+        """
+        spread = torch.as_tensor(self.spread).to(self.log_length)
+        self.log_length = self._start.to(self.log_length) + spread.log()
         # Of its own memory, into which a saved value may be loaded.
         self.averaged_log_length = self.log_length.clone()
         self.square = torch.zeros_like(self.square)
@@ -292,7 +310,7 @@ def _criterion_grad(kernel: ChEES, info: TrajectoryInfo) -> Tensor:
         return torch.where(is_finite, x.reshape(count, -1), 0.0)
 
     def centred(x: Tensor) -> Tensor:
-        z = whiten(rows(x), kernel.scale, kernel.scale_tril)
+        z = whiten(rows(x), kernel.scale, kernel._factor)
         return z - weights @ z
 
     end, start = centred(info.trajectory.end.x), centred(info.start.x)

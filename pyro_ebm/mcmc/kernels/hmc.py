@@ -18,7 +18,12 @@ from torch import Tensor
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, accept
 from pyro_ebm.mcmc.kernels.leapfrog import trajectory
-from pyro_ebm.mcmc.kernels.metric import check_scales, require_one_scale
+from pyro_ebm.mcmc.kernels.metric import (
+    Factor,
+    LowRank,
+    check_scales,
+    require_one_scale,
+)
 
 
 @final
@@ -33,6 +38,8 @@ class HMC(Kernel):
             near the standard deviation of ``x``. Default: the identity.
         scale_tril: A dense :math:`S` for vector events, shape ``(D, D)``; best where
             :math:`S S^\top` is near the covariance of ``x``. Instead of ``scale``.
+        low_rank: An :math:`S` for long vectors that stretches few directions. Instead
+            of the other two.
         jitter: Each chain's step is multiplied at each transition by a uniform draw
             from ``[1 - jitter, 1 + jitter]``, so that no trajectory closes on itself.
         target_accept_prob: What step-size adaptation aims at.
@@ -54,6 +61,7 @@ class HMC(Kernel):
     num_leapfrog: int = 5
     scale: Tensor | None = None
     scale_tril: Tensor | None = None
+    low_rank: LowRank | None = None
     jitter: float = 0.2
     target_accept_prob: float = 0.8
 
@@ -64,9 +72,13 @@ class HMC(Kernel):
             raise ValueError(
                 f"num_leapfrog must be at least 1, got {self.num_leapfrog}."
             )
-        require_one_scale(self.scale, self.scale_tril)
+        require_one_scale(self.scale, self.scale_tril, self.low_rank)
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter must be in [0, 1), got {self.jitter}.")
+
+    @property
+    def _factor(self) -> Factor | None:
+        return self.scale_tril if self.low_rank is None else self.low_rank
 
     @property
     def num_gradients(self) -> int:
@@ -76,9 +88,9 @@ class HMC(Kernel):
     @torch.no_grad()
     def step(self, energy: Energy, state: ChainState) -> tuple[ChainState, StepInfo]:
         """Move every chain once; ``state.x`` has shape ``(*chains, *event)``."""
-        check_scales(energy, self.scale, self.scale_tril)
+        check_scales(energy, self.scale, self._factor)
         end, _, log_ratio = trajectory(
-            energy, state, self._step_sizes(state), self.num_leapfrog, self.scale_tril
+            energy, state, self._step_sizes(state), self.num_leapfrog, self._factor
         )
         return accept(log_ratio, state, end)
 

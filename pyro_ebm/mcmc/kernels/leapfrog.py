@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.base import ChainState, flat_event
-from pyro_ebm.mcmc.kernels.metric import times_scale, times_transposed
+from pyro_ebm.mcmc.kernels.metric import Factor, times_scale, times_transposed
 
 #: Points, their energies, the gradients there, and the momenta.
 Phase: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -44,7 +44,7 @@ class FusedEnergy(Protocol):
         r: Tensor,
         eps: Tensor,
         half: float,
-        scale_tril: Tensor | None,
+        factor: Factor | None,
     ) -> Phase:
         """As :func:`leapfrog`: the same numbers up to rounding, one evaluation.
 
@@ -59,7 +59,7 @@ def leapfrog(
     r: Tensor,
     eps: Tensor,
     half: float,
-    scale_tril: Tensor | None = None,
+    factor: Factor | None = None,
 ) -> Phase:
     """Advance points and momenta by (1) and (2), with one energy gradient.
 
@@ -69,7 +69,8 @@ def leapfrog(
         r: Momenta, half a step ahead of the points, shape of ``x``.
         eps: Step sizes, shape of ``x``: of each chain, times a diagonal scale.
         half: What part of ``eps`` the momentum moves by: 1, or 0.5 in the last step.
-        scale_tril: A dense :math:`S` for vector events, shape ``(D, D)``.
+        factor: An :math:`S` for vector events that is no diagonal: dense, of shape
+            ``(D, D)``, or of low rank.
 
     Returns:
         New points, their energies ``(*chains,)`` and gradients, and new momenta.
@@ -83,11 +84,11 @@ def leapfrog(
     """
     # Of the class: a module looks for a missing attribute in four places, each time.
     if hasattr(type(energy), "leapfrog"):
-        phase: Phase = cast(FusedEnergy, energy).leapfrog(x, r, eps, half, scale_tril)
+        phase: Phase = cast(FusedEnergy, energy).leapfrog(x, r, eps, half, factor)
         return phase
-    x = x.addcmul(eps, times_scale(r, scale_tril))  # (1)
+    x = x.addcmul(eps, times_scale(r, factor))  # (1)
     value, grad = energy.value_and_grad(x)
-    force = times_transposed(grad, scale_tril)
+    force = times_transposed(grad, factor)
     return x, value, grad, r.addcmul(eps, force, value=-half)  # (2)
 
 
@@ -110,7 +111,7 @@ def trajectory(
     state: ChainState,
     eps: Tensor,
     num_leapfrog: int,
-    scale_tril: Tensor | None = None,
+    factor: Factor | None = None,
 ) -> Trajectory:
     r"""Draw momenta and follow them for ``num_leapfrog`` steps, a gradient each.
 
@@ -119,14 +120,14 @@ def trajectory(
         state: Where the chains are.
         eps: As for :func:`leapfrog`.
         num_leapfrog: At least 1.
-        scale_tril: As for :func:`leapfrog`.
+        factor: As for :func:`leapfrog`.
     """
     momentum = torch.randn_like(state.x)
-    force = times_transposed(state.grad, scale_tril)
+    force = times_transposed(state.grad, factor)
     x, r = state.x, momentum.addcmul(eps, force, value=-0.5)  # (2)
     for number in range(1, num_leapfrog + 1):
         half = 0.5 if number == num_leapfrog else 1.0
-        x, value, grad, r = leapfrog(energy, x, r, eps, half, scale_tril)
+        x, value, grad, r = leapfrog(energy, x, r, eps, half, factor)
     twice_kinetic = momentum.square().addcmul_(r, r, value=-1)
     twice_kinetic = flat_event(twice_kinetic, state.energy.dim()).sum(-1)
     log_ratio = (state.energy - value).add_(twice_kinetic, alpha=0.5)  # (3)

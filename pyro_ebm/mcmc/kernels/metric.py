@@ -1,8 +1,10 @@
 r"""The scale matrix :math:`S` of a preconditioned kernel.
 
 Such a kernel moves in whitened coordinates :math:`z = S^{-1} x`; :math:`S` is the
-identity, a diagonal (``scale``, in the shape of the event) or a dense matrix
-(``scale_tril``, for vectors). It is best where :math:`S S^\top` is near the covariance.
+identity, a diagonal (``scale``, in the shape of the event), a dense matrix
+(``scale_tril``, for vectors) or a diagonal times a matrix that stretches few directions
+(``low_rank``, for long vectors). It is best where :math:`S S^\top` is near the
+covariance.
 
 Draws alone tell the covariance slowly, and of chains that have not arrived they tell
 nothing. With the gradients there, the diagonal and the dense metric are
@@ -20,8 +22,11 @@ References:
 """
 
 __all__ = [
+    "Factor",
     "GroupMoments",
+    "LowRank",
     "MAX_DENSE",
+    "balanced_weights",
     "check_scales",
     "dense_metric",
     "diagonal_metrics",
@@ -36,6 +41,7 @@ __all__ = [
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -50,58 +56,110 @@ _UNUSUAL = 10.0
 _WORTH_IT = 4.0
 
 
-def require_one_scale(scale: Tensor | None, scale_tril: Tensor | None) -> None:
-    """Check that at most one of the two is given.
+class LowRank(NamedTuple):
+    r"""The matrix :math:`S = \mathrm{diag}(\sigma)\, (I + U (\Lambda - I) U^\top)`.
+
+    Attributes:
+        scale: :math:`\sigma`, shape ``(D,)``.
+        directions: :math:`U`, orthonormal columns, shape ``(D, R)``.
+        stretch: The diagonal of :math:`\Lambda`, positive, shape ``(R,)``.
+    """
+
+    scale: Tensor
+    directions: Tensor
+    stretch: Tensor
+
+    def times(self, z: Tensor) -> Tensor:
+        """:math:`S z` of each row."""
+        return self._stretched(z, self.stretch) * self.scale
+
+    def transposed(self, grad: Tensor) -> Tensor:
+        r""":math:`S^\top \nabla f` of each row."""
+        return self._stretched(grad * self.scale, self.stretch)
+
+    def whiten(self, x: Tensor) -> Tensor:
+        """:math:`S^{-1} x` of each row."""
+        return self._stretched(x / self.scale, 1 / self.stretch)
+
+    def to(self, like: Tensor) -> "LowRank":
+        """The same in the precision and on the device of another tensor."""
+        return LowRank(*(part.to(like) for part in self))
+
+    def _stretched(self, rows: Tensor, stretch: Tensor) -> Tensor:
+        inside = rows @ self.directions
+        return rows + (inside * (stretch - 1)) @ self.directions.mT
+
+
+#: A scale matrix that is no diagonal.
+Factor: TypeAlias = Tensor | LowRank
+
+
+def require_one_scale(
+    scale: Tensor | None, scale_tril: Tensor | None, low_rank: LowRank | None = None
+) -> None:
+    """Check that at most one of them is given.
 
     Raises:
-        ValueError: If both are.
+        ValueError: If more are.
     """
-    if scale is not None and scale_tril is not None:
-        raise ValueError("give scale or scale_tril, not both.")
+    if sum(part is not None for part in (scale, scale_tril, low_rank)) > 1:
+        raise ValueError("give one of scale, scale_tril and low_rank, not both.")
 
 
-def check_scales(
-    energy: Energy, scale: Tensor | None, scale_tril: Tensor | None
-) -> None:
+def check_scales(energy: Energy, scale: Tensor | None, factor: Factor | None) -> None:
     """Check the shapes: others would broadcast along the chains without a word.
 
     Raises:
         ValueError: If one does not fit the event of the energy.
     """
     event = energy.event_shape
+    if isinstance(factor, LowRank):
+        if len(event) != 1 or factor.directions.shape[:1] != event:
+            raise ValueError(
+                "low_rank must be for an energy over vectors of shape "
+                f"{tuple(factor.directions.shape[:1])}, got event_shape "
+                f"{tuple(event)}. Other events take a diagonal scale."
+            )
+        scale, factor = factor.scale, None
     if scale is not None and scale.shape != event:
         raise ValueError(
             f"scale must have the event_shape {tuple(event)} of the energy, got shape "
             f"{tuple(scale.shape)}."
         )
-    if scale_tril is not None and scale_tril.shape != event * 2:
+    if factor is not None and factor.shape != event * 2:
         raise ValueError(
             "scale_tril must have shape (D, D) for an energy over vectors of "
-            f"shape (D,), got {tuple(scale_tril.shape)} for event_shape "
+            f"shape (D,), got {tuple(factor.shape)} for event_shape "
             f"{tuple(event)}. Other events take a diagonal scale."
         )
 
 
-def times_scale(z: Tensor, scale_tril: Tensor | None) -> Tensor:
-    """The dense :math:`S z` of each row, or ``z`` itself without one."""
-    return z if scale_tril is None else z @ scale_tril.mT
+def times_scale(z: Tensor, factor: Factor | None) -> Tensor:
+    """The product :math:`S z` of each row, or ``z`` itself without a factor."""
+    if isinstance(factor, LowRank):
+        return factor.times(z)
+    return z if factor is None else z @ factor.mT
 
 
-def times_transposed(grad: Tensor, scale_tril: Tensor | None) -> Tensor:
-    r"""The dense :math:`S^\top \nabla f` of each row, or the gradient itself."""
-    return grad if scale_tril is None else grad @ scale_tril
+def times_transposed(grad: Tensor, factor: Factor | None) -> Tensor:
+    r"""The product :math:`S^\top \nabla f` of each row, or the gradient itself."""
+    if isinstance(factor, LowRank):
+        return factor.transposed(grad)
+    return grad if factor is None else grad @ factor
 
 
-def whiten(x: Tensor, scale: Tensor | None, scale_tril: Tensor | None) -> Tensor:
+def whiten(x: Tensor, scale: Tensor | None, factor: Factor | None) -> Tensor:
     r""":math:`z = S^{-1} x` of each row, for points and scales without event shape.
 
     Args:
         x: Shape ``(N, D)``.
         scale: As in a kernel, of ``D`` elements, or ``None``.
-        scale_tril: Lower-triangular, shape ``(D, D)``, or ``None``.
+        factor: Lower-triangular, shape ``(D, D)``, or of low rank, or ``None``.
     """
-    if scale_tril is not None:
-        return torch.linalg.solve_triangular(scale_tril.to(x), x.mT, upper=False).mT
+    if isinstance(factor, LowRank):
+        return factor.to(x).whiten(x)
+    if factor is not None:
+        return torch.linalg.solve_triangular(factor.to(x), x.mT, upper=False).mT
     return x if scale is None else x / scale.to(x).flatten()
 
 
@@ -230,14 +288,10 @@ def dense_metric(
     draws = covariance / (scale[:, None] * scale)
     grads = grad_covariance * (scale[:, None] * scale)
     sizes = [m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (draws, grads)]
-    ratio = (sizes[0] / sizes[1]).log()
-    # A group at another scale than most neither sets it nor hides the correlations.
-    usual = (ratio - ratio.nanmedian()).abs() < 2 * math.log(_UNUSUAL)
-    usual &= ratio.isfinite()
+    usual, weights = balanced_weights(*sizes)
     if not usual.any():
         return None
-    # One weight for both: of a Gaussian any draws at all give the exact covariance.
-    weights = (sizes[0] * sizes[1])[usual].rsqrt()[:, None, None]
+    weights = weights[usual, None, None]
     found = geometric_mean(
         (weights * grads[usual]).mean(0), (weights * draws[usual]).mean(0)
     )
@@ -252,6 +306,23 @@ def dense_metric(
     # A factor comes column by column, but is loaded row by row, and a product with it
     # would not be the same to the last bit.
     return (scale[:, None] * factor).contiguous()
+
+
+def balanced_weights(draws: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups of chains that may set a metric, and the weight of each.
+
+    Args:
+        draws: Total variance of the whitened draws of each group, shape ``(G,)``.
+        grads: Of the gradients there, shape ``(G,)``.
+
+    Returns:
+        Which groups are not at another scale than most, which would neither set the
+        metric nor show the correlations, and weights, both of shape ``(G,)``.
+    """
+    ratio = (draws / grads).log()
+    usual = (ratio - ratio.nanmedian()).abs() < 2 * math.log(_UNUSUAL)
+    # One weight for both: of a Gaussian any draws at all give the exact covariance.
+    return usual & ratio.isfinite(), (draws * grads).rsqrt()
 
 
 def geometric_mean(precision: Tensor, covariance: Tensor) -> Tensor:

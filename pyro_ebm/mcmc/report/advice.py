@@ -147,7 +147,8 @@ def _funnels(sites: dict[str, Tensor], found: Diagnostics) -> list[Finding]:
         if not (values > 0).all():
             continue
         for site, others in sites.items():
-            if site == scale or others.shape[-1] < 3:
+            is_done = site in found.non_centred
+            if is_done or site == scale or others.shape[-1] < 3:
                 continue
             pair = [values.log(), others.std(-1, keepdim=True).log()]
             rows = torch.cat([v - v.mean(1, keepdim=True) for v in pair], -1)
@@ -161,7 +162,7 @@ def _funnels(sites: dict[str, Tensor], found: Diagnostics) -> list[Finding]:
                         f"the spread of {site!r} follows {name[best]} (their "
                         f"logarithms correlate at {table[-1, best].item():.2f}), a "
                         f"funnel: try a non-centred form, {site} = location + "
-                        f"{name[best]} * z",
+                        f"{name[best]} * z, by pyro.infer.reparam.LocScaleReparam",
                     )
                 )
     return findings

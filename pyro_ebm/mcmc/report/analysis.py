@@ -71,6 +71,7 @@ def diagnose(run: ChainRun) -> Diagnostics:
         num_moved=run.num_moved,
         num_stray=_num_stray(run),
         dtype=run.state.energy.dtype,
+        non_centred=run.target.non_centred,
     )
     found = verdict(found, count, bias_of(kernel))
     if found.is_reliable or not isinstance(run.draws, KeptDraws):

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_ebm.energies import PyroModelEnergy
-from pyro_ebm.energies.graphs.compiled import CompiledEnergy
 from pyro_ebm.mcmc.run.draws import KeptDraws
 from pyro_ebm.mcmc.run.driver import ChainRun, step_size_of
 
@@ -73,12 +71,11 @@ def _with_outputs(
     run: ChainRun, samples: dict[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """Groups of a Pyro model, its deterministic sites among the draws."""
-    energy = run.target.energy
-    energy = energy.energy if isinstance(energy, CompiledEnergy) else energy
+    model = run.target.model
     num_chains, num_draws = next(iter(samples.values())).shape[:2]
-    if not isinstance(energy, PyroModelEnergy) or not num_draws:
+    if model is None or not num_draws:
         return {"posterior": samples}
-    found = energy.outputs({name: v.flatten(0, 1) for name, v in samples.items()})
+    found = model.outputs({name: v.flatten(0, 1) for name, v in samples.items()})
     deterministic, log_likelihood = (
         {name: v.unflatten(0, (num_chains, num_draws)) for name, v in part.items()}
         for part in (found.deterministic, found.log_likelihood)

@@ -62,6 +62,7 @@ class Diagnostics(NamedTuple):
         num_stray: Chains whose mean energy is over 5 standard deviations off that of
             the others. R-hat goes by ranks, and is blind to one chain in a hundred.
         dtype: In which the energy was computed, whatever the type of the draws.
+        non_centred: Sites of a model that were standardised where the chains moved.
         status: ``"ok"`` or ``"unreliable"``.
         reasons: The findings that led to it; empty if it is ``"ok"``.
     """
@@ -78,6 +79,7 @@ class Diagnostics(NamedTuple):
     num_moved: int = 0
     num_stray: int = 0
     dtype: torch.dtype | None = None
+    non_centred: tuple[str, ...] = ()
     status: Status = Status.UNRELIABLE
     reasons: tuple[Finding, ...] = ()
 
@@ -117,7 +119,8 @@ class Diagnostics(NamedTuple):
             moved = f", {self.num_moved:,} chains re-initialised in the warm-up"
         if self.dtype is not None:
             dtype = f", computed in {str(self.dtype).removeprefix('torch.')}"
-        return moved + dtype
+        names = ", ".join(map(repr, self.non_centred))
+        return moved + dtype + (f", non-centred: {names}" if names else "")
 
     def _repr_html_(self) -> str:
         step = "" if math.isnan(self.step_size) else f"{self.step_size:.3g}"
@@ -129,6 +132,7 @@ class Diagnostics(NamedTuple):
             "divergences": f"{self.num_divergences:,}",
             "stuck chains": f"{self.num_stuck:,}",
             "re-initialised chains": f"{self.num_moved:,}",
+            "non-centred": ", ".join(self.non_centred),
             "precision": str(self.dtype or "").removeprefix("torch."),
         }
         return rows_table("Diagnostics", rows)

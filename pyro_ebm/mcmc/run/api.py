@@ -20,7 +20,13 @@ from pyro_ebm.mcmc.report.export import to_arviz
 from pyro_ebm.mcmc.report.results import Diagnostics, Moments
 from pyro_ebm.mcmc.report.summary import Summary
 from pyro_ebm.mcmc.run.driver import ChainRun
-from pyro_ebm.mcmc.run.target import SITE, ChainKernel, resolve_target
+from pyro_ebm.mcmc.run.target import (
+    SITE,
+    ChainKernel,
+    resolve_target,
+    standardised,
+)
+from pyro_ebm.mcmc.starts.centring import choose_non_centred
 from pyro_ebm.mcmc.starts.start import start_chains
 
 
@@ -30,6 +36,10 @@ class MCMC:
 
     From 64 chains on, the chains are groups, 8 to 16 of them, each of which starts at
     one point: only so can many short chains show that they have forgotten their start.
+
+    Normal sites of a Pyro model whose scale is latent are standardised where the first
+    transitions show that this suits the chains better; the draws are those of the
+    sites, and the diagnostics name them. Points of ``initial`` leave the model as is.
 
     Args:
         kernel: What moves the chains; default: ``ChEES()``, which wants several.
@@ -133,13 +143,16 @@ class MCMC:
         resolved = resolve_target(
             target, self.kernel, args, kwargs, compile=self.compile, dtype=self.dtype
         )
+        is_adapted = self.warmup_steps > 0
         start = start_chains(
-            resolved,
-            self.kernel,
-            self.num_chains,
-            self.initial,
-            is_adapted=self.warmup_steps > 0,
+            resolved, self.kernel, self.num_chains, self.initial, is_adapted=is_adapted
         )
+        sites: tuple[str, ...] = ()
+        if is_adapted and self.initial is None:
+            sites = choose_non_centred(resolved, start)
+        if sites:
+            resolved = standardised(resolved, sites)
+            start = start_chains(resolved, self.kernel, self.num_chains)
         self._run = ChainRun(
             resolved,
             start.kernel,

@@ -12,7 +12,7 @@ from pyro_ebm.mcmc.base import ChainState, Kernel
 from pyro_ebm.mcmc.run.batch_moments import BatchMoments
 from pyro_ebm.mcmc.run.draws import KeptDraws, Tally
 from pyro_ebm.mcmc.run.progress import Progress
-from pyro_ebm.mcmc.run.target import ChainKernel, ChainTarget
+from pyro_ebm.mcmc.run.target import ChainKernel, ChainTarget, standardised
 from pyro_ebm.mcmc.warmup.warmup import Warmup
 
 #: Transitions after which a chain that has hardly moved is not just unlucky.
@@ -171,6 +171,7 @@ class ChainRun:
             "start": self._start.clone(),
             "num_superchains": self.num_superchains,
             "num_moved": self._num_moved,
+            "non_centred": list(self.target.non_centred),
             "warmup_steps": self.warmup_steps,
             "warmup": self.warmup.state_dict(),
             "warmup_tally": self.warmup_tally.state_dict(),
@@ -195,6 +196,7 @@ class ChainRun:
         Raises:
             ValueError: If the target has other energies than the saved one.
         """
+        target = standardised(target, saved["non_centred"])
         options = target.energy.tensor_options(saved["chains"]["x"])
         chains = {k: v.to(options["device"]) for k, v in saved["chains"].items()}
         state = ChainState(**chains)

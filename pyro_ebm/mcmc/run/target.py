@@ -1,8 +1,8 @@
 """What chains can be run on: energies, distributions that have one, Pyro models."""
 
-__all__ = ["ChainKernel", "ChainTarget", "SITE", "resolve_target"]
+__all__ = ["ChainKernel", "ChainTarget", "SITE", "resolve_target", "standardised"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -16,6 +16,7 @@ from pyro_ebm.energies import (
     unconstrained,
 )
 from pyro_ebm.energies.graphs.compiled import CompiledEnergy
+from pyro_ebm.energies.pyro_model.non_centred import NonCentring
 from pyro_ebm.energies.views.double import in_double
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
 from pyro_ebm.mcmc.samplers.independent import IndependentChains
@@ -43,14 +44,21 @@ class ChainTarget(NamedTuple):
         constrain: From points ``(*batch, *flat_event)`` to the value of each site.
         unconstrain: The inverse, for starting points.
         start: Starting points for a number of chains.
-        is_model: Whether the target is a Pyro model, with sites that have names.
+        model: The energy of a Pyro model, whose sites have names; its own coordinates.
+        non_centred: Sites of the model that are standardised where the chains move.
     """
 
     energy: Energy
     constrain: Callable[[Tensor], dict[str, Tensor]]
     unconstrain: Callable[[Any], Tensor]
     start: Callable[[int], Tensor]
-    is_model: bool
+    model: PyroModelEnergy | None = None
+    non_centred: tuple[str, ...] = ()
+
+    @property
+    def is_model(self) -> bool:
+        """Whether the target is a Pyro model, with sites that have names."""
+        return self.model is not None
 
 
 def resolve_target(
@@ -128,7 +136,31 @@ def _in_precision(target: ChainTarget, dtype: torch.dtype | None) -> ChainTarget
     def start(num_chains: int) -> Tensor:
         return target.start(num_chains).double()
 
-    return target._replace(energy=in_double(energy), constrain=constrain, start=start)
+    wide = in_double(energy)
+    model = wide if isinstance(wide, PyroModelEnergy) else None
+    return target._replace(energy=wide, constrain=constrain, start=start, model=model)
+
+
+def standardised(target: ChainTarget, sites: Sequence[str]) -> ChainTarget:
+    """The same with some normal sites of a model standardised where the chains move.
+
+    Args:
+        target: A model in its own coordinates.
+        sites: Names of sites; their values come out as before.
+    """
+    if not sites or target.model is None:
+        return target
+    centring = NonCentring(target.model, sites)
+    energy = centring.energy()
+    return target._replace(
+        energy=CompiledEnergy(energy)
+        if isinstance(target.energy, CompiledEnergy)
+        else energy,
+        constrain=lambda u: target.constrain(centring.to_model(u)),
+        unconstrain=lambda given: centring.from_model(target.unconstrain(given)),
+        start=energy.initial_points,
+        non_centred=tuple(sites),
+    )
 
 
 def _without_arguments(
@@ -149,7 +181,7 @@ def _model_target(energy: PyroModelEnergy) -> ChainTarget:
         return initial
 
     return ChainTarget(
-        energy, energy.constrain, unconstrain, energy.initial_points, is_model=True
+        energy, energy.constrain, unconstrain, energy.initial_points, energy
     )
 
 
@@ -168,9 +200,7 @@ def _energy_target(energy: Energy, target: Any, kernel: ChainKernel) -> ChainTar
     def start(num_chains: int) -> Tensor:
         return to_support.inv(_points(energy, target, num_chains))
 
-    return ChainTarget(
-        flat, lambda u: {SITE: to_support(u)}, to_support.inv, start, is_model=False
-    )
+    return ChainTarget(flat, lambda u: {SITE: to_support(u)}, to_support.inv, start)
 
 
 def _points(energy: Energy, target: Any, num_chains: int) -> Tensor:

@@ -25,6 +25,7 @@ from pyro_ebm.mcmc.base import (
     StepInfo,
     replace_nonfinite,
 )
+from pyro_ebm.mcmc.samplers.sampler import Sampler
 from pyro_ebm.mcmc.warmup.adaptation import StepSizeAdaptation, find_step_size
 
 
@@ -162,6 +163,37 @@ class PersistentChains(StatefulModule):
             self.adaptation.update(kernel, _stacked(infos[first:]))
         self._record(_stacked(infos), start, state)
         return to_support(state.x.clone())  # a buffer is not for the caller to change
+
+    def follow(
+        self,
+        energy: Energy,
+        sampler: Sampler,
+        kernel: Kernel,
+        num_chains: int,
+        num_steps: int,
+        restart_fraction: float,
+    ) -> Tensor:
+        """Move on under parameters that have changed; what learning calls each step.
+
+        Args:
+            energy: With its current parameters.
+            sampler: Where chains begin.
+            kernel: As for :meth:`advance`.
+            num_chains: Chains; the first call starts them.
+            num_steps: Transitions.
+            restart_fraction: Part of the chains that begin anew.
+
+        Returns:
+            About draws of the energy, shape ``(num_chains, *event)``.
+        """
+        num_restarts = round(restart_fraction * num_chains)
+        if not self.is_started:
+            self.start(energy, sampler.start(energy, num_chains), kernel)
+        elif len(self.u) != num_chains:
+            self.resize(num_chains)
+        elif num_restarts:
+            self.restart(energy, sampler.start(energy, num_restarts))
+        return self.advance(energy, kernel, num_steps)
 
     def _record(self, info: StepInfo, start: ChainState, state: ChainState) -> None:
         """Keep the state, and count over transitions, the first dimension of info."""

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm.mcmc.kernels.metric import MAX_DENSE
 from pyro_ebm.mcmc.starts.modes import (
     Descent,
     Memory,
@@ -43,7 +44,7 @@ from pyro_ebm.mcmc.starts.modes import (
 _MIN_DRAWS = 4
 #: Gradients at each start, and rounds without a better bound, after which it ends.
 _MAX_ROUNDS, _PATIENCE = 300, 30
-#: Draws in all for the bounds and the metric, and for each coordinate.
+#: Draws in all for the bounds and the metric, and for each column of a dense one.
 _NUM_DRAWS, _DRAWS_PER_COORDINATE = 512, 5
 
 
@@ -95,7 +96,7 @@ def find_approximations(
         descent.step()
         if best.watch(descent.z, descent.grad, descent.memory):
             break
-    wanted = max(_NUM_DRAWS, _DRAWS_PER_COORDINATE * z.shape[1])
+    wanted = max(_NUM_DRAWS, _DRAWS_PER_COORDINATE * min(z.shape[1], MAX_DENSE))
     count = math.ceil(wanted / max(len(z), batch_size))
     count *= max(batch_size // len(z), 1)
     gap, draws, energy, grad = best.normal.evaluated(scaled, count)

@@ -15,11 +15,15 @@ from torch import Tensor
 
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.base import ChainState, Kernel, far_limit, replace_nonfinite
+from pyro_ebm.mcmc.kernels.low_rank import low_rank_metric
 from pyro_ebm.mcmc.kernels.metric import (
     MAX_DENSE,
+    Factor,
+    LowRank,
     dense_metric,
     diagonal_metrics,
     steepness_weights,
+    times_scale,
     typical,
 )
 from pyro_ebm.mcmc.run.target import ChainKernel, ChainTarget
@@ -32,6 +36,8 @@ _MANY = 64
 _GROUPS = (8, 16)
 #: Degrees of freedom of the draws that chains start at.
 _DEGREES = 5
+#: Settings of a kernel that are its metric.
+_METRIC = ("scale", "scale_tril", "low_rank")
 #: Draws that are tried, each half as far from the mean as the one before.
 _NUM_TRIES = 6
 
@@ -125,11 +131,12 @@ def _found(
     x = _overdispersed(value_and_grad, found, source, metric, num_chains)
     scale, factor, _ = metric
     names = {field.name for field in dataclasses.fields(kernel)}
-    is_free = all(getattr(kernel, n, None) is None for n in ("scale", "scale_tril"))
-    if is_free and "scale_tril" in names and factor is not None:
-        kernel = dataclasses.replace(kernel, scale_tril=factor.to(points))
-    elif is_free and "scale" in names:
-        kernel = dataclasses.replace(kernel, scale=scale.to(points))
+    if all(getattr(kernel, name, None) is None for name in _METRIC):
+        kind = "low_rank" if isinstance(factor, LowRank) else "scale_tril"
+        if factor is not None and kind in names:
+            kernel = dataclasses.replace(kernel, **{kind: factor.to(points)})
+        elif "scale" in names:
+            kernel = dataclasses.replace(kernel, scale=scale.to(points))
     return x.to(points), kernel, int((~is_good).sum())
 
 
@@ -138,12 +145,12 @@ class _Metric(NamedTuple):
 
     Attributes:
         scale: Shape ``(D,)``.
-        factor: Lower-triangular, shape ``(D, D)``, or ``None``.
+        factor: Lower-triangular, shape ``(D, D)``, or of low rank, or ``None``.
         sizes: Of each approximation in that metric, shape ``(K,)``.
     """
 
     scale: Tensor
-    factor: Tensor | None
+    factor: Factor | None
     sizes: Tensor
 
 
@@ -169,9 +176,9 @@ def _metric(found: Approximations, is_good: Tensor) -> _Metric:
     scale = typical(scales[is_good]).nan_to_num(1.0)
     sizes = (scales / scale).log().mean(1).exp()
     sizes = torch.where(sizes > 0, sizes, 1.0)
-    if size > MAX_DENSE:
-        return _Metric(scale, None, sizes)
     x, grad = x[is_good], grad[is_good]
+    if size > MAX_DENSE:
+        return _Metric(scale, low_rank_metric(x, grad, scale), sizes)
     if size > x.shape[1]:  # too few of each: the paths together
         x, grad = x.reshape(1, -1, size), grad.reshape(1, -1, size)
     covariance, grads = (part.mT @ part / part.shape[1] for part in (x, grad))
@@ -192,7 +199,7 @@ def _overdispersed(
     noise = torch.randn_like(loc)
     chi2 = torch.randn(len(loc), _DEGREES).to(loc).square().mean(1, keepdim=True)
     t = metric.sizes[source][:, None] * noise / chi2.sqrt()
-    step = t * metric.scale if metric.factor is None else t @ metric.factor.mT
+    step = t * metric.scale if metric.factor is None else times_scale(t, metric.factor)
     # The best of the draws, where no Student draw will do.
     energy = found.energy[source].nan_to_num(torch.inf, torch.inf)
     rows = torch.arange(len(loc), device=loc.device)

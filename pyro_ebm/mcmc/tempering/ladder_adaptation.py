@@ -104,7 +104,9 @@ class LadderAdaptation:
         half = len(self._log_steps) // 2
         self._log_step = torch.stack(self._log_steps[half:]).mean(0)
         if self._num_updates < self.num_steps:
-            if self._given.scale is None and self._given.scale_tril is None:
+            given = self._given
+            metric = (given.scale, given.scale_tril, given.low_rank)
+            if all(part is None for part in metric):
                 self._set_scale(torch.stack(self._squares[half:]).mean(0))
             self._move_temperatures(torch.stack(self._rejections[half:]).mean(0))
         self._start_round()

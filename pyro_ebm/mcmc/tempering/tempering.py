@@ -50,7 +50,7 @@ class ReplicaExchange:
         base: A normalised Pyro distribution over the same event and support that covers
             all modes; of a ``PyroModelEnergy`` its ``prior``. What it does not reach is
             not found.
-        kernel: What moves the replicas above the base. With ``scale`` or ``scale_tril``
+        kernel: What moves the replicas above the base. With a metric of its own
             it keeps that at all temperatures; without, each gets a scale of its own.
         num_temperatures: :math:`K`, base and energy included, at least 2.
         inverse_temperatures: Where the ladder begins, rising from 0 to 1, such as those

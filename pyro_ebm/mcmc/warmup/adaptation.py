@@ -37,7 +37,13 @@ class KernelAdaptation(nn.Module, Generic[K]):
 
     A kernel brings its own by a method ``adaptation()`` that returns one; it is driven
     by :class:`~pyro_ebm.mcmc.Warmup`. All that it learns is in its ``state_dict``.
+
+    Attributes:
+        spread: Standard deviation of the draws in units of the scale, 1 of a Gaussian;
+            told by the warm-up before each :meth:`reset`.
     """
+
+    spread: float | Tensor = 1.0
 
     @abstractmethod
     def reset(self) -> None:

@@ -4,7 +4,9 @@ The step size follows the mean acceptance throughout. The metric comes from the 
 all chains and the gradients there, in windows that end at 10, 20, 40 and 70 % of the
 warm-up; at each end the step size is searched for again and everything else starts anew
 in the new metric. It is diagonal, or dense where that leaves much less to do, by
-:mod:`pyro_ebm.mcmc.kernels.metric`; each group of chains has the same say in it.
+:mod:`pyro_ebm.mcmc.kernels.metric`, or, of many coordinates, diagonal but for a few
+directions, by :mod:`pyro_ebm.mcmc.kernels.low_rank`; each group of chains has the same
+say in it.
 
 Chains that have not arrived, whose energy is far above that of others, have no say in
 the step size either, and at the end of a window go on from where others are, as do
@@ -30,9 +32,11 @@ from pyro_ebm.mcmc.base import (
     massless_limit,
     move_to_others,
 )
+from pyro_ebm.mcmc.kernels.low_rank import DrawRows, low_rank_metric
 from pyro_ebm.mcmc.kernels.metric import (
     MAX_DENSE,
     GroupMoments,
+    LowRank,
     dense_metric,
     diagonal_metrics,
     steepness_weights,
@@ -45,6 +49,9 @@ from pyro_ebm.mcmc.warmup.adaptation import (
     find_step_size,
 )
 
+#: Parts of a metric that is no diagonal.
+_PARTS = ("scale_tril", "directions", "stretch")
+
 
 class Warmup(nn.Module):
     """Adapts a kernel to the chains that it moves, with its state in a ``state_dict``.
@@ -52,7 +59,8 @@ class Warmup(nn.Module):
     Args:
         kernel: Any kernel; its settings are where the search begins. The metric is
             adapted if it has a setting ``scale``, a dense one too if it has
-            ``scale_tril``, and what its method ``adaptation`` returns, if it has one.
+            ``scale_tril``, one of low rank if it has ``low_rank``, and what its method
+            ``adaptation`` returns, if it has one.
         energy: Over unconstrained space.
         state: Where the chains are.
         num_steps: Updates after which the kernel is frozen; with 0 it stays as given.
@@ -83,9 +91,12 @@ class Warmup(nn.Module):
 
     scale: Tensor
     scale_tril: Tensor
+    directions: Tensor
+    stretch: Tensor
     num_stuck: Tensor
     num_moved: Tensor
     accept_sum: Tensor
+    spread: Tensor
     level_sum: Tensor
 
     #: Where the windows end, in parts of the warm-up.
@@ -97,6 +108,8 @@ class Warmup(nn.Module):
     #: Draws that a metric must come from, in all and for each column of a dense one.
     MIN_DRAWS = 10
     MIN_DRAWS_DENSE = 5
+    #: Standard deviation of whitened draws, which is 1 of a Gaussian, that is believed.
+    MAX_SPREAD = 4.0
     #: Mean acceptance of a chain, relative to the target, below which it is stuck.
     STUCK = 0.1
 
@@ -133,6 +146,7 @@ class Warmup(nn.Module):
         self._set_up_metric(names, state, num_groups)
         for name in ("num_stuck", "num_moved"):
             self.register_buffer(name, torch.tensor(0, device=state.x.device))
+        self.register_buffer("spread", torch.tensor(1.0, device=state.x.device))
         self.register_buffer("accept_sum", torch.zeros_like(state.energy))
         self.own: KernelAdaptation[Any] | None = None
         if hasattr(kernel, "adaptation"):
@@ -148,30 +162,49 @@ class Warmup(nn.Module):
     def _set_up_metric(
         self, names: set[str], state: ChainState, num_groups: int
     ) -> None:
-        self._has_scale, self._is_dense = "scale" in names, False
+        self._has_scale = "scale" in names
         if not self._has_scale:
             return
         given: Any = self._given
         event_shape = self._energy[0].event_shape
         size = event_shape.numel()
-        tril = given.scale_tril if "scale_tril" in names else None
-        self._is_dense = tril is not None
-        self._may_be_dense = len(event_shape) == 1 and "scale_tril" in names
-        self._may_be_dense &= 1 < size <= MAX_DENSE
-        scale = state.x.new_ones(event_shape)
-        scale = scale if given.scale is None else given.scale.to(state.x)
-        # One that is not in use has no elements, and is loaded as what it was.
-        tril = state.x.new_empty(0) if tril is None else tril.to(state.x)
-        self.register_buffer("scale", scale.detach().clone())
-        self.register_buffer("scale_tril", tril.detach().clone())
+        is_vector = len(event_shape) == 1
+        self._may_be_dense = is_vector and "scale_tril" in names and size > 1
+        self._may_be_dense &= size <= MAX_DENSE
+        self._may_stretch = is_vector and "low_rank" in names and size > MAX_DENSE
+        self.register_buffer("scale", state.x.new_ones(event_shape))
+        # Of the parts of a metric those that are not in use have no elements.
+        for name in _PARTS:
+            self.register_buffer(name, state.x.new_empty(0))
+        tril, low_rank = (getattr(given, n, None) for n in ("scale_tril", "low_rank"))
+        self._set_metric(given.scale, tril if low_rank is None else low_rank)
         # Draws and gradients side by side, in double precision.
         device, count = state.x.device, 2 * state.energy.numel()
+        self._num_groups = num_groups
         self.moments = GroupMoments(event_shape, count).to(device, torch.float64)
         if self._may_be_dense:
             self.dense_moments = GroupMoments(
                 event_shape, 2 * num_groups, is_dense=True
             ).to(device, torch.float64)
+        if self._may_stretch:
+            self.rows = DrawRows(count // 2, size, self.num_steps).to(state.x)
         self.register_buffer("level_sum", torch.zeros_like(state.energy))
+
+    def _set_metric(
+        self, scale: Tensor | None, factor: Tensor | LowRank | None
+    ) -> None:
+        """Take a metric, of which the kernel will have one part or the other."""
+        empty = self.scale.new_empty(0)
+        parts = dict.fromkeys(_PARTS, empty)
+        if isinstance(factor, LowRank):
+            scale = factor.scale
+            parts |= {"directions": factor.directions, "stretch": factor.stretch}
+        elif factor is not None:
+            parts["scale_tril"] = factor
+        if scale is not None:
+            parts["scale"] = scale.reshape(self.scale.shape)
+        for name, part in parts.items():
+            setattr(self, name, part.detach().to(self.scale).clone())
 
     @property
     def is_done(self) -> bool:
@@ -239,6 +272,9 @@ class Warmup(nn.Module):
             self.moments.update(rows, weight)
             if self._may_be_dense:
                 self.dense_moments.update(rows, weight)
+            if self._may_stretch:
+                expected = self._num_draws + 1 + window_end - self._num_updates
+                self.rows.update(rows, weight[0], self._num_draws, expected)
             self.level_sum = self.level_sum + state.energy
             self._num_draws += 1
         return self._end_window(state) if self._num_updates == window_end else state
@@ -261,10 +297,10 @@ class Warmup(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
         # The metric may have become dense, or have ceased to be.
-        tril = state_dict.get(f"{prefix}scale_tril")
-        if self._has_scale and tril is not None:
-            self.scale_tril = self.scale_tril.new_empty(tril.shape)
-            self._is_dense = tril.numel() > 0
+        for name in _PARTS if self._has_scale else ():
+            part = state_dict.get(f"{prefix}{name}")
+            if part is not None:
+                setattr(self, name, self.scale.new_empty(part.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _is_far(self, state: ChainState) -> Tensor:
@@ -313,10 +349,9 @@ class Warmup(nn.Module):
         return self.level_sum / self._num_draws - volume
 
     def _weights(self, grad: Tensor) -> Tensor:
-        kernel = self._with_metric()
-        force = times_transposed(grad, getattr(kernel, "scale_tril", None))
-        if kernel.scale is not None:
-            force = force * kernel.scale
+        force = times_transposed(grad, self._factor)
+        if self._factor is None:
+            force = force * self.scale
         return steepness_weights(flat_event(force, self.accept_sum.dim()))
 
     def _update_metric(self, scales: Tensor, is_lost: Tensor) -> None:
@@ -328,18 +363,46 @@ class Warmup(nn.Module):
         is_near = ~is_lost.flatten() | is_lost.all()
         scale, old = typical(scales[is_near]), self.scale.flatten()
         scale = torch.where(scale.isfinite(), scale, old.to(scale))
-        self.scale = scale.to(self.scale).reshape(self.scale.shape)
-        factor = None
-        if self._may_be_dense and count >= self.MIN_DRAWS_DENSE * len(scale):
-            covariance, grads = self.dense_moments.covariance().chunk(2)
-            is_near = is_near.reshape(len(covariance), -1).all(1)  # groups
-            is_near |= ~is_near.any()
-            factor = dense_metric(covariance[is_near], grads[is_near], scale)
+        is_near = is_near.reshape(self._num_groups, -1).all(1)
+        factor, variance = self._factor_of(is_near | ~is_near.any(), scale, count)
+        if factor is None:
+            variance = (self.moments.covariance().chunk(2)[0] / scale**2).mean(1)
+        self._set_metric(scale, factor)
+        spread = variance.nanmedian().sqrt().nan_to_num(1.0)
+        self.spread = spread.clamp(1.0, self.MAX_SPREAD).to(self.spread)
+
+    def _factor_of(
+        self, is_near: Tensor, scale: Tensor, count: int
+    ) -> tuple[Tensor | LowRank | None, Tensor]:
+        """A metric that is more than a diagonal, by the near groups, if it is worth it.
+
+        Args:
+            is_near: Shape ``(G,)``.
+            scale: Of the diagonal metric, shape ``(D,)``.
+            count: Draws of the window.
+
+        Returns:
+            The metric, and the variance of the draws of each near group in it.
+        """
+        factor: Tensor | LowRank | None = None
+        variance = scale[:0]
         if self._may_be_dense:
+            if count >= self.MIN_DRAWS_DENSE * len(scale):
+                covariance, grads = (
+                    part[is_near] for part in self.dense_moments.covariance().chunk(2)
+                )
+                factor = dense_metric(covariance, grads, scale)
+                if factor is not None:
+                    inverse = torch.linalg.inv(factor)
+                    variance = (inverse @ covariance * inverse).sum(-1).mean(-1)
             self.dense_moments.reset()
-        self._is_dense = factor is not None
-        tril = self.scale.new_empty(0) if factor is None else factor
-        self.scale_tril = tril.to(self.scale)
+        if self._may_stretch:
+            draws, grads = self.rows.by_group(self._num_groups)
+            factor = low_rank_metric(draws[is_near], grads[is_near], scale)
+            if factor is not None:
+                variance = factor.whiten(draws[is_near]).square().mean((1, 2))
+            self.rows.reset()
+        return factor, variance
 
     def _restart(self, state: ChainState) -> None:
         """Find the step size in the current metric; begin anew with all else."""
@@ -352,17 +415,28 @@ class Warmup(nn.Module):
             if self._own_steps is not None:
                 self._own_steps.reset(step_size.expand(self.accept_sum.shape))
         if self.own is not None:
+            self.own.spread = self.spread.clone()
             self.own.reset()
+
+    @property
+    def _factor(self) -> Tensor | LowRank | None:
+        """The metric in use, if it is no diagonal."""
+        if not self._has_scale:
+            return None
+        if self.stretch.numel():
+            return LowRank(self.scale, self.directions, self.stretch)
+        return self.scale_tril if self.scale_tril.numel() else None
 
     def _with_metric(self) -> Any:
         if not self._has_scale:
             return self._given
-        if self._is_dense:
-            tril = self.scale_tril
-            return dataclasses.replace(self._given, scale=None, scale_tril=tril)
-        changes: dict[str, Tensor | None] = {"scale": self.scale}
-        if getattr(self._given, "scale_tril", None) is not None:
-            changes["scale_tril"] = None
+        factor = self._factor
+        is_low = isinstance(factor, LowRank)
+        changes: dict[str, Any] = {"scale": self.scale if factor is None else None}
+        if hasattr(self._given, "scale_tril"):
+            changes["scale_tril"] = None if is_low else factor
+        if hasattr(self._given, "low_rank"):
+            changes["low_rank"] = factor if is_low else None
         return dataclasses.replace(self._given, **changes)
 
 

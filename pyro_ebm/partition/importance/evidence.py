@@ -58,6 +58,8 @@ _CHUNK, _FEW = 1_000, 25
 #: Draws of the prior that are checked, if so many times as many, in case a second look
 #: is needed, take no more than a share of the time.
 _NUM_CHECKED, _LOOKS, _SHARE_CHECKED = (20_000, 4_000), 5, 0.25
+#: Nats by which the integral of a prior may be off.
+_MASS_TOLERANCE = 0.002
 #: Share of runs that may raise.
 _MAX_FAILED = 0.01
 #: Weights that are believed with nothing to hold them against: effective share of the
@@ -210,7 +212,7 @@ def _evidence(program: _Program, guide: Any, limits: _Limits) -> LogPartitionEst
         if isinstance(energy, str):
             return _by_runs(program, None, limits, energy)
         base, note = _base_of(energy, limits)
-        return _noted(_from_base(energy, base, limits), note)
+        return _in_view_of(_from_base(energy, base, limits), note)
     density, trace = as_distribution(guide), None
     if density is None:
         trace = program.run(guide)
@@ -245,8 +247,49 @@ def _base_of(
         if found is None:
             return prior, ()
         why = found
+        lost = _lost_mass(prior, stand_in, limits)
+        if lost is not None:
+            return stand_in, (lost,)
     detail = f"started from a {describe(stand_in)}, not from the prior: {why}"
     return stand_in, (Finding(why.reason, detail),)
+
+
+def _lost_mass(
+    prior: ModelPrior, stand_in: dist.TorchDistribution, limits: _Limits
+) -> Finding | None:
+    """What the density of a prior lacks in floating point, or has too much.
+
+    Where its draws are not those of its density, one of the two is wrong: if the
+    density integrates to one, the draws are.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableWarning)
+        found = estimate(
+            prior.energy,
+            stand_in,
+            tolerance=_MASS_TOLERANCE,
+            max_seconds=_SHARE_CHECKED * limits.seconds_left(),
+            progress_bar=False,
+        )
+    if not abs(found.value) > 4 * found.std_error + _MASS_TOLERANCE:
+        return None
+    return Finding(
+        Reason.NUMERICAL,
+        f"the density of the prior integrates to {math.exp(found.value):.3g} in "
+        "floating point, not to 1: mass lies nearer to an end of a support than "
+        "numbers can tell apart. Write the model in a coordinate that is finite there, "
+        "such as the logit or the logarithm",
+    )
+
+
+def _in_view_of(
+    found: LogPartitionEstimate, notes: tuple[Finding, ...]
+) -> LogPartitionEstimate:
+    """With notes on the prior; unreliable where its density is none."""
+    noted = _noted(found, notes)
+    if any(note.reason is Reason.NUMERICAL for note in notes):
+        return noted._replace(status=Status.UNRELIABLE)
+    return noted
 
 
 def _num_checked(prior: dist.TorchDistribution, limits: _Limits) -> int:
@@ -309,8 +352,9 @@ def _held_against_prior(
     try:
         other = _from_base(energy, base, limits)
     except (ArithmeticError, RuntimeError, ValueError) as error:
-        return _noted(_alone(own, f"the estimate from the prior failed, {error}"), note)
-    return _noted(_reconciled(own, other), note)
+        alone = _alone(own, f"the estimate from the prior failed, {error}")
+        return _in_view_of(alone, note)
+    return _in_view_of(_reconciled(own, other), note)
 
 
 def _by_runs(

@@ -61,6 +61,7 @@ from pyro_ebm.partition.progress import watched
 from pyro_ebm.partition.tracking.average import FollowedEnergy
 from pyro_ebm.partition.tracking.known_base import KnownBase
 from pyro_ebm.partition.tracking.walkers import Walkers
+from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 
 #: Particles of a run from the base, for each walker, at most.
 _MAX_FACTOR = 8
@@ -93,6 +94,10 @@ _FINDINGS = (
         Reason.DIVERGENT,
         "the energy seems to have no partition function, or no run from the base "
         "arrives",
+    ),
+    Finding(
+        Reason.FEW_EFFECTIVE,
+        "too few of the weighted draws count: the energy is too far from the base",
     ),
 )
 
@@ -145,6 +150,7 @@ class LogPartition(StatefulModule):
     num_check_evaluations: Tensor
     check_cost: Tensor
     verdict: Tensor
+    settled: Tensor
 
     def __init__(
         self,
@@ -172,6 +178,10 @@ class LogPartition(StatefulModule):
         self.register_buffer("check_cost", torch.tensor(math.inf))
         # Reasons of the average and of the iterate, and whether the last check failed.
         self.register_buffer("verdict", torch.tensor([1, 1, 0]))
+        # An estimate that was taken over: whether there is one, and its numbers.
+        self.register_buffer("settled", torch.zeros(7, **options))
+        # While the learning has log Z from weighted draws; theirs, so no module here.
+        self._draws: list[WeightedDraws] = []
 
     @property
     def base(self) -> dist.TorchDistribution:
@@ -186,7 +196,18 @@ class LogPartition(StatefulModule):
     @property
     def is_started(self) -> bool:
         """Whether there is an estimate."""
-        return self.walkers.is_started or bool(self.verdict[1] != 1)
+        known = self.walkers.is_started or bool(self._draws)
+        return known or bool(self.verdict[1] != 1)
+
+    @property
+    def draws(self) -> WeightedDraws | None:
+        """The weighted draws that log Z comes from, if it does not from walkers."""
+        return self._draws[0] if self._draws else None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether an estimate was taken over that learning has not moved on from."""
+        return bool(self.settled[0])
 
     @property
     def status(self) -> Status:
@@ -219,6 +240,22 @@ class LogPartition(StatefulModule):
         known = closed_form(self.averaged_energy) if self.is_started else None
         if known is not None:
             return known
+        if self.is_settled:
+            value, std_error, lower, upper, ess, is_exact = self.settled[1:].tolist()
+            return LogPartitionEstimate(
+                value,
+                std_error,
+                lower,
+                upper,
+                ess,
+                Status.EXACT if is_exact else Status.OK,
+                "taken over",
+                self.num_evaluations,
+                (),
+            )
+        if self.draws is not None:
+            self.followed.load(self.followed.mean)
+            return self.draws.estimate(self.averaged_energy)
         reasons = _findings_of(self.verdict[0])
         if not self.walkers.is_started:
             nan, spent = math.nan, self.num_evaluations
@@ -248,10 +285,15 @@ class LogPartition(StatefulModule):
         if not self.is_started:
             self.refresh(energy, progress_bar=False)
             return
+        if self.is_settled:
+            self._resume()
         self.num_steps += 1
         step = int(self.num_steps)
         self.followed.average(energy, min(0.01, 9 / (step + 8)))  # (1)
-        if step % self.interval == 0:
+        if self.draws is not None:
+            if step % (10 * self.interval) == 0:
+                self.read(energy)
+        elif step % self.interval == 0:
             self._advance()
             if step % self.check_interval == 0:
                 self.check()
@@ -268,9 +310,7 @@ class LogPartition(StatefulModule):
             progress_bar: Whether to show the energy evaluations, if it takes more than
                 a second.
         """
-        self.followed.reset(energy)
-        self.num_steps.zero_()
-        self.verdict.zero_()
+        self._begin_at(energy)
         if not self.is_closed_form:
             size = self._num_particles()
             islands = self._run_smc(size, progress_bar=progress_bar)
@@ -282,27 +322,59 @@ class LogPartition(StatefulModule):
                 self._adopt(islands)
         self.read(energy)
 
+    def _begin_at(self, energy: Energy) -> None:
+        """Forget what was estimated; the average begins at these parameters."""
+        self.followed.reset(energy)
+        self.num_steps.zero_()
+        self.verdict.zero_()
+        self.settled.zero_()
+        self._draws = []
+
     @torch.no_grad()
-    def calibrate(
-        self,
-        energy: Energy,
-        estimate: LogPartitionEstimate,
-        *,
-        progress_bar: bool = True,
-    ) -> None:
+    def follow_by(self, energy: Energy, draws: WeightedDraws | None) -> None:
+        r"""Have :math:`\log Z` from weighted draws from here on, instead of walkers.
+
+        Args:
+            energy: With its current parameters, where the average begins unless there
+                was one.
+            draws: That have started; ``None`` to go back to walkers, which begin at the
+                average.
+        """
+        if draws is None:
+            self._draws = []
+            self.verdict.zero_()
+            self._resume()
+        elif self.draws is not draws:
+            if not self.is_started or self.is_settled:
+                self._begin_at(energy)
+            self._draws = [draws]
+            self.read(energy)
+
+    def _resume(self) -> None:
+        """Let walkers go on from the estimate, as the parameters are about to move."""
+        was_settled, value, std_error, *_ = self.settled.tolist()
+        self.settled.zero_()
+        if self.is_closed_form or self._draws:
+            return
+        islands = self._run_smc(self._num_particles())
+        if islands is not None:
+            self._adopt(islands)
+            if was_settled:
+                self.walkers.anchor(value, std_error)
+
+    @torch.no_grad()
+    def calibrate(self, energy: Energy, estimate: LogPartitionEstimate) -> None:
         r"""Take over a better estimate of :math:`\log Z` of the current parameters.
 
-        The walkers go on from these parameters with the value and the standard error of
-        the estimate. They begin anew, as in :meth:`refresh`, unless they are there
-        already and agree with it.
+        It stands until the parameters move. Walkers that are there already and agree
+        with it go on from its value and standard error; otherwise they begin from it
+        when learning goes on.
 
         Args:
             energy: With the parameters that the estimate belongs to.
             estimate: From :func:`pyro_ebm.partition.estimate`, say.
-            progress_bar: As in :meth:`refresh`.
 
         Raises:
-            DivergenceError: If no walkers arrive at the energy from the base.
             ValueError: If the estimate is not reliable.
         """
         if not estimate.is_reliable:
@@ -310,19 +382,24 @@ class LogPartition(StatefulModule):
                 f"estimate must be reliable to stand for log Z, got {estimate}. Raise "
                 "its budget, or give it a base nearer to the energy."
             )
-        if not (self.followed.is_at(energy) and self._agrees_with(estimate)):
-            self.refresh(energy, progress_bar=progress_bar)
         if self.is_closed_form:
+            self._begin_at(energy)
+            self.read(energy)
             return
-        if not self.walkers.is_started:
-            raise DivergenceError(
-                f"no walkers arrive from the base to follow the estimate: {self.reason}"
-            )
-        self.walkers.anchor(estimate.value, estimate.std_error)
+        if self.followed.is_at(energy) and self._agrees_with(estimate):
+            self.walkers.anchor(estimate.value, estimate.std_error)
+            self.read(energy)
+            return
+        self._begin_at(energy)
+        is_exact = float(estimate.status is Status.EXACT)
+        numbers = estimate.value, estimate.std_error, estimate.lower, estimate.upper
+        self.settled.copy_(torch.tensor([1.0, *numbers, estimate.ess, is_exact]))
         self.read(energy)
 
     def _agrees_with(self, estimate: LogPartitionEstimate) -> bool:
         """Whether the walkers are trusted, and within 3 standard errors."""
+        if not self.walkers.is_started or self._draws:
+            return False
         own = self.averaged()
         error = math.hypot(own.std_error, estimate.std_error)
         return own.is_reliable and abs(own.value - estimate.value) <= 3 * error
@@ -371,8 +448,11 @@ class LogPartition(StatefulModule):
         """
         if not self.is_started:
             self.refresh(energy, progress_bar=False)
-        self._advance()
-        self.check()
+        if self._draws or self.is_settled:
+            self.followed.load(self.followed.mean)
+        else:
+            self._advance()
+            self.check()
         self.followed.write(energy)
         self.read(energy)
 
@@ -403,6 +483,16 @@ class LogPartition(StatefulModule):
             self.value.copy_(known.log_partition)
             self.std_error.zero_()
             self.verdict.zero_()
+            return
+        if self.is_settled and not self.followed.is_at(energy):
+            self._resume()
+        if self.is_settled or self.draws is not None:
+            found = (
+                self.averaged() if self.draws is None else self.draws.estimate(energy)
+            )
+            self.value.fill_(found.value)
+            self.std_error.fill_(found.std_error)
+            self.verdict[1] = 0 if found.is_reliable else 8
             return
         if not self.walkers.is_started:
             return

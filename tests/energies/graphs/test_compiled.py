@@ -17,11 +17,17 @@ from pyro_ebm.core.errors import CompilationWarning
 from pyro_ebm.energies import CompiledEnergy, FunctionEnergy, QuadraticEnergy
 from pyro_ebm.energies.graphs.products import PRODUCTS
 from pyro_ebm.mcmc import HMC, MALA
+from pyro_ebm.mcmc.kernels.metric import LowRank
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler"
 )
 FACTOR = torch.tensor([[1.0, 0.0], [0.5, 0.8]], dtype=torch.float64)
+LOW_RANK = LowRank(
+    torch.tensor([0.7, 1.1], dtype=torch.float64),
+    torch.tensor([[0.6], [0.8]], dtype=torch.float64),
+    torch.tensor([1.5], dtype=torch.float64),
+)
 
 
 class Network(nn.Module):
@@ -98,8 +104,9 @@ def must_not_compile(monkeypatch):
         HMC(0.4, num_leapfrog=4),
         HMC(0.4, num_leapfrog=4, scale=FACTOR.diagonal()),
         HMC(0.4, num_leapfrog=4, scale_tril=FACTOR),
+        HMC(0.4, num_leapfrog=4, low_rank=LOW_RANK),
     ],
-    ids=["mala", "hmc", "hmc-scale", "hmc-scale-tril"],
+    ids=["mala", "hmc", "hmc-scale", "hmc-scale-tril", "hmc-low-rank"],
 )
 def test_draws_are_those_of_the_energy_for_the_same_seed(kernel, compiled):
     """Seen to fail with a full step at the end, and with ``S`` for its transpose."""

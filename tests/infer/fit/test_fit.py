@@ -1,7 +1,6 @@
 """fit: what it returns, when it stops, and what it leaves as it was."""
 
 import copy
-import importlib
 import math
 import pickle
 
@@ -23,6 +22,7 @@ from pyro_ebm.infer import (
     MaximumLikelihood,
     log_likelihood,
 )
+from pyro_ebm.infer.fit import settling
 from pyro_ebm.partition import LogPartition, LogPartitionEstimate, quadrature
 from tests.infer.problems import base
 
@@ -73,7 +73,7 @@ def test_long_lines_are_wrapped_and_no_number_loses_its_name():
     text = str(result)
     assert max(map(len, text.splitlines())) <= 88
     assert "drift of the chains 0.120 +- 0.040, R-hat 1.000,\n    acc" in text
-    assert "gradient signal to noise 0.1, effective noise points a step 9\n" in text
+    assert "gradient signal to noise 0.1, effective noise points a step 9" in text
     assert all(line.startswith("  ") for line in text.splitlines()[1:])
 
 
@@ -108,9 +108,7 @@ def test_the_final_log_partition_is_an_estimate_of_its_own():
 
 def final_log_partition(monkeypatch, found):
     """Of a fit in which ``partition.estimate`` finds this."""
-    # The function of the same name hides the module.
-    module = importlib.import_module("pyro_ebm.infer.fit.fit")
-    monkeypatch.setattr(module, "estimate", lambda *_, **__: found)
+    monkeypatch.setattr(settling, "estimate", lambda *_, **__: found)
     energy_model = neural()
     return energy_model, quick(energy_model)
 
@@ -350,8 +348,8 @@ def with_hole():
         (DATA[None], ValueError, r"data must have shape .*got \(1, 200, 2\)"),
         (DATA[:1], ValueError, "at least two points.*got 1"),
         (with_hole(), ValueError, "200 points with 1 nan or infinite.*Drop"),
-        (DATA.float(), ValueError, r"data must have the dtype torch.float64.*float32"),
-        (DATA.tolist(), TypeError, "data must be a tensor, got list.*as_tensor"),
+        ("no rows", TypeError, "data must be a tensor, an array .* got str"),
+        ([["a", 1.0]], TypeError, "data must be a tensor, an array .* got list"),
     ],
 )
 def test_wrong_data(data, error, message):

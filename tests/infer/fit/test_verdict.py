@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 
 import pyro
 import pyro.distributions as dist
@@ -24,6 +23,7 @@ from pyro_ebm.infer import (
     NoiseContrastive,
     RankingNoiseContrastive,
 )
+from pyro_ebm.infer.fit import settling
 from pyro_ebm.infer.fit.diagnosis import (
     _drift,
     _hold_still,
@@ -341,9 +341,7 @@ def test_fits_good_and_bad(name):
 
 def test_a_log_partition_that_is_not_known(monkeypatch):
     """The walkers cannot follow a learning rate of 2, and nothing else is known."""
-    monkeypatch.setattr(
-        sys.modules["pyro_ebm.infer.fit.fit"], "_estimated", lambda *_: None
-    )
+    monkeypatch.setattr(settling, "_estimated", lambda *_: None)
     result = fitted(SLOW, 40, 2.0)
     assert not result.log_partition.is_reliable
     assert any(result.log_partition.reason.startswith(str(r)) for r in result.reasons)

@@ -92,7 +92,8 @@ def test_a_funnel():
     (found,) = advice(sites)
     assert found.reason is Reason.FUNNEL
     assert "the spread of 'theta' follows tau (their logarithms" in str(found)
-    assert str(found).endswith("try a non-centred form, theta = location + tau * z")
+    assert "try a non-centred form, theta = location + tau * z, by " in str(found)
+    assert str(found).endswith("LocScaleReparam")
     # Of several scales it is the right one.
     scales = normal(3).exp()
     (found,) = advice({"tau": scales, "theta": scales[..., 1:2] * normal(8)})

@@ -52,6 +52,31 @@ def many():
     return chains
 
 
+def funnel():
+    tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+    x = pyro.sample("x", dist.Normal(5.0, tau).expand([4]).to_event(1))
+    pyro.deterministic("z", (x - 5) / tau)
+    pyro.sample("y", dist.Normal(x.sum(), 30.0), obs=torch.tensor(20.0))
+
+
+@unreliable_is_fine
+def test_standardised_sites_are_exported_as_those_of_the_model():
+    """Seen to fail with the outputs of the standardised model."""
+    pytest.importorskip("arviz")
+    pyro.set_rng_seed(3)
+    chains = MCMC(num_samples=20, num_chains=64, progress_bar=False)
+    chains.run(funnel)
+    assert chains.diagnostics().non_centred == ("x",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = chains.to_arviz()
+    x, tau, z = (torch.tensor(data["posterior"][k].values) for k in ("x", "tau", "z"))
+    torch.testing.assert_close(z, (x - 5) / tau[..., None], rtol=1e-4, atol=1e-4)
+    want = dist.Normal(x.sum(-1), 30.0).log_prob(torch.tensor(20.0))
+    got = torch.tensor(data["log_likelihood"]["y"].values)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 @unreliable_is_fine
 def test_to_arviz():
     with warnings.catch_warnings():

@@ -18,8 +18,8 @@ from pyro_ebm.energies import (
     PyroModelEnergy,
     QuadraticEnergy,
 )
-from pyro_ebm.mcmc import HMC, MALA, IndependentChains, ReplicaExchange, tempering
-from pyro_ebm.mcmc.tempering import ladder
+from pyro_ebm.mcmc import HMC, MALA, IndependentChains, ReplicaExchange
+from pyro_ebm.mcmc.tempering import ladder, tempering
 from pyro_ebm.mcmc.tempering.ladder import Ladder, equalised, swap
 from pyro_ebm.mcmc.tempering.path import GeometricPath, PathState
 from pyro_ebm.testing import assert_moments, targets

@@ -93,14 +93,14 @@ class MaximumLikelihood(Objective):
         chains = cast(PersistentChains, state)
         energy = distribution.energy
         sampler = distribution.sampler or IndependentChains()
-        num_restarts = round(self.restart_fraction * self.num_chains)
-        if not chains.is_started:
-            chains.start(energy, sampler.start(energy, self.num_chains), self.kernel)
-        elif len(chains.u) != self.num_chains:
-            chains.resize(self.num_chains)
-        elif num_restarts:
-            chains.restart(energy, sampler.start(energy, num_restarts))
-        x_model = chains.advance(energy, self.kernel, self.num_steps)
+        x_model = chains.follow(
+            energy,
+            sampler,
+            self.kernel,
+            self.num_chains,
+            self.num_steps,
+            self.restart_fraction,
+        )
         return likelihood_surrogate(distribution, x_model)
 
 

@@ -6,7 +6,7 @@ import torch
 from pyro.distributions import constraints
 
 from pyro_ebm import partition
-from pyro_ebm.bases import independent
+from pyro_ebm.bases import independent, kernel_density
 from pyro_ebm.energies import DistributionEnergy
 
 
@@ -17,6 +17,22 @@ def test_it_is_normalised():
     ):
         energy = DistributionEnergy(independent(data, support=support))
         assert abs(partition.quadrature(energy, progress_bar=False).value) < 1e-4
+
+
+def test_kernels_of_rows():
+    """A density of rows, not of coordinates. Fault: the width of one dimension."""
+    x = torch.randn(800, 1)
+    data = torch.cat([x, x + 0.1 * torch.randn(800, 1)], 1)
+    base = kernel_density(data)
+    energy = DistributionEnergy(base)
+    assert abs(partition.quadrature(energy, progress_bar=False).value) < 1e-3
+    assert base.log_prob(data).mean() > independent(data).log_prob(data).mean() + 0.5
+    draws = base.sample((20_000,))
+    assert draws.T.corrcoef()[0, 1] > 0.9
+    assert (draws.mean(0) - data.mean(0)).abs().max() < 0.05
+    assert (draws.std(0) / data.std(0) - 1).abs().max() < 0.1
+    widths = base.component_distribution.base_dist.scale[0] / data.std(0)
+    assert (widths < 0.4).all()
 
 
 def test_the_width_is_that_of_the_best_kernels():

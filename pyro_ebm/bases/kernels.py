@@ -1,12 +1,13 @@
-r"""Independent coordinates: kernel densities, or counts over a finite set.
+r"""Kernel densities, of rows or of each coordinate; or counts over a finite set.
 
-The density of a real coordinate with data :math:`x_1 \dots x_n` is
+The density with data :math:`x_1 \dots x_n` is
 
 .. math::
-    p(x) = \frac1n \sum_i \mathcal{N}(x; x_i, h^2)                           \tag{1}
+    p(x) = \frac1n \sum_i \mathcal{N}(x; x_i, h^2 \sigma^2)                  \tag{1}
 
-with the width :math:`h` that is best for each datum by the others. That of a coordinate
-with :math:`K` values, seen :math:`n_k` times, is
+with the standard deviations :math:`\sigma` of the data and the width :math:`h` that is
+best for each datum by the others. That of a coordinate with :math:`K` values, seen
+:math:`n_k` times, is
 
 .. math::
     p(k) = \frac{n_k + 1/2}{n + K/2}                                         \tag{2}
@@ -16,7 +17,7 @@ References:
     Krichevsky & Trofimov (1981), IEEE Trans. Information Theory 27, 199-207.
 """
 
-__all__ = ["independent"]
+__all__ = ["independent", "kernel_density"]
 
 import math
 
@@ -29,6 +30,43 @@ from pyro_ebm.bases.rows import Rows
 
 #: Widths that are tried, in the data's standard deviations; and the most centres.
 _WIDTHS, _MAX_CENTRES = torch.logspace(-2, 0, 25), 1000
+
+
+def kernel_density(
+    data: Tensor, *, support: Constraint | None = None, seed: int = 0
+) -> dist.TorchDistribution:
+    """The kernel density (1) of whole rows.
+
+    Args:
+        data: Shape ``(N, *event)``.
+        support: Of a row; the kernels are then in unconstrained space. Default: all
+            real numbers.
+        seed: Of the choice of 1,000 centres where there are more rows.
+
+    Returns:
+        A normalised Pyro distribution over the event.
+
+    Raises:
+        ValueError: If the data do not fit, see :class:`~pyro_ebm.bases.rows.Rows`.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> base = kernel_density(torch.randn(500, 2))
+        >>> base.sample((3,)).shape
+        torch.Size([3, 2])
+    """
+    rows = Rows.of(data, support)
+    centres = rows.u[_chosen(len(rows.u), seed)]
+    width = _width(centres)
+    probs = torch.full_like(centres[:, 0], 1 / len(centres))
+    kernels = dist.Normal(centres, width.expand_as(centres), validate_args=False)
+    return rows.distribution(
+        dist.MixtureSameFamily(
+            dist.Categorical(probs, validate_args=False),
+            kernels.to_event(1),
+            validate_args=False,
+        )
+    )
 
 
 def independent(
@@ -63,11 +101,8 @@ def independent(
     if isinstance(data, Tensor) and not data.is_floating_point():
         return _counted(data)
     rows = Rows.of(data, support)
-    u = rows.u
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(u), generator=generator)[:_MAX_CENTRES].to(u.device)
-    centres = u[chosen].mT  # (D, n)
-    width = torch.stack([_width(column) for column in centres])
+    centres = rows.u[_chosen(len(rows.u), seed)].mT  # (D, n)
+    width = torch.cat([_width(column[:, None]) for column in centres])
     probs = torch.full_like(centres, 1 / centres.shape[1])
     kernels = dist.MixtureSameFamily(
         dist.Categorical(probs, validate_args=False),
@@ -77,18 +112,24 @@ def independent(
     return rows.distribution(kernels.to_event(1))
 
 
-def _width(column: Tensor) -> Tensor:
-    """The width of the kernels (1) of one coordinate, shape ``()``."""
-    spread = column.std().clamp(min=1e-6 * (1 + column.abs().max()))
-    apart = ((column[:, None] - column) / spread).square()
+def _chosen(number: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(number, generator=generator)[:_MAX_CENTRES]
+
+
+def _width(points: Tensor) -> Tensor:
+    r"""Widths :math:`h \sigma`, ``(D,)``, of the kernels (1) at points ``(n, D)``."""
+    spread = points.std(0).clamp(min=1e-6 * (1 + points.abs().amax(0)))
+    apart = torch.cdist(points / spread, points / spread).square()
     apart.fill_diagonal_(torch.inf)  # each by the others
+    dim = points.shape[1]
     scores = torch.stack(
         [
-            (-apart / (2 * h**2)).logsumexp(1).mean() - math.log(h)
+            (-apart / (2 * h**2)).logsumexp(1).mean() - dim * math.log(h)
             for h in _WIDTHS.tolist()
         ]
     )
-    return spread * _WIDTHS.to(column)[scores.argmax()]
+    return spread * _WIDTHS.to(points)[scores.argmax()]
 
 
 def _counted(data: Tensor) -> dist.TorchDistribution:

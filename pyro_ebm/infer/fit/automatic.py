@@ -1,0 +1,274 @@
+r"""What a fit does that is told nothing but the model and the data.
+
+A part of the data is held out. A density is fitted to the rest and becomes the base,
+where the model has none; a network starts as its correction. Log Z and its gradient
+come from draws of a proposal, made once
+(:class:`~pyro_ebm.partition.tracking.weighted_draws.WeightedDraws`), as long as enough
+of them count; then from a proposal that is fitted to the draws by their weights; and
+from chains where that fails. The model of the record with the
+best held-out likelihood is kept, which may be the start.
+"""
+
+__all__ = [
+    "MAX_GRAD_NORM",
+    "PATIENCE",
+    "Plan",
+    "WeightedSteps",
+    "automatic_plan",
+    "chains_instead",
+    "given_plan",
+]
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+from pyro_ebm import bases
+from pyro_ebm.bases.rows import split
+from pyro_ebm.bases.stack import Stack
+from pyro_ebm.distributions import EnergyModel
+from pyro_ebm.energies import Energy, is_unconstrained, unconstrained
+from pyro_ebm.infer.fit.optimiser import FitOptim
+from pyro_ebm.infer.fit.stages import Stage
+from pyro_ebm.infer.objectives.likelihood.importance import (
+    ImportanceSampledLikelihood,
+)
+from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikelihood
+from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
+
+#: Rows below which none is held out.
+_FEWEST = 20
+#: Draws made once, and those of a step.
+_POOL, _DRAWS = 20_000, 1024
+#: Part of the draws that must count; from below, a new proposal; below, chains.
+_LOW, _LOST = 0.03, 0.003
+#: Steps by importance, and by chains, which cost twenty times as much.
+_STEPS, _CHAIN_STEPS = 4000, 2000
+#: Of the optimiser.
+_RATE, _WARMUP, _LAST_RATE = 2e-3, 100, 0.02
+MAX_GRAD_NORM = 5.0
+#: Records without a better one after which it ends.
+PATIENCE = 15
+#: Part of the time that the base may take, and seconds for it with an estimator given.
+_FOR_BASE, _QUICK = 0.3, 5.0
+
+
+class Plan(NamedTuple):
+    """How a fit is to go.
+
+    Attributes:
+        stages: Estimators with their steps.
+        train: Rows to learn from, shape ``(N, *event)``.
+        held_out: Rows to choose by, or ``None``.
+        base: What was fitted to the rows, or ``None``.
+        proposal: Where weighted draws come from; ``None`` where log Z comes otherwise.
+        end: ``time.monotonic()`` at which learning ends.
+    """
+
+    stages: list[Stage]
+    train: Tensor
+    held_out: Tensor | None
+    base: bases.FittedBase | None
+    proposal: Any
+    end: float
+
+    def optim(self, model: EnergyModel) -> torch.optim.lr_scheduler.LambdaLR:
+        """Adam, with a rate that rises quickly and falls to little by the end.
+
+        The clock has a say only where there is no time for all steps, so that a seed
+        gives the same parameters again.
+        """
+        adam = torch.optim.Adam(model.parameters(), lr=_RATE)
+        total, start = sum(stage.num_steps for stage in self.stages), time.monotonic()
+
+        def rate(step: int) -> float:
+            nonlocal total
+            if step == _WARMUP:
+                each = (time.monotonic() - start) / step
+                left = self.end - time.monotonic()
+                if each * (total - step) > left:
+                    total = step + max(1, int(left / each))
+            falling = (1 + math.cos(math.pi * min(step / total, 1.0))) / 2
+            return min(1.0, (step + 1) / _WARMUP) * (falling + _LAST_RATE)
+
+        return torch.optim.lr_scheduler.LambdaLR(adam, rate)
+
+
+def automatic_plan(
+    model: EnergyModel,
+    rows: Tensor,
+    held_out: Tensor | None,
+    num_steps: int | None,
+    max_seconds: float,
+    *,
+    progress_bar: bool,
+) -> Plan:
+    """Hold out rows, fit the base, and choose where log Z comes from.
+
+    Args:
+        model: What is fitted; it gets its base here, if it has none.
+        rows: The data, shape ``(N, *event)``.
+        held_out: Rows to choose by; default: a part of ``rows``.
+        num_steps: Parameter steps; default: as many as are worth it.
+        max_seconds: For the base and the steps, wall-clock.
+        progress_bar: Whether to show the fit of the base.
+    """
+    start = time.monotonic()
+    train = rows
+    if held_out is None and len(rows) >= _FEWEST:
+        train, held_out = split(rows, seed=0)
+    base = None
+    if model.awaits_base:
+        base = fit_base(
+            model,
+            train,
+            held_out,
+            "auto",
+            max_seconds * _FOR_BASE,
+            progress_bar=progress_bar,
+        )
+    proposal = model.base if base is not None else _towards(model, train)
+    objective = ImportanceSampledLikelihood(proposal, _DRAWS)
+    steps = _STEPS if num_steps is None else num_steps
+    stages = [Stage(objective, steps)]
+    return Plan(stages, train, held_out, base, proposal, start + max_seconds)
+
+
+def given_plan(
+    model: EnergyModel,
+    rows: Tensor,
+    held_out: Tensor | None,
+    stages: list[Stage],
+    max_seconds: float | None,
+) -> Plan:
+    """What was asked for; a base that the model awaits is a normal distribution.
+
+    Args:
+        model: What is fitted.
+        rows: The data, shape ``(N, *event)``.
+        held_out: Rows whose likelihood is recorded.
+        stages: Estimators with their steps.
+        max_seconds: Default: no limit.
+    """
+    end = math.inf if max_seconds is None else time.monotonic() + max_seconds
+    return Plan(stages, rows, held_out, None, None, end)
+
+
+def fit_base(
+    model: EnergyModel,
+    train: Tensor,
+    held_out: Tensor | None,
+    kind: str,
+    max_seconds: float,
+    *,
+    progress_bar: bool,
+) -> bases.FittedBase:
+    """Fit the base that a model awaits, and give it to the model."""
+    found = bases.fit(
+        train,
+        kind,
+        support=_real_or(model.energy.support),
+        held_out=held_out,
+        max_seconds=max_seconds,
+        progress_bar=progress_bar,
+    )
+    model.use_base(found.distribution, train)
+    return found
+
+
+def _real_or(support: Constraint) -> Constraint | None:
+    return None if is_unconstrained(support) else support
+
+
+def _towards(model: EnergyModel, rows: Tensor) -> Any:
+    """The base, mixed with a density that was fitted to the data."""
+    try:
+        near = _quick(rows, model.energy.support)
+    except (ArithmeticError, ImportError, ValueError):
+        return model.base
+    return Stack([model.base, near], torch.full((2,), 0.5).to(rows))
+
+
+def _quick(rows: Tensor, support: Constraint) -> dist.TorchDistribution:
+    where = _real_or(support)
+    try:
+        return bases.gaussian_mixture(rows, support=where)
+    except ImportError:
+        return bases.normal(rows, support=where)
+
+
+class WeightedSteps:
+    r"""Parameter steps with log Z from weighted draws; it stands where ``SVI`` does.
+
+    .. math::
+        \ell = \frac1B \sum_i g_\theta(x_i) +
+            \log \frac1N \sum_k e^{-g_\theta(y_k) - f_0(y_k) - \log p(y_k)}
+
+    with what is learned of the energy, :math:`g`, and what is not, :math:`f_0`.
+
+    Args:
+        model: What is fitted.
+        optim: What moves its parameters.
+        proposal: Where the draws come from.
+        rows: Some of the data, for the constant of the loss; shape ``(N, *event)``.
+    """
+
+    def __init__(
+        self, model: EnergyModel, optim: FitOptim, proposal: Any, rows: Tensor
+    ) -> None:
+        self.model, self.optim, self.proposal = model, optim, proposal
+        energy = model.energy
+        self.draws = WeightedDraws()
+        self.draws.start(energy, proposal, _POOL)
+        with torch.no_grad():
+            self.constant = (energy(rows) - energy.correction(rows)).mean().item()
+        model.log_partition.follow_by(energy, self.draws)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def step(self, batch: Tensor) -> float:
+        """Take a step down the loss, and return it in nats a point."""
+        energy = self.model.energy
+        log_weights = self.draws.some(energy, _DRAWS)
+        log_partition = log_weights.logsumexp(0) - math.log(_DRAWS)
+        loss = energy.correction(batch).mean() + log_partition
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss.backward()
+        self.optim(self.parameters)
+        self.model.log_partition.follow(energy)
+        return loss.item() + self.constant
+
+    @torch.no_grad()
+    def keeps_up(self) -> bool:
+        """Whether enough draws count, if need be those of a nearer proposal."""
+        energy, draws = self.model.log_partition.averaged_energy, self.draws
+        fraction = draws.effective_fraction(energy)
+        if fraction >= _LOW:
+            return True
+        try:
+            near = _quick(self._smoothed(energy, fraction), energy.support)
+        except (ArithmeticError, ValueError):
+            return False
+        halves = torch.full((2,), 0.5).to(draws.x)
+        self.proposal = Stack([self.proposal, near], halves)
+        draws.start(energy, self.proposal, _POOL)
+        return draws.effective_fraction(energy) >= _LOST
+
+    def _smoothed(self, energy: Energy, fraction: float) -> Tensor:
+        """Draws of the model by their weights, spread out as kernels about them."""
+        flat, to_support = unconstrained(energy)
+        u = to_support.inv(self.draws.resampled(energy, 2000))
+        number = max(fraction * _POOL, 1.0)
+        width = u.std(0) * number ** (-1 / (flat.event_shape.numel() + 4))
+        smoothed: Tensor = to_support(u + width * torch.randn_like(u))
+        return smoothed
+
+
+def chains_instead(num_steps: int) -> Stage:
+    """The stage that goes on where importance has failed."""
+    return Stage(MaximumLikelihood(), max(1, min(num_steps, _CHAIN_STEPS)))

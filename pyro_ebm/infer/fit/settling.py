@@ -1,0 +1,93 @@
+r"""The log Z that a fit ends with: an estimate of its own."""
+
+__all__ = ["settled_log_partition"]
+
+import math
+import warnings
+from typing import Any
+
+import pyro.distributions as dist
+
+from pyro_ebm.core.errors import DivergenceError, UnreliableWarning
+from pyro_ebm.core.verdict import Finding, Reason, Status
+from pyro_ebm.distributions import EnergyModel
+from pyro_ebm.energies import Energy
+from pyro_ebm.partition import LogPartitionEstimate, estimate, importance_sampling
+
+#: Time that it may take, and the standard error that is enough.
+_MAX_SECONDS, _TOLERANCE = 20.0, 0.005
+#: Draws of the proposal that the energy was learned with, in two attempts.
+_NUM_DRAWS = (50_000, 250_000)
+
+
+def settled_log_partition(
+    model: EnergyModel, proposal: Any = None
+) -> LogPartitionEstimate:
+    r"""The final :math:`\log Z`, which the tracker takes over.
+
+    The tracker has followed the parameters for a curve; now that these hold still, a
+    run of ``partition.estimate`` is the better use of the same time. Without a reliable
+    one it is that of the tracker, with its verdict.
+
+    Args:
+        model: Whose parameters are the averaged ones.
+        proposal: What its log Z was learned with, if by importance.
+    """
+    tracker = model.log_partition
+    if tracker.is_closed_form:
+        return tracker.averaged()
+    found = _by_proposal(tracker.averaged_energy, proposal)
+    tracked = tracker.averaged()
+    if found is None:
+        found = _estimated(tracker.averaged_energy, model.base)
+    if found is None or not found.is_reliable:
+        return tracked if tracked.is_reliable else _with_advice(tracked, found)
+    missed = tracked.value - found.value
+    error = math.hypot(tracked.std_error, found.std_error)
+    if tracked.is_reliable and found.status is Status.OK and missed > 4 * error + 0.05:
+        # Either errs downwards, by the modes that it lacks.
+        more = f"learning has found {missed:.2g} nats more than {found.method}"
+        reasons = (Finding(Reason.ROUTES_DISAGREE, more),)
+        return found._replace(status=Status.UNRELIABLE, reasons=reasons)
+    model.set_log_partition(found)
+    return found
+
+
+def _by_proposal(energy: Energy, proposal: Any) -> LogPartitionEstimate | None:
+    """By fresh draws of the proposal; ``None`` where they do not settle it."""
+    for number in _NUM_DRAWS if proposal is not None else ():
+        found = importance_sampling(
+            energy, proposal, num_samples=number, progress_bar=False
+        )
+        if found.is_reliable and found.std_error <= _TOLERANCE:
+            return found
+    return None
+
+
+def _estimated(
+    energy: Energy, base: dist.TorchDistribution
+) -> LogPartitionEstimate | None:
+    """What ``partition.estimate`` says without a warning; ``None`` if it cannot run."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnreliableWarning)
+            return estimate(
+                energy,
+                base,
+                tolerance=0.01,
+                max_seconds=_MAX_SECONDS,
+                progress_bar=False,
+            )
+    except (DivergenceError, NotImplementedError, RuntimeError, ValueError):
+        return None  # whatever it refuses, the fit is not to be lost
+
+
+def _with_advice(
+    tracked: LogPartitionEstimate, found: LogPartitionEstimate | None
+) -> LogPartitionEstimate:
+    """Say how to find a log Z that neither the tracker nor an estimate have found."""
+    advice = "run pyro_ebm.partition.estimate(model) for longer, or from a nearer base"
+    if found is not None:
+        advice = f"{found.method} has not found log Z either ({found.reason}); {advice}"
+    unknown = Finding(Reason.UNKNOWN_LOG_PARTITION, advice)
+    return tracked._replace(reasons=(*tracked.reasons, unknown))

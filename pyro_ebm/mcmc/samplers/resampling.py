@@ -1,0 +1,101 @@
+r"""Draws by importance resampling: many points of a proposal, a few kept.
+
+.. math::
+    y_k \sim p, \qquad w_k \propto e^{-f(y_k)} / p(y_k), \qquad
+    x = y_k \text{ with probability } w_k                                  \tag{1}
+
+Where the proposal is near the energy, as a density fitted to the data is to the model
+that corrects it, this takes one evaluation for a point instead of hundreds for a
+chain, and separate modes are as likely as they are heavy.
+
+References:
+    Rubin (1987), J. Amer. Statist. Assoc. 82, 543-546.
+"""
+
+__all__ = ["ImportanceResampling"]
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_ebm.core.verdict import Status
+from pyro_ebm.diagnostics import effective_sample_fraction
+from pyro_ebm.energies import Energy
+from pyro_ebm.mcmc.samplers.independent import IndependentChains
+from pyro_ebm.mcmc.samplers.sampler import Draws, SamplingDiagnostics, warn_of
+
+#: Points of the proposal for each that is kept, first and at most; effective ones.
+_PROPOSED, _MOST, _EFFECTIVE = 20, 200, 2
+#: Points that are proposed at least, and at a time.
+_FEWEST, _CHUNK = 8192, 65_536
+
+
+@final
+@dataclass(frozen=True)
+class ImportanceResampling:
+    """Independent draws (1), or those of chains where too few points count.
+
+    Args:
+        proposal: A normalised distribution over the events of the energy, with tails no
+            lighter than the energy's.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.ones(2))
+        >>> proposal = dist.Normal(torch.zeros(2), 2.0).to_event(1)
+        >>> ImportanceResampling(proposal)(energy, 1000).mean(0).round(decimals=1)
+        tensor([1., 1.])
+    """
+
+    proposal: dist.TorchDistribution
+
+    #: Draws that one run gives at least.
+    min_chains: ClassVar[int] = 400
+
+    def __call__(self, energy: Energy, num_draws: int) -> Tensor:
+        """Draws, shape ``(num_draws, *event)``.
+
+        Warns:
+            UnreliableWarning: If they are those of chains that have not converged.
+        """
+        draws = self.draw_diagnosed(energy, num_draws)
+        warn_of(draws.diagnostics)
+        return draws.x
+
+    @torch.no_grad()
+    def draw_diagnosed(self, energy: Energy, num_draws: int) -> Draws:
+        """Draws, and what is known of them; see :class:`Sampler`."""
+        first = max(_FEWEST, _PROPOSED * num_draws)
+        points, weights = self._weighted(energy, first)
+        fraction = effective_sample_fraction(weights).item()
+        wanted = int(1.2 * _EFFECTIVE * num_draws / max(fraction, 1e-9))
+        if first < wanted <= _MOST * num_draws:
+            more, their_weights = self._weighted(energy, wanted - first)
+            points = torch.cat([points, more])
+            weights = torch.cat([weights, their_weights])
+        effective = effective_sample_fraction(weights).item() * len(weights)
+        if not effective >= _EFFECTIVE * num_draws:
+            chains = IndependentChains(self.proposal)
+            return chains.draw_diagnosed(energy, num_draws)
+        chosen = torch.multinomial(weights.softmax(0), num_draws, replacement=True)
+        found = SamplingDiagnostics("ImportanceResampling", Status.OK)
+        return Draws(points[chosen], found)
+
+    def _weighted(self, energy: Energy, number: int) -> tuple[Tensor, Tensor]:
+        """Points of the proposal, and their log-weights; no weight for ``nan``."""
+        points, log_weights = [], []
+        for start in range(0, number, _CHUNK):
+            y = self.start(energy, min(_CHUNK, number - start))
+            points.append(y)
+            log_weights.append(-energy(y) - self.proposal.log_prob(y))
+        weights = torch.cat(log_weights)
+        weights = weights.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        return torch.cat(points), weights
+
+    def start(self, energy: Energy, num_draws: int) -> Tensor:
+        """Draws of the proposal, shape ``(num_draws, *event)``."""
+        y = self.proposal.sample(torch.Size((num_draws,)))
+        return y.to(**energy.tensor_options(y))

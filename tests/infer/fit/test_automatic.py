@@ -1,0 +1,250 @@
+"""A fit that is told nothing but the model and the data."""
+
+import io
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_ebm
+from pyro_ebm import EnergyModel, bases, fit
+from pyro_ebm.energies import FunctionEnergy, NeuralEnergy
+from pyro_ebm.infer import log_likelihood
+from pyro_ebm.infer.fit import automatic
+from pyro_ebm.infer.fit.diagnosis import FitDiagnostics
+from pyro_ebm.infer.fit.optimiser import GradientNoise
+from pyro_ebm.infer.fit.verdict import judge
+from pyro_ebm.partition import LogPartitionEstimate, quadrature
+
+
+def rows(number):
+    """A ring of radius 2, and the log-density of its points."""
+    angle = 2 * math.pi * torch.rand(number)
+    radius = 2 + 0.25 * torch.randn(number)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+
+
+def density(x):
+    radius = x.norm(dim=-1)
+    law = dist.Normal(2.0, 0.25)
+    return law.log_prob(radius) - (2 * math.pi * radius).log()
+
+
+@pytest.fixture
+def quick_bases(monkeypatch):
+    """Only a normal distribution, so that something is left to learn."""
+    monkeypatch.setattr(
+        bases, "fit", lambda data, kind, **settings: _only_normal(data, settings)
+    )
+
+
+def _only_normal(data, settings):
+    base = bases.normal(data, support=settings["support"])
+    apart = settings["held_out"]
+    value = base.log_prob(apart if apart is not None else data).mean().item()
+    return bases.FittedBase(base, "normal", value, 0.1, {"normal": value})
+
+
+def learned(data=None, num_steps=800, **settings):
+    model = EnergyModel(NeuralEnergy((2,), (32, 32)))
+    data = rows(1500) if data is None else data
+    return model, fit(model, data, num_steps=num_steps, progress_bar=False, **settings)
+
+
+def test_it_corrects_the_base(quick_bases):
+    """Towards the truth, with log Z right and the gain said with its error."""
+    model, result = learned()
+    test = rows(4000)
+    truth = density(test).mean().item()
+    found = log_likelihood(result.distribution, test)
+    base = model.base.log_prob(test).mean().item()
+    assert base < truth - 0.9
+    assert found.value > truth - 0.25
+    assert abs(result.log_partition.value - quadrature(model.energy).value) < 0.01
+    assert result.status == "ok"
+    assert abs(result.gain.value - (found.value - base)) < 5 * result.gain.std_error
+    assert "over its base +" in str(result)
+    assert "base: normal" in str(result)
+
+
+def test_anomalies_are_calibrated(quick_bases):
+    """P-values uniform on new points, small far away. Fault: ranks from below."""
+    _, result = learned(rows(6000), num_steps=600)
+    found = result.anomaly(rows(4000))
+    for level in (0.05, 0.2, 0.5, 0.8):
+        share = (found.p_value <= level).double().mean()
+        assert abs(share - level) < 0.05
+    middle = result.anomaly(torch.zeros(1, 2))  # of the ring
+    assert middle.p_value < 0.02
+    assert torch.equal(middle.score, -result.distribution.log_prob(torch.zeros(1, 2)))
+
+
+def test_without_held_out_points_there_is_nothing_to_calibrate_by(quick_bases):
+    _, result = learned(rows(12), num_steps=20)
+    with pytest.raises(RuntimeError, match="no points were held out"):
+        result.anomaly(rows(3))
+
+
+def test_a_stream_is_learned_as_the_rows_are(quick_bases):
+    """A DataLoader, with and without workers; both give the same parameters."""
+    data, found = rows(3000), []
+    for num_workers in (0, 2):
+        torch.manual_seed(5)
+        dataset = torch.utils.data.TensorDataset(data)
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_size=128, shuffle=True, num_workers=num_workers
+        )
+        model, result = learned(loader, num_steps=300)
+        found.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert torch.equal(*found)
+    assert result.gain.value > 0.02
+
+
+def test_it_starts_as_no_change_and_may_end_there(quick_bases):
+    """Of a normal distribution nothing is left to correct."""
+    model, result = learned(3 + 2 * torch.randn(400, 2), num_steps=300)
+    assert result.history[0].step == 0
+    assert abs(result.history[0].log_partition.value) < 1e-3
+    assert result.gain.value > -2 * result.gain.std_error
+    assert result.gain.value < 0.1
+    assert abs(model.energy.loc - 3).max() < 0.5  # standardised
+
+
+def test_the_best_record_is_kept(quick_bases):
+    """Fault: the last one, where learning went wrong in the end."""
+    model = EnergyModel(NeuralEnergy((2,), (32, 32)))
+    optim = torch.optim.SGD(model.parameters(), lr=0.0)
+    steps = []
+
+    def ruin(record):
+        steps.append(record.step)
+        if record.step == 200:
+            for parameter in model.parameters():
+                parameter.data.add_(torch.randn_like(parameter))
+
+    result = fit(
+        model,
+        rows(400),
+        num_steps=500,
+        optim=optim,
+        callbacks=[ruin],
+        progress_bar=False,
+    )
+    assert steps[-1] > 200
+    assert abs(result.gain.value) < 0.01
+
+
+def test_chains_take_over_where_importance_fails(quick_bases, monkeypatch):
+    monkeypatch.setattr(automatic.WeightedSteps, "keeps_up", lambda self: False)
+    monkeypatch.setattr(automatic, "_CHAIN_STEPS", 60)
+    _, result = learned(num_steps=300, record_interval=50)
+    names = [name for name, _ in result.stages]
+    assert names == ["ImportanceSampledLikelihood", "MaximumLikelihood"]
+    assert result.gain.value > -0.05  # the best record of all
+
+
+def test_a_nearer_proposal_where_few_draws_count():
+    """Fault: draws that stay those of a base that is far off."""
+    base = dist.Normal(torch.full((2,), -2.0), 3.0).to_event(1)
+    energy = NeuralEnergy(
+        (2,), (16,), base=dist.Normal(torch.ones(2), 0.15).to_event(1)
+    )
+    model = EnergyModel(energy, base)
+    optim = automatic.FitOptim(
+        torch.optim.Adam(model.parameters()), model, None, GradientNoise([])
+    )
+    steps = automatic.WeightedSteps(model, optim, base, torch.ones(4, 2))
+    before = steps.draws.effective_fraction(energy)
+    assert before < automatic._LOW
+    assert steps.keeps_up()
+    assert steps.draws.effective_fraction(energy) > 10 * before
+    assert abs(steps.draws.estimate(energy).value) < 0.05
+
+
+def test_a_given_base_stays():
+    base = dist.Normal(torch.zeros(2), 2.0).to_event(1)
+    model = EnergyModel(NeuralEnergy((2,), (16,), base=base), base)
+    result = fit(model, rows(400), num_steps=400, progress_bar=False)
+    assert model.base is base
+    assert result.base is None
+    assert result.gain.value > 0.1
+
+
+def test_an_energy_that_is_no_network(quick_bases):
+    """Has the base as its reference, and stays what it is."""
+    scale = torch.nn.Parameter(torch.tensor(2.0))
+
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, x):
+            return (x / self.scale).square().sum(-1) / 2
+
+    model = EnergyModel(FunctionEnergy(Scaled(), (2,)))
+    data = 1.5 * torch.randn(2000, 2)
+    fit(model, data, num_steps=1500, progress_bar=False)
+    assert abs(scale.item()) == pytest.approx(1.5, abs=0.1)
+
+
+def test_the_base_is_saved_and_loaded(quick_bases):
+    """Fault: a model that is loaded with a standard normal for its base."""
+    model, result = learned(num_steps=50)
+    stream = io.BytesIO()
+    torch.save(model.state_dict(), stream)
+    stream.seek(0)
+    fresh = EnergyModel(NeuralEnergy((2,), (32, 32)))
+    fresh.load_state_dict(torch.load(stream, weights_only=True))
+    x = rows(50)
+    assert torch.equal(fresh.base.log_prob(x), model.base.log_prob(x))
+    assert torch.allclose(fresh().log_prob(x), result.distribution.log_prob(x))
+    assert fresh.log_partition.averaged().value == pytest.approx(
+        result.log_partition.value, abs=1e-5
+    )
+
+
+def test_a_fit_goes_on(quick_bases):
+    model, first = learned(num_steps=200)
+    second = fit(model, rows(1500), num_steps=400, progress_bar=False)
+    assert second.validation.value > first.validation.value - 0.1
+    assert second.base is None
+
+
+def test_it_ends_in_time(quick_bases):
+    _, result = learned(num_steps=10**7, max_seconds=2.0)
+    assert result.stopped in ("out of time", "early stopping")
+    assert result.timings.seconds < 20
+
+
+def test_the_same_seed_gives_the_same_parameters(quick_bases):
+    data, found = rows(300), []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model, _ = learned(data, num_steps=60)
+        found.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert torch.equal(*found)
+
+
+def test_few_rows_are_not_held_out(quick_bases):
+    _, result = learned(rows(12), num_steps=20)
+    assert result.validation is None
+    assert result.gain is None
+
+
+def test_a_model_that_is_worse_than_its_base_is_not_ok():
+    gain = pyro_ebm.infer.LogLikelihood(-0.5, 0.05, 0.05, 0.0, True)
+    exact = LogPartitionEstimate(0.0, 0.0, 0.0, 0.0, 1e4, "exact", "closed form", 0)
+    found = judge(FitDiagnostics(gain=gain), exact, "finished")
+    assert [str(f.reason) for f in found] == ["worse than its base"]
+
+
+def test_a_base_cannot_be_given_twice():
+    model = EnergyModel(
+        NeuralEnergy((2,)), dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    )
+    with pytest.raises(RuntimeError, match="the model has a base"):
+        model.use_base(bases.normal(rows(50)), rows(50))
+    with pytest.raises(ValueError, match="base must be a Pyro distribution, or 'auto'"):
+        EnergyModel(NeuralEnergy((2,)), "standard")

@@ -1,0 +1,87 @@
+"""Data as people have them."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from pyro_ebm import EnergyModel
+from pyro_ebm.energies import QuadraticEnergy
+from pyro_ebm.infer.fit.points import as_points
+
+ROWS = torch.randn(100, 2)
+
+
+def model():
+    return EnergyModel(QuadraticEnergy(torch.zeros(2)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ROWS,
+        ROWS.numpy(),
+        ROWS.double(),
+        ROWS.tolist(),
+        TensorDataset(ROWS),
+        TensorDataset(ROWS, torch.zeros(100)),
+    ],
+)
+def test_kinds_of_data(data):
+    found = as_points("data", data, model())
+    assert found.rows.dtype == torch.get_default_dtype()
+    assert torch.allclose(found.rows, ROWS.to(found.rows))
+
+
+def test_a_table_of_pandas():
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame(ROWS.numpy(), columns=["a", "b"])
+    found = as_points("data", table, model()).rows
+    assert torch.allclose(found, ROWS.to(found))
+
+
+def test_a_conversion_is_said_once(caplog):
+    with caplog.at_level(logging.INFO, "pyro_ebm.infer.fit.points"):
+        as_points("data", np.arange(20).reshape(10, 2), model())
+    assert [r.getMessage() for r in caplog.records] == [
+        f"data: converted from torch.int64 to {torch.get_default_dtype()}"
+    ]
+
+
+def test_batches_go_through_all_rows():
+    points = as_points("data", ROWS, model())
+    batches = points.batches(25, model())
+    epoch = torch.cat([next(batches) for _ in range(4)])
+    assert torch.equal(epoch.sort(0).values, ROWS.to(epoch).sort(0).values)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream(num_workers):
+    loader = DataLoader(TensorDataset(ROWS), batch_size=20, num_workers=num_workers)
+    points = as_points("data", loader, model())
+    assert torch.equal(points.rows, ROWS.to(points.rows))
+    batches = points.batches(7, model())
+    seen = torch.cat([next(batches) for _ in range(10)])  # of two epochs
+    assert torch.equal(seen, torch.cat([ROWS, ROWS]).to(seen))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ("rows", TypeError, "data must be a tensor, an array or a table.*str"),
+        (Stream(), TypeError, "data is an IterableDataset.*DataLoader"),
+        (DataLoader(TensorDataset(ROWS[:0])), ValueError, "data must have batches"),
+        (np.zeros((5, 3)), ValueError, r"data must have shape.*\(5, 3\)"),
+        (np.full((5, 2), np.nan), ValueError, "5 points with 10 nan"),
+    ],
+)
+def test_bad_data(data, error, message):
+    with pytest.raises(error, match=message):
+        as_points("data", data, model())

@@ -1,0 +1,95 @@
+"""Log Z and its gradient from draws that are made once."""
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_ebm.energies import NeuralEnergy, QuadraticEnergy
+from pyro_ebm.partition.tracking.tracking import LogPartition
+from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
+
+NORMAL = dist.Normal(torch.zeros(2), 1.5).to_event(1)
+
+
+def started(energy, number=40_000, proposal=NORMAL):
+    draws = WeightedDraws()
+    draws.start(energy, proposal, number)
+    return draws
+
+
+def test_the_value_and_the_gradient():
+    """By closed form. Faults: the proposal's density left out; weights detached."""
+    energy = QuadraticEnergy(torch.tensor([0.5, -0.5]), torch.tensor([1.0, 1.5]).diag())
+    draws = started(energy)
+    exact = math.log(2 * math.pi) - math.log(1.5) / 2
+    found = draws.estimate(energy)
+    assert found.status == "ok"
+    assert abs(found.value - exact) < 4 * found.std_error
+    values = []
+    for _ in range(50):
+        log_weights = draws.some(energy, 4000)
+        values.append(log_weights.logsumexp(0) - math.log(4000))
+    value = torch.stack(values).mean()
+    assert abs(value.item() - exact) < 0.02
+    value.backward()
+    parameters = [p for p in energy.parameters() if p.grad is not None]
+    assert parameters
+    loc = next(p for p in parameters if p.shape == (2,))
+    assert loc.grad.abs().max() < 0.05  # log Z does not depend on the location
+
+
+def test_the_base_inside_an_energy_is_evaluated_once():
+    """Fault: the energy of the base left out of the weights."""
+    base = dist.Normal(torch.ones(2), 0.7).to_event(1)
+    energy = NeuralEnergy((2,), (8,), base=base)
+    draws = started(energy)
+    assert abs(draws.estimate(energy).value) < 0.05
+    assert torch.allclose(draws.energies(energy), energy(draws.x), atol=1e-5)
+    count = [0]
+    log_prob = base.log_prob
+    energy.base_energy.distribution.log_prob = lambda x: count.append(0) or log_prob(x)
+    draws.some(energy, 100)
+    draws.estimate(energy)
+    assert count == [0]
+
+
+def test_moments_of_the_model():
+    energy = QuadraticEnergy(torch.tensor([1.0, 0.0]))
+    draws = started(energy)
+    mean, error = draws.mean_energy(energy)
+    assert abs(mean - 1.0) < 4 * error
+    assert error < 0.02
+    again = draws.resampled(energy, 20_000)
+    assert (again.mean(0) - torch.tensor([1.0, 0.0])).abs().max() < 0.05
+    assert (again.std(0) - 1).abs().max() < 0.05
+
+
+def test_few_effective_draws_are_said():
+    energy = QuadraticEnergy(torch.full((2,), 7.0), 25 * torch.eye(2))
+    draws = started(energy, 2000)
+    assert draws.effective_fraction(energy) < 0.01
+    assert draws.estimate(energy).status == "unreliable"
+
+
+def test_a_tracker_follows_by_draws_and_goes_back_to_walkers():
+    energy = NeuralEnergy((2,), (8,), base=NORMAL)
+    tracker = LogPartition(energy, NORMAL)
+    draws = started(energy)
+    tracker.follow_by(energy, draws)
+    assert tracker.draws is draws
+    assert tracker.averaged().method == "importance sampling"
+    with torch.no_grad():
+        energy.network[-1].bias.fill_(-2.0)
+    for _ in range(2000):  # log Z of the average moves with the parameters
+        tracker.follow(energy)
+    assert tracker.averaged().value == pytest.approx(2.0, abs=0.05)
+    assert not tracker.walkers.is_started
+    assert tracker.value == pytest.approx(2.0, abs=0.05)
+    tracker.follow_by(energy, None)
+    assert tracker.draws is None
+    assert tracker.walkers.is_started
+    tracker.finish(energy)
+    assert tracker.averaged().method == "walkers"
+    assert tracker.averaged().value == pytest.approx(2.0, abs=0.1)
