@@ -209,8 +209,19 @@ class _TwoRoutes:
         if journey is not None:
             first = _value_of(journey)
             particles = journey.state.u.flatten(0, 1).reshape(-1, self.dim)
-            proposal = self.union(proposal, journey, particles)
+            before, pool = proposal, self.pool
+            proposal = self.union(before, journey, particles)
         weighed = self.weighed(proposal, first, particles)
+        if (
+            journey is not None
+            and particles is not None
+            and not weighed.is_good
+            and proposal.triangular is not None
+        ):
+            # A map that has not sufficed is no base for particles either.
+            self.pool = pool
+            proposal = self.union(before, journey, particles, is_mapped=False)
+            weighed = self.weighed(proposal, first, particles)
         if weighed.is_good:
             return self.estimate(
                 [weighed.value], weighed.findings, weighed.ess, _BY_DRAWS
@@ -368,14 +379,24 @@ class _TwoRoutes:
             return None
         return journey
 
-    def union(self, proposal: Proposal, journey: Journey, u: Tensor) -> Proposal:
+    def union(
+        self,
+        proposal: Proposal,
+        journey: Journey,
+        u: Tensor,
+        *,
+        is_mapped: bool = True,
+    ) -> Proposal:
         """The proposal with what the particles have found besides."""
         shares = journey.bennett.softmax(0)[:, None] / journey.state.target.shape[1]
         weights = shares.expand_as(journey.state.target).flatten()
         number = max(1, min(_NUM_CLUSTERS, 200 // self.dim))
         proposal = proposal.joined(fit_clusters(u, weights, number), 0.5)
-        found = self.mapped(self.adapt(proposal, 2), u, weights)
-        proposal, log_weights = found.proposal, found.log_weights
+        proposal = self.adapt(proposal, 2)
+        log_weights = self.pool.log_weights()
+        if is_mapped:
+            found = self.mapped(proposal, u, weights)
+            proposal, log_weights = found.proposal, found.log_weights
         before = len(u)
         for _ in range(_MAX_REPAIRS if self.dim <= _MAX_REPAIRED else 0):
             is_bare = self.uncovered(proposal, u, log_weights)
@@ -411,6 +432,8 @@ class _TwoRoutes:
         most, highest = best.efficiency, -math.inf
         for _ in range(_MAP_ROUNDS):
             tried = self.tried(last, u, weights)
+            if not math.isfinite(tried.value.value):
+                break
             # On a ridge each round gets farther, and the value rises.
             is_rising = tried.value.value > highest + tried.value.std_error / 2
             is_gain = is_rising or tried.efficiency > _BETTER * most
