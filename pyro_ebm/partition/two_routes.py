@@ -108,6 +108,8 @@ _MAX_DENSE = 200
 #: Fits of a map, the dimensions up to which they are cheap, and what it is worth: times
 #: as efficient as a proposal without it may be.
 _MAP_ROUNDS, _MAX_MAPPED, _WORTH = 8, 100, 1.25
+#: Components from which on no map is tried.
+_MAX_PLACES = 100
 #: Times as efficient as the best before is a gain, rounds without one after which it is
 #: given up, and the efficiency that is good enough.
 _BETTER, _PATIENCE, _EXCELLENT = 1.1, 2, 0.7
@@ -424,7 +426,9 @@ class _TwoRoutes:
         """
         best = self.tried(proposal, u, weights)
         is_late = self.limits.left < 0.6 * self.limits.max_seconds
-        if is_late or self.dim > _MAX_MAPPED or best.efficiency > _FINE:
+        are_many = proposal.size > _MAX_PLACES  # modes, which ellipsoids describe
+        is_large = self.dim > _MAX_MAPPED
+        if is_late or is_large or are_many or best.efficiency > _FINE:
             return best
         # States of one ancestor, and ancestors that have one, are much the same.
         found = fit_map(u, weights, len(u) / _CHAIN_LENGTH / 4)
