@@ -25,11 +25,10 @@ __all__ = ["two_routes"]
 import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, final
+from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from torch import Tensor
 
 from pyro_ebm.core.errors import DivergenceError
@@ -46,12 +45,11 @@ from pyro_ebm.partition.base import (
 )
 from pyro_ebm.partition.importance.pool import (
     Pool,
-    Proposes,
     difference,
     log_density,
     tempered,
 )
-from pyro_ebm.partition.importance.proposal import Proposal
+from pyro_ebm.partition.importance.proposal import FlatBase, Proposal
 from pyro_ebm.partition.importance.student_mixture import StudentMixture, fit_clusters
 from pyro_ebm.partition.importance.triangular_map import fit_map
 from pyro_ebm.partition.particles.engine import Journey, travel
@@ -565,7 +563,7 @@ class _TwoRoutes:
         """
         runs: list[_Value] = []
         if first is None or not _shortfall(weighed.value, first):
-            base = _FlatBase(proposal, self.path.event_shape)
+            base = FlatBase(proposal, self.path.event_shape)
             runs, gap = self.travelled(GeometricPath(self.target, base), 512)
         if first is not None and (not runs or _shortfall(runs[-1], first)):
             again, gap = self.travelled(self.path, 4096)
@@ -690,30 +688,3 @@ def _shortfall(value: _Value, first: _Value) -> list[Finding]:
         return []
     text = f"particles from the base found more: {first} against {value}"
     return [Finding(Reason.ROUTES_DISAGREE, text)]
-
-
-@final
-class _FlatBase(dist.TorchDistribution):
-    """A proposal over flat vectors as a base over an event."""
-
-    arg_constraints: dict[str, constraints.Constraint] = {}
-
-    def __init__(self, proposal: Proposes, event_shape: torch.Size) -> None:
-        super().__init__(torch.Size(), event_shape, validate_args=False)
-        self.proposal = proposal
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """All of unconstrained space."""
-        return constraints.independent(constraints.real, len(self.event_shape))
-
-    def log_prob(self, u: Tensor) -> Tensor:
-        """Log density at ``u`` of shape ``(*batch, *event)``."""
-        batch = u.shape[: u.dim() - len(self.event_shape)]
-        return self.proposal.log_prob(u.reshape(batch.numel(), -1)).reshape(batch)
-
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws in random order, shape ``(*sample, *event)``."""
-        number = torch.Size(sample_shape).numel()
-        draws = self.proposal.sample(number)[torch.randperm(number)]
-        return draws.reshape(torch.Size(sample_shape) + self.event_shape)

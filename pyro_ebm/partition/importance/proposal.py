@@ -19,15 +19,19 @@ References:
     Cappé, Douc, Guillin, Marin & Robert (2008), Statistics and Computing 18, 447-459.
 """
 
-__all__ = ["Proposal"]
+__all__ = ["FlatBase", "Proposal"]
 
 import math
+from collections.abc import Sequence
 from typing import final
 
+import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from torch import Tensor
 
 from pyro_ebm.mcmc.tempering.path import GeometricPath
+from pyro_ebm.partition.importance.pool import Proposes
 from pyro_ebm.partition.importance.student_mixture import StudentMixture
 from pyro_ebm.partition.importance.triangular_map import TriangularMap, fit_map
 
@@ -202,3 +206,30 @@ def _at_least(learned: Tensor, is_there: Tensor) -> Tensor:
     left = 1 - MIN_SHARE * is_low.sum()
     shares = others / others.sum().clamp(min=1e-300) * left
     return torch.where(is_low, MIN_SHARE, shares)
+
+
+@final
+class FlatBase(dist.TorchDistribution):
+    """A proposal over flat vectors as a base over an event."""
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+
+    def __init__(self, proposal: Proposes, event_shape: torch.Size) -> None:
+        super().__init__(torch.Size(), event_shape, validate_args=False)
+        self.proposal = proposal
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All of unconstrained space."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        """Log density at ``u`` of shape ``(*batch, *event)``."""
+        batch = u.shape[: u.dim() - len(self.event_shape)]
+        return self.proposal.log_prob(u.reshape(batch.numel(), -1)).reshape(batch)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws in random order, shape ``(*sample, *event)``."""
+        number = torch.Size(sample_shape).numel()
+        draws = self.proposal.sample(number)[torch.randperm(number)]
+        return draws.reshape(torch.Size(sample_shape) + self.event_shape)
