@@ -29,7 +29,8 @@ from pyro_ebm.partition.normalizability import check_normalizability
 from pyro_ebm.partition.particles.annealed import annealed_importance_sampling
 from pyro_ebm.partition.particles.gibbs_annealing import gibbs_annealing
 from pyro_ebm.partition.particles.smc import smc
-from pyro_ebm.partition.two_routes import Limits, two_routes
+from pyro_ebm.partition.progress import Limits
+from pyro_ebm.partition.two_routes import two_routes
 
 Method = Literal["auto", "exact", "sampling", "smc", "importance", "ais", "gibbs"]
 

@@ -1,6 +1,6 @@
 """Evaluations of an energy: counted, shown, and in pieces that fit into memory."""
 
-__all__ = ["CountedEnergy", "MAX_BYTES", "bar_settings", "watched"]
+__all__ = ["CountedEnergy", "Limits", "MAX_BYTES", "bar_settings", "watched"]
 
 import math
 import time
@@ -154,6 +154,49 @@ class _Allocations(TorchDispatchMode):
             if isinstance(part, Tensor)
         )
         return result
+
+
+class Limits:
+    """How long an estimate may take.
+
+    Args:
+        tolerance: Standard error wanted, in nats.
+        max_seconds: Seconds after which it ends with what there is.
+        budget: Energy evaluations aimed at; ``None`` for no limit.
+    """
+
+    def __init__(
+        self, tolerance: float, max_seconds: float, budget: int | None
+    ) -> None:
+        self.tolerance, self.max_seconds, self.budget = tolerance, max_seconds, budget
+        self.start = time.monotonic(), time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of computing since the start.
+
+        By the clock, or by the processor where others share it.
+        """
+        wall, cpu = self.start
+        return min(time.monotonic() - wall, time.process_time() - cpu)
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return max(self.max_seconds - self.seconds, 0.0)
+
+    def affordable(self, energy: CountedEnergy, share: float) -> float:
+        """Evaluations that a share of what is left pays for."""
+        seconds = self.left * share
+        number = seconds / max(energy.seconds_each, 1e-9)
+        if self.budget is not None:
+            number = min(number, (self.budget - energy.num_evaluations) * share)
+        return max(number, 0.0)
+
+    def is_over(self, energy: CountedEnergy) -> bool:
+        """Whether time or evaluations are spent."""
+        is_spent = self.budget is not None and energy.num_evaluations >= self.budget
+        return is_spent or self.seconds > self.max_seconds
 
 
 @contextmanager

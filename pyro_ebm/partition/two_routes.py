@@ -20,16 +20,15 @@ References:
     Raftery & Bao (2010), Biometrics 66, 1162-1173.
 """
 
-__all__ = ["Limits", "two_routes"]
+__all__ = ["two_routes"]
 
 import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, final
+from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from torch import Tensor
 
 from pyro_ebm.core.errors import DivergenceError
@@ -46,16 +45,16 @@ from pyro_ebm.partition.base import (
 )
 from pyro_ebm.partition.importance.pool import (
     Pool,
-    Proposes,
     difference,
     log_density,
     tempered,
 )
-from pyro_ebm.partition.importance.proposal import Proposal
+from pyro_ebm.partition.importance.proposal import FlatBase, Proposal
 from pyro_ebm.partition.importance.student_mixture import StudentMixture, fit_clusters
+from pyro_ebm.partition.importance.triangular_map import fit_map
 from pyro_ebm.partition.particles.engine import Journey, travel
 from pyro_ebm.partition.particles.movers import AdaptiveHMC
-from pyro_ebm.partition.progress import MAX_BYTES, CountedEnergy
+from pyro_ebm.partition.progress import MAX_BYTES, CountedEnergy, Limits
 
 #: Islands of particles, and states kept of each ancestor.
 _NUM_ISLANDS = 8
@@ -76,6 +75,8 @@ _MAX_MIRRORED = 32
 #: of modes met by fewer from which on it matters; how many of them are too many; and
 #: how many times as many draws are looked at for them.
 _ENOUGH, _RARE, _MANY_RARE, _MOST_LOOKS = 3, 0.02, 16, 16
+#: Unconstrained values are rarely larger.
+_USUAL = 2.0
 #: Draws of the base that are timed.
 _NUM_TIMED = 16
 _NUM_DRAWS, _FEWEST_WEIGHED = 4000, 1000
@@ -102,55 +103,24 @@ _MAX_REPAIRS = 4
 #: Dimensions up to which a component can be told from some hundred draws.
 _MAX_REPAIRED = 48
 _MAX_DENSE = 200
+#: Fits of a map, the dimensions up to which they are cheap, and what it is worth: times
+#: as efficient as a proposal without it may be.
+_MAP_ROUNDS, _MAX_MAPPED, _WORTH = 8, 100, 1.25
+#: Components from which on no map is tried.
+_MAX_PLACES = 100
+#: Times as efficient as the best before is a gain, rounds without one after which it is
+#: given up, and the efficiency that is good enough.
+_BETTER, _PATIENCE, _EXCELLENT = 1.1, 2, 0.7
+#: Efficiency that few ellipsoids have where there is a ridge or a heavy tail.
+_FINE = 0.8
+#: Effective draws that a map is fitted to at least.
+_FEW_FITTED = 500.0
 
 
 _BY_DRAWS = "independent draws of a proposal fitted to modes and particles"
 _BY_PARTICLES = "SMC from a proposal fitted to modes and particles"
 #: What may keep one route from arriving, and says nothing against the other.
 _EXCUSES = (Reason.OUT_OF_BUDGET, Reason.NOT_ARRIVED)
-
-
-class Limits:
-    """How long an estimate may take.
-
-    Args:
-        tolerance: Standard error wanted, in nats.
-        max_seconds: Seconds after which it ends with what there is.
-        budget: Energy evaluations aimed at; ``None`` for no limit.
-    """
-
-    def __init__(
-        self, tolerance: float, max_seconds: float, budget: int | None
-    ) -> None:
-        self.tolerance, self.max_seconds, self.budget = tolerance, max_seconds, budget
-        self.start = time.monotonic(), time.process_time()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of computing since the start.
-
-        By the clock, or by the processor where others share it.
-        """
-        wall, cpu = self.start
-        return min(time.monotonic() - wall, time.process_time() - cpu)
-
-    @property
-    def left(self) -> float:
-        """Seconds that are left."""
-        return max(self.max_seconds - self.seconds, 0.0)
-
-    def affordable(self, energy: CountedEnergy, share: float) -> float:
-        """Evaluations that a share of what is left pays for."""
-        seconds = self.left * share
-        number = seconds / max(energy.seconds_each, 1e-9)
-        if self.budget is not None:
-            number = min(number, (self.budget - energy.num_evaluations) * share)
-        return max(number, 0.0)
-
-    def is_over(self, energy: CountedEnergy) -> bool:
-        """Whether time or evaluations are spent."""
-        is_spent = self.budget is not None and energy.num_evaluations >= self.budget
-        return is_spent or self.seconds > self.max_seconds
 
 
 class _Value(NamedTuple):
@@ -161,6 +131,16 @@ class _Value(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.value:.3f} +- {self.std_error:.2g}"
+
+
+class _Tried(NamedTuple):
+    """A proposal, weighted draws of it, and which share of them is effective."""
+
+    proposal: Proposal
+    draws: Tensor
+    log_weights: Tensor
+    efficiency: float
+    value: _Value
 
 
 class _Weighed(NamedTuple):
@@ -229,8 +209,19 @@ class _TwoRoutes:
         if journey is not None:
             first = _value_of(journey)
             particles = journey.state.u.flatten(0, 1).reshape(-1, self.dim)
-            proposal = self.union(proposal, journey, particles)
+            before, pool = proposal, self.pool
+            proposal = self.union(before, journey, particles)
         weighed = self.weighed(proposal, first, particles)
+        if (
+            journey is not None
+            and particles is not None
+            and not weighed.is_good
+            and proposal.triangular is not None
+        ):
+            # A map that has not sufficed is no base for particles either.
+            self.pool = pool
+            proposal = self.union(before, journey, particles, is_mapped=False)
+            weighed = self.weighed(proposal, first, particles)
         if weighed.is_good:
             return self.estimate(
                 [weighed.value], weighed.findings, weighed.ess, _BY_DRAWS
@@ -273,7 +264,11 @@ class _TwoRoutes:
             factor *= 4
 
     def starts(self, num_looks: int, num_starts: int) -> Tensor | None:
-        """Points to descend from: low draws of the base, any draws, and nearer ones."""
+        """Points to descend from: low draws of the base, others, and usual values.
+
+        References:
+            Stan Reference Manual, section on initialisation (the usual ones).
+        """
         few = self.path.draw_base(2 * _MIN_STARTS).reshape(2 * _MIN_STARTS, -1).double()
         for _ in range(3):  # to learn what an evaluation costs, once it is traced
             self.value_and_grad(few)
@@ -302,6 +297,9 @@ class _TwoRoutes:
         self.middle, share = u.median(0).values, torch.rand(len(others) // 2, 1).to(u)
         near = others[: len(share)] - self.middle
         others[: len(share)] = self.middle + share * near
+        # Draws of a vague prior are all in absurd places; parameters seldom are.
+        usual = others[len(share) :][::2]
+        usual.copy_(_USUAL * (2 * torch.rand(usual.shape).to(u) - 1))
         return torch.cat([low, others])
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -381,16 +379,26 @@ class _TwoRoutes:
             return None
         return journey
 
-    def union(self, proposal: Proposal, journey: Journey, u: Tensor) -> Proposal:
+    def union(
+        self,
+        proposal: Proposal,
+        journey: Journey,
+        u: Tensor,
+        *,
+        is_mapped: bool = True,
+    ) -> Proposal:
         """The proposal with what the particles have found besides."""
         shares = journey.bennett.softmax(0)[:, None] / journey.state.target.shape[1]
         weights = shares.expand_as(journey.state.target).flatten()
         number = max(1, min(_NUM_CLUSTERS, 200 // self.dim))
         proposal = proposal.joined(fit_clusters(u, weights, number), 0.5)
         proposal = self.adapt(proposal, 2)
+        log_weights = self.pool.log_weights()
+        if is_mapped:
+            found = self.mapped(proposal, u, weights)
+            proposal, log_weights = found.proposal, found.log_weights
         before = len(u)
         for _ in range(_MAX_REPAIRS if self.dim <= _MAX_REPAIRED else 0):
-            log_weights = self.pool.log_weights()
             is_bare = self.uncovered(proposal, u, log_weights)
             number = int(is_bare.sum())
             is_covered = number <= _MAX_UNCOVERED / 3 * len(u)
@@ -405,7 +413,67 @@ class _TwoRoutes:
                 extra = fit_clusters(u[is_bare], bare, 1 if number < 200 else 4)
                 proposal = proposal.joined(extra, 0.3)
             proposal = self.adapt(proposal, 2)
+            log_weights = self.pool.log_weights()
         return proposal
+
+    def mapped(self, proposal: Proposal, u: Tensor, weights: Tensor) -> "_Tried":
+        """The proposal, with a triangular map of the particles unless that is worse.
+
+        It leads along a ridge beyond what draws and particles have seen, which no
+        efficiency can tell, so that it is kept where it costs little.
+        """
+        best = self.tried(proposal, u, weights)
+        is_late = self.limits.left < 0.6 * self.limits.max_seconds
+        are_many = proposal.size > _MAX_PLACES  # modes, which ellipsoids describe
+        is_large = self.dim > _MAX_MAPPED
+        if is_late or is_large or are_many or best.efficiency > _FINE:
+            return best
+        # States of one ancestor, and ancestors that have one, are much the same.
+        found = fit_map(u, weights, len(u) / _CHAIN_LENGTH / 4)
+        last, patience = proposal.with_map(found, 0.5), _PATIENCE
+        most, highest = best.efficiency, -math.inf
+        for _ in range(_MAP_ROUNDS):
+            tried = self.tried(last, u, weights)
+            if not math.isfinite(tried.value.value):
+                break
+            # On a ridge each round gets farther, and the value rises.
+            is_rising = tried.value.value > highest + tried.value.std_error / 2
+            is_gain = is_rising or tried.efficiency > _BETTER * most
+            patience = _PATIENCE if is_gain else patience - 1
+            most = max(most, tried.efficiency)
+            highest = max(highest, tried.value.value)
+            if tried.efficiency > most / _WORTH:
+                best = tried
+            is_done = best.efficiency > _EXCELLENT and not found.has_terms
+            if is_done or not patience:
+                break
+            own = tempered(tried.log_weights, _FEW_FITTED).softmax(0)
+            effective = 1 / own.square().sum().item()
+            if effective > 1.5 * _FEW_FITTED:
+                found = fit_map(tried.draws, own, effective)
+                last = last.with_map(found, 0.5)
+            last = last.shared_out(tried.draws, own).pruned(tried.draws, own)
+        if best.proposal.triangular is not None:
+            self.pool = Pool(self.target)  # draws of worse proposals are no help
+        return best
+
+    def tried(self, proposal: Proposal, u: Tensor, weights: Tensor) -> "_Tried":
+        """Weights of draws of a proposal, and how efficient these are.
+
+        Particles come to heavy tails that draws of the proposal seldom see. The mean
+        weight over the target is one over the effective share.
+        """
+        draws = proposal.sample(3 * self.num_draws())
+        log_weights = difference(
+            log_density(self.target, draws), proposal.log_prob(draws)
+        )
+        own = difference(log_density(self.target, u), proposal.log_prob(u))
+        mean = (own - log_mean_exp(log_weights)).exp() @ weights
+        share = effective_sample_fraction(log_weights).item()
+        share = max(min(share, 1 / max(mean.item(), 1.0)), 1e-12)
+        error = math.sqrt((1 / share - 1) / len(draws))
+        value = _Value(log_mean_exp(log_weights).item(), error)
+        return _Tried(proposal, draws, log_weights, share, value)
 
     # The estimate.
 
@@ -495,7 +563,7 @@ class _TwoRoutes:
         """
         runs: list[_Value] = []
         if first is None or not _shortfall(weighed.value, first):
-            base = _FlatBase(proposal, self.path.event_shape)
+            base = FlatBase(proposal, self.path.event_shape)
             runs, gap = self.travelled(GeometricPath(self.target, base), 512)
         if first is not None and (not runs or _shortfall(runs[-1], first)):
             again, gap = self.travelled(self.path, 4096)
@@ -620,30 +688,3 @@ def _shortfall(value: _Value, first: _Value) -> list[Finding]:
         return []
     text = f"particles from the base found more: {first} against {value}"
     return [Finding(Reason.ROUTES_DISAGREE, text)]
-
-
-@final
-class _FlatBase(dist.TorchDistribution):
-    """A proposal over flat vectors as a base over an event."""
-
-    arg_constraints: dict[str, constraints.Constraint] = {}
-
-    def __init__(self, proposal: Proposes, event_shape: torch.Size) -> None:
-        super().__init__(torch.Size(), event_shape, validate_args=False)
-        self.proposal = proposal
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """All of unconstrained space."""
-        return constraints.independent(constraints.real, len(self.event_shape))
-
-    def log_prob(self, u: Tensor) -> Tensor:
-        """Log density at ``u`` of shape ``(*batch, *event)``."""
-        batch = u.shape[: u.dim() - len(self.event_shape)]
-        return self.proposal.log_prob(u.reshape(batch.numel(), -1)).reshape(batch)
-
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws in random order, shape ``(*sample, *event)``."""
-        number = torch.Size(sample_shape).numel()
-        draws = self.proposal.sample(number)[torch.randperm(number)]
-        return draws.reshape(torch.Size(sample_shape) + self.event_shape)

@@ -15,16 +15,14 @@ from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
 from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition import estimate
-from pyro_ebm.partition.importance.proposal import Proposal
+from pyro_ebm.partition.importance.proposal import FlatBase, Proposal
 from pyro_ebm.partition.importance.student_mixture import StudentMixture
 from pyro_ebm.partition.particles.engine import Journey
-from pyro_ebm.partition.progress import CountedEnergy
+from pyro_ebm.partition.progress import CountedEnergy, Limits
 from pyro_ebm.partition.two_routes import (
     _BY_DRAWS,
     _BY_PARTICLES,
-    Limits,
     _disagreement,
-    _FlatBase,
     _gap_of,
     _pooled,
     _shortfall,
@@ -382,7 +380,7 @@ def test_islands_from_a_proposal_have_their_part_of_each_component():
     """Fault: the draws in the order of the proposal, those of its base last."""
     path = GeometricPath(gaussian(2), normal(2, 1.0, 50.0), is_double=True)
     mixture = at(path, (0.0, 0.0)).mixture
-    base = _FlatBase(Proposal(path, mixture, 0.5), torch.Size((2,)))
+    base = FlatBase(Proposal(path, mixture, 0.5), torch.Size((2,)))
     u = base.sample((8, 500))
     share = (u[..., 0] > 25).double().mean(1)
     assert ((share - 0.5).abs() < 5 * math.sqrt(0.25 / 500)).all()

@@ -116,6 +116,23 @@ class StudentMixture(NamedTuple):
         shares = (total / total.sum()).clamp(min=min_weight / len(total))
         return StudentMixture(shares / shares.sum(), loc_new, factor_new)
 
+    def without_idle(
+        self, u: Tensor, weights: Tensor, least: float
+    ) -> "StudentMixture":
+        """The components that hold some weight; the one that holds most, if none does.
+
+        Args:
+            u: Draws, shape ``(N, D)``.
+            weights: Shape ``(N,)``.
+            least: Weight of a component that is kept.
+        """
+        held = self._joined(u)[0].softmax(0).nan_to_num(0.0) @ weights
+        kept = held >= min(least, held.max().item())
+        shares = held[kept].clamp(min=1e-300)
+        return StudentMixture(
+            shares / shares.sum(), self.loc[kept], self.scale_tril[kept]
+        )
+
     def at(self, u: Tensor) -> "StudentMixture":
         """Components at given points, each shaped as the one that is nearest.
 

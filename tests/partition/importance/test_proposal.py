@@ -11,6 +11,7 @@ from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition.importance.pool import log_density
 from pyro_ebm.partition.importance.proposal import MIN_SHARE, Proposal
 from pyro_ebm.partition.importance.student_mixture import StudentMixture
+from pyro_ebm.partition.importance.triangular_map import fit_map
 
 
 def path(dim=2):
@@ -127,3 +128,37 @@ def test_over_events_of_any_shape_and_support():
     weights = (log_density(bent.target, u) - proposal.log_prob(u)).exp()
     assert abs(weights.mean() - 1) < 4 * weights.std() / math.sqrt(len(u))
     assert weights.max() < 2.1  # the base is the target, and half of the proposal
+
+
+def mapped(share):
+    """Half of a target in a map, and a component at each half."""
+    u = torch.randn(4000, 2) - 4
+    modes = student([-4.0, -4.0]).joined(student([4.0, 4.0]), 0.5)
+    triangular = fit_map(u, torch.full((4000,), 1 / 4000), 4000)
+    return Proposal(path(), modes, 0.1).with_map(triangular, share)
+
+
+def test_a_map_has_its_share_of_density_and_draws():
+    """Fault: the share of the map left out of the density, or of the draws."""
+    proposal = mapped(0.6)
+    wide = dist.StudentT(4.0, torch.zeros(2), 5.0).to_event(1)
+    x = wide.sample((100_000,))
+    ratio = (proposal.log_prob(x) - wide.log_prob(x)).exp()
+    assert abs(ratio.mean() - 1) < 4 * ratio.std() / math.sqrt(len(x))
+    draws = proposal.sample(50_000)
+    is_near = (draws.sum(-1) < 0).double().mean()
+    expected = 0.6 + 0.04 / 2 + 0.36 / 2
+    assert is_near == pytest.approx(expected, abs=0.015)
+
+
+def test_components_whose_mass_the_map_holds_are_pruned():
+    """And the one that the map lacks stays. Fault: all of them are kept; weights
+    that do not know the map."""
+    proposal = mapped(0.96 - 1e-9)
+    u = torch.randn(4000, 2) + torch.where(torch.rand(4000, 1) < 0.5, 4.0, -4.0)
+    weights = torch.full((4000,), 1 / 4000)
+    for _ in range(4):
+        proposal = proposal.shared_out(u, weights).pruned(u, weights)
+    kept = proposal.mixture.loc[proposal.mixture.weights > 0.2]
+    torch.testing.assert_close(kept, torch.full((1, 2), 4.0))
+    assert proposal.map_share == pytest.approx(0.5, abs=0.1)
