@@ -37,8 +37,8 @@ def learn(train, num_steps):
     return model, pyro_ebm.fit(model, train, num_steps=num_steps)
 
 
-# %% What it has to beat: a Gaussian mixture and a kernel density, with their sizes chosen
-# by as many rows held out.
+# %% What it has to beat: a Gaussian mixture and kernels, with their sizes chosen by as
+# many rows held out.
 def best_other(train, test):
     train, test = train.numpy().astype(float), test.numpy().astype(float)
     loc, scale = train.mean(0), train.std(0)
