@@ -3,7 +3,6 @@
 __all__ = ["FittedBase", "fit"]
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from pyro_ebm.bases.kernels import independent, kernel_density
 from pyro_ebm.bases.mixture import gaussian_mixture, normal
 from pyro_ebm.bases.rows import Rows, split
 from pyro_ebm.bases.stack import Stack, stacked
+from pyro_ebm.core.stopwatch import Stopwatch
 
 _Fitter = Callable[[Tensor, float], dist.TorchDistribution]
 #: Rows from which on a flow is tried.
@@ -159,9 +159,9 @@ def _fitted(
     skip: bool,
 ) -> dict[str, dist.TorchDistribution]:
     """What could be fitted, by kind; what fails is left out or raised."""
-    start, found = time.monotonic(), {}
+    watch, found = Stopwatch(), {}
     for name in wanted:
-        left = max(seconds - (time.monotonic() - start), 1.0)
+        left = max(seconds - watch.seconds, 1.0)
         try:
             found[name] = fitters[name](rows, left)
         except (ArithmeticError, ValueError):  # no covariance, say

@@ -3,7 +3,6 @@
 __all__ = ["Flow", "flow", "new_flow"]
 
 import copy
-import time
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -15,6 +14,7 @@ from torch.distributions.constraints import Constraint
 from tqdm.auto import tqdm
 
 from pyro_ebm.bases.rows import Rows, split
+from pyro_ebm.core.stopwatch import Stopwatch
 
 #: Of the optimiser; steps between two looks at the held-out rows, and looks without a
 #: better one after which it ends.
@@ -107,9 +107,9 @@ def _train(
     train, held_out = split(z, seed)
     optimiser = torch.optim.Adam(module.parameters(), _RATE)
     best, state, waited = torch.inf, copy.deepcopy(module.state_dict()), 0
-    end = time.monotonic() + max_seconds
+    watch = Stopwatch()
     with tqdm(desc="flow", delay=1, disable=not is_shown) as bar:
-        while time.monotonic() < end and waited < _PATIENCE:
+        while watch.seconds < max_seconds and waited < _PATIENCE:
             for _ in range(_EVERY):
                 batch = train[torch.randint(len(train), (_BATCH,))]
                 loss = -module().log_prob(batch).mean()

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
+from pyro_ebm.core.stopwatch import Stopwatch
 from pyro_ebm.energies import Energy
 
 #: Memory that one evaluation may take, in bytes.
@@ -169,16 +170,12 @@ class Limits:
         self, tolerance: float, max_seconds: float, budget: int | None
     ) -> None:
         self.tolerance, self.max_seconds, self.budget = tolerance, max_seconds, budget
-        self.start = time.monotonic(), time.process_time()
+        self._watch = Stopwatch()
 
     @property
     def seconds(self) -> float:
-        """Seconds of computing since the start.
-
-        By the clock, or by the processor where others share it.
-        """
-        wall, cpu = self.start
-        return min(time.monotonic() - wall, time.process_time() - cpu)
+        """Seconds of computing since the start; see :class:`Stopwatch`."""
+        return self._watch.seconds
 
     @property
     def left(self) -> float:

@@ -20,7 +20,6 @@ __all__ = [
 ]
 
 import math
-import time
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -31,6 +30,7 @@ from torch.distributions.constraints import Constraint
 from pyro_ebm import bases
 from pyro_ebm.bases.rows import split
 from pyro_ebm.bases.stack import Stack
+from pyro_ebm.core.stopwatch import Stopwatch
 from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.energies import Energy, is_unconstrained, unconstrained
 from pyro_ebm.infer.fit.optimiser import FitOptim
@@ -67,7 +67,8 @@ class Plan(NamedTuple):
         held_out: Rows to choose by, or ``None``.
         base: What was fitted to the rows, or ``None``.
         proposal: Where weighted draws come from; ``None`` where log Z comes otherwise.
-        end: ``time.monotonic()`` at which learning ends.
+        watch: Of the fit, since before its base.
+        max_seconds: After which learning ends.
     """
 
     stages: list[Stage]
@@ -75,7 +76,8 @@ class Plan(NamedTuple):
     held_out: Tensor | None
     base: bases.FittedBase | None
     proposal: Any
-    end: float
+    watch: Stopwatch
+    max_seconds: float
 
     def optim(self, model: EnergyModel) -> torch.optim.lr_scheduler.LambdaLR:
         """Adam, with a rate that rises quickly and falls to little by the end.
@@ -84,13 +86,13 @@ class Plan(NamedTuple):
         gives the same parameters again.
         """
         adam = torch.optim.Adam(model.parameters(), lr=_RATE)
-        total, start = sum(stage.num_steps for stage in self.stages), time.monotonic()
+        total, start = sum(s.num_steps for s in self.stages), self.watch.seconds
 
         def rate(step: int) -> float:
             nonlocal total
             if step == _WARMUP:
-                each = (time.monotonic() - start) / step
-                left = self.end - time.monotonic()
+                each = (self.watch.seconds - start) / step
+                left = max(self.max_seconds - self.watch.seconds, 0.0)
                 if each * (total - step) > left:
                     total = step + max(1, int(left / each))
             falling = (1 + math.cos(math.pi * min(step / total, 1.0))) / 2
@@ -118,7 +120,7 @@ def automatic_plan(
         max_seconds: For the base and the steps, wall-clock.
         progress_bar: Whether to show the fit of the base.
     """
-    start = time.monotonic()
+    watch = Stopwatch()
     train = rows
     if held_out is None and len(rows) >= _FEWEST:
         train, held_out = split(rows, seed=0)
@@ -136,7 +138,7 @@ def automatic_plan(
     objective = ImportanceSampledLikelihood(proposal, _DRAWS)
     steps = _STEPS if num_steps is None else num_steps
     stages = [Stage(objective, steps)]
-    return Plan(stages, train, held_out, base, proposal, start + max_seconds)
+    return Plan(stages, train, held_out, base, proposal, watch, max_seconds)
 
 
 def given_plan(
@@ -155,8 +157,8 @@ def given_plan(
         stages: Estimators with their steps.
         max_seconds: Default: no limit.
     """
-    end = math.inf if max_seconds is None else time.monotonic() + max_seconds
-    return Plan(stages, rows, held_out, None, None, end)
+    limit = math.inf if max_seconds is None else max_seconds
+    return Plan(stages, rows, held_out, None, None, Stopwatch(), limit)
 
 
 def fit_base(

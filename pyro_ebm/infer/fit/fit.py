@@ -105,8 +105,8 @@ def fit(
             :class:`~pyro_ebm.infer.Stage`, each an objective with its steps.
         num_steps: Parameter steps, at most; default 4,000, and 2,000 with an estimator
             given; stages have their own.
-        max_seconds: Wall-clock seconds in which base and steps end; default: 60, and no
-            limit with an estimator given.
+        max_seconds: Seconds, by the clock or by the processor where others share it, in
+            which base and steps end; default: 60, and no limit with an estimator given.
         batch_size: Points a step, drawn without replacement within an epoch.
         optim: A Pyro optimiser or scheduler, or a torch optimiser of the model's
             parameters, or a ``torch.optim.lr_scheduler`` of one, which also moves what
@@ -360,7 +360,7 @@ class _Fit:
                 if not math.isfinite(loss):
                     self._go_back(last_good)
                     return "loss not finite"
-                is_late = time.monotonic() > self.plan.end
+                is_late = self.plan.watch.seconds > self.plan.max_seconds
                 is_last = is_late or (self.is_automatic and not left)
                 if self.num_steps % self.record_interval and not is_last:
                     continue
