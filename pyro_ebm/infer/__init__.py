@@ -5,8 +5,8 @@ and :mod:`~pyro_ebm.infer.objectives.likelihood.maximum_likelihood`, beside eq. 
 """
 
 __all__ = [
-    "Anomaly",
     "AmortizedSampler",
+    "Anomaly",
     "BoundedLikelihood",
     "ContrastiveDivergence",
     "DenoisingScoreMatching",
