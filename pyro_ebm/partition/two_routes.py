@@ -106,8 +106,9 @@ _MAX_DENSE = 200
 #: Fits of a map, the dimensions up to which they are cheap, and what it is worth: times
 #: as efficient as a proposal without it may be.
 _MAP_ROUNDS, _MAX_MAPPED, _WORTH = 8, 100, 1.25
-#: Components from which on no map is tried.
-_MAX_PLACES = 100
+#: Components from which on no map is tried, and the share of the time that its draws
+#: may take.
+_MAX_PLACES, _SHARE_MAPPED = 100, 0.05
 #: Times as efficient as the best before is a gain, rounds without one after which it is
 #: given up, and the efficiency that is good enough.
 _BETTER, _PATIENCE, _EXCELLENT = 1.1, 2, 0.7
@@ -394,7 +395,7 @@ class _TwoRoutes:
         proposal = proposal.joined(fit_clusters(u, weights, number), 0.5)
         proposal = self.adapt(proposal, 2)
         log_weights = self.pool.log_weights()
-        if is_mapped:
+        if is_mapped and self.can_map(proposal):
             found = self.mapped(proposal, u, weights)
             proposal, log_weights = found.proposal, found.log_weights
         before = len(u)
@@ -416,6 +417,14 @@ class _TwoRoutes:
             log_weights = self.pool.log_weights()
         return proposal
 
+    def can_map(self, proposal: Proposal) -> bool:
+        """Whether a map may be worth its time."""
+        is_late = self.limits.left < 0.6 * self.limits.max_seconds
+        are_many = proposal.size > _MAX_PLACES  # modes, which ellipsoids describe
+        cost = 3 * _MAP_ROUNDS * self.num_draws()
+        is_dear = self.limits.affordable(self.target, _SHARE_MAPPED) < cost
+        return not (is_late or is_dear or are_many or self.dim > _MAX_MAPPED)
+
     def mapped(self, proposal: Proposal, u: Tensor, weights: Tensor) -> "_Tried":
         """The proposal, with a triangular map of the particles unless that is worse.
 
@@ -423,10 +432,7 @@ class _TwoRoutes:
         efficiency can tell, so that it is kept where it costs little.
         """
         best = self.tried(proposal, u, weights)
-        is_late = self.limits.left < 0.6 * self.limits.max_seconds
-        are_many = proposal.size > _MAX_PLACES  # modes, which ellipsoids describe
-        is_large = self.dim > _MAX_MAPPED
-        if is_late or is_large or are_many or best.efficiency > _FINE:
+        if best.efficiency > _FINE:
             return best
         # States of one ancestor, and ancestors that have one, are much the same.
         found = fit_map(u, weights, len(u) / _CHAIN_LENGTH / 4)
