@@ -91,7 +91,8 @@ def fit(
 
     The model is trained in place; at the end its parameters are the averaged ones, to
     which the returned :math:`\log Z` belongs: it is followed whatever the objective is,
-    through all stages. Pyro's parameter store is left as it was.
+    through all stages. Pyro's parameter store is left as it was, and the model in
+    ``eval()``.
 
     ``print(result)`` says what came out, and whether to believe it: at the end the
     energy gap, chains, gradients and noise are examined (see
@@ -187,6 +188,7 @@ def fit(
     else:
         plan = given_plan(energy_model, points.rows, held_out, stages, max_seconds)
     run = _Fit(energy_model, plan, patience, is_automatic=is_automatic)
+    energy_model.train()
     run.began = began
     run.batch_size, run.record_interval = batch_size, record_interval
     run.callbacks, run.max_grad_norm = callbacks, max_grad_norm
@@ -196,6 +198,7 @@ def fit(
     train = points if points.loader is not None else Points(plan.train)
     with tqdm(total=total, disable=not progress_bar, desc="fit") as bar:
         stopped = run.all_stages(train, optim, bar)
+    energy_model.eval()  # from here on log Z is a number
     return run.result(stopped)
 
 

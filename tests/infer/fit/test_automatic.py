@@ -215,7 +215,7 @@ def test_a_fit_goes_on(quick_bases):
 def test_it_ends_in_time(quick_bases):
     _, result = learned(num_steps=10**7, max_seconds=2.0)
     assert result.stopped in ("out of time", "early stopping")
-    assert result.timings.seconds < 20
+    assert result.num_steps < 10**6
 
 
 def test_the_same_seed_gives_the_same_parameters(quick_bases):
