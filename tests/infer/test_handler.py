@@ -716,7 +716,8 @@ def test_an_energy_in_a_mixture_of_pyro_is_refused():
         run_once(model)
 
 
-def test_the_jit_is_refused():
+@pytest.mark.parametrize("wrap", [maximum_likelihood, lambda model: model])
+def test_the_jit_is_refused(wrap):
     """It froze the chains and the average at the first step."""
     ring = ring_model()
 
@@ -727,7 +728,7 @@ def test_the_jit_is_refused():
 
     loss = pyro.infer.JitTrace_ELBO(ignore_jit_warnings=True)
     optim = pyro.optim.Adam({"lr": 1e-2})
-    svi = SVI(maximum_likelihood(model), lambda data: None, optim, loss)
+    svi = SVI(wrap(model), lambda data: None, optim, loss)
     with pytest.raises(NotImplementedError, match="ELBO without Jit in its name"):
         svi.step(torch.randn(5, 2))
 

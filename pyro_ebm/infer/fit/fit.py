@@ -87,7 +87,8 @@ def fit(
     maximum likelihood: a network without a base as a correction of that density, which
     starts as none. Log Z comes from draws of the base while enough of them count, then
     from chains (:mod:`~pyro_ebm.infer.fit.automatic`). The best record by the held-out
-    likelihood is kept, which may be the start: the model is never worse than its base.
+    likelihood is kept, or the start, where that is better by less than its standard error:
+    the model is never much worse than its base.
 
     The model is trained in place; at the end its parameters are the averaged ones, to
     which the returned :math:`\log Z` belongs: it is followed whatever the objective is,
@@ -175,20 +176,16 @@ def fit(
             "held-out points. Give validation_data or leave patience out."
         )
     began = time.perf_counter(), time.process_time()
+    rows, model = points.rows, energy_model
     if is_automatic:
         seconds = _SECONDS if max_seconds is None else max_seconds
         plan = automatic_plan(
-            energy_model,
-            points.rows,
-            held_out,
-            num_steps,
-            seconds,
-            progress_bar=progress_bar,
+            model, rows, held_out, num_steps, seconds, progress_bar=progress_bar
         )
     else:
-        plan = given_plan(energy_model, points.rows, held_out, stages, max_seconds)
-    run = _Fit(energy_model, plan, patience, is_automatic=is_automatic)
-    energy_model.train()
+        plan = given_plan(model, rows, held_out, stages, max_seconds)
+    run = _Fit(model, plan, patience, is_automatic=is_automatic)
+    model.train()
     run.began = began
     run.batch_size, run.record_interval = batch_size, record_interval
     run.callbacks, run.max_grad_norm = callbacks, max_grad_norm
@@ -198,7 +195,7 @@ def fit(
     train = points if points.loader is not None else Points(plan.train)
     with tqdm(total=total, disable=not progress_bar, desc="fit") as bar:
         stopped = run.all_stages(train, optim, bar)
-    energy_model.eval()  # from here on log Z is a number
+    model.eval()  # from here on log Z is a number
     return run.result(stopped)
 
 
@@ -235,6 +232,8 @@ class _Fit:
         self.stages, self.proposal = list(plan.stages), plan.proposal
         self.state = nn.Module()
         self.best_value, self.best = -math.inf, _Saved({}, {})
+        self.start, self.start_values = self.best, torch.zeros(2)
+        self.best_values = self.start_values
         self.noise = GradientNoise([])
         self.history: list[FitRecord] = []
         self.steps_of_stages: list[int] = []
@@ -355,8 +354,9 @@ class _Fit:
             self.best_value, self.best = -math.inf, last_good
         elif not self.history:
             self._record(math.nan, svi.optim, bar)  # where it may end
-            self.best = last_good = self._saved()
-        stopped = "finished"
+            self.start = self.best = last_good = self._saved()
+            self.start_values = self.best_values
+        stopped: str | None = None
         try:
             for left in reversed(range(stage.num_steps)):
                 loss = self._step(svi, next(batches), bar)
@@ -374,29 +374,40 @@ class _Fit:
                 last_good = self._saved()
                 if self.num_worse == 0:
                     self.best = last_good
-                if True in [callback(record) is True for callback in self.callbacks]:
-                    return "callback"
-                if self.num_worse >= self.patience:
-                    self._go_back(self.best)
-                    return "early stopping"
-                if is_late:
-                    stopped = "out of time"
+                stopped = self._why_stop(svi, record, is_late=is_late)
+                if stopped is not None:
                     break
-                if isinstance(svi, WeightedSteps):
-                    if not svi.keeps_up():
-                        # Chains are for a model that was still getting better.
-                        self._go_back(self.best)
-                        is_best = self.num_worse < _STILL_BEST
-                        return "importance failed" if is_best else "early stopping"
-                    self.proposal = svi.proposal
         except KeyboardInterrupt:
             return "interrupted"
         except DivergenceError:
             self._go_back(last_good)
             raise
-        if self.is_automatic and self.validation_data is not None:
-            self._go_back(self.best)
+        stopped = stopped or "finished"
+        chooses = self.is_automatic and self.validation_data is not None
+        if stopped == "early stopping" or (chooses and stopped != "callback"):
+            self._go_back(self.start if chooses and self._is_chance() else self.best)
         return stopped
+
+    def _is_chance(self) -> bool:
+        """Whether held-out points like the best record no more than by chance."""
+        gains = self.best_values - self.start_values
+        return bool(gains.mean() < gains.std() / math.sqrt(len(gains)))
+
+    def _why_stop(self, svi: Any, record: FitRecord, *, is_late: bool) -> str | None:
+        """Why a stage ends after a record, or ``None``."""
+        if True in [callback(record) is True for callback in self.callbacks]:
+            return "callback"
+        if self.num_worse >= self.patience:
+            return "early stopping"
+        if is_late:
+            return "out of time"
+        if not isinstance(svi, WeightedSteps):
+            return None
+        if svi.keeps_up():
+            self.proposal = svi.proposal
+            return None
+        # Chains are for a model that was still getting better.
+        return "importance failed" if self.num_worse < _STILL_BEST else "early stopping"
 
     def _step(self, svi: Any, batch: Tensor, bar: Any) -> float:
         began = time.perf_counter()
@@ -436,6 +447,8 @@ class _Fit:
             counts = validation.is_normalized or not self.is_automatic
             if counts and validation.value > self.best_value:
                 self.best_value, self.num_worse = validation.value, 0
+                if self.is_automatic:
+                    self.best_values = _log_prob(averaged, self.validation_data)
         optim.note_record(shown.value)
         estimate = self.model.log_partition.averaged()
         gap = energy_gap(self.model, self.train_data)
