@@ -87,8 +87,8 @@ def fit(
     maximum likelihood: a network without a base as a correction of that density, which
     starts as none. Log Z comes from draws of the base while enough of them count, then
     from chains (:mod:`~pyro_ebm.infer.fit.automatic`). The best record by the held-out
-    likelihood is kept, or the start, where the gain is less than its standard error: the
-    model is never much worse than its base.
+    likelihood is kept, or the start, where the gain is less than its standard error:
+    the model is never much worse than its base.
 
     The model is trained in place; at the end its parameters are the averaged ones, to
     which the returned :math:`\log Z` belongs: it is followed whatever the objective is,
