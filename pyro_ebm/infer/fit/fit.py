@@ -60,8 +60,9 @@ from pyro_ebm.mcmc.base import bias_of
 _LOG = logging.getLogger(__name__)
 #: Wall-clock time of a fit that is told none.
 _SECONDS = 60.0
-#: Records without a better one, and the model still counts as getting better.
-_STILL_BEST = 3
+#: Records without a better one, and the model still counts as getting better; and
+#: dimensions in which it is not for chains to go on.
+_STILL_BEST, _FEW_DIMENSIONS = 3, 30
 
 
 def fit(
@@ -286,6 +287,16 @@ class _Fit:
         return stopped
 
     def result(self, stopped: str) -> FitResult:
+        """The fit, examined; from its start where it has made the model worse."""
+        found = self._examined(stopped)
+        gain = found.gain
+        if self.is_automatic and gain is not None and gain.value < -gain.std_error:
+            self._go_back(self.start)
+            self.proposal = self.plan.proposal
+            found = self._examined(stopped)
+        return found
+
+    def _examined(self, stopped: str) -> FitResult:
         """Examine the fit, and make the average the model."""
         model, taken = self.model, self.steps_of_stages
         last = self.stages[len(taken) - 1].objective
@@ -406,8 +417,11 @@ class _Fit:
         if svi.keeps_up():
             self.proposal = svi.proposal
             return None
-        # Chains are for a model that was still getting better.
-        return "importance failed" if self.num_worse < _STILL_BEST else "early stopping"
+        # Chains are for a model that was still getting better in many dimensions; in few
+        # it has gone astray, where a density that is fitted to it is no help.
+        is_rising = self.num_worse < _STILL_BEST
+        is_large = self.model.energy.event_shape.numel() > _FEW_DIMENSIONS
+        return "importance failed" if is_rising and is_large else "early stopping"
 
     def _step(self, svi: Any, batch: Tensor, bar: Any) -> float:
         began = time.perf_counter()
