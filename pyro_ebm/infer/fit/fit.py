@@ -417,7 +417,7 @@ class _Fit:
         if svi.keeps_up():
             self.proposal = svi.proposal
             return None
-        # Chains are for a model that was still getting better in many dimensions; in few
+        # Chains are for a model that still got better, in many dimensions; in few
         # it has gone astray, where a density that is fitted to it is no help.
         is_rising = self.num_worse < _STILL_BEST
         is_large = self.model.energy.event_shape.numel() > _FEW_DIMENSIONS
