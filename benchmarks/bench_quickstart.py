@@ -1,8 +1,9 @@
-"""The quickstart over ten seeds: is the exact log Z inside the tracked interval?
+"""The quickstart over seeds: is log Z right, and does the fit beat what it should?
 
-Each seed draws another split of the data, another network and other chains. "Inside"
-asks whether the 95 % interval of the tracked log Z holds the value by quadrature. Test
-log-likelihoods are a point, in nats, and use the exact log Z.
+Each seed draws another split of the data and another network. "Inside" asks whether the
+95 % interval of log Z holds the value by quadrature. Test log-likelihoods are a point,
+in nats, and use the exact log Z; the mixture and the kernels have their sizes by rows
+held out.
 """
 
 import argparse
@@ -26,12 +27,11 @@ def load_example():
 def run_seed(quickstart, seed, **settings):
     start = time.perf_counter()
     picture = RESULTS / f"quickstart-{seed}.png"
-    log_z, exact, test, exact_test, gaussian = quickstart.main(
-        seed, picture, **settings
-    )
+    log_z, exact, test, exact_test, others = quickstart.main(seed, picture, **settings)
+    base, mixture, kernels = others
     return {
         "seed": seed,
-        "tracked": log_z.value,
+        "log Z": log_z.value,
         "std_error": log_z.std_error,
         "lower": log_z.lower,
         "upper": log_z.upper,
@@ -41,7 +41,9 @@ def run_seed(quickstart, seed, **settings):
         "inside": log_z.lower <= exact.value <= log_z.upper,
         "test": exact_test,
         "test_std_error": test.std_error_data,
-        "gaussian": gaussian,
+        "base": base,
+        "mixture": mixture,
+        "kernels": kernels,
         "seconds": time.perf_counter() - start,
     }
 
@@ -70,8 +72,12 @@ def summarise(rows):
         "largest error": max(abs(row["error"]) for row in rows),
         "unreliable": sum(row["status"] != "ok" for row in rows),
         "mean test": statistics.fmean(row["test"] for row in rows),
-        "mean Gaussian": statistics.fmean(row["gaussian"] for row in rows),
-        "smallest gain": min(row["test"] - row["gaussian"] for row in rows),
+        "mean base": statistics.fmean(row["base"] for row in rows),
+        "mean mixture": statistics.fmean(row["mixture"] for row in rows),
+        "mean kernels": statistics.fmean(row["kernels"] for row in rows),
+        "smallest gain over both": min(
+            row["test"] - max(row["mixture"], row["kernels"]) for row in rows
+        ),
     }
 
 
