@@ -151,7 +151,7 @@ def test_likelihood_curve_of_a_fit(ax):
         progress_bar=False,
     )
     plots.likelihood_curve(result.history, ax)
-    assert ax.lines[0].get_xdata() == pytest.approx([2, 4])
+    assert ax.lines[0].get_xdata() == pytest.approx([0, 2, 4])
 
 
 def test_log_partition_curve_has_its_interval_and_marks_what_is_unreliable(ax):

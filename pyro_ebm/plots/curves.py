@@ -42,7 +42,7 @@ def likelihood_curve(history: Sequence[FitRecord], ax: Any = None) -> Any:
         >>> result = pyro_ebm.fit(model, data, **settings)
         >>> ax = likelihood_curve(result.history)
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
-        ['train']
+        ['train', 'held out']
         >>> ax.figure.clear()
     """
     _require_records(history)
@@ -134,7 +134,7 @@ def energy_gap_curve(history: Sequence[FitRecord], ax: Any = None) -> Any:
         >>> result = pyro_ebm.fit(model, data, **settings)
         >>> ax = energy_gap_curve(result.history)
         >>> ax.lines[-1].get_xdata().tolist(), ax.get_ylabel()
-        ([2, 4], 'training minus model energy (nats)')
+        ([0, 2, 4], 'training minus model energy (nats)')
         >>> ax.figure.clear()
     """
     _require_records(history)
