@@ -66,7 +66,6 @@ api_packages = [
     "datasets",
     "plots",
     "testing",
-    "errors",
 ]
 add_module_names = False
 autodoc_member_order = "bysource"

@@ -1,5 +1,19 @@
-"""What every layer of the library shares: the verdict of a result and its reasons."""
+"""What every layer of the library shares: verdicts, and what a caller may catch."""
 
-__all__ = ["Finding", "Reason", "Status"]
+__all__ = [
+    "CompilationWarning",
+    "DivergenceError",
+    "Finding",
+    "Reason",
+    "Status",
+    "UnregisteredParameterWarning",
+    "UnreliableWarning",
+]
 
+from pyro_ebm.core.errors import (
+    CompilationWarning,
+    DivergenceError,
+    UnregisteredParameterWarning,
+    UnreliableWarning,
+)
 from pyro_ebm.core.verdict import Finding, Reason, Status
