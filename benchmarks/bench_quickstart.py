@@ -2,8 +2,8 @@
 
 Each seed draws another split of the data and another network. "Inside" asks whether the
 95 % interval of log Z holds the value by quadrature. Test log-likelihoods are a point,
-in nats, and use the log Z by quadrature; the mixture and the kernels have their sizes by
-rows held out. Where zuko is installed the base holds a spline flow, whose kinks keep
+in nats, and use the log Z by quadrature; the mixture and the kernels have their sizes
+by rows held out. Where zuko is installed the base holds a spline flow, whose kinks keep
 quadrature from being right to more than .005: log Z of a model that is its base, a
 normalised density, is 0.
 """
