@@ -153,8 +153,8 @@ class EnergyModel(Factor, nn.Module):
     def set_extra_state(self, state: Any) -> None:
         """Take the base that was fitted to the data of the model that was saved.
 
-        Raises:
-            ValueError: If this model was built with another.
+        A model that was built with a base keeps it; loading its log Z then refuses a
+        state that was saved with another.
         """
         if isinstance(state, dict) and self.awaits_base:
             support = self.energy.support

@@ -55,8 +55,8 @@ _RATE, _WARMUP, _LAST_RATE = 2e-3, 100, 0.02
 MAX_GRAD_NORM = 5.0
 #: Records without a better one after which it ends.
 PATIENCE = 15
-#: Part of the time that the base may take, and seconds for it with an estimator given.
-_FOR_BASE, _QUICK = 0.3, 5.0
+#: Part of the time that the base may take.
+_FOR_BASE = 0.3
 
 
 class Plan(NamedTuple):
@@ -131,7 +131,6 @@ def automatic_plan(
             model,
             train,
             held_out,
-            "auto",
             max_seconds * _FOR_BASE,
             progress_bar=progress_bar,
         )
@@ -149,7 +148,7 @@ def given_plan(
     stages: list[Stage],
     max_seconds: float | None,
 ) -> Plan:
-    """What was asked for; a base that the model awaits is a normal distribution.
+    """What was asked for; a model that awaits a base keeps its standard normal.
 
     Args:
         model: What is fitted.
@@ -166,7 +165,6 @@ def fit_base(
     model: EnergyModel,
     train: Tensor,
     held_out: Tensor | None,
-    kind: str,
     max_seconds: float,
     *,
     progress_bar: bool,
@@ -174,7 +172,6 @@ def fit_base(
     """Fit the base that a model awaits, and give it to the model."""
     found = bases.fit(
         train,
-        kind,
         support=_real_or(model.energy.support),
         held_out=held_out,
         max_seconds=max_seconds,

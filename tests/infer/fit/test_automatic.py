@@ -39,7 +39,7 @@ def density(x):
 def quick_bases(monkeypatch):
     """Only a normal distribution, so that something is left to learn."""
     monkeypatch.setattr(
-        bases, "fit", lambda data, kind, **settings: _only_normal(data, settings)
+        bases, "fit", lambda data, **settings: _only_normal(data, settings)
     )
 
 
