@@ -35,9 +35,10 @@ def build_step(name, module, distribution, data):
         with pyro.plate("data", len(batch)):
             pyro.sample("x", distribution(), obs=batch)
 
-    learned = pyro_ebm.infer.maximum_likelihood(
-        model, num_chains=NUM_CHAINS, num_steps=NUM_MOVES
+    objective = pyro_ebm.infer.MaximumLikelihood(
+        num_chains=NUM_CHAINS, num_steps=NUM_MOVES
     )
+    learned = pyro_ebm.infer.Learn(model, objective)
     optim = pyro.optim.Adam({"lr": 1e-4})
     svi = pyro.infer.SVI(learned, lambda batch: None, optim, pyro.infer.Trace_ELBO())
     return lambda: svi.step(data[torch.randint(len(data), (BATCH_SIZE,))])

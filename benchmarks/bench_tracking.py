@@ -49,7 +49,7 @@ def run(task):
             pyro.sample("x", model(), obs=batch)
 
     svi = pyro.infer.SVI(
-        pyro_ebm.infer.ObjectiveModel(pyro_model, OBJECTIVE),
+        pyro_ebm.infer.Learn(pyro_model, OBJECTIVE),
         lambda batch: None,
         pyro.optim.Adam({"lr": 1e-3}),
         pyro.infer.Trace_ELBO(),

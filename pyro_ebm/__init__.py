@@ -24,7 +24,7 @@ __all__ = [
     "partition",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from pyro_ebm import (
     bases,

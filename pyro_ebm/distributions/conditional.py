@@ -22,7 +22,8 @@ from torch import Tensor
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.mixture import MixtureOfExperts
 from pyro_ebm.distributions.representation import distribution_html
-from pyro_ebm.energies import ClampedEnergy, marginal
+from pyro_ebm.energies import ClampedEnergy
+from pyro_ebm.energies.closed_form.marginal import marginal
 from pyro_ebm.mcmc import IndependentChains, Sampler
 from pyro_ebm.partition import LogPartitionEstimate
 

@@ -36,8 +36,8 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
 
     It is a throw-away view: parameters live in the energy, and :math:`\log Z` with its
     error in :class:`~pyro_ebm.distributions.EnergyModel`. ``log_prob`` is a pure
-    function; :func:`pyro_ebm.infer.maximum_likelihood` supplies the gradient of
-    :math:`\log Z`.
+    function; where an energy is learned, an :class:`~pyro_ebm.EnergyModel` or
+    :class:`pyro_ebm.infer.Learn` supplies the gradient of :math:`\log Z`.
 
     Args:
         energy: The energy :math:`f`.
@@ -325,10 +325,10 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
             f"the energy of {self} depends on a variable outside of it that requires a "
             "gradient, and log Z then depends on that variable too: the posterior is "
             "doubly intractable. Give a log_partition that is a function of the "
-            "variable, exact or amortised, or learn the energy's own parameters with "
-            "pyro_ebm.infer.maximum_likelihood. If it is a module or parameter that a "
-            "closure hides, hand the module to FunctionEnergy as fn, or detach it. (To "
-            "evaluate only: torch.no_grad().)"
+            "variable, exact or amortised, or learn the energy's own parameters by "
+            "an EnergyModel or pyro_ebm.infer.Learn. If it is a module or parameter "
+            "that a closure hides, hand the module to FunctionEnergy as fn, or detach "
+            "it. (To evaluate only: torch.no_grad().)"
         )
 
     @property

@@ -44,7 +44,7 @@ class MixtureOfExperts(EnergyDistribution):
     r"""The mixture (1) of normalised distributions: what one expert or another allows.
 
     A draw picks an expert by the weights, and is a draw of it. Under
-    :func:`pyro_ebm.infer.maximum_likelihood` each expert learns with chains of its own,
+    :class:`pyro_ebm.infer.Learn` each expert learns with chains of its own,
     and plain gradients reach the weights. (Where the mixture is a factor of a product
     that is learned, only experts with a closed form can learn: the gradient of any
     other :math:`\log Z_k` is missing there, and asking for it is an error.)
@@ -246,7 +246,7 @@ def _refuse(_: Tensor) -> None:
     raise NotImplementedError(
         "the energy of a MixtureOfExperts depends on the log Z of its experts, whose "
         "gradient in their parameters is not known here. Learn the mixture at a site "
-        "of its own by pyro_ebm.infer.maximum_likelihood, or take experts with a "
+        "of its own by pyro_ebm.infer.Learn, or take experts with a "
         "closed form, or learn the experts first and switch them off: "
         "expert.requires_grad_(False)."
     )

@@ -15,11 +15,8 @@ from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.learning import gradient_is_wanted, with_gradient
 from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.representation import model_html, tracked_text
-from pyro_ebm.energies import (
-    DistributionEnergy,
-    Energy,
-    is_unconstrained,
-)
+from pyro_ebm.energies import DistributionEnergy, Energy
+from pyro_ebm.energies.views.unconstrained import is_unconstrained
 from pyro_ebm.mcmc import (
     MALA,
     ImportanceResampling,
@@ -225,7 +222,7 @@ class EnergyModel(Factor, nn.Module):
         Raises:
             ValueError: If the estimate is not reliable.
         """
-        self.log_partition.calibrate(self.energy, estimate)
+        self.log_partition.set_log_partition(self.energy, estimate)
 
     def follow(self) -> None:
         r"""Let :math:`\log Z` follow, if the parameters have moved since last time."""
@@ -290,7 +287,7 @@ class EnergyModel(Factor, nn.Module):
     @torch.no_grad()
     def adopt_average(self) -> None:
         """Make the averaged parameters the current ones; the end of learning."""
-        self.log_partition.finish(self.energy)
+        self.log_partition.adopt_average(self.energy)
 
     def _distribution(
         self, energy: Energy, log_partition: torch.Tensor | None

@@ -84,8 +84,8 @@ class ProductOfExperts(EnergyDistribution):
     :class:`~pyro_ebm.energies.LinearMapEnergy`) make a Markov random field.
 
     Parameters of all experts are learned by
-    :func:`pyro_ebm.infer.maximum_likelihood`; no :math:`\log Z` is tracked then. To
-    track that of the product, learn ``EnergyModel(product.energy, product.base)``.
+    :class:`pyro_ebm.infer.Learn`; no :math:`\log Z` is tracked then. To track that of
+    the product, learn ``EnergyModel(product.energy, product.base)``.
 
     Args:
         experts: At least one; their batch shapes are broadcast.

@@ -12,7 +12,6 @@ __all__ = [
     "DistributionEnergy",
     "Energy",
     "ExpEnergy",
-    "FiniteUniform",
     "FunctionEnergy",
     "HopfieldEnergy",
     "IsingEnergy",
@@ -24,15 +23,11 @@ __all__ = [
     "PyroModelEnergy",
     "QuadraticEnergy",
     "RBMEnergy",
-    "Retrieval",
     "SpinMemoryEnergy",
     "SumEnergy",
     "UnconstrainedEnergy",
     "VectorMemoryEnergy",
-    "is_unconstrained",
-    "marginal",
     "register_product",
-    "same_support",
     "spins",
     "unconstrained",
 ]
@@ -40,8 +35,7 @@ __all__ = [
 from pyro_ebm.energies.algebra import ExpEnergy, SumEnergy
 from pyro_ebm.energies.base import ClosedForm, Energy
 from pyro_ebm.energies.closed_form.conjugate import register_product
-from pyro_ebm.energies.closed_form.marginal import marginal
-from pyro_ebm.energies.discrete.finite import FiniteUniform, spins
+from pyro_ebm.energies.discrete.finite import spins
 from pyro_ebm.energies.discrete.lattice import IsingEnergy, PottsEnergy
 from pyro_ebm.energies.discrete.rbm import RBMEnergy
 from pyro_ebm.energies.distribution import DistributionEnergy
@@ -49,7 +43,6 @@ from pyro_ebm.energies.function import FunctionEnergy
 from pyro_ebm.energies.graphs.compiled import CompiledEnergy
 from pyro_ebm.energies.memory.associative_memory import (
     HopfieldEnergy,
-    Retrieval,
     SpinMemoryEnergy,
 )
 from pyro_ebm.energies.memory.vector_memory import VectorMemoryEnergy
@@ -63,7 +56,5 @@ from pyro_ebm.energies.views.linear_map import LinearMapEnergy
 from pyro_ebm.energies.views.part import PartEnergy
 from pyro_ebm.energies.views.unconstrained import (
     UnconstrainedEnergy,
-    is_unconstrained,
-    same_support,
     unconstrained,
 )

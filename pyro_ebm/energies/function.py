@@ -16,8 +16,7 @@ class FunctionEnergy(Energy):
     """Wrap a callable as an energy.
 
     A ``nn.Module`` given as ``fn`` becomes a submodule, so its parameters are learned.
-    A module that is only reached through a closure is not, and
-    :func:`pyro_ebm.infer.maximum_likelihood` warns about it.
+    A module that is only reached through a closure is not, and learning warns of it.
 
     Args:
         fn: Maps ``x`` of shape ``(*batch, *event)`` to energies of shape ``(*batch,)``.

@@ -20,38 +20,23 @@ __all__ = [
     "FitTimings",
     "FlowContrastive",
     "ImportanceSampledLikelihood",
+    "Learn",
     "LogLikelihood",
     "MaximumLikelihood",
     "NoiseContrastive",
     "Objective",
     "ObjectiveLoss",
-    "ObjectiveModel",
     "ParameterErrors",
     "RankingNoiseContrastive",
     "ScoreMatching",
     "SlicedScoreMatching",
     "Stage",
-    "Surrogate",
     "TemperedMaximumLikelihood",
     "Terms",
-    "amortized_sampler",
-    "bounded_likelihood",
-    "contrastive_divergence",
-    "denoising_score_matching",
-    "energy_discrepancy",
-    "exact_maximum_likelihood",
     "fit",
-    "flow_contrastive",
-    "importance_sampled_likelihood",
     "log_likelihood",
     "log_likelihood_difference",
-    "maximum_likelihood",
-    "noise_contrastive",
     "parameter_errors",
-    "ranking_noise_contrastive",
-    "score_matching",
-    "sliced_score_matching",
-    "tempered_maximum_likelihood",
 ]
 
 from pyro_ebm.infer.fit.diagnosis import EnergyDifference, FitDiagnostics
@@ -59,7 +44,7 @@ from pyro_ebm.infer.fit.fit import fit
 from pyro_ebm.infer.fit.fit_record import FitRecord
 from pyro_ebm.infer.fit.fit_result import Anomaly, FitResult, FitTimings
 from pyro_ebm.infer.fit.stages import Stage
-from pyro_ebm.infer.handler import ObjectiveModel, maximum_likelihood
+from pyro_ebm.infer.handler import Learn
 from pyro_ebm.infer.likelihood import (
     LogLikelihood,
     log_likelihood,
@@ -80,28 +65,13 @@ from pyro_ebm.infer.objectives.likelihood.importance import (
 )
 from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikelihood
 from pyro_ebm.infer.objectives.likelihood.tempered import TemperedMaximumLikelihood
-from pyro_ebm.infer.objectives.objective import Objective, Surrogate, Terms
+from pyro_ebm.infer.objectives.objective import Objective, Terms
 from pyro_ebm.infer.objectives.penalty import EnergyPenalty
 from pyro_ebm.infer.objectives.score.denoising import DenoisingScoreMatching
 from pyro_ebm.infer.objectives.score.energy_discrepancy import EnergyDiscrepancy
 from pyro_ebm.infer.objectives.score.score_matching import (
     ScoreMatching,
     SlicedScoreMatching,
-)
-from pyro_ebm.infer.sugar import (
-    amortized_sampler,
-    bounded_likelihood,
-    contrastive_divergence,
-    denoising_score_matching,
-    energy_discrepancy,
-    exact_maximum_likelihood,
-    flow_contrastive,
-    importance_sampled_likelihood,
-    noise_contrastive,
-    ranking_noise_contrastive,
-    score_matching,
-    sliced_score_matching,
-    tempered_maximum_likelihood,
 )
 from pyro_ebm.infer.uncertainty.sandwich import ParameterErrors
 from pyro_ebm.infer.uncertainty.standard_errors import parameter_errors

@@ -15,8 +15,7 @@ from torch import Tensor
 from pyro_ebm.core.errors import UnregisteredParameterWarning
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.energy import leaves
-from pyro_ebm.energies import FiniteUniform
-from pyro_ebm.energies.discrete.finite import finite_values
+from pyro_ebm.energies.discrete.finite import FiniteUniform, finite_values
 from pyro_ebm.infer.objectives.objective import Objective
 from pyro_ebm.mcmc import IndependentChains
 

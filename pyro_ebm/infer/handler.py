@@ -1,14 +1,13 @@
-"""The effect handler that puts an objective at the energy sites of a Pyro model.
+"""Learning the energies in a Pyro program by any estimator.
 
-``log_prob`` of an energy is pure, and has no gradient of ``log Z``. While parameters
-are learned, the handler replaces the distribution at each energy site by one whose
-``log_prob`` has the same value, the same gradient in the point, and in the parameters
-the gradient of the objective. Because it stands where the distribution stood, inside
-its ``.mask``, ``.to_event`` and ``.expand``, both terms of eq. (1.16) see the same
-plates, scales, masks and subsampling, under any ELBO.
+While parameters are learned, an effect handler replaces the distribution at each energy
+site by one whose ``log_prob`` has the same value, the same gradient in the point, and
+in the parameters the gradient of the objective. Because it stands where the
+distribution stood, inside its ``.mask``, ``.to_event`` and ``.expand``, both terms of
+eq. (1.16) see the same plates, scales, masks and subsampling, under any ELBO.
 """
 
-__all__ = ["ObjectiveModel", "maximum_likelihood"]
+__all__ = ["Learn"]
 
 from collections.abc import Callable
 from typing import Any
@@ -24,35 +23,42 @@ from pyro_ebm.distributions import EnergyDistribution, MixtureOfExperts
 from pyro_ebm.distributions.learning import an_objective_learns
 from pyro_ebm.energies.normalization import inner_distributions
 from pyro_ebm.infer.checks import require_learnable, require_objective
-from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikelihood
 from pyro_ebm.infer.objectives.objective import Objective, Surrogate
 from pyro_ebm.mcmc import PersistentChains
 
 
-def maximum_likelihood(model: Callable[..., Any], **settings: Any) -> "ObjectiveModel":
-    r"""Make a Pyro model learn the energies in it by maximum likelihood.
+class Learn(nn.Module):
+    """A Pyro program that learns the energies in it by an estimator.
+
+    Plain ``SVI`` learns an :class:`~pyro_ebm.EnergyModel` by maximum likelihood; this
+    is for the estimators that are no likelihood, such as score matching and noise
+    contrast, and for likelihoods with settings of their own. The program itself still
+    goes to NUTS, ``Predictive`` and ``poutine.condition``.
+
+    What the objective learns or remembers beside the energy is kept here, by site, and
+    is in the ``state_dict``; chains of an energy that belongs to an
+    :class:`~pyro_ebm.EnergyModel` are kept there. Pyro's parameter store
+    knows what is learned as ``"<site>.objective$$$<name>"``, so ``SVI`` trains it.
 
     Args:
-        model: Any Pyro model with an :class:`EnergyDistribution` at one or more sites.
-        **settings: See :class:`MaximumLikelihood`.
-
-    Returns:
-        A model for ``SVI`` under any ELBO but those of torch's JIT. The model itself
-        still goes to NUTS, Predictive and ``poutine.condition``.
+        program: Any Pyro model with an :class:`~pyro_ebm.EnergyDistribution` at one or
+            more sites.
+        objective: The estimator, put at the energy sites while gradients are on. Under
+            ``torch.no_grad`` the program is left as it is.
 
     Raises:
-        TypeError: If the model cannot be called, or a setting is of another type.
-        ValueError: If a setting is out of range.
+        TypeError: If the program cannot be called, or ``objective`` is none.
 
     Example:
-        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
-        >>> energy_model = pyro_ebm.EnergyModel(energy)
-        >>> def model(data):
+        >>> energy_model = pyro_ebm.EnergyModel(
+        ...     pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        ... )
+        >>> def program(data):
         ...     pyro.module("energy", energy_model)
         ...     with pyro.plate("data", len(data)):
         ...         pyro.sample("x", energy_model(), obs=data)
         >>> svi = pyro.infer.SVI(
-        ...     pyro_ebm.infer.maximum_likelihood(model, num_chains=64),
+        ...     pyro_ebm.infer.Learn(program, pyro_ebm.infer.ScoreMatching()),
         ...     lambda data: None,
         ...     pyro.optim.Adam({"lr": 1e-2}),
         ...     loss=pyro.infer.Trace_ELBO(),
@@ -60,52 +66,19 @@ def maximum_likelihood(model: Callable[..., Any], **settings: Any) -> "Objective
         >>> isinstance(svi.step(torch.randn(100, 2)), float)
         True
     """
-    return ObjectiveModel(model, MaximumLikelihood(**settings))
 
-
-class ObjectiveModel(nn.Module):
-    """A Pyro model whose energy sites carry an objective.
-
-    What the objective learns or remembers beside the energy is kept here, by site, and
-    is in the ``state_dict``; chains of an energy that belongs to an
-    :class:`~pyro_ebm.distributions.EnergyModel` are kept there. Pyro's parameter store
-    knows what is learned as ``"<site>.objective$$$<name>"``, so ``SVI`` trains it.
-
-    Args:
-        model: A Pyro model.
-        objective: What is put at the energy sites while gradients are on. Under
-            ``torch.no_grad`` the model is left as it is.
-
-    Raises:
-        TypeError: If the model cannot be called, or ``objective`` is none.
-
-    Example:
-        >>> energy_model = pyro_ebm.EnergyModel(
-        ...     pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
-        ... )
-        >>> def model(data):
-        ...     pyro.module("energy", energy_model)
-        ...     with pyro.plate("data", len(data)):
-        ...         pyro.sample("x", energy_model(), obs=data)
-        >>> noise = dist.Normal(torch.zeros(2), 2.0).to_event(1)
-        >>> learned = ObjectiveModel(model, pyro_ebm.infer.NoiseContrastive(noise))
-        >>> learned(torch.randn(10, 2))
-        >>> [*learned.states]
-        ['x']
-    """
-
-    def __init__(self, model: Callable[..., Any], objective: Objective) -> None:
+    def __init__(self, program: Callable[..., Any], objective: Objective) -> None:
         super().__init__()
-        if not callable(model):
-            raise TypeError(f"model must be callable, got {type(model).__name__}.")
+        if not callable(program):
+            raise TypeError(f"program must be callable, got {type(program).__name__}.")
         require_objective(objective)
-        self.model = model
+        self.program = program
         self.objective = objective
         self.states = nn.ModuleDict()
         self._checked: set[str] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model with the objective at its energy sites.
+        """Run the program with the objective at its energy sites.
 
         Raises:
             NotImplementedError: Under torch's JIT, or if an energy is inside of another
@@ -118,7 +91,7 @@ class ObjectiveModel(nn.Module):
                 "the first step. Use the ELBO without Jit in its name."
             )
         with _ObjectiveMessenger(self), an_objective_learns():
-            return self.model(*args, **kwargs)
+            return self.program(*args, **kwargs)
 
     @property
     def chains(self) -> dict[str, PersistentChains]:
@@ -174,7 +147,7 @@ class ObjectiveModel(nn.Module):
 class _ObjectiveMessenger(Messenger):
     """One run of a model: each energy is worked on once, however many its sites."""
 
-    def __init__(self, owner: ObjectiveModel) -> None:
+    def __init__(self, owner: Learn) -> None:
         super().__init__()
         self.owner = owner
         self.surrogates: dict[int, Surrogate] = {}

@@ -20,7 +20,7 @@ class ObjectiveLoss(nn.Module):
 
     Its parameters are those of the energy and what the objective learns beside it, such
     as the log Z of noise contrast or a generator; its ``state_dict`` holds chains too.
-    Under SVI, :class:`~pyro_ebm.infer.ObjectiveModel` takes the same steps.
+    Under SVI, :class:`~pyro_ebm.infer.Learn` takes the same steps.
 
     Args:
         model: What is learned. Of an :class:`~pyro_ebm.EnergyModel`, log Z follows the

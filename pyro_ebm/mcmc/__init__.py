@@ -19,10 +19,7 @@ __all__ = [
     "Sampler",
     "SamplingDiagnostics",
     "StepInfo",
-    "StepSizeAdaptation",
     "ULA",
-    "Warmup",
-    "find_step_size",
 ]
 
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
@@ -38,5 +35,3 @@ from pyro_ebm.mcmc.samplers.persistent import PersistentChains
 from pyro_ebm.mcmc.samplers.resampling import ImportanceResampling
 from pyro_ebm.mcmc.samplers.sampler import Sampler, SamplingDiagnostics
 from pyro_ebm.mcmc.tempering.tempering import ReplicaExchange
-from pyro_ebm.mcmc.warmup.adaptation import StepSizeAdaptation, find_step_size
-from pyro_ebm.mcmc.warmup.warmup import Warmup

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.core.verdict import Finding, Reason
-from pyro_ebm.energies import Energy, is_unconstrained
+from pyro_ebm.energies import Energy
+from pyro_ebm.energies.views.unconstrained import is_unconstrained
 
 
 class ChainState(NamedTuple):

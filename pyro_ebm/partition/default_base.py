@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.energies import Energy, FiniteUniform, unconstrained
-from pyro_ebm.energies.discrete.finite import finite_values
+from pyro_ebm.energies import Energy, unconstrained
+from pyro_ebm.energies.discrete.finite import FiniteUniform, finite_values
 
 
 def default_base(energy: Energy) -> dist.TorchDistribution:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_ebm.energies import FiniteUniform, IsingEnergy, PottsEnergy, RBMEnergy
+from pyro_ebm.energies import IsingEnergy, PottsEnergy, RBMEnergy
+from pyro_ebm.energies.discrete.finite import FiniteUniform
 from pyro_ebm.testing.targets import Target
 
 #: Inverse temperatures at which infinite square lattices of unit coupling are critical.

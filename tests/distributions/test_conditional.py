@@ -24,7 +24,7 @@ from pyro_ebm.energies import (
     PyroModelEnergy,
     QuadraticEnergy,
 )
-from pyro_ebm.infer import maximum_likelihood
+from pyro_ebm.infer import Learn, MaximumLikelihood
 from pyro_ebm.mcmc import HMC, IndependentChains, ReplicaExchange
 from pyro_ebm.testing import assert_moments
 from pyro_ebm.testing.grid import GridDensity
@@ -294,7 +294,7 @@ def test_gradient_of_the_likelihood_is_that_of_quadrature():
     def worst(given):
         grads = []
         for _ in range(15):
-            learned = maximum_likelihood(model, num_chains=200, num_steps=40)
+            learned = Learn(model, MaximumLikelihood(num_chains=200, num_steps=40))
             loss = Trace_ELBO().differentiable_loss(learned, lambda _: None, given)
             grads += torch.autograd.grad(-loss, list(q.energy.parameters()))
         grads = torch.stack(grads)

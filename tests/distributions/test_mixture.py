@@ -24,7 +24,7 @@ from pyro_ebm.energies import (
     PyroModelEnergy,
     QuadraticEnergy,
 )
-from pyro_ebm.infer import handler, maximum_likelihood
+from pyro_ebm.infer import Learn, MaximumLikelihood, handler
 from pyro_ebm.mcmc import IndependentChains
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.testing import CountingEnergy
@@ -378,7 +378,7 @@ def parameters_of(energies, logits):
 
 
 def stochastic_gradients(energies, logits, count=15):
-    """Of the loss under ``maximum_likelihood``, each with new chains."""
+    """Of the loss of maximum likelihood, each with new chains."""
     modules = nn.ModuleList(energies)
     bases = [dist.Normal(torch.tensor(m), 0.6) for m in (-3.2, 0.6)]
 
@@ -394,7 +394,7 @@ def stochastic_gradients(energies, logits, count=15):
 
     grads = []
     for _ in range(count):
-        learned = maximum_likelihood(model, num_chains=200, num_steps=40)
+        learned = Learn(model, MaximumLikelihood(num_chains=200, num_steps=40))
         loss = Trace_ELBO().differentiable_loss(learned, lambda: None)
         parameters = parameters_of(energies, logits)
         grads.append(torch.stack(torch.autograd.grad(-loss, parameters[1:])))
@@ -447,7 +447,7 @@ def test_svi_learns_models_and_weights_together():
         with pyro.plate("data", len(data)):
             pyro.sample("x", q, obs=data)
 
-    learn = maximum_likelihood(model, num_chains=200, num_steps=3)
+    learn = Learn(model, MaximumLikelihood(num_chains=200, num_steps=3))
     optim = pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.02 ** (1 / 200)})
     svi = SVI(learn, lambda: None, optim, Trace_ELBO())
     for _ in range(200):
@@ -470,11 +470,11 @@ def test_chains_of_experts_without_a_model_are_saved():
         with pyro.plate("data", len(DATA)):
             pyro.sample("x", MixtureOfExperts([known(f) for f in energies]), obs=DATA)
 
-    first = maximum_likelihood(model, num_chains=8, num_steps=1)
+    first = Learn(model, MaximumLikelihood(num_chains=8, num_steps=1))
     SVI(first, lambda: None, pyro.optim.Adam({}), Trace_ELBO()).step()
     assert set(first.chains) == {"x/0", "x/1"}
     assert not torch.equal(first.chains["x/0"].u, first.chains["x/1"].u)
-    second = maximum_likelihood(model, num_chains=8, num_steps=1)
+    second = Learn(model, MaximumLikelihood(num_chains=8, num_steps=1))
     second.load_state_dict(first.state_dict())
     assert torch.equal(second.chains["x/1"].u, first.chains["x/1"].u)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from pyro_ebm import EnergyModel
 from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy
-from pyro_ebm.infer import maximum_likelihood
+from pyro_ebm.infer import Learn, MaximumLikelihood
 from pyro_ebm.mcmc import IndependentChains
 from pyro_ebm.partition import LogPartition, quadrature
 from pyro_ebm.testing import assert_moments, targets
@@ -39,7 +39,7 @@ def svi_of(energy_model, lr=1e-2):
         with pyro.plate("data", len(DATA)):
             pyro.sample("x", energy_model(), obs=DATA)
 
-    learned = maximum_likelihood(model, num_chains=32, num_steps=3)
+    learned = Learn(model, MaximumLikelihood(num_chains=32, num_steps=3))
     return SVI(learned, lambda: None, pyro.optim.SGD({"lr": lr / 60}), Trace_ELBO())
 
 
@@ -263,7 +263,7 @@ def test_state_dict_holds_all():
 @pytest.mark.parametrize("num_steps", [1, 25])
 @pytest.mark.parametrize("how", ["state_dict", "file", "deepcopy"])
 def test_going_on_from_a_copy_is_bit_identical(num_steps, how):
-    """Also in a new ObjectiveModel: its first check once drew random numbers that the
+    """Also in a new Learn: its first check once drew random numbers that the
     run that simply went on did not. Seen to fail with the chains left out, too."""
     first = neural()
     svi = svi_of(first)

@@ -28,7 +28,7 @@ from pyro_ebm.energies import (
     PartEnergy,
     QuadraticEnergy,
 )
-from pyro_ebm.infer import MaximumLikelihood, maximum_likelihood
+from pyro_ebm.infer import Learn, MaximumLikelihood
 from pyro_ebm.mcmc import HMC, IndependentChains
 from pyro_ebm.partition import LogPartitionEstimate, estimate, quadrature
 from pyro_ebm.testing import CountingEnergy, assert_moments
@@ -625,7 +625,7 @@ def test_maximum_likelihood_reaches_the_parameters_of_all_experts():
             pyro.sample("x", product, obs=data)
 
     objective = MaximumLikelihood(num_chains=4000, num_steps=30, restart_fraction=0.0)
-    learner = pyro_ebm.infer.ObjectiveModel(model, objective)
+    learner = pyro_ebm.infer.Learn(model, objective)
     for _ in range(2):  # chains arrive
         loss = Trace_ELBO().differentiable_loss(learner, lambda data: None, data)
     parameters = [models[0].energy.fn.a, models[1].energy.fn.a, weight]
@@ -656,7 +656,7 @@ def test_svi_fits_both_experts():
             pyro.sample("x", models[0] * models[1], obs=data)
 
     svi = SVI(
-        maximum_likelihood(model, num_chains=256, num_steps=3),
+        Learn(model, MaximumLikelihood(num_chains=256, num_steps=3)),
         lambda data: None,
         pyro.optim.Adam({"lr": 0.02}),
         loss=Trace_ELBO(),

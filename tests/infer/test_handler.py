@@ -18,11 +18,10 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
-from pyro_ebm import EnergyDistribution, EnergyModel, infer
+from pyro_ebm import EnergyDistribution, EnergyModel
 from pyro_ebm.core.errors import UnregisteredParameterWarning
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
-from pyro_ebm.infer import MaximumLikelihood, ObjectiveModel
-from pyro_ebm.infer.handler import maximum_likelihood
+from pyro_ebm.infer import Learn, MaximumLikelihood
 from pyro_ebm.infer.objectives.objective import Objective, Terms
 from pyro_ebm.testing import CountingEnergy
 
@@ -267,7 +266,7 @@ def test_gradient(site, elbo):
         site(energy_model())
 
     def run(objective=OBJECTIVE):
-        ELBOS[elbo].loss_and_grads(ObjectiveModel(model, objective), lambda: None)
+        ELBOS[elbo].loss_and_grads(Learn(model, objective), lambda: None)
 
     log_likelihood, wrong_count = SITES[site]
     assert_gradients([energy_model], lambda log_q: -log_likelihood(log_q), run)
@@ -288,7 +287,7 @@ ONE_RUN = [case for case in CASES if case[1] not in ("Trace-2", "Renyi")]
 def test_without_a_handler_the_gradient_is_the_same(site, elbo):
     """To rounding. Fault: log Z without its gradient."""
     found = []
-    for wrap in (lambda m: ObjectiveModel(m, MaximumLikelihood()), lambda m: m):
+    for wrap in (lambda m: Learn(m, MaximumLikelihood()), lambda m: m):
         torch.manual_seed(0)
         energy_model = ring_model()
 
@@ -397,9 +396,7 @@ def test_gradient_of_two_energies(elbo):
     assert_gradients(
         [first, second],
         lambda a, b: -0.3 * a(DATA[:, 0])[MASK[:, 0]].sum() - b(DATA[:, 1]).sum(),
-        lambda: ELBOS[elbo].loss_and_grads(
-            ObjectiveModel(model, OBJECTIVE), lambda: None
-        ),
+        lambda: ELBOS[elbo].loss_and_grads(Learn(model, OBJECTIVE), lambda: None),
     )
 
 
@@ -427,7 +424,7 @@ def test_gradient_of_a_prior_over_a_latent_site(elbo):
     def run():
         seen.clear()
         pyro.clear_param_store()
-        elbo.loss_and_grads(ObjectiveModel(model, OBJECTIVE), guide)
+        elbo.loss_and_grads(Learn(model, OBJECTIVE), guide)
 
     def exact(log_q):
         z = seen[-1].detach().reshape(num_particles, 40, 2)
@@ -457,9 +454,7 @@ def test_gradient_of_a_pyro_module_with_pyro_params(local, elbo):
         assert_gradients(
             [model.ring],
             lambda log_q: -SITES[scale_and_mask][0](log_q),
-            lambda: ELBOS[elbo].loss_and_grads(
-                ObjectiveModel(model, OBJECTIVE), lambda: None
-            ),
+            lambda: ELBOS[elbo].loss_and_grads(Learn(model, OBJECTIVE), lambda: None),
         )
         names = [*pyro.get_param_store().keys()]
         assert bool(names) != local
@@ -476,7 +471,7 @@ def test_elbo_module_trains_local_parameters():
 
     with pyro.settings.context(module_local_params=True):
         model = Model()
-        loss = Trace_ELBO()(ObjectiveModel(model, OBJECTIVE), lambda: None)
+        loss = Trace_ELBO()(Learn(model, OBJECTIVE), lambda: None)
         loss()
         assert {id(p) for p in model.parameters()} <= {id(p) for p in loss.parameters()}
         assert_gradients(
@@ -502,7 +497,7 @@ def counted_model():
 
 def test_values_are_those_of_log_prob():
     energy_model, model = counted_model()
-    learned = maximum_likelihood(model, num_chains=8, num_steps=1)
+    learned = Learn(model, MaximumLikelihood(num_chains=8, num_steps=1))
     learned()
     for _ in range(2):
         traces = [poutine.trace(m).get_trace() for m in (learned, model)]
@@ -513,7 +508,9 @@ def test_values_are_those_of_log_prob():
 
 def test_an_energy_at_two_sites_is_worked_on_once():
     energy_model, model = counted_model()
-    learned = maximum_likelihood(model, num_chains=8, num_steps=5, restart_fraction=0.0)
+    learned = Learn(
+        model, MaximumLikelihood(num_chains=8, num_steps=5, restart_fraction=0.0)
+    )
     learned()
     energy_model.energy.reset()
     poutine.trace(learned).get_trace().compute_log_prob()
@@ -524,7 +521,7 @@ def test_an_energy_at_two_sites_is_worked_on_once():
 
 def test_under_no_grad_nothing_moves():
     energy_model, model = counted_model()
-    learned = maximum_likelihood(model, num_chains=8, num_steps=1)
+    learned = Learn(model, MaximumLikelihood(num_chains=8, num_steps=1))
     svi = SVI(learned, lambda: None, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
     svi.step()
     before = {k: v.clone() for k, v in energy_model.state_dict().items()}
@@ -544,7 +541,7 @@ def test_under_no_grad_nothing_moves():
 
 def test_training_moves_chains_parameters_and_log_partition():
     energy_model, model = counted_model()
-    learned = maximum_likelihood(model, num_chains=8, num_steps=1)
+    learned = Learn(model, MaximumLikelihood(num_chains=8, num_steps=1))
     svi = SVI(learned, lambda: None, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
     svi.step()
     before = {k: v.clone() for k, v in energy_model.state_dict().items()}
@@ -565,7 +562,7 @@ def test_predictive_on_the_handler_draws():
         with pyro.plate("data", 5):
             pyro.sample("x", energy_model())
 
-    learned = maximum_likelihood(model, num_chains=8)
+    learned = Learn(model, MaximumLikelihood(num_chains=8))
     draws = Predictive(learned, num_samples=3, parallel=True)()["x"]
     assert draws.shape[-2:] == (5, 2)
     assert not energy_model.chains.is_started
@@ -583,13 +580,13 @@ def test_chains_of_a_bare_distribution_are_kept_by_site():
             energy = FunctionEnergy(self.net, (2,))  # a new one at each call
             plain(EnergyDistribution(energy, sampler=ExactDraws()))
 
-    learned = maximum_likelihood(Model(), num_chains=64, num_steps=3)
+    learned = Learn(Model(), MaximumLikelihood(num_chains=64, num_steps=3))
     Trace_ELBO().loss_and_grads(learned, lambda: None)
     first = learned.chains["x"].u.clone()
     Trace_ELBO().loss_and_grads(learned, lambda: None)
     assert first.shape == (64, 2)
     assert not torch.equal(first, learned.chains["x"].u)
-    fresh = maximum_likelihood(Model(), num_chains=64)
+    fresh = Learn(Model(), MaximumLikelihood(num_chains=64))
     fresh.load_state_dict(learned.state_dict())
     assert torch.equal(fresh.chains["x"].u, learned.chains["x"].u)
 
@@ -600,10 +597,10 @@ def test_a_site_name_with_dots():
     def model():
         pyro.sample("a.b", energy_model, obs=torch.zeros(2))
 
-    learned = maximum_likelihood(model, num_chains=8)
+    learned = Learn(model, MaximumLikelihood(num_chains=8))
     with pytest.warns(UnregisteredParameterWarning):
         Trace_ELBO().loss_and_grads(learned, lambda: None)
-    fresh = maximum_likelihood(model, num_chains=8)
+    fresh = Learn(model, MaximumLikelihood(num_chains=8))
     fresh.load_state_dict(learned.state_dict())
     assert [*fresh.chains] == ["a/b"]
 
@@ -612,12 +609,14 @@ def test_a_site_name_with_dots():
 
 
 def run_once(model):
-    Trace_ELBO().loss_and_grads(maximum_likelihood(model, num_chains=8), lambda: None)
+    Trace_ELBO().loss_and_grads(
+        Learn(model, MaximumLikelihood(num_chains=8)), lambda: None
+    )
 
 
 def test_an_unregistered_module_warns_once_and_by_name():
     energy_model = ring_model()
-    learned = maximum_likelihood(lambda: plain(energy_model()), num_chains=8)
+    learned = Learn(lambda: plain(energy_model()), MaximumLikelihood(num_chains=8))
     message = r"site 'x'.*fn\.tilt, fn\.radius.*pyro\.module\(name"
     with pytest.warns(UnregisteredParameterWarning, match=message):
         Trace_ELBO().loss_and_grads(learned, lambda: None)
@@ -669,7 +668,7 @@ def test_an_energy_that_depends_on_a_latent_is_refused(latent_guide):
         fn = dist.Delta(loc) if latent_guide == "delta" else dist.Normal(loc, 1.0)
         pyro.sample("z", fn)
 
-    learned = maximum_likelihood(model, num_chains=8)
+    learned = Learn(model, MaximumLikelihood(num_chains=8))
     with pytest.raises(
         NotImplementedError, match=r"site 'x' depends on a latent.*pair"
     ):
@@ -716,7 +715,7 @@ def test_an_energy_in_a_mixture_of_pyro_is_refused():
         run_once(model)
 
 
-@pytest.mark.parametrize("wrap", [maximum_likelihood, lambda model: model])
+@pytest.mark.parametrize("wrap", [lambda m: Learn(m, MaximumLikelihood()), lambda m: m])
 def test_the_jit_is_refused(wrap):
     """It froze the chains and the average at the first step."""
     ring = ring_model()
@@ -754,7 +753,7 @@ def test_data_are_checked_there_too():
         with plate(data):
             pyro.sample("x", ring(), obs=data)
 
-    learned = maximum_likelihood(model, num_chains=8)
+    learned = Learn(model, MaximumLikelihood(num_chains=8))
     for wrong, message in [
         (torch.zeros(4, 1), r"x must have shape \(\*batch, 2\)"),
         (torch.full((4, 2), math.nan), "x must not contain nan"),
@@ -764,8 +763,8 @@ def test_data_are_checked_there_too():
 
 
 def test_model_must_be_callable():
-    with pytest.raises(TypeError, match="model must be callable, got int"):
-        maximum_likelihood(3)
+    with pytest.raises(TypeError, match="program must be callable, got int"):
+        Learn(3, MaximumLikelihood())
 
 
 def test_maximum_likelihood_settings():
@@ -785,4 +784,4 @@ def test_maximum_likelihood_settings():
         ({"chains": 3}, TypeError, "chains"),
     ]:
         with pytest.raises(error, match=message):
-            infer.maximum_likelihood(lambda: None, **settings)
+            Learn(lambda: None, MaximumLikelihood(**settings))

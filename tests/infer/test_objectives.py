@@ -27,11 +27,11 @@ from pyro_ebm.infer import (
     ExactMaximumLikelihood,
     FlowContrastive,
     ImportanceSampledLikelihood,
+    Learn,
     MaximumLikelihood,
     NoiseContrastive,
     Objective,
     ObjectiveLoss,
-    ObjectiveModel,
     RankingNoiseContrastive,
     ScoreMatching,
     SlicedScoreMatching,
@@ -203,7 +203,7 @@ def trained_by_svi(objective, energy_model, data, num_steps=6):
 
     pyro.clear_param_store()
     pyro.set_rng_seed(5)
-    learn = ObjectiveModel(model, objective)
+    learn = Learn(model, objective)
     svi = SVI(learn, lambda x: None, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     losses = [svi.step(data) for _ in range(num_steps)]
     return learn, losses
@@ -246,7 +246,7 @@ def test_the_value_under_svi_is_that_of_log_prob(name):
 def test_what_is_learned_beside_the_energy_is_saved(name):
     objective, data = objective_of(name), torch.randn(30, 2)
     learn, _ = trained_by_svi(objective, network(), data, 2)
-    fresh = ObjectiveModel(lambda: None, objective)
+    fresh = Learn(lambda: None, objective)
     fresh.load_state_dict(learn.state_dict())
     for key, value in learn.state_dict().items():
         assert torch.equal(value, fresh.state_dict()[key]), key
@@ -479,7 +479,7 @@ def test_wrong_types():
         ScoreMatching().loss(lambda x: x, torch.zeros(2))
     for take in (
         lambda o: ObjectiveLoss(gaussian(), o),
-        lambda o: ObjectiveModel(id, o),
+        lambda o: Learn(id, o),
     ):
         with pytest.raises(TypeError, match="objective must be an Objective"):
             take("ml")
@@ -505,7 +505,7 @@ def test_one_generator_is_for_one_energy():
             with pyro.plate(f"data {k}", 5):
                 pyro.sample(f"x {k}", EnergyDistribution(energy), obs=torch.zeros(5, 2))
 
-    learn = ObjectiveModel(model, objective_of("generator"))
+    learn = Learn(model, objective_of("generator"))
     with pytest.raises(ValueError, match="one module for one energy.*one by one"):
         Trace_ELBO().loss(learn, lambda: None)
 
@@ -522,7 +522,7 @@ def test_a_mixture_needs_the_gradient_at_each_point():
             pyro.sample("x", q, obs=torch.zeros(5, 2))
 
     with pytest.raises(NotImplementedError, match="no gradient of log q"):
-        Trace_ELBO().loss(infer.score_matching(model), lambda: None)
+        Trace_ELBO().loss(Learn(model, ScoreMatching()), lambda: None)
 
 
 class Slope(nn.Module):

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from pyro_ebm.core.verdict import Reason
-from pyro_ebm.energies import FiniteUniform, PyroModelEnergy, spins
+from pyro_ebm.energies import PyroModelEnergy, spins
 from pyro_ebm.energies.corrections import corrected
+from pyro_ebm.energies.discrete.finite import FiniteUniform
 from pyro_ebm.partition.base_check import check_draws
 
 NUMBER = torch.tensor

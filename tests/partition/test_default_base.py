@@ -8,7 +8,8 @@ import torch
 from pyro.distributions import constraints
 
 from pyro_ebm import partition
-from pyro_ebm.energies import DistributionEnergy, FunctionEnergy, same_support, spins
+from pyro_ebm.energies import DistributionEnergy, FunctionEnergy, spins
+from pyro_ebm.energies.views.unconstrained import same_support
 from pyro_ebm.partition.default_base import default_base, describe
 
 BOX = "uniform on the box"

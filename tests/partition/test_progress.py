@@ -158,7 +158,7 @@ def test_an_estimate_taken_over_and_learning_show_no_bar_but_refresh_does(bars):
     model.set_log_partition(found)
     model.log_partition.follow(ENERGY)  # its walkers must start
     model.log_partition.refresh(ENERGY, progress_bar=False)
-    model.log_partition.finish(ENERGY)
+    model.log_partition.adopt_average(ENERGY)
     EnergyModel(ENERGY, BASE).log_partition.follow(ENERGY)
     assert not bars.shown
     EnergyModel(ENERGY, BASE).log_partition.refresh(ENERGY)

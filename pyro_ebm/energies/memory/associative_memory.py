@@ -213,9 +213,7 @@ class SpinMemoryEnergy(AssociativeMemory):
             not positive.
 
     Example:
-        >>> patterns = pyro_ebm.energies.FiniteUniform(
-        ...     dist.constraints.independent(pyro_ebm.energies.spins, 1), (64,)
-        ... ).sample((1024,))
+        >>> patterns = 2 * torch.randint(2, (1024, 64)).float() - 1
         >>> memory = SpinMemoryEnergy(patterns)
         >>> cue = patterns[:20].clone()
         >>> cue[:, :6] *= -1  # every tenth spin is wrong

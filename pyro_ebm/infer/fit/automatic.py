@@ -33,7 +33,8 @@ from pyro_ebm.bases.rows import split
 from pyro_ebm.bases.stack import Stack
 from pyro_ebm.core.stopwatch import Stopwatch
 from pyro_ebm.distributions import EnergyModel
-from pyro_ebm.energies import Energy, is_unconstrained, unconstrained
+from pyro_ebm.energies import Energy, unconstrained
+from pyro_ebm.energies.views.unconstrained import is_unconstrained
 from pyro_ebm.infer.fit.optimiser import FitOptim
 from pyro_ebm.infer.fit.stages import Stage
 from pyro_ebm.infer.objectives.likelihood.importance import (

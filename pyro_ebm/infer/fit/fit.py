@@ -47,7 +47,7 @@ from pyro_ebm.infer.fit.points import Points, as_points
 from pyro_ebm.infer.fit.settling import settled_log_partition
 from pyro_ebm.infer.fit.stages import Stage, as_stages, begin_chains, unwrapped
 from pyro_ebm.infer.fit.verdict import judge
-from pyro_ebm.infer.handler import ObjectiveModel
+from pyro_ebm.infer.handler import Learn
 from pyro_ebm.infer.likelihood import (
     LogLikelihood,
     log_likelihood,
@@ -261,7 +261,7 @@ class _Fit:
             self.noise = stage_optim.noise
             self.steps_of_stages.append(0)
             with pyro.get_param_store().scope():
-                learn = ObjectiveModel(_as_pyro_model(self.model), stage.objective)
+                learn = Learn(_as_pyro_model(self.model), stage.objective)
                 self.state = learn.state_of("x", self.model())
                 stage_optim.add(self.state)
                 if self.num_steps and self.state is not last:

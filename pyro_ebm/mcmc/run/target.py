@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_ebm.energies import (
-    Energy,
-    FiniteUniform,
-    PyroModelEnergy,
-    unconstrained,
-)
+from pyro_ebm.energies import Energy, PyroModelEnergy, unconstrained
+from pyro_ebm.energies.discrete.finite import FiniteUniform
 from pyro_ebm.energies.graphs.compiled import CompiledEnergy
 from pyro_ebm.energies.pyro_model.non_centred import NonCentring
 from pyro_ebm.energies.views.double import in_double

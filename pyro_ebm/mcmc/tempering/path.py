@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.core.errors import DivergenceError
-from pyro_ebm.energies import DistributionEnergy, Energy, same_support, unconstrained
+from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
 from pyro_ebm.energies.corrections import corrected, map_tensors
 from pyro_ebm.energies.distribution import require_single
 from pyro_ebm.energies.graphs.graph_precision import wide
 from pyro_ebm.energies.normalization import require_normalized
 from pyro_ebm.energies.pyro_model.model_prior import ModelPrior
 from pyro_ebm.energies.views.double import in_double
+from pyro_ebm.energies.views.unconstrained import same_support
 from pyro_ebm.mcmc.base import (
     ChainState,
     Kernel,

@@ -36,7 +36,8 @@ class KernelAdaptation(nn.Module, Generic[K]):
     """What a kernel adapts besides its step size and its scale.
 
     A kernel brings its own by a method ``adaptation()`` that returns one; it is driven
-    by :class:`~pyro_ebm.mcmc.Warmup`. All that it learns is in its ``state_dict``.
+    by the warm-up of :class:`~pyro_ebm.mcmc.MCMC`. All that it learns is in its
+    ``state_dict``.
 
     Attributes:
         spread: Standard deviation of the draws in units of the scale, 1 of a Gaussian;

@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.core.verdict import Finding, Status, in_words, sentence, status_of
-from pyro_ebm.energies import Energy, same_support
+from pyro_ebm.energies import Energy
+from pyro_ebm.energies.views.unconstrained import same_support
 from pyro_ebm.mcmc import IndependentChains, Sampler
 from pyro_ebm.mcmc.base import bias_of
 from pyro_ebm.partition.bridge.bennett import (

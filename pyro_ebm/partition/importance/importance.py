@@ -38,9 +38,10 @@ from torch.distributions.constraints import Constraint
 from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
 from pyro_ebm.diagnostics.pareto import pareto_k, pareto_std_error
-from pyro_ebm.energies import Energy, is_unconstrained, same_support
+from pyro_ebm.energies import Energy
 from pyro_ebm.energies.normalization import require_normalized
 from pyro_ebm.energies.pyro_model.model_runs import unwrapped
+from pyro_ebm.energies.views.unconstrained import is_unconstrained, same_support
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.progress import watched
 

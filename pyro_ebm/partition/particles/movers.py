@@ -15,9 +15,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from pyro_ebm.mcmc import HMC, Kernel, StepSizeAdaptation, find_step_size
+from pyro_ebm.mcmc import HMC, Kernel
 from pyro_ebm.mcmc.base import flat_event
 from pyro_ebm.mcmc.tempering.path import GeometricPath, PathState, joined
+from pyro_ebm.mcmc.warmup.adaptation import StepSizeAdaptation, find_step_size
 
 #: Robust standard deviations from the median that are no distance between modes; and
 #: those that a point counts for at most where others are that far out.

@@ -363,7 +363,7 @@ class LogPartition(StatefulModule):
                 self.walkers.anchor(value, std_error)
 
     @torch.no_grad()
-    def calibrate(self, energy: Energy, estimate: LogPartitionEstimate) -> None:
+    def set_log_partition(self, energy: Energy, estimate: LogPartitionEstimate) -> None:
         r"""Take over a better estimate of :math:`\log Z` of the current parameters.
 
         It stands until the parameters move. Walkers that are there already and agree
@@ -441,7 +441,7 @@ class LogPartition(StatefulModule):
         return agree
 
     @torch.no_grad()
-    def finish(self, energy: Energy) -> None:
+    def adopt_average(self, energy: Energy) -> None:
         """Bring the walkers up to date, check, and write the average into ``energy``.
 
         From here on the current parameters and their average are one.

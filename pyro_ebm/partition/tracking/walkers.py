@@ -19,8 +19,9 @@ from torch import Tensor
 
 from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
 from pyro_ebm.energies import Energy
-from pyro_ebm.mcmc import HMC, ChainState, StepSizeAdaptation
+from pyro_ebm.mcmc import HMC, ChainState
 from pyro_ebm.mcmc.samplers.persistent import StatefulModule
+from pyro_ebm.mcmc.warmup.adaptation import StepSizeAdaptation
 from pyro_ebm.partition.particles.resampling import systematic_resample
 
 

@@ -10,13 +10,12 @@ from pyro.distributions import constraints
 
 from pyro_ebm.energies import (
     DistributionEnergy,
-    FiniteUniform,
     FunctionEnergy,
     UnconstrainedEnergy,
-    same_support,
     spins,
 )
-from pyro_ebm.energies.discrete.finite import finite_values
+from pyro_ebm.energies.discrete.finite import FiniteUniform, finite_values
+from pyro_ebm.energies.views.unconstrained import same_support
 from pyro_ebm.mcmc import HMC
 
 

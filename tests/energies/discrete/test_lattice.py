@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from pyro_ebm.energies import FiniteUniform, IsingEnergy, PottsEnergy
+from pyro_ebm.energies import IsingEnergy, PottsEnergy
+from pyro_ebm.energies.discrete.finite import FiniteUniform
 
 SHAPES = [(3,), (4, 4), (2, 5), (3, 5), (5, 3, 4), (1, 6)]
 

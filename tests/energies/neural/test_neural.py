@@ -12,9 +12,9 @@ from pyro_ebm.energies import (
     DistributionEnergy,
     NeuralEnergy,
     UnconstrainedEnergy,
-    is_unconstrained,
 )
 from pyro_ebm.energies.base import Energy
+from pyro_ebm.energies.views.unconstrained import is_unconstrained
 
 
 def standard_normal(*event):

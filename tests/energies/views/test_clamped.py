@@ -16,8 +16,8 @@ from pyro_ebm.energies import (
     MixtureEnergy,
     NeuralEnergy,
     QuadraticEnergy,
-    marginal,
 )
+from pyro_ebm.energies.closed_form.marginal import marginal
 from pyro_ebm.partition import quadrature
 
 MASK = torch.tensor([[True, False, False], [False, False, True]])

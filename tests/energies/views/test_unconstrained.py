@@ -12,10 +12,9 @@ from pyro_ebm.energies import (
     FunctionEnergy,
     QuadraticEnergy,
     UnconstrainedEnergy,
-    is_unconstrained,
-    same_support,
     unconstrained,
 )
+from pyro_ebm.energies.views.unconstrained import is_unconstrained, same_support
 from pyro_ebm.partition.default_base import default_base
 
 GAMMA = FunctionEnergy(lambda x: x - 2 * x.log(), (), constraints.positive)

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
-from pyro_ebm.mcmc import ChEES, Warmup
+from pyro_ebm.mcmc import ChEES
 from pyro_ebm.mcmc.base import StepInfo
 from pyro_ebm.mcmc.kernels.chees import (
     TrajectoryAdaptation,
     TrajectoryInfo,
     _criterion_grad,
 )
+from pyro_ebm.mcmc.warmup.warmup import Warmup
 from pyro_ebm.testing import CountingEnergy
 
 

@@ -6,14 +6,8 @@ import pytest
 import torch
 
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
-from pyro_ebm.mcmc import (
-    HMC,
-    MALA,
-    ChEES,
-    StepInfo,
-    StepSizeAdaptation,
-    find_step_size,
-)
+from pyro_ebm.mcmc import HMC, MALA, ChEES, StepInfo
+from pyro_ebm.mcmc.warmup.adaptation import StepSizeAdaptation, find_step_size
 from pyro_ebm.testing import CountingEnergy
 
 KERNELS = {"mala": MALA(), "hmc": HMC(num_leapfrog=3)}

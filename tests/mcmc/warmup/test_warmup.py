@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pyro_ebm.energies import Energy, FunctionEnergy, NeuralEnergy, QuadraticEnergy
-from pyro_ebm.mcmc import HMC, MALA, ULA, ChEES, Kernel, Warmup
+from pyro_ebm.mcmc import HMC, MALA, ULA, ChEES, Kernel
 from pyro_ebm.mcmc.base import StepInfo, accept
 from pyro_ebm.mcmc.warmup.adaptation import KernelAdaptation
+from pyro_ebm.mcmc.warmup.warmup import Warmup
 from pyro_ebm.testing import CountingEnergy, assert_moments
 
 KERNELS = {

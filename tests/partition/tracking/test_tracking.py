@@ -132,7 +132,7 @@ def test_finish_makes_the_average_the_energy():
     for _ in drifting(95, tracker, energy):
         pass
     iterate = energy.fn.loc.detach().clone()
-    tracker.finish(energy)
+    tracker.adopt_average(energy)
     torch.testing.assert_close(tracker.averaged_energy.fn.loc, energy.fn.loc.detach())
     assert not torch.equal(energy.fn.loc, iterate)
     estimate = tracker.averaged()
@@ -244,15 +244,15 @@ def test_a_run_from_the_base_costs_no_more_than_the_walkers():
 
 def test_an_estimate_from_elsewhere_moves_no_walker_that_agrees():
     energy, tracker = started()
-    tracker.finish(energy)
+    tracker.adopt_average(energy)
     exact, u = truth(energy), tracker.walkers.u.clone()
     found = tracker.averaged()._replace(value=exact, std_error=0.001)
-    tracker.calibrate(energy, found)
+    tracker.set_log_partition(energy, found)
     assert torch.equal(tracker.walkers.u, u)
     assert tracker.averaged().value == pytest.approx(exact)
     assert tracker.averaged().std_error == pytest.approx(0.001)
     tracker.walkers.log_offset = tracker.walkers.log_offset + 5.0
-    tracker.calibrate(energy, found)  # now they are of no use
+    tracker.set_log_partition(energy, found)  # now they are of no use
     assert tracker.is_settled
     assert tracker.averaged().value == tracker.value == pytest.approx(exact)
     tracker.follow(energy)  # they begin anew, from the estimate
@@ -313,7 +313,7 @@ def test_a_closed_form_is_exact_and_free():
             assert tracker.value.item() == pytest.approx(exact)
     assert tracker.status == tracker.averaged().status == "exact"
     assert tracker.check()
-    tracker.finish(energy)
+    tracker.adopt_average(energy)
     exact = energy.closed_form().log_partition.item()
     assert tracker.value.item() == tracker.averaged().value == pytest.approx(exact)
     assert energy.num_gradients + energy.num_values + tracker.num_evaluations == 0

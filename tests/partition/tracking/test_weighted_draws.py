@@ -90,6 +90,6 @@ def test_a_tracker_follows_by_draws_and_goes_back_to_walkers():
     tracker.follow_by(energy, None)
     assert tracker.draws is None
     assert tracker.walkers.is_started
-    tracker.finish(energy)
+    tracker.adopt_average(energy)
     assert tracker.averaged().method == "walkers"
     assert tracker.averaged().value == pytest.approx(2.0, abs=0.1)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.energies import Energy, same_support
+from pyro_ebm.energies import Energy
 from pyro_ebm.energies.normalization import require_normalized
+from pyro_ebm.energies.views.unconstrained import same_support
 
 #: A distribution, a module that returns one, or ``None`` for the base of the model.
 Noise = dist.TorchDistribution | torch.distributions.Distribution | nn.Module | None

@@ -11,7 +11,7 @@ from torch import nn
 
 from pyro_ebm import EnergyModel
 from pyro_ebm.energies import FunctionEnergy, NeuralEnergy
-from pyro_ebm.infer import MaximumLikelihood, ObjectiveModel
+from pyro_ebm.infer import Learn, MaximumLikelihood
 from pyro_ebm.mcmc import HMC, MALA, ChainState, Kernel, StepInfo
 from pyro_ebm.testing import CountingEnergy
 
@@ -62,7 +62,7 @@ def fitted_precision_ratio(kernel, num_steps=500):
     settings = {} if kernel is None else {"kernel": kernel}
     objective = MaximumLikelihood(num_chains=512, **settings)
     optim = pyro.optim.Adam({"lr": 0.02})
-    svi = SVI(ObjectiveModel(model, objective), lambda: None, optim, Trace_ELBO())
+    svi = SVI(Learn(model, objective), lambda: None, optim, Trace_ELBO())
     tail = []
     for step in range(num_steps):
         svi.step()
@@ -118,7 +118,7 @@ def counted(num_restarts=0.0, kernel=None):
         kernel=MALA() if kernel is None else kernel,
     )
     optim = pyro.optim.Adam({"lr": 1e-3})
-    learned = ObjectiveModel(model, objective)
+    learned = Learn(model, objective)
     return energy, energy_model, SVI(learned, lambda: None, optim, Trace_ELBO())
 
 
