@@ -33,6 +33,8 @@ from pyro_ebm.infer.fit.diagnosis import FitDiagnostics, diagnose, energy_gap
 from pyro_ebm.infer.fit.fit_checks import (
     require_callbacks,
     require_counts,
+    require_model,
+    require_no_patience,
 )
 from pyro_ebm.infer.fit.fit_record import FitRecord
 from pyro_ebm.infer.fit.fit_result import FitResult, FitTimings
@@ -153,51 +155,45 @@ def fit(
         >>> result.num_steps, result.stopped, result.verdict  # too few steps
         (20, 'finished', 'not at equilibrium')
     """
-    if not isinstance(energy_model, EnergyModel):
-        raise TypeError(
-            f"energy_model must be an EnergyModel, got {type(energy_model).__name__}. "
-            "Wrap an energy: EnergyModel(energy, base)."
-        )
+    require_model(energy_model)
     is_automatic = isinstance(objective, str) and objective == "auto"
     stages = [] if is_automatic else as_stages(objective, num_steps)
-    require_counts(
-        batch_size=batch_size,
-        record_interval=record_interval,
-        patience=1 if patience is None else patience,
-        num_steps=1 if num_steps is None else num_steps,
-    )
+    require_counts(batch_size=batch_size, record_interval=record_interval)
+    require_counts(patience=patience, num_steps=num_steps)
     require_callbacks(callbacks, max_grad_norm)
     points = as_points("data", data, energy_model)
     held_out = validation_data
     if held_out is not None:
         held_out = as_points("validation_data", held_out, energy_model).rows
-    elif patience is not None and not is_automatic:
-        raise ValueError(
-            f"patience is {patience} but validation_data is None: early stopping needs "
-            "held-out points. Give validation_data or leave patience out."
-        )
+    elif not is_automatic:
+        require_no_patience(patience)
     began = time.perf_counter(), time.process_time()
-    rows, model = points.rows, energy_model
-    if is_automatic:
-        seconds = _SECONDS if max_seconds is None else max_seconds
-        plan = automatic_plan(
-            model, rows, held_out, num_steps, seconds, progress_bar=progress_bar
-        )
-    else:
-        plan = given_plan(model, rows, held_out, stages, max_seconds)
-    run = _Fit(model, plan, patience, is_automatic=is_automatic)
-    model.train()
+    limits = num_steps, max_seconds
+    plan = _plan(energy_model, points.rows, held_out, stages, *limits, bar=progress_bar)
+    run = _Fit(energy_model, plan, patience, is_automatic=is_automatic)
     run.began = began
     run.batch_size, run.record_interval = batch_size, record_interval
-    run.callbacks, run.max_grad_norm = callbacks, max_grad_norm
-    if is_automatic and max_grad_norm is None:
-        run.max_grad_norm = MAX_GRAD_NORM
-    total = sum(stage.num_steps for stage in plan.stages)
-    train = points if points.loader is not None else Points(plan.train)
-    with tqdm(total=total, disable=not progress_bar, desc="fit") as bar:
-        stopped = run.all_stages(train, optim, bar)
-    model.eval()  # from here on log Z is a number
-    return run.result(stopped)
+    run.callbacks = callbacks
+    if max_grad_norm is not None or not is_automatic:
+        run.max_grad_norm = max_grad_norm
+    return run.run(points, optim, progress_bar=progress_bar)
+
+
+def _plan(
+    model: EnergyModel,
+    rows: Tensor,
+    held_out: Tensor | None,
+    stages: list[Stage],
+    num_steps: int | None,
+    max_seconds: float | None,
+    *,
+    bar: bool,
+) -> Plan:
+    """How the fit is to go; without stages that is chosen."""
+    if stages:
+        return given_plan(model, rows, held_out, stages, max_seconds)
+    seconds = _SECONDS if max_seconds is None else max_seconds
+    return automatic_plan(model, rows, held_out, num_steps, seconds, progress_bar=bar)
 
 
 class _Saved(NamedTuple):
@@ -213,7 +209,7 @@ class _Fit:
     batch_size: int
     record_interval: int
     callbacks: Sequence[Callable[[FitRecord], Any]]
-    max_grad_norm: float | None
+    max_grad_norm: float | None = MAX_GRAD_NORM
 
     def __init__(
         self,
@@ -245,6 +241,16 @@ class _Fit:
     def num_steps(self) -> int:
         """Parameter steps so far."""
         return sum(self.steps_of_stages)
+
+    def run(self, points: Points, optim: Any, *, progress_bar: bool) -> FitResult:
+        """Take all steps, and examine the fit."""
+        self.model.train()
+        total = sum(stage.num_steps for stage in self.plan.stages)
+        train = points if points.loader is not None else Points(self.plan.train)
+        with tqdm(total=total, disable=not progress_bar, desc="fit") as bar:
+            stopped = self.all_stages(train, optim, bar)
+        self.model.eval()  # from here on log Z is a number
+        return self.result(stopped)
 
     def all_stages(self, data: Points, optim: Any, bar: Any) -> str:
         """Take the steps of all stages; return why they ended."""
@@ -309,16 +315,14 @@ class _Fit:
         distribution = copy.deepcopy(model.averaged(log_partition))
         if self.proposal is not None and model.sampler is None:
             distribution.sampler = ImportanceResampling(self.proposal)
-        found = found._replace(
-            energy_gap=gap, gradient_snr=self.noise.signal_to_noise()
-        )
         held_out = self.validation_data
+        gain = None if held_out is None else self._gain(distribution, held_out)
+        found = found._replace(
+            energy_gap=gap, gradient_snr=self.noise.signal_to_noise(), gain=gain
+        )
         bias = bias_of(getattr(unwrapped(last), "kernel", None))
         history = [] if self.is_automatic else self.history
-        gain = None if held_out is None else self._gain(distribution, held_out)
-        found = found._replace(gain=gain)
         reasons = judge(found, log_partition, stopped, history, bias)
-        wall, cpu = self.began
         return FitResult(
             distribution,
             log_partition,
@@ -329,16 +333,20 @@ class _Fit:
             log_likelihood(distribution, self.train_data),
             None if held_out is None else log_likelihood(distribution, held_out),
             tuple((s.name, n) for s, n in zip(self.stages, taken, strict=False)),
-            FitTimings(
-                time.perf_counter() - wall,
-                time.process_time() - cpu,
-                self.step_seconds / max(self.num_steps, 1),
-            ),
+            self._timings(),
             found,
             status_of(reasons),
             reasons,
             self.plan.base,
             None if held_out is None else _log_prob(distribution, held_out),
+        )
+
+    def _timings(self) -> FitTimings:
+        wall, cpu = self.began
+        return FitTimings(
+            time.perf_counter() - wall,
+            time.process_time() - cpu,
+            self.step_seconds / max(self.num_steps, 1),
         )
 
     def _gain(self, learned: EnergyDistribution, held_out: Tensor) -> LogLikelihood:
@@ -359,14 +367,7 @@ class _Fit:
         self, svi: Any, stage: Stage, batches: Iterator[Tensor], bar: Any
     ) -> str:
         """Take the steps of a stage; return why they ended."""
-        last_good = self._saved()
-        self.num_worse = 0
-        if not self.is_automatic:
-            self.best_value, self.best = -math.inf, last_good
-        elif not self.history:
-            self._record(math.nan, svi.optim, bar)  # where it may end
-            self.start = self.best = last_good = self._saved()
-            self.start_values = self.best_values
+        last_good = self._begin_stage(svi.optim, bar)
         stopped: str | None = None
         try:
             for left in reversed(range(stage.num_steps)):
@@ -398,6 +399,18 @@ class _Fit:
         if stopped == "early stopping" or (chooses and stopped != "callback"):
             self._go_back(self.start if chooses and self._is_chance() else self.best)
         return stopped
+
+    def _begin_stage(self, optim: FitOptim, bar: Any) -> _Saved:
+        """Forget the best of the stage before; return where this one begins."""
+        last_good = self._saved()
+        self.num_worse = 0
+        if not self.is_automatic:
+            self.best_value, self.best = -math.inf, last_good
+        elif not self.history:
+            self._record(math.nan, optim, bar)  # where it may end
+            self.start = self.best = last_good = self._saved()
+            self.start_values = self.best_values
+        return last_good
 
     def _is_chance(self) -> bool:
         """Whether held-out points like the best record no more than by chance."""

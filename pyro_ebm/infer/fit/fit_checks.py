@@ -1,6 +1,12 @@
 """What :func:`pyro_ebm.fit` refuses before it begins."""
 
-__all__ = ["require_callbacks", "require_counts", "require_points"]
+__all__ = [
+    "require_callbacks",
+    "require_counts",
+    "require_model",
+    "require_no_patience",
+    "require_points",
+]
 
 import math
 from collections.abc import Sequence
@@ -11,14 +17,14 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyModel
 
 
-def require_counts(**counts: int) -> None:
-    """Check that counts are positive.
+def require_counts(**counts: int | None) -> None:
+    """Check that counts are positive, where they are given.
 
     Raises:
         ValueError: If one is not.
     """
     for name, count in counts.items():
-        if count < 1:
+        if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}.")
 
 
@@ -44,6 +50,32 @@ def require_callbacks(callbacks: Any, max_grad_norm: float | None) -> None:
         raise ValueError(
             f"max_grad_norm must be positive and finite, got {max_grad_norm}. Leave it "
             "out for gradients as they are."
+        )
+
+
+def require_model(energy_model: Any) -> None:
+    """Check what is fitted.
+
+    Raises:
+        TypeError: If it is no :class:`~pyro_ebm.EnergyModel`.
+    """
+    if not isinstance(energy_model, EnergyModel):
+        raise TypeError(
+            f"energy_model must be an EnergyModel, got {type(energy_model).__name__}. "
+            "Wrap an energy: EnergyModel(energy, base)."
+        )
+
+
+def require_no_patience(patience: int | None) -> None:
+    """Check that nothing waits for held-out points where there are none.
+
+    Raises:
+        ValueError: If ``patience`` was given.
+    """
+    if patience is not None:
+        raise ValueError(
+            f"patience is {patience} but validation_data is None: early stopping needs "
+            "held-out points. Give validation_data or leave patience out."
         )
 
 

@@ -337,20 +337,9 @@ def _polish(
         curvature = values.abs().clamp(min=1e-8)
         rotated = (vectors.mT @ clean(grad)[:, :, None])[:, :, 0] / curvature
         step = -(vectors @ rotated[:, :, None])[:, :, 0]
-        # Far from the mode a Newton step may lead anywhere: the best of a few lengths.
-        lengths = torch.tensor([1.0, 0.3, 0.05]).to(z)
-        trials = z + lengths[:, None, None] * step
-        value, new = value_and_grad(trials.flatten(0, 1))
-        value = value.reshape(len(lengths), len(z)).nan_to_num(torch.inf)
-        index = value.argmin(0)
-        rows = torch.arange(len(z), device=z.device)
-        is_lower = value[index, rows] < energy
-        z = torch.where(is_lower[:, None], trials[index, rows], z)
-        new = new.reshape(trials.shape)[index, rows]
-        grad = torch.where(is_lower[:, None], new, grad)
-        gain = (energy - value[index, rows]).clamp(min=0).amax()
-        energy = torch.where(is_lower, value[index, rows], energy)
-        if number and gain < 1e-6:
+        before = energy
+        z, energy, grad = _best_of_step(value_and_grad, z, energy, grad, step)
+        if number and (before - energy).amax() < 1e-6:
             break
     is_mode = (values > 1e-10 * values.amax(-1, keepdim=True)).all(-1)
     is_mode &= energy.isfinite() & values.isfinite().all(-1)
@@ -366,6 +355,28 @@ def _polish(
         return None
     good = info == 0
     return z[good], energy[good], factor[good]
+
+
+def _best_of_step(
+    value_and_grad: ValueAndGrad, z: Tensor, energy: Tensor, grad: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Points, energies and gradients after the best of a few lengths of a step.
+
+    Far from the mode a Newton step may lead anywhere; nothing moves to more energy.
+    """
+    lengths = torch.tensor([1.0, 0.3, 0.05]).to(z)
+    trials = z + lengths[:, None, None] * step
+    value, new = value_and_grad(trials.flatten(0, 1))
+    value = value.reshape(len(lengths), len(z)).nan_to_num(torch.inf)
+    index = value.argmin(0)
+    rows = torch.arange(len(z), device=z.device)
+    is_lower = value[index, rows] < energy
+    new = new.reshape(trials.shape)[index, rows]
+    return (
+        torch.where(is_lower[:, None], trials[index, rows], z),
+        torch.where(is_lower, value[index, rows], energy),
+        torch.where(is_lower[:, None], new, grad),
+    )
 
 
 def _hessian(value_and_grad: ValueAndGrad, z: Tensor, spacing: Tensor) -> Tensor:

@@ -125,13 +125,6 @@ class Warmup(nn.Module):
         super().__init__()
         if num_steps < 0:
             raise ValueError(f"num_steps must not be negative, got {num_steps}.")
-        num_chains = state.energy.numel()
-        num_groups = num_chains if num_groups is None else num_groups
-        if num_groups < 1 or num_chains % num_groups:
-            raise ValueError(
-                f"num_groups must divide the number of chains, {num_chains}, got "
-                f"{num_groups}."
-            )
         self.num_steps = num_steps
         self._given = kernel
         # In a tuple: as a submodule its parameters would be part of the state_dict.
@@ -143,15 +136,16 @@ class Warmup(nn.Module):
         self._window_ends = sorted((ends | {num_steps}) - {0})
         names = {field.name for field in dataclasses.fields(kernel)}
         self._has_step_size = {"step_size", "target_accept_prob"} <= names
-        self._set_up_metric(names, state, num_groups)
+        self._set_up_metric(names, state, _groups_of(state, num_groups))
+        device = state.x.device
         for name in ("num_stuck", "num_moved"):
-            self.register_buffer(name, torch.tensor(0, device=state.x.device))
-        self.register_buffer("spread", torch.tensor(1.0, device=state.x.device))
+            self.register_buffer(name, torch.tensor(0, device=device))
+        self.register_buffer("spread", torch.tensor(1.0, device=device))
         self.register_buffer("accept_sum", torch.zeros_like(state.energy))
         self.own: KernelAdaptation[Any] | None = None
         if hasattr(kernel, "adaptation"):
-            self.own = kernel.adaptation().to(state.x.device)
-        self.step_size = StepSizeAdaptation(1.0).to(state.x.device)
+            self.own = kernel.adaptation().to(device)
+        self.step_size = StepSizeAdaptation(1.0).to(device)
         self.chain_steps: StepSizeAdaptation | None = None
         if self._has_step_size and kernel.has_chain_steps:
             ones = torch.ones_like(state.energy, dtype=torch.get_default_dtype())
@@ -451,3 +445,15 @@ def _with_acceptance(info: StepInfo, is_far: Tensor, value: float) -> StepInfo:
     if hasattr(info, "__dict__"):  # more than the fields, for the kernel's adaptation
         vars(new).update(vars(info))
     return new
+
+
+def _groups_of(state: ChainState, num_groups: int | None) -> int:
+    """The number of groups of chains, by default one for each chain."""
+    num_chains = state.energy.numel()
+    num_groups = num_chains if num_groups is None else num_groups
+    if num_groups < 1 or num_chains % num_groups:
+        raise ValueError(
+            f"num_groups must divide the number of chains, {num_chains}, got "
+            f"{num_groups}."
+        )
+    return num_groups

@@ -132,12 +132,7 @@ def travel(
     look(state)
     end = 1.0 if fixed is None else fixed[-1]
     while betas[-1] != end and not is_over():
-        if len(betas) > max_temperatures:
-            raise DivergenceError(
-                f"the path from the base has not ended after {max_temperatures} "
-                f"temperatures; the inverse temperature is {betas[-1]:.3g}. The energy "
-                "falls without bound, or the base is far from it: choose a base nearer."
-            )
+        _require_end(betas, max_temperatures)
         low = betas[-1]
         high = fixed[len(betas)] if fixed else _next(state, low, ess_threshold)
         increment = state.log_weight(low, high)
@@ -154,16 +149,17 @@ def travel(
             look(state)
         if num_ancestors is not None:
             weights = torch.zeros_like(state.log_weight(high, high))
-    return Journey(
-        state,
-        betas,
-        weights,
-        sums.forward,
-        sums.bennett,
-        sums.reverse,
-        sums.ess,
-        betas[-1] == end,
-    )
+    ratios = (sums.forward, sums.bennett, sums.reverse, sums.ess)
+    return Journey(state, betas, weights, *ratios, betas[-1] == end)
+
+
+def _require_end(betas: list[float], max_temperatures: int) -> None:
+    if len(betas) > max_temperatures:
+        raise DivergenceError(
+            f"the path from the base has not ended after {max_temperatures} "
+            f"temperatures; the inverse temperature is {betas[-1]:.3g}. The energy "
+            "falls without bound, or the base is far from it: choose a base nearer."
+        )
 
 
 class _Sums:

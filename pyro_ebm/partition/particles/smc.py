@@ -173,11 +173,10 @@ def run_smc(
         is_over=lambda: stop_after is not None and len(move.kernels) >= stop_after,
         look=curve.add,
     )
+    ratios = (journey.forward, journey.bennett, journey.reverse)
     return Islands(
         journey.state,
-        journey.forward,
-        journey.bennett,
-        journey.reverse,
+        *ratios,
         torch.stack(curve.means),
         torch.stack(curve.variances),
         move.kernels[-1] if move.kernels else HMC(step_size=1.0),
