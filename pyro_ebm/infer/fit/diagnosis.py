@@ -34,16 +34,9 @@ from pyro_ebm.diagnostics import (
 )
 from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.energies import Energy, unconstrained
-from pyro_ebm.infer.fit.stages import unwrapped
 from pyro_ebm.infer.likelihood import LogLikelihood
-from pyro_ebm.infer.objectives.likelihood.contrastive_divergence import (
-    ContrastiveDivergence,
-)
-from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikelihood
-from pyro_ebm.infer.objectives.likelihood.negatives import negative_points, noise_in
-from pyro_ebm.infer.objectives.likelihood.tempered import TemperedChains
 from pyro_ebm.infer.objectives.objective import Objective
-from pyro_ebm.mcmc import MALA, Kernel, PersistentChains
+from pyro_ebm.mcmc import Kernel
 from pyro_ebm.mcmc.base import replace_nonfinite
 from pyro_ebm.mcmc.warmup.adaptation import find_step_size
 
@@ -182,18 +175,17 @@ def diagnose(
         num_steps: Parameter steps taken with the objective.
         batch_size: Points a step.
     """
-    objective = unwrapped(objective)
     found = _overlap(energy_model, objective, state, data, batch_size)
-    setting = _kernel_of(objective, state, energy_model.energy)
+    setting = objective.mover(state)
     if setting is None:
         return found
     kernel, per_step = setting
-    points = negative_points(objective, energy_model(), state)
+    points = objective.negatives(energy_model(), state)
     if points is None:
         return found
     # 2 % of all moves of the stage, and at least enough to see something.
     num_moves = min(max(num_steps * per_step // 50, 10), 100)
-    energies, acceptance = _hold_still(energy_model.energy, points, kernel, num_moves)
+    energies, acceptance = _run_at_rest(energy_model.energy, points, kernel, num_moves)
     ess = bulk_ess(energies[:, 1:]).item()
     return found._replace(
         drift=_drift(energies),
@@ -201,32 +193,13 @@ def diagnose(
         ess=ess,
         num_moves=num_moves,
         acceptance=acceptance,
-        chain_age=_age(objective, num_steps),
+        chain_age=objective.chain_age(num_steps),
         chain_lag=energies[:, 1:].numel() / ess / per_step,
     )
 
 
-def _kernel_of(
-    objective: Objective, state: nn.Module, energy: Energy
-) -> tuple[Kernel, int] | None:
-    """The kernel to hold points still with, and moves a parameter step."""
-    if "generator" in objective.needs:
-        return MALA(), 1  # its step size is still to be found
-    kernel = getattr(objective, "kernel", None)
-    if not isinstance(kernel, Kernel):
-        return None
-    num_steps = int(getattr(objective, "num_steps", 1))
-    if isinstance(state, PersistentChains) and state.is_started:
-        step_size = state.adaptation.step_size
-    elif isinstance(state, TemperedChains) and state.u.numel():
-        step_size = state.log_step_size[-1].exp()
-    else:
-        return None
-    return dataclasses.replace(kernel, step_size=step_size), num_steps
-
-
 @torch.no_grad()
-def _hold_still(
+def _run_at_rest(
     energy: Energy, points: Tensor, kernel: Kernel, num_moves: int
 ) -> tuple[Tensor, float]:
     """Energies ``(C, num_moves + 1)`` from the start on, and the mean acceptance."""
@@ -256,18 +229,6 @@ def _difference(value: Tensor, error: Tensor, spread: Tensor) -> EnergyDifferenc
     return EnergyDifference(value.item(), error.item(), relative.item())
 
 
-def _age(objective: Objective, num_steps: int) -> float | None:
-    """Mean moves since a chain was begun, where the settings say so."""
-    if isinstance(objective, ContrastiveDivergence):
-        return float(objective.num_steps)
-    if not isinstance(objective, MaximumLikelihood):
-        return None
-    num_chains = objective.num_chains
-    rate = round(objective.restart_fraction * num_chains) / num_chains
-    steps = (1 - (1 - rate) ** num_steps) / rate if rate else num_steps
-    return objective.num_steps * steps
-
-
 @torch.no_grad()
 def _overlap(
     energy_model: EnergyModel,
@@ -276,7 +237,7 @@ def _overlap(
     data: Tensor,
     batch_size: int,
 ) -> FitDiagnostics:
-    noise = noise_in(objective, energy_model(), state)
+    noise = objective.current_proposal(energy_model(), state)
     if noise is None:
         return FitDiagnostics()
     energy = energy_model.energy
@@ -284,14 +245,11 @@ def _overlap(
     y, x = y.to(**energy.tensor_options(y)), data[:_NUM_NOISE]
     at_noise = -energy(y) - noise.log_prob(y).to(y)
     at_data = -energy(x) - noise.log_prob(x).to(x)
-    num_draws = getattr(objective, "num_draws", None)
-    if num_draws is None:
-        num_draws = batch_size * getattr(objective, "num_noise", 1)
     finite = at_noise.nan_to_num(nan=-torch.inf, posinf=torch.inf)
     fraction = effective_sample_fraction(finite).item()
     order = torch.searchsorted(at_noise.sort().values, at_data)
     return FitDiagnostics(
-        noise_ess=fraction * num_draws,
+        noise_ess=fraction * objective.num_proposed(batch_size),
         noise_k=pareto_k(finite),
         noise_separation=order.double().mean().item() / _NUM_NOISE,
     )

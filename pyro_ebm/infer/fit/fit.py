@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_ebm.core.errors import DivergenceError
-from pyro_ebm.core.verdict import status_of
+from pyro_ebm.core.verdict import Reason, status_of
 from pyro_ebm.distributions import EnergyDistribution, EnergyModel
 from pyro_ebm.energies import DistributionEnergy
 from pyro_ebm.infer.fit.automatic import (
@@ -47,7 +47,7 @@ from pyro_ebm.infer.fit.optimiser import (
 )
 from pyro_ebm.infer.fit.points import Points, as_points
 from pyro_ebm.infer.fit.settling import settled_log_partition
-from pyro_ebm.infer.fit.stages import Stage, as_stages, begin_chains, unwrapped
+from pyro_ebm.infer.fit.stages import Stage, as_stages, begin_chains
 from pyro_ebm.infer.fit.verdict import judge
 from pyro_ebm.infer.handler import Learn
 from pyro_ebm.infer.likelihood import (
@@ -57,7 +57,6 @@ from pyro_ebm.infer.likelihood import (
 )
 from pyro_ebm.infer.objectives.objective import Objective
 from pyro_ebm.mcmc import ImportanceResampling
-from pyro_ebm.mcmc.base import bias_of
 
 _LOG = logging.getLogger(__name__)
 #: Wall-clock time of a fit that is told none.
@@ -320,7 +319,8 @@ class _Fit:
         found = found._replace(
             energy_gap=gap, gradient_snr=self.noise.signal_to_noise(), gain=gain
         )
-        bias = bias_of(getattr(unwrapped(last), "kernel", None))
+        # What keeps an estimator from the truth in general is no fault of a fit.
+        bias = [f for f in last.bias() if f.reason is Reason.BIASED_KERNEL]
         history = [] if self.is_automatic else self.history
         reasons = judge(found, log_partition, stopped, history, bias)
         return FitResult(

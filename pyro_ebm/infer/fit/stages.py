@@ -4,7 +4,7 @@ Score matching and noise contrast are quick and see the whole of the data, maxim
 likelihood is the most accurate: begin with the one and finish with the other.
 """
 
-__all__ = ["Stage", "as_stages", "begin_chains", "unwrapped"]
+__all__ = ["Stage", "as_stages", "begin_chains"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +16,8 @@ from torch import Tensor, nn
 from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.energies import unconstrained
 from pyro_ebm.infer.checks import require_objective
-from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikelihood
 from pyro_ebm.infer.objectives.objective import Objective
-from pyro_ebm.infer.objectives.penalty import EnergyPenalty
-from pyro_ebm.mcmc import IndependentChains, PersistentChains
-
-#: Moves of chains that begin in a later stage, before its first parameter step.
-_WARMUP_MOVES = 50
+from pyro_ebm.mcmc import IndependentChains
 
 
 @final
@@ -64,11 +59,7 @@ class Stage:
     @property
     def name(self) -> str:
         """The objective's, for people."""
-        objective = self.objective
-        if isinstance(objective, EnergyPenalty):
-            inner = type(objective.objective).__name__
-            return f"{inner} with penalty {objective.weight:g}"
-        return type(objective).__name__
+        return self.objective.name
 
 
 def as_stages(
@@ -117,26 +108,18 @@ def begin_chains(
 
     Args:
         energy_model: With walkers.
-        objective: Only :class:`MaximumLikelihood`, in a penalty or not, needs it.
-        state: Its chains.
+        objective: What begins; not all have chains.
+        state: Its.
     """
-    objective = unwrapped(objective)
-    if not (
-        isinstance(objective, MaximumLikelihood) and isinstance(state, PersistentChains)
-    ):
-        return
-    energy, kernel = energy_model.energy, objective.kernel
-    x = _draws_of_walkers(energy_model, objective.num_chains)
-    if x is None:
-        sampler = energy_model.sampler or IndependentChains(base=energy_model.base)
-        x = sampler.start(energy, objective.num_chains)
-    state.start(energy, x, kernel)
-    state.advance(energy, kernel, _WARMUP_MOVES)
 
+    def draw(num_draws: int) -> Tensor:
+        x = _draws_of_walkers(energy_model, num_draws)
+        if x is None:
+            sampler = energy_model.sampler or IndependentChains(base=energy_model.base)
+            x = sampler.start(energy_model.energy, num_draws)
+        return x
 
-def unwrapped(objective: Objective) -> Objective:
-    """The objective inside a penalty, or itself."""
-    return objective.objective if isinstance(objective, EnergyPenalty) else objective
+    objective.begin(energy_model.energy, draw, state)
 
 
 @torch.no_grad()

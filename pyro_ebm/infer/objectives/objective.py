@@ -5,20 +5,26 @@ gradient in :math:`\theta` estimates that of eq. (1.8),
 :math:`L(\theta) = \sum_i \log q_\theta(x^{(i)})`, or leads to the same parameters. One
 effect handler (:mod:`pyro_ebm.infer.handler`) puts any objective at the energy sites of
 a model; :class:`~pyro_ebm.infer.ObjectiveLoss` makes any a loss of plain torch.
+
+What else a fit or a standard error has to know of an estimator, such as its noise, its
+negative points or its bias, the estimator says by the methods below; nothing is read
+off its type or the names of its settings.
 """
 
 __all__ = ["Need", "Objective", "Surrogate", "Terms"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pyro_ebm.core.verdict import Finding
 from pyro_ebm.distributions import EnergyDistribution, EnergyModel
 from pyro_ebm.distributions.learning import an_objective_learns
 from pyro_ebm.energies import Energy
+from pyro_ebm.mcmc import Kernel
 
 #: What an objective may ask of an energy, or of whoever uses it.
 Need = Literal["gradient", "second derivatives", "noise", "chains", "grid", "generator"]
@@ -59,6 +65,12 @@ class Objective(ABC):
             where it leaves none.
         is_pointwise: Whether the gradient at each point estimates that of the
             log-likelihood there, and not only its sum over the data.
+        starts_at_data: Whether its chains start at the data, and are short: the
+            variance of its gradient is then twice its curvature.
+
+    Raises:
+        TypeError: If a subclass needs noise and does not define
+            :meth:`current_proposal`.
 
     Example:
         >>> class Likelihood(Objective):  # for energies whose log Z is known
@@ -78,6 +90,22 @@ class Objective(ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     log_partition: ClassVar[Literal["exact", "consistent"] | None] = None
     is_pointwise: ClassVar[bool] = False
+    starts_at_data: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        is_silent = cls.current_proposal is Objective.current_proposal
+        if "noise" in cls.needs and is_silent:
+            raise TypeError(
+                f"{cls.__name__} needs noise, and must say which: define "
+                "current_proposal(self, distribution, state), which returns its "
+                "distribution. A fit compares it with the data."
+            )
+
+    @property
+    def name(self) -> str:
+        """The estimator's, for people."""
+        return type(self).__name__
 
     def make_state(self) -> nn.Module:
         """A new module for what is learned or remembered beside the energy.
@@ -114,6 +142,97 @@ class Objective(ABC):
         Returns:
             A function of the data, which have no gradient.
         """
+
+    # What it says of itself -----------------------------------------------------------
+
+    def bias(self) -> tuple[Finding, ...]:
+        """Why it does not tend to the truth; empty if it is consistent."""
+        return ()
+
+    def current_proposal(
+        self, distribution: EnergyDistribution, state: nn.Module
+    ) -> Any | None:
+        """The noise or proposal at its current parameters, or ``None``.
+
+        Args:
+            distribution: What is learned; its model's base may serve.
+            state: Of the objective.
+        """
+        return None
+
+    def num_proposed(self, batch_size: int) -> int:
+        """Draws of the proposal in a step.
+
+        Args:
+            batch_size: Data points in it.
+        """
+        return batch_size
+
+    @torch.no_grad()
+    def negatives(
+        self, distribution: EnergyDistribution, state: nn.Module, num_points: int = 256
+    ) -> Tensor | None:
+        """Points of the support, shape ``(N, *event)``, at which the energy is raised.
+
+        Args:
+            distribution: What is learned.
+            state: Of the objective, after a step.
+            num_points: How many to draw, of a generator or of noise. Of chains there
+                are as many as there are chains.
+
+        Returns:
+            ``None`` where it has no negatives, or has not taken a step.
+        """
+        noise = self.current_proposal(distribution, state)
+        if noise is None:
+            return None
+        drawn: Tensor = noise.sample(torch.Size((num_points,)))
+        return drawn.to(**distribution.energy.tensor_options(drawn))
+
+    def mover(self, state: nn.Module) -> tuple[Kernel, int] | None:
+        """The kernel that moves the negatives, and its moves a step, or ``None``.
+
+        Args:
+            state: Of the objective, after a step.
+        """
+        return None
+
+    def chain_age(self, num_steps: int) -> float | None:
+        """Moves since a chain was begun, a mean that the settings imply, or ``None``.
+
+        Args:
+            num_steps: Parameter steps so far.
+        """
+        return None
+
+    def begin(
+        self, energy: Energy, draw: Callable[[int], Tensor], state: nn.Module
+    ) -> None:
+        """Start for an energy that has been learned by another objective.
+
+        Args:
+            energy: At its current parameters.
+            draw: Maps a number to about so many draws of it.
+            state: Of the objective; what it remembers may be set here.
+        """
+        return
+
+    def second_term_covariance(
+        self,
+        distribution: EnergyDistribution,
+        rows_of: Callable[[Tensor], Tensor],
+        covariance: Tensor,
+    ) -> Tensor:
+        """Covariance of the estimate of the second term of (1.16) in one step.
+
+        Args:
+            distribution: At the current parameters.
+            rows_of: Maps energies ``(N,)`` to their gradients ``(N, P)``.
+            covariance: Of the gradient of the energy under the model, ``(P, P)``.
+        """
+        return torch.zeros_like(covariance)
+
+    # ----------------------------------------------------------------------------------
 
     def loss(
         self,

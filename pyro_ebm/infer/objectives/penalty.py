@@ -16,15 +16,18 @@ References:
 __all__ = ["EnergyPenalty"]
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 from torch import Tensor, nn
 
+from pyro_ebm.core.verdict import Finding
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.energies import Energy
 from pyro_ebm.infer.checks import require_objective
-from pyro_ebm.infer.objectives.likelihood.negatives import negative_points
 from pyro_ebm.infer.objectives.objective import Objective, Surrogate, Terms
+from pyro_ebm.mcmc import Kernel
 
 #: What an objective with negatives says that it needs, one of these.
 _WITH_NEGATIVES = frozenset({"chains", "noise", "generator"})
@@ -74,7 +77,7 @@ class EnergyPenalty(Objective):
                 "or a generator have."
             )
         # What the wrapped one says of itself holds for this one.
-        for name in ("needs", "log_partition", "is_pointwise"):
+        for name in ("needs", "log_partition", "is_pointwise", "starts_at_data"):
             object.__setattr__(self, name, getattr(self.objective, name))
 
     def make_state(self) -> nn.Module:
@@ -85,6 +88,54 @@ class EnergyPenalty(Objective):
         """Refuse what the objective refuses; see :meth:`Objective.check`."""
         self.objective.check(distribution, x)
 
+    @property
+    def name(self) -> str:
+        """The objective's, with the weight."""
+        return f"{self.objective.name} with penalty {self.weight:g}"
+
+    def bias(self) -> tuple[Finding, ...]:
+        """That of the objective; see :meth:`Objective.bias`."""
+        return self.objective.bias()
+
+    def current_proposal(
+        self, distribution: EnergyDistribution, state: nn.Module
+    ) -> Any | None:
+        """That of the objective; see :meth:`Objective.current_proposal`."""
+        return self.objective.current_proposal(distribution, state)
+
+    def num_proposed(self, batch_size: int) -> int:
+        """See :meth:`Objective.num_proposed`."""
+        return self.objective.num_proposed(batch_size)
+
+    def negatives(
+        self, distribution: EnergyDistribution, state: nn.Module, num_points: int = 256
+    ) -> Tensor | None:
+        """Those of the objective; see :meth:`Objective.negatives`."""
+        return self.objective.negatives(distribution, state, num_points)
+
+    def mover(self, state: nn.Module) -> tuple[Kernel, int] | None:
+        """See :meth:`Objective.mover`."""
+        return self.objective.mover(state)
+
+    def chain_age(self, num_steps: int) -> float | None:
+        """See :meth:`Objective.chain_age`."""
+        return self.objective.chain_age(num_steps)
+
+    def begin(
+        self, energy: Energy, draw: Callable[[int], Tensor], state: nn.Module
+    ) -> None:
+        """See :meth:`Objective.begin`."""
+        self.objective.begin(energy, draw, state)
+
+    def second_term_covariance(
+        self,
+        distribution: EnergyDistribution,
+        rows_of: Callable[[Tensor], Tensor],
+        covariance: Tensor,
+    ) -> Tensor:
+        """That of the objective; see the method of :class:`Objective`."""
+        return self.objective.second_term_covariance(distribution, rows_of, covariance)
+
     def surrogate(
         self, distribution: EnergyDistribution, state: nn.Module
     ) -> Surrogate:
@@ -94,7 +145,7 @@ class EnergyPenalty(Objective):
         def surrogate(x: Tensor) -> Terms:
             terms = inner(x)  # contrastive divergence moves its chains only here
             penalty = terms.energy.square()
-            y = negative_points(self.objective, distribution, state)
+            y = self.objective.negatives(distribution, state)
             if y is not None:
                 penalty = penalty + distribution.energy(y).square().mean()
             return terms._replace(

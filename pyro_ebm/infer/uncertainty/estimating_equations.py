@@ -38,9 +38,6 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.infer.objectives.likelihood.contrastive_divergence import (
-    ContrastiveDivergence,
-)
 from pyro_ebm.infer.objectives.objective import Objective
 
 #: Points that are differentiated at once.
@@ -178,7 +175,7 @@ def objective_equation(
     noise = (all_single - averaged) * (_REDRAWS / (_REDRAWS - 1))
     spread = averaged + (1 / num_redraws - 1 / _REDRAWS) * noise  # (2)
     curvature = -hessian / len(x)
-    if isinstance(objective, ContrastiveDivergence):
+    if objective.starts_at_data:
         curvature = all_single / 2  # (3)
     energy = derivatives(distribution.energy(x[:CHUNK]), parameters).rows
     scale = curvature.diagonal().abs().sqrt()

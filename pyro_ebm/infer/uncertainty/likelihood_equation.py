@@ -24,14 +24,9 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Energy
 from pyro_ebm.energies.discrete.finite import finite_values
-from pyro_ebm.infer.objectives.contrast.noise import noise_of
 from pyro_ebm.infer.objectives.likelihood.exact_likelihood import (
     ExactGrid,
     ExactMaximumLikelihood,
-)
-from pyro_ebm.infer.objectives.likelihood.importance import (
-    BoundedLikelihood,
-    ImportanceSampledLikelihood,
 )
 from pyro_ebm.infer.objectives.objective import Objective
 from pyro_ebm.infer.uncertainty.estimating_equations import CHUNK, Equation, derivatives
@@ -95,7 +90,13 @@ def likelihood_equation(
     if covariance == "information":
         spread = curvature
     if math.isfinite(num_redraws):
-        second_term = _second_term(distribution, objective, parameters, model)
+
+        def rows_of(values: Tensor) -> Tensor:
+            return derivatives(values, parameters).rows
+
+        second_term = objective.second_term_covariance(
+            distribution, rows_of, model.covariance
+        )
         spread = spread + second_term * (len(x) / num_redraws)
     scale = (model.second + data.second).diagonal().sqrt()
     return Equation(
@@ -155,24 +156,3 @@ def _all_of_space(energy: Energy, x: Tensor) -> _Points:
     kept = weights > 1e-16 * weights.max()
     how = "of the likelihood by a sum over the space"
     return _Points(on_grid, nodes.x[kept], weights[kept], math.inf, how)
-
-
-def _second_term(
-    distribution: EnergyDistribution,
-    objective: Objective,
-    parameters: Sequence[Tensor],
-    model: _Moments,
-) -> Tensor:
-    """Covariance of the estimate of the second term of (1.16) in one step."""
-    energy = distribution.energy
-    if isinstance(objective, ImportanceSampledLikelihood | BoundedLikelihood):
-        proposal = noise_of(objective.proposal, distribution, "proposal")
-        y = proposal.sample(torch.Size((objective.num_draws,)))
-        y = y.to(**energy.tensor_options(y))
-        with torch.no_grad():
-            weights = (-energy(y) - proposal.log_prob(y)).double().softmax(0)
-        rows, _ = derivatives(energy(y), parameters)
-        deviation = weights[:, None] * (rows - weights @ rows)
-        return deviation.mT @ deviation
-    num_chains = getattr(objective, "num_chains", math.inf)
-    return model.covariance / num_chains

@@ -14,32 +14,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.distributions import EnergyDistribution, EnergyModel
 from pyro_ebm.energies import Energy
 from pyro_ebm.infer.checks import require_objective
 from pyro_ebm.infer.objectives.contrast.noise import LearnedLogPartition
-from pyro_ebm.infer.objectives.likelihood.contrastive_divergence import (
-    ContrastiveDivergence,
-)
 from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikelihood
 from pyro_ebm.infer.objectives.objective import Objective, as_distribution
-from pyro_ebm.infer.objectives.score.denoising import DenoisingScoreMatching
-from pyro_ebm.infer.objectives.score.energy_discrepancy import EnergyDiscrepancy
 from pyro_ebm.infer.uncertainty.estimating_equations import Equation, objective_equation
 from pyro_ebm.infer.uncertainty.likelihood_equation import likelihood_equation
 from pyro_ebm.infer.uncertainty.sandwich import ParameterErrors, Solved
-from pyro_ebm.mcmc.base import bias_of
 
 #: Above this number of parameters their covariance is neither affordable nor of use.
 _MAX_PARAMETERS = 1000
-
-_BIASES = {
-    DenoisingScoreMatching: "the interval is about the energy of the noisy data: each "
-    "variance is too large by noise_scale squared",
-    ContrastiveDivergence: "short chains are off unless the energy can be that of the "
-    "data, and the errors hold only if it can",
-}
 
 
 @torch.enable_grad()
@@ -130,28 +116,7 @@ def parameter_errors(
         kept, estimate[equation.has_effect], equation.where_it_has_effect(), num_points
     )
     solved.require_identified(parameters[0].dtype)
-    return solved.errors(covariance, _biases(objective))
-
-
-def _biases(objective: Objective) -> list[Finding]:
-    found = []
-    if type(objective) in _BIASES:
-        found.append(Finding(Reason.INCONSISTENT_ESTIMATOR, _BIASES[type(objective)]))
-    # With weight 1 the datum is ranked among its copies, which is consistent.
-    if isinstance(objective, EnergyDiscrepancy) and objective.stabilizer != 1:
-        off = (
-            "the interval is about a value that is off by O(1 / num_copies), as it is "
-            "not with stabilizer=1"
-        )
-        found.append(Finding(Reason.INCONSISTENT_ESTIMATOR, off))
-    kernel = getattr(objective, "kernel", None)
-    if bias_of(kernel):
-        beside = (
-            f"chains of {type(kernel).__name__} settle beside the model, and the "
-            "interval is about what they make of the data"
-        )
-        found.append(Finding(Reason.BIASED_KERNEL, beside))
-    return found
+    return solved.errors(covariance, [*objective.bias()])
 
 
 # What is learned ---------------------------------------------------------------------
@@ -173,7 +138,7 @@ def _state_for(
     learns = any(True for _ in fresh.parameters())
     knows = not learns or isinstance(fresh, LearnedLogPartition)
     moves = {"chains", "generator"} & objective.needs
-    if not knows or (moves and not isinstance(objective, ContrastiveDivergence)):
+    if not knows or (moves and not objective.starts_at_data):
         raise NotImplementedError(
             f"{type(objective).__name__} solves no equation of the data whose errors "
             "are known: what it learns or moves beside the energy depends on the "

@@ -26,7 +26,7 @@ from pyro_ebm.infer import (
 from pyro_ebm.infer.fit import settling
 from pyro_ebm.infer.fit.diagnosis import (
     _drift,
-    _hold_still,
+    _run_at_rest,
     _walker_mean,
     diagnose,
     energy_gap,
@@ -227,7 +227,7 @@ def test_drift_of_chains_that_relax_slowly():
     """
     model = quadratic()
     x = 2 * torch.randn(4000, 2) + 0.5
-    energies, _ = _hold_still(model.energy, x, MALA(torch.tensor(0.01)), 20)
+    energies, _ = _run_at_rest(model.energy, x, MALA(torch.tensor(0.01)), 20)
     found = _drift(energies)
     # The excess of the mean square over 1 falls as e^(-2 t): 3 at first, t of .185.
     wanted = 3 * (math.exp(-2 * 0.01 * 18) - 1)

@@ -23,7 +23,6 @@ from pyro_ebm.infer import (
     ScoreMatching,
     TemperedMaximumLikelihood,
 )
-from pyro_ebm.infer.objectives.likelihood.negatives import negative_points
 from tests.infer.problems import Affine, base
 
 WITH_NEGATIVES = [
@@ -66,7 +65,7 @@ def test_the_gradient_is_that_of_the_penalty(objective):
         model.zero_grad()
         loss(x).backward()
         grads.append(model.energy.network[-1].bias.grad.item())
-    y = negative_points(objective.objective, model(), loss.state, 1000)
+    y = objective.negatives(model(), loss.state, 1000)
     with torch.no_grad():
         wanted = model.energy(x).mean() + model.energy(y).mean()
     wanted = 2 * objective.weight * wanted.item()
@@ -144,7 +143,7 @@ def test_objectives_without_negatives(objective):
     model = raised()
     with pytest.raises(ValueError, match=f"{type(objective).__name__} has none"):
         EnergyPenalty(objective)
-    assert negative_points(objective, model(), objective.make_state()) is None
+    assert objective.negatives(model(), objective.make_state()) is None
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])

@@ -115,6 +115,16 @@ class FlowContrastive(Objective):
                 f"{type(noise).__name__} has none: its draws have no gradient."
             )
 
+    def current_proposal(
+        self, distribution: EnergyDistribution, state: nn.Module
+    ) -> Any:
+        """The flow; see :meth:`Objective.current_proposal`."""
+        return cast(FlowState, state).flow()
+
+    def num_proposed(self, batch_size: int) -> int:
+        """See :meth:`Objective.num_proposed`."""
+        return batch_size * self.num_noise
+
     def surrogate(
         self, distribution: EnergyDistribution, state: nn.Module
     ) -> Surrogate:

@@ -18,7 +18,7 @@ __all__ = ["NoiseContrastive"]
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast, final
+from typing import Any, ClassVar, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,16 @@ class NoiseContrastive(Objective):
     def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
         """Refuse noise that does not fit; see :meth:`Objective.check`."""
         require_noise(noise_of(self.noise, distribution), distribution.energy)
+
+    def current_proposal(
+        self, distribution: EnergyDistribution, state: nn.Module
+    ) -> Any:
+        """The noise; see :meth:`Objective.current_proposal`."""
+        return noise_of(self.noise, distribution)
+
+    def num_proposed(self, batch_size: int) -> int:
+        """See :meth:`Objective.num_proposed`."""
+        return batch_size * self.num_noise
 
     def surrogate(
         self, distribution: EnergyDistribution, state: nn.Module

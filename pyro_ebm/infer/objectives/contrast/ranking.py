@@ -13,7 +13,7 @@ __all__ = ["RankingNoiseContrastive"]
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
 
@@ -63,6 +63,16 @@ class RankingNoiseContrastive(Objective):
     def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
         """Refuse noise that does not fit; see :meth:`Objective.check`."""
         require_noise(noise_of(self.noise, distribution), distribution.energy)
+
+    def current_proposal(
+        self, distribution: EnergyDistribution, state: nn.Module
+    ) -> Any:
+        """The noise; see :meth:`Objective.current_proposal`."""
+        return noise_of(self.noise, distribution)
+
+    def num_proposed(self, batch_size: int) -> int:
+        """See :meth:`Objective.num_proposed`."""
+        return batch_size * self.num_noise
 
     def surrogate(
         self, distribution: EnergyDistribution, state: nn.Module

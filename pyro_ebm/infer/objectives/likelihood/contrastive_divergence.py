@@ -22,11 +22,17 @@ from typing import ClassVar, cast, final
 import torch
 from torch import Tensor, nn
 
+from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import unconstrained
-from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import require_kernel
+from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import (
+    adapted_mover,
+    points_of_chains,
+    require_kernel,
+)
 from pyro_ebm.infer.objectives.objective import Need, Objective, Surrogate, Terms
 from pyro_ebm.mcmc import MALA, Kernel, PersistentChains
+from pyro_ebm.mcmc.base import bias_of
 
 
 @final
@@ -60,6 +66,7 @@ class ContrastiveDivergence(Objective):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"gradient", "chains"})
+    starts_at_data: ClassVar[bool] = True
 
     num_steps: int = 1
     kernel: Kernel = field(default_factory=MALA)
@@ -72,6 +79,29 @@ class ContrastiveDivergence(Objective):
     def make_state(self) -> PersistentChains:
         """Chains, of which only the step size lasts from step to step."""
         return PersistentChains()
+
+    def bias(self) -> tuple[Finding, ...]:
+        """That of short chains, and of the kernel; see :meth:`Objective.bias`."""
+        short = (
+            "short chains are off unless the energy can be that of the data, and the "
+            "errors hold only if it can"
+        )
+        found = Finding(Reason.INCONSISTENT_ESTIMATOR, short)
+        return (found, *bias_of(self.kernel))
+
+    def negatives(
+        self, distribution: EnergyDistribution, state: nn.Module, num_points: int = 256
+    ) -> Tensor | None:
+        """The chains; see :meth:`Objective.negatives`."""
+        return points_of_chains(distribution.energy, cast(PersistentChains, state).u)
+
+    def mover(self, state: nn.Module) -> tuple[Kernel, int] | None:
+        """See :meth:`Objective.mover`."""
+        return adapted_mover(cast(PersistentChains, state), self.kernel, self.num_steps)
+
+    def chain_age(self, num_steps: int) -> float:
+        """See :meth:`Objective.chain_age`."""
+        return float(self.num_steps)
 
     def surrogate(
         self, distribution: EnergyDistribution, state: nn.Module

@@ -49,6 +49,7 @@ from pyro_ebm.infer.objectives.contrast.noise import (
     require_noise,
 )
 from pyro_ebm.infer.objectives.objective import Need, Objective, Surrogate, Terms
+from pyro_ebm.mcmc import MALA, Kernel
 from pyro_ebm.mcmc.samplers.persistent import StatefulModule
 
 #: Standard deviations of the proposals for the posterior of z, in equal parts.
@@ -265,6 +266,17 @@ class AmortizedSampler(Objective):
         super().check(distribution, x)
         if self.noise is not None:
             require_noise(noise_of(self.noise, distribution), distribution.energy)
+
+    def negatives(
+        self, distribution: EnergyDistribution, state: nn.Module, num_points: int = 256
+    ) -> Tensor:
+        """Draws of the generator; see :meth:`Objective.negatives`."""
+        points: Tensor = state(distribution.energy, num_points)
+        return points
+
+    def mover(self, state: nn.Module) -> tuple[Kernel, int]:
+        """What would move its draws, with a step size that is still to be found."""
+        return MALA(), 1
 
     def surrogate(
         self, distribution: EnergyDistribution, state: nn.Module

@@ -20,8 +20,9 @@ References:
 __all__ = ["BoundedLikelihood", "ImportanceSampledLikelihood", "ImportanceState"]
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast, final
+from typing import Any, ClassVar, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,33 @@ class _ByProposal(Objective):
         """Refuse a proposal that does not fit; see :meth:`Objective.check`."""
         proposal = noise_of(self.proposal, distribution, "proposal")
         require_noise(proposal, distribution.energy, "proposal")
+
+    def current_proposal(
+        self, distribution: EnergyDistribution, state: nn.Module
+    ) -> Any:
+        """The proposal; see :meth:`Objective.current_proposal`."""
+        return noise_of(self.proposal, distribution, "proposal")
+
+    def num_proposed(self, batch_size: int) -> int:
+        """See :meth:`Objective.num_proposed`."""
+        return self.num_draws
+
+    def second_term_covariance(
+        self,
+        distribution: EnergyDistribution,
+        rows_of: Callable[[Tensor], Tensor],
+        covariance: Tensor,
+    ) -> Tensor:
+        """Of a mean by normalised weights; see the method of :class:`Objective`."""
+        energy = distribution.energy
+        proposal = noise_of(self.proposal, distribution, "proposal")
+        y = proposal.sample(torch.Size((self.num_draws,)))
+        y = y.to(**energy.tensor_options(y))
+        with torch.no_grad():
+            weights = (-energy(y) - proposal.log_prob(y)).double().softmax(0)
+        rows = rows_of(energy(y))
+        deviation = weights[:, None] * (rows - weights @ rows)
+        return deviation.mT @ deviation
 
     def _log_weights(self, distribution: EnergyDistribution) -> Tensor:
         """Of draws of the proposal, shape ``(num_draws,)``."""

@@ -13,14 +13,23 @@ References:
 
 __all__ = ["MaximumLikelihood", "likelihood_surrogate", "require_kernel"]
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast, final
 
+import torch
 from torch import Tensor, nn
 
+from pyro_ebm.core.verdict import Finding
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.infer.objectives.objective import Need, Objective, Surrogate, Terms
 from pyro_ebm.mcmc import MALA, IndependentChains, Kernel, PersistentChains
+from pyro_ebm.mcmc.base import bias_of
+
+#: Moves of chains that begin in a later stage, before its first parameter step.
+_WARMUP_MOVES = 50
 
 
 @final
@@ -80,6 +89,43 @@ class MaximumLikelihood(Objective):
         """Chains that have not started."""
         return PersistentChains()
 
+    def bias(self) -> tuple[Finding, ...]:
+        """That of the kernel; see :meth:`Objective.bias`."""
+        return bias_of(self.kernel)
+
+    def negatives(
+        self, distribution: EnergyDistribution, state: nn.Module, num_points: int = 256
+    ) -> Tensor | None:
+        """The chains; see :meth:`Objective.negatives`."""
+        return points_of_chains(distribution.energy, cast(PersistentChains, state).u)
+
+    def mover(self, state: nn.Module) -> tuple[Kernel, int] | None:
+        """See :meth:`Objective.mover`."""
+        return adapted_mover(cast(PersistentChains, state), self.kernel, self.num_steps)
+
+    def chain_age(self, num_steps: int) -> float:
+        """See :meth:`Objective.chain_age`."""
+        rate = round(self.restart_fraction * self.num_chains) / self.num_chains
+        steps = (1 - (1 - rate) ** num_steps) / rate if rate else num_steps
+        return self.num_steps * steps
+
+    def begin(
+        self, energy: Energy, draw: Callable[[int], Tensor], state: nn.Module
+    ) -> None:
+        """Start the chains and move them on; see :meth:`Objective.begin`."""
+        chains = cast(PersistentChains, state)
+        chains.start(energy, draw(self.num_chains), self.kernel)
+        chains.advance(energy, self.kernel, _WARMUP_MOVES)
+
+    def second_term_covariance(
+        self,
+        distribution: EnergyDistribution,
+        rows_of: Callable[[Tensor], Tensor],
+        covariance: Tensor,
+    ) -> Tensor:
+        """As of independent chains; see the method of :class:`Objective`."""
+        return covariance / self.num_chains
+
     def surrogate(
         self, distribution: EnergyDistribution, state: nn.Module
     ) -> Surrogate:
@@ -122,6 +168,38 @@ def likelihood_surrogate(
         return Terms(-value - log_partition + gap, value)  # (1.16)
 
     return surrogate
+
+
+@torch.no_grad()
+def points_of_chains(energy: Energy, u: Tensor) -> Tensor | None:
+    """Where chains are, shape ``(C, *event)``; ``None`` before they have started.
+
+    Args:
+        energy: Whose chains they are.
+        u: In unconstrained space.
+    """
+    if not u.numel():
+        return None
+    _, to_support = unconstrained(energy)
+    points: Tensor = to_support(u.clone())
+    return points
+
+
+def adapted_mover(
+    chains: PersistentChains, kernel: Kernel, num_steps: int
+) -> tuple[Kernel, int] | None:
+    """A kernel with the step size that chains have found; ``None`` before they have.
+
+    Args:
+        chains: Moved by it.
+        kernel: With the step size that it was given.
+        num_steps: Moves a parameter step.
+    """
+    if not chains.is_started:
+        return None
+    given: Any = kernel
+    adapted = dataclasses.replace(given, step_size=chains.adaptation.step_size)
+    return adapted, num_steps
 
 
 def require_kernel(kernel: Any) -> None:

@@ -25,6 +25,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import unconstrained
 from pyro_ebm.infer.objectives.objective import Need, Objective, Surrogate, Terms
@@ -69,6 +70,14 @@ class DenoisingScoreMatching(Objective):
                 "noise_scale must be positive and finite, one number or several, got "
                 f"{self.noise_scale}."
             )
+
+    def bias(self) -> tuple[Finding, ...]:
+        """That of the noise; see :meth:`Objective.bias`."""
+        noisy = (
+            "the interval is about the energy of the noisy data: each variance is too "
+            "large by noise_scale squared"
+        )
+        return (Finding(Reason.INCONSISTENT_ESTIMATOR, noisy),)
 
     def _levels(self) -> Tensor:
         return torch.as_tensor(self.noise_scale, dtype=torch.float64).reshape(-1)

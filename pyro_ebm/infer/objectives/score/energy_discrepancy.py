@@ -30,6 +30,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import unconstrained
 from pyro_ebm.infer.objectives.objective import (
@@ -89,6 +90,16 @@ class EnergyDiscrepancy(Objective):
         """Refuse discrete supports; see :meth:`Objective.check`."""
         if distribution.energy.support.is_discrete:
             require_differentiable(distribution.energy, x, type(self).__name__)
+
+    def bias(self) -> tuple[Finding, ...]:
+        """None with weight 1, which ranks the datum among its copies."""
+        if self.stabilizer == 1:
+            return ()
+        off = (
+            "the interval is about a value that is off by O(1 / num_copies), as it is "
+            "not with stabilizer=1"
+        )
+        return (Finding(Reason.INCONSISTENT_ESTIMATOR, off),)
 
     def surrogate(
         self, distribution: EnergyDistribution, state: nn.Module
