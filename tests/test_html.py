@@ -13,12 +13,12 @@ import pyro_ebm
 from pyro_ebm import EnergyDistribution, EnergyModel
 from pyro_ebm.core import Finding, Reason, Status
 from pyro_ebm.core.errors import UnreliableWarning
+from pyro_ebm.core.html import columns_table, rows_table
 from pyro_ebm.distributions import MixtureOfExperts, ProductOfExperts
 from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy
 from pyro_ebm.infer import FitRecord, LogLikelihood
 from pyro_ebm.infer.fit.fit_table import fit_html
 from pyro_ebm.mcmc import HMC, MCMC, ReplicaExchange
-from pyro_ebm.mcmc.report.tables import columns_table, rows_table
 from pyro_ebm.partition import LogPartitionEstimate
 
 ESTIMATE = LogPartitionEstimate(

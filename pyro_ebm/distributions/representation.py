@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from pyro_ebm.core.html import rows_table
 from pyro_ebm.core.verdict import in_words
-from pyro_ebm.mcmc.report.tables import rows_table
 
 
 def log_partition_text(distribution: Any) -> str:

@@ -26,8 +26,7 @@ from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
 from pyro_ebm.mcmc.kernels.chees import ChEES
 from pyro_ebm.mcmc.kernels.gibbs import Gibbs
 from pyro_ebm.mcmc.kernels.hmc import HMC
-from pyro_ebm.mcmc.kernels.langevin import MALA
-from pyro_ebm.mcmc.kernels.unadjusted import ULA
+from pyro_ebm.mcmc.kernels.langevin import MALA, ULA
 from pyro_ebm.mcmc.pyro_kernel import PyroKernel
 from pyro_ebm.mcmc.run.api import MCMC
 from pyro_ebm.mcmc.samplers.independent import IndependentChains

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.html import rows_table
 from pyro_ebm.core.verdict import Finding, Status, in_words, sentence
 from pyro_ebm.diagnostics import log_mean_exp
-from pyro_ebm.mcmc.report.tables import rows_table
 
 
 class LogPartitionEstimate(NamedTuple):

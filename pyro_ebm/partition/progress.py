@@ -44,6 +44,7 @@ class CountedEnergy(Energy):
         is_shown: Whether there is a progress bar; it appears after a second.
         max_bytes: What an evaluation may allocate: points are given to the energy in
             as many pieces as it takes, of a few sizes. Default: all at once.
+        bar: One that several energies share; default: a bar of its own.
 
     Attributes:
         num_evaluations: Points so far.
@@ -59,19 +60,17 @@ class CountedEnergy(Energy):
         *,
         is_shown: bool = False,
         max_bytes: float | None = None,
+        bar: tqdm | None = None,
     ) -> None:
         super().__init__(energy.event_shape, energy.support)
         self.energy = energy
         self.max_bytes = max_bytes
         self.num_evaluations, self.seconds_each = 0, math.inf
         self._max_points: int | None = None
-        self.bar = tqdm(
-            total=total,
-            desc="log Z",
-            unit="",
-            unit_scale=True,
-            **bar_settings(is_shown=is_shown),
-        )
+        if bar is None:
+            shown = bar_settings(is_shown=is_shown)
+            bar = tqdm(total=total, desc="log Z", unit="", unit_scale=True, **shown)
+        self.bar = bar
 
     def tensor_options(self, like: Tensor | None = None) -> dict[str, Any]:
         """Those of the energy."""

@@ -4,8 +4,8 @@ __all__ = ["fit_html"]
 
 from typing import Any
 
+from pyro_ebm.core.html import columns_table, rows_table
 from pyro_ebm.core.verdict import in_words
-from pyro_ebm.mcmc.report.tables import columns_table, rows_table
 
 #: Records of the history in the table: the last ones, and the first.
 _MAX_RECORDS = 6

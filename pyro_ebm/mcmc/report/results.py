@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.html import rows_table
 from pyro_ebm.core.verdict import Finding, Reason, Status, in_words, sentence, status_of
 from pyro_ebm.diagnostics import Convergence
-from pyro_ebm.mcmc.report.tables import rows_table
 
 #: Above it the chains have not mixed, in the words of Vehtari et al. (2021).
 _MAX_R_HAT = 1.01

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from pyro_ebm.core.html import columns_table
 from pyro_ebm.mcmc.report.results import Diagnostics
-from pyro_ebm.mcmc.report.tables import columns_table
 
 #: Rows of a site in a printed table.
 _MAX_ROWS = 40

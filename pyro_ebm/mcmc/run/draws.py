@@ -2,6 +2,7 @@
 
 __all__ = ["KeptDraws", "Tally", "is_divergent"]
 
+import copy
 from typing import Any
 
 import torch
@@ -46,14 +47,15 @@ class Tally:
         self.num_transitions += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums."""
-        return dict(vars(self))
+        """Copies of the sums so far."""
+        return copy.deepcopy(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from such sums."""
         for name, value in state.items():
             own = getattr(self, name)
-            setattr(self, name, value.to(own) if isinstance(own, Tensor) else value)
+            is_tensor = isinstance(own, Tensor)
+            setattr(self, name, value.to(own, copy=True) if is_tensor else value)
 
 
 class KeptDraws:

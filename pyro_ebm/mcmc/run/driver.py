@@ -1,17 +1,22 @@
 """Many chains under way: warmup, draws, and all that is needed to go on later."""
 
-__all__ = ["ChainRun", "step_size_of"]
+__all__ = [
+    "ChainRun",
+    "step_size_of",
+]
 
+import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.mcmc.base import ChainState, Kernel
 from pyro_ebm.mcmc.run.batch_moments import BatchMoments
 from pyro_ebm.mcmc.run.draws import KeptDraws, Tally
-from pyro_ebm.mcmc.run.progress import Progress
 from pyro_ebm.mcmc.run.target import ChainKernel, ChainTarget, standardised
 from pyro_ebm.mcmc.warmup.warmup import Warmup
 
@@ -19,6 +24,8 @@ from pyro_ebm.mcmc.warmup.warmup import Warmup
 _PATIENCE = 20
 #: Moves in so many transitions, below which a chain counts as stuck.
 _STUCK = 0.05
+#: Seconds between two looks at the chains.
+_INTERVAL = 0.3
 
 
 class ChainRun:
@@ -83,7 +90,7 @@ class ChainRun:
         """
         tally = self.warmup_tally
         left = self.warmup_steps - tally.num_transitions
-        with Progress(left, "warmup", is_shown=progress_bar and left > 0) as progress:
+        with _Progress(left, "warmup", is_shown=progress_bar and left > 0) as progress:
             for _ in range(left):
                 kernel = self.warmup.kernel
                 state, info = kernel.step(self.target.energy, self.state)
@@ -105,7 +112,7 @@ class ChainRun:
         kernel, tally, energy = self.warmup.kernel, self.tally, self.target.energy
         self.draws.reserve(num_samples)
         total = num_samples * thinning
-        with Progress(total, "draws", is_shown=progress_bar) as progress:
+        with _Progress(total, "draws", is_shown=progress_bar) as progress:
             for _ in range(num_samples):
                 for _ in range(thinning):
                     self.state, info = kernel.step(energy, self.state)
@@ -244,3 +251,33 @@ def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+class _Progress:
+    """A bar over transitions, with a line of text that is made only when shown.
+
+    Args:
+        total: Transitions.
+        name: What stands before the bar.
+        is_shown: Whether there is a bar at all.
+    """
+
+    def __init__(self, total: int, name: str, *, is_shown: bool) -> None:
+        self._is_shown = is_shown
+        self._bar = tqdm(total=total, desc=name, disable=not is_shown)
+        self._next = 0.0
+
+    def update(self, describe: Callable[[], str]) -> None:
+        """Count a transition; ``describe`` is called if the text is due."""
+        if not self._is_shown:
+            return
+        self._bar.update()
+        if time.monotonic() >= self._next or self._bar.n == self._bar.total:
+            self._bar.set_postfix_str(describe(), refresh=False)
+            self._next = time.monotonic() + _INTERVAL
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.base import ChainState, Kernel, far_limit, replace_nonfinite
-from pyro_ebm.mcmc.kernels.low_rank import low_rank_metric
 from pyro_ebm.mcmc.kernels.metric import (
     MAX_DENSE,
     Factor,
     LowRank,
     dense_metric,
     diagonal_metrics,
+    low_rank_metric,
     steepness_weights,
     times_scale,
     typical,

@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.html import rows_table
 from pyro_ebm.core.verdict import Finding, Reason, Status, in_words, sentence, status_of
 from pyro_ebm.diagnostics import log_mean_exp
-from pyro_ebm.mcmc.report.tables import rows_table
 from pyro_ebm.mcmc.tempering.ladder import Exchange, between_neighbours
 
 

@@ -28,12 +28,12 @@ from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.kernels.hmc import HMC
 from pyro_ebm.mcmc.tempering.ladder import (
     Exchange,
+    LadderAdaptation,
     Replicas,
     above_base,
     first_temperatures,
     require_hmc,
 )
-from pyro_ebm.mcmc.tempering.ladder_adaptation import LadderAdaptation
 from pyro_ebm.mcmc.tempering.path import GeometricPath, PathState, require_rising
 from pyro_ebm.mcmc.tempering.tempered_draws import LadderSums, TemperedDraws
 

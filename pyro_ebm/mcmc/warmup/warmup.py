@@ -5,7 +5,7 @@ all chains and the gradients there, in windows that end at 10, 20, 40 and 70 % o
 warm-up; at each end the step size is searched for again and everything else starts anew
 in the new metric. It is diagonal, or dense where that leaves much less to do, by
 :mod:`pyro_ebm.mcmc.kernels.metric`, or, of many coordinates, diagonal but for a few
-directions, by :mod:`pyro_ebm.mcmc.kernels.low_rank`; each group of chains has the same
+directions, by :mod:`pyro_ebm.mcmc.kernels.metric`; each group of chains has the same
 say in it.
 
 Chains that have not arrived, whose energy is far above that of others, have no say in
@@ -32,13 +32,14 @@ from pyro_ebm.mcmc.base import (
     massless_limit,
     move_to_others,
 )
-from pyro_ebm.mcmc.kernels.low_rank import DrawRows, low_rank_metric
 from pyro_ebm.mcmc.kernels.metric import (
     MAX_DENSE,
+    DrawRows,
     GroupMoments,
     LowRank,
     dense_metric,
     diagonal_metrics,
+    low_rank_metric,
     steepness_weights,
     times_transposed,
     typical,

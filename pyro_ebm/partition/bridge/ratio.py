@@ -11,7 +11,7 @@ References:
 
 __all__ = ["LogRatioEstimate", "log_ratio"]
 
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -29,7 +29,7 @@ from pyro_ebm.partition.bridge.bennett import (
     chains_ess,
     require_draws,
 )
-from pyro_ebm.partition.progress import bar_settings
+from pyro_ebm.partition.progress import CountedEnergy, bar_settings
 
 
 class LogRatioEstimate(NamedTuple):
@@ -134,7 +134,7 @@ def log_ratio(
         unit_scale=True,
         **bar_settings(is_shown=progress_bar),
     ) as bar:
-        first, second = _Counted(target1, bar), _Counted(target2, bar)
+        first, second = (CountedEnergy(f, bar=bar) for f in (target1, target2))
         at_1 = _difference(first, second, first, draws1, sampler, num_draws, "draws1")
         at_2 = _difference(first, second, second, draws2, sampler, num_draws, "draws2")
     result = _bennett_of_chains(at_1, at_2)
@@ -163,31 +163,6 @@ def _bennett_of_chains(at_1: Tensor, at_2: Tensor) -> BennettRatio:
         chains_ess((-v).sigmoid()) if v.dim() == 2 else None for v in centred
     )
     return bennett(at_1.flatten(), at_2.flatten(), ess_first=ess_1, ess_second=ess_2)
-
-
-@final
-class _Counted(Energy):
-    """An energy that counts the points at which it is evaluated."""
-
-    def __init__(self, energy: Energy, bar: tqdm) -> None:
-        super().__init__(energy.event_shape, energy.support)
-        self.energy, self.bar = energy, bar
-        self.num_evaluations = 0
-
-    def _count(self, x: Tensor) -> None:
-        count = self.batch_shape_of(x).numel()
-        self.num_evaluations += count
-        self.bar.update(count)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """That of the counted energy."""
-        self._count(x)
-        return self.energy(x)
-
-    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of the counted energy."""
-        self._count(x)
-        return self.energy.value_and_grad(x)
 
 
 def _difference(

@@ -23,18 +23,31 @@ the weights are. The first of (2) alone is the usual
 In reverse, from exact draws of the target down to the base, the weights have mean
 :math:`1/Z`, and the same gives an upper bound.
 
+What is not given of the schedule comes from a pilot run that is thrown away: it moves a
+few particles along the path by sequential Monte Carlo, places each rung of a ladder
+where the effective fraction of the weights falls to one half, and adapts step size and
+metric on each. Rungs are then equally far from each other in what annealing finds hard,
+so each is divided into equally many temperatures.
+
 References:
     Neal (2001), Statistics and Computing 11, 125-139. Grosse, Ghahramani & Adams
     (2015), Sandwiching the marginal likelihood using bidirectional Monte Carlo.
     Waudby-Smith & Ramdas (2024), JRSS B 86, 1-27 (the products). Crooks (2000),
-    Physical Review E 61, 2361-2366 (the ratio of forward and reverse).
+    Physical Review E 61, 2361-2366 (the ratio of forward and reverse). Del Moral,
+    Doucet & Jasra (2006), JRSS B 68, 411-436 (the pilot).
 """
 
-__all__ = ["annealed_importance_sampling", "bidirectional", "guaranteed_lower"]
+__all__ = [
+    "Schedule",
+    "annealed_importance_sampling",
+    "bidirectional",
+    "guaranteed_lower",
+    "plan_schedule",
+]
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -45,14 +58,18 @@ from pyro_ebm.diagnostics import log_mean_exp
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc import Kernel
 from pyro_ebm.mcmc.base import bias_of
-from pyro_ebm.mcmc.tempering.path import GeometricPath, PathState
+from pyro_ebm.mcmc.tempering.path import GeometricPath, PathState, require_rising
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.bridge.bennett import bennett
 from pyro_ebm.partition.importance.importance import estimate_from_weights
 from pyro_ebm.partition.particles.engine import travel
-from pyro_ebm.partition.particles.movers import GivenKernels
-from pyro_ebm.partition.particles.schedule import Schedule, plan_schedule
+from pyro_ebm.partition.particles.movers import AdaptiveHMC, GivenKernels
 from pyro_ebm.partition.progress import watched
+
+#: Particles of the pilot run, and transitions on each rung.
+_NUM_PARTICLES = 128
+_NUM_MOVES = 6
+_MAX_RUNGS = 300
 
 
 @torch.no_grad()
@@ -274,6 +291,18 @@ def guaranteed_lower(log_weights: Tensor, delta: float = 0.05) -> float:
     return low
 
 
+class Schedule(NamedTuple):
+    """What annealing needs to know beforehand.
+
+    Attributes:
+        inverse_temperatures: From 0 to 1.
+        kernels: One for each, frozen; the first is not used.
+    """
+
+    inverse_temperatures: list[float]
+    kernels: list[Kernel]
+
+
 class _Annealing:
     """A path, a frozen schedule and the two runs along it."""
 
@@ -334,3 +363,56 @@ class _Annealing:
             state, move, inverse_temperatures=betas, moves_last=False, has_sums=False
         )
         return journey.log_weights[0]
+
+
+@torch.no_grad()
+def plan_schedule(
+    path: GeometricPath,
+    num_temperatures: int = 200,
+    inverse_temperatures: Sequence[float] | None = None,
+    kernel: Kernel | None = None,
+) -> Schedule:
+    """Freeze a schedule; what is not given comes from a pilot run.
+
+    Args:
+        path: From the base to the target; it counts the evaluations.
+        num_temperatures: At least so many, where they are not given.
+        inverse_temperatures: From 0 to 1, rising.
+        kernel: For all temperatures.
+
+    Raises:
+        DivergenceError: If the pilot run does not arrive at the target.
+        ValueError: If an argument is out of range.
+    """
+    if inverse_temperatures is not None:
+        betas = [float(beta) for beta in inverse_temperatures]
+        require_rising(betas)
+        if kernel is not None:
+            return Schedule(betas, [kernel] * len(betas))
+    elif num_temperatures < 1:
+        raise ValueError(
+            f"num_temperatures must be at least 1, got {num_temperatures}."
+        )
+    rungs, found = _pilot(path)
+    if inverse_temperatures is None:
+        each = math.ceil(num_temperatures / (len(rungs) - 1))
+        betas = [0.0]
+        for low, high in zip(rungs[:-1], rungs[1:], strict=True):
+            betas += [low + (high - low) * k / each for k in range(1, each)] + [high]
+    if kernel is not None:
+        return Schedule(betas, [kernel] * len(betas))
+    # The kernel of the next rung above: its step suits the narrower distribution.
+    above = [next(k for k, rung in enumerate(rungs) if rung >= beta) for beta in betas]
+    return Schedule(betas, [found[max(k, 1) - 1] for k in above])
+
+
+def _pilot(path: GeometricPath) -> tuple[list[float], list[Kernel]]:
+    """A ladder of temperatures, and an adapted kernel for each but the first."""
+    move = AdaptiveHMC(path, _NUM_MOVES, keeps_all=False)
+    journey = travel(
+        path.start(1, _NUM_PARTICLES),
+        move,
+        num_ancestors=_NUM_PARTICLES,
+        max_temperatures=_MAX_RUNGS,
+    )
+    return journey.inverse_temperatures, list(move.kernels)

@@ -6,9 +6,10 @@ Faults that a test is meant to catch are named with it, and were seen to be caug
 import pytest
 import torch
 
-from pyro_ebm.mcmc.kernels.low_rank import DrawRows, low_rank_metric
 from pyro_ebm.mcmc.kernels.metric import (
+    DrawRows,
     LowRank,
+    low_rank_metric,
     times_scale,
     times_transposed,
     whiten,

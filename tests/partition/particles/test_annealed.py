@@ -12,12 +12,13 @@ from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
 from pyro_ebm.mcmc import HMC, MALA, ULA
 from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition.particles.annealed import (
+    Schedule,
     _Annealing,
     annealed_importance_sampling,
     bidirectional,
     guaranteed_lower,
+    plan_schedule,
 )
-from pyro_ebm.partition.particles.schedule import Schedule, plan_schedule
 from pyro_ebm.testing import CountingEnergy, targets
 
 BETAS = [0.0, 0.1, 0.3, 0.6, 1.0]
@@ -281,7 +282,7 @@ def test_too_few_temperatures_are_seen():
 
 def test_no_partition_function(monkeypatch):
     """The schedule never arrives; with one of its own the reason is in the weights."""
-    monkeypatch.setattr("pyro_ebm.partition.particles.schedule._MAX_RUNGS", 40)
+    monkeypatch.setattr("pyro_ebm.partition.particles.annealed._MAX_RUNGS", 40)
     target = targets.unnormalizable()
     with pytest.raises(DivergenceError, match="path from the base has not ended"):
         annealed_importance_sampling(target.energy, target.base)
