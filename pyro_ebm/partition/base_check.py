@@ -106,6 +106,8 @@ def _smallest_chance(flat: Energy, u: Tensor) -> tuple[float, str]:
     """The least p-value of all statistics, for as many as they are, and its name."""
     u = u.reshape(len(u), -1)
     u = u[u.isfinite().all(-1)]
+    if len(u) < 2 * _NUM_FITTED:  # most have no place among numbers
+        return 1.0, ""
     proposal = _fitted(u[:_NUM_FITTED])
     mine, theirs = _Sums(), _Sums()
     for points in u[_NUM_FITTED:].split(_CHUNK):

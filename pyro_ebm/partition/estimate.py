@@ -40,6 +40,8 @@ _NUM_CHECKED = 64
 _NUM_DRAWN = 20_000
 #: States that ``"auto"`` enumerates rather than samples.
 _MAX_STATES = 2**18
+#: Nats below the bulk at which mass is none.
+_NOTHING = 100.0
 
 
 def estimate(
@@ -240,8 +242,10 @@ def _looked_at(
     if found.status != Status.NOT_NORMALIZABLE or found.finding is None:
         return None, doubts
     if isinstance(energy, PyroModelEnergy):
-        # Against a proper prior no ray is a proof.
-        return None, [*doubts, found.finding]
+        # Against a proper prior no ray is a proof, and what could hold no mass this
+        # side of the largest numbers is no doubt either.
+        is_nothing = found.log_mass < -_NOTHING
+        return None, doubts if is_nothing else [*doubts, found.finding]
     nan = math.nan
     infinite = LogPartitionEstimate(
         math.inf,

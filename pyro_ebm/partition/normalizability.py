@@ -30,8 +30,9 @@ Not found are singularities within the bulk, and mass that escapes along a curve
 narrow way which no line meets.
 """
 
-__all__ = ["Normalizability", "check_normalizability", "round_trip"]
+__all__ = ["Normalizability", "check_normalizability", "is_placed", "round_trip"]
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -84,11 +85,14 @@ class Normalizability(NamedTuple):
             where the energy is numerical nonsense not far out.
         finding: The evidence; ``None`` if there is none.
         num_evaluations: Energy evaluations spent, one a point.
+        log_mass: Of what was found, at the distance to which it was followed, beside
+            the bulk of the mass, in nats and at most; ``-inf`` without evidence.
     """
 
     status: Status
     finding: Finding | None
     num_evaluations: int
+    log_mass: float = -math.inf
 
     @property
     def is_normalizable(self) -> bool:
@@ -198,7 +202,8 @@ def check_normalizability(
     if finding is not None:
         is_divergent = finding.reason is Reason.DIVERGENT
         status = Status.NOT_NORMALIZABLE if is_divergent else Status.UNRELIABLE
-    return Normalizability(status, finding, probe.energy.num_evaluations)
+    number = probe.energy.num_evaluations
+    return Normalizability(status, finding, number, probe.log_mass)
 
 
 class _Probe:
@@ -208,7 +213,7 @@ class _Probe:
         self, energy: Energy, particles: Tensor, base: dist.TorchDistribution | None
     ) -> None:
         flat, to_support = unconstrained(energy)
-        self.round_trip = round_trip(flat)
+        self.flat, self.log_mass = flat, -math.inf
         x = particles.detach().to(**energy.tensor_options(particles))
         u = to_support.inv(x)
         self.energy = PreciseEnergy(flat, u)
@@ -319,7 +324,7 @@ class _Probe:
         """From the farthest to the nearest."""
         cap = _MAX_OCTAVES[self.energy.is_double]
         # Where a power law became an exponential, (1) holds only very far out.
-        is_mapped = self.round_trip is not None
+        is_mapped = round_trip(self.flat) is not None
         floor = 28 if is_mapped else 0
         levels = [_Level(n) for n in _OCTAVES if floor <= n <= cap]
         if is_mapped:
@@ -370,14 +375,10 @@ class _Probe:
         return self.scale * 2 ** (ends - 1 + part)
 
     def is_accurate(self, u: Tensor) -> Tensor:
-        """Whether the way to the support and back ends where it began, ``(R,)``."""
-        if self.round_trip is None:
-            return torch.ones(len(u), dtype=torch.bool, device=u.device)
-        shaped = u.reshape(*u.shape[:-1], *self.energy.event_shape)
+        """Whether no point of a ray is lost to rounding, ``(R,)``."""
         # Where the energy insists on single precision its bijection is no better.
-        seen = shaped if self.energy.is_double else shaped.float()
-        back = self.round_trip(seen).double().reshape(u.shape)
-        return ((back - u).abs() <= 1e-2 + 1e-5 * u.abs()).flatten(1).all(-1)
+        seen = u if self.energy.is_double else u.float()
+        return is_placed(self.flat, seen).flatten(1).all(-1)
 
     def trend(self, rays: _Rays, look: _Look, level: _Level) -> _Trend:
         """How (1) goes on from group to group, at the largest value of each."""
@@ -462,6 +463,8 @@ class _Probe:
     def describe(self, rays: _Rays, look: _Look, which: int) -> Finding:
         """The evidence in words."""
         value, distance = look.value[which], look.distance[which]
+        volume = self.dim * distance.log()
+        self.log_mass = (self.least - value + volume).amax().item()
         return Finding(
             Reason.DIVERGENT,
             f"e^-f does not vanish far out along {self.names[int(rays.name[which])]}: "
@@ -469,6 +472,26 @@ class _Probe:
             f"{distance[0, 0].item():.1g} and {value[-1, -1].item():.3g} at "
             f"{distance[-1, -1].item():.1g}",
         )
+
+
+def is_placed(energy: Energy, u: Tensor) -> Tensor:
+    """Whether points keep their place on the way to the support and back.
+
+    Mass where they do not is lost to rounding, or counted in the wrong place.
+
+    Args:
+        energy: Over unconstrained space.
+        u: Flat points, shape ``(*batch, D)``, in the precision that is asked about.
+
+    Returns:
+        Shape ``(*batch,)``.
+    """
+    way = round_trip(energy)
+    if way is None:
+        return torch.ones_like(u[..., 0], dtype=torch.bool)
+    back = way(u.reshape(*u.shape[:-1], *energy.event_shape)).double().reshape(u.shape)
+    u = u.double()
+    return ((back - u).abs() <= 1e-2 + 1e-5 * u.abs()).all(-1)
 
 
 def round_trip(energy: Energy) -> Callable[[Tensor], Tensor] | None:

@@ -52,6 +52,7 @@ from pyro_ebm.partition.importance.pool import (
 from pyro_ebm.partition.importance.proposal import FlatBase, Proposal
 from pyro_ebm.partition.importance.student_mixture import StudentMixture, fit_clusters
 from pyro_ebm.partition.importance.triangular_map import fit_map
+from pyro_ebm.partition.normalizability import is_placed
 from pyro_ebm.partition.particles.engine import Journey, travel
 from pyro_ebm.partition.particles.movers import AdaptiveHMC
 from pyro_ebm.partition.progress import MAX_BYTES, CountedEnergy, Limits
@@ -94,6 +95,8 @@ _MIN_ESS = 200.0
 #: Draws of the proposal in a region of the target that are too few to know its mass,
 #: and the share of the particles that may lie in such a region.
 _FEW_DRAWS, _MAX_UNCOVERED = 3.0, 0.005
+#: Particles that are looked at for rounding, and the share that may be lost to it.
+_NUM_PLACED, _MAX_LOST = 20_000, 1e-3
 #: What a difference of two routes may be, in nats, beyond three standard errors.
 _SLACK = 0.05
 _MAX_HALF_WIDTH = 0.5
@@ -189,6 +192,7 @@ class _TwoRoutes:
         self.pool = Pool(target)
         self.dim = path.event_shape.numel()
         self.findings: list[Finding] = []
+        self.lost: list[Finding] = []
         self.middle = torch.zeros(self.dim)  # of the draws of the base
         # Some models can be run for one draw of their prior at a time only.
         path.draw_base(_NUM_TIMED)
@@ -210,6 +214,7 @@ class _TwoRoutes:
         if journey is not None:
             first = _value_of(journey)
             particles = journey.state.u.flatten(0, 1).reshape(-1, self.dim)
+            self.lost = self.misplaced(particles)
             before, pool = proposal, self.pool
             proposal = self.union(before, journey, particles)
         weighed = self.weighed(proposal, first, particles)
@@ -516,7 +521,9 @@ class _TwoRoutes:
     def weigh(self, proposal: Proposal, number: int) -> Tensor:
         """Log-weights of fresh draws, shape ``(number,)``."""
         u = proposal.sample(number)
-        return difference(log_density(self.target, u), proposal.log_prob(u))
+        log_weights = difference(log_density(self.target, u), proposal.log_prob(u))
+        # So far out that the density of the proposal is no number.
+        return log_weights.masked_fill(log_weights.isnan(), -torch.inf)
 
     def judge_weights(self, log_weights: Tensor) -> list[Finding]:
         """What the weights say against themselves."""
@@ -558,6 +565,19 @@ class _TwoRoutes:
             return []
         text = f"{share:.1%} of the particles lie where the proposal is too thin"
         return [Finding(Reason.NOT_COVERED, text)]
+
+    def misplaced(self, particles: Tensor) -> list[Finding]:
+        """Whether the change of variables loses particles to rounding."""
+        some = particles[torch.randperm(len(particles))[:_NUM_PLACED]]
+        share = 1 - is_placed(self.path.target, some).double().mean().item()
+        if share <= _MAX_LOST:
+            return []
+        text = (
+            f"{share:.2%} of the particles lie nearer to an end of the support than "
+            "numbers can tell apart. Write the energy in a coordinate that is finite "
+            "there, such as the logit or the logarithm"
+        )
+        return [Finding(Reason.NUMERICAL, text)]
 
     def from_particles(
         self, proposal: Proposal, first: _Value | None, weighed: "_Weighed"
@@ -616,7 +636,7 @@ class _TwoRoutes:
         method: str,
     ) -> LogPartitionEstimate:
         """The estimate with its verdict, from one value or from two that agree."""
-        findings = list(findings)
+        findings = [*self.lost, *findings]
         value, std_error = _pooled(values)
         num_errors = student_t_quantile(3)
         if method == _BY_PARTICLES:

@@ -13,8 +13,10 @@ __all__ = ["ModelPrior", "prior_model"]
 import contextlib
 import copy
 import functools
+import math
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
 import pyro
@@ -25,6 +27,7 @@ from pyro.distributions import constraints
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.corrections import map_tensors
@@ -230,7 +233,7 @@ class ModelPrior(dist.TorchDistribution):
         """The same by ``vmap`` of a run, for models not written for batches."""
 
         def one(_: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-            with _without_errors(), _precision(is_double=is_double):
+            with _without_errors(), _precision(is_double=is_double), _NewNoise():
                 trace, flat = self._run(self._model)
             sites = self._known_samples(trace)
             values = {name: site["value"] for name, site in sites}
@@ -239,7 +242,9 @@ class ModelPrior(dist.TorchDistribution):
             return values, flat, sum(parts, torch.zeros(()))
 
         like = torch.zeros(num_draws)
-        values, flat, log_prob = torch.func.vmap(one, randomness="different")(like)
+        with warnings.catch_warnings():  # of operations that torch maps in a loop
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            values, flat, log_prob = torch.func.vmap(one, randomness="different")(like)
         return self._with_density(values, flat, log_prob if has_density else None)
 
     def _known_samples(self, trace: Trace) -> list[tuple[str, Any]]:
@@ -296,6 +301,30 @@ class _DoubleDraws(Messenger):
     def _pyro_sample(self, site: Any) -> None:
         if not site["is_observed"] and not site["fn"].support.is_discrete:
             site["fn"] = map_tensors(site["fn"], wide)
+
+
+class _NewNoise(TorchFunctionMode):
+    """Lets ``vmap`` draw where torch fills a new tensor with noise in place."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        way = _NOISE.get(getattr(func, "__name__", ""))
+        if way is None:
+            return func(*args, **kwargs)
+        return way(*args, **kwargs)
+
+
+#: Out of place, what torch's distributions draw in place.
+_NOISE: dict[str, Callable[..., Tensor]] = {
+    "normal_": lambda x, mean=0, std=1: mean + std * torch.randn_like(x),
+    "uniform_": lambda x, low=0, high=1: low + (high - low) * torch.rand_like(x),
+    "exponential_": lambda x, rate=1: -torch.log1p(-torch.rand_like(x)) / rate,
+    "cauchy_": lambda x, median=0, sigma=1: (
+        median + sigma * (math.pi * (torch.rand_like(x) - 0.5)).tan()
+    ),
+}
 
 
 def _precision(*, is_double: bool) -> contextlib.AbstractContextManager[Any]:

@@ -49,6 +49,8 @@ _GAIN = 1e-3
 _PATIENCE = 20
 #: Each time, half of those that have not are given up, the highest first, down to this.
 _FEWEST = 256
+#: Starts this many times as far apart as their lower half are not all in earnest.
+_ABSURD = 1e3
 #: Points that are compared with their neighbours, and how many those are.
 _BLOCK, _NEIGHBOURS = 2048, 7
 #: Rounds of Newton's method.
@@ -107,6 +109,11 @@ def find_modes(
         The modes, or ``None`` if no energy is finite or no mode has a curvature.
     """
     loc, scale = location_and_scale(starts)
+    value, _ = value_and_grad(starts)
+    low = starts[value.nan_to_num(torch.inf).argsort()[: len(starts) // 2 + 1]]
+    low_loc, low_scale = location_and_scale(low)
+    if (scale > _ABSURD * low_scale).any():  # draws of a vague prior
+        loc, scale = low_loc, low_scale
 
     def scaled(z: Tensor) -> tuple[Tensor, Tensor]:
         value, grad = value_and_grad(loc + scale * z)

@@ -38,7 +38,11 @@ from pyro_ebm.partition.exact.budget import Budget, OutOfBudgetError
 from pyro_ebm.partition.exact.grid import Grid, Sum
 from pyro_ebm.partition.exact.modes import ENOUGH, Modes, find_modes
 from pyro_ebm.partition.exact.precision import PreciseEnergy
-from pyro_ebm.partition.normalizability import check_normalizability, round_trip
+from pyro_ebm.partition.normalizability import (
+    check_normalizability,
+    is_placed,
+    round_trip,
+)
 from pyro_ebm.partition.progress import bar_settings
 
 #: Points of the first look, by the number of coordinates.
@@ -159,9 +163,8 @@ class _Integrand:
         self.shape = self.flat.event_shape
         self.energy = PreciseEnergy(self.flat, origin.reshape(-1, *self.shape))
         budget.num_evaluations = self.energy.num_evaluations
-        self.back_and_forth = round_trip(self.flat)
         self.limit = math.inf
-        if self.back_and_forth is not None:
+        if round_trip(self.flat) is not None:
             # Farther out a bijection such as exp has run out of numbers.
             own = torch.float64 if self.energy.is_double else torch.float32
             self.limit = math.log(torch.finfo(own).max) - 10
@@ -215,13 +218,8 @@ class _Integrand:
         return value
 
     def is_placed(self, u: Tensor) -> Tensor:
-        """Whether the way to the support and back ends where it began, ``(N,)``."""
-        if self.back_and_forth is None:
-            return torch.ones_like(u[:, 0], dtype=torch.bool)
-        shaped = u.reshape(-1, *self.shape)
-        seen = shaped if self.energy.is_double else shaped.float()
-        back = self.back_and_forth(seen).double().reshape(u.shape)
-        return ((back - u).abs() <= 1e-2 + 1e-5 * u.abs()).all(-1)
+        """Whether points are not lost to rounding, ``(N,)``."""
+        return is_placed(self.flat, u if self.energy.is_double else u.float())
 
 
 class _Search:

@@ -645,3 +645,36 @@ def test_guide_with_other_sites_is_refused():
 
     with pytest.raises(ValueError, match=r"missing are \['z'\], not in the model"):
         evidence(lambda: model(), other)
+
+
+def vague_regression(x, y, rate=0.001):
+    """Written for one draw at a time, as a vector with a scale outside any plate is."""
+    tau = pyro.sample("tau", dist.Gamma(torch.tensor(rate), torch.tensor(rate)))
+    scale = 3 / tau.sqrt()
+    slope = pyro.sample("slope", dist.Normal(torch.zeros(2), scale).to_event(1))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(x @ slope, 1 / tau.sqrt()), obs=y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_prior_whose_draws_are_hundreds_of_orders_apart(dtype):
+    """Nearly all draws of tau are below 1e-30. Given tau, the data are Gaussian.
+
+    Seen to fail with the median of such draws as the scale of descents (no mode found),
+    and with a ray to where the energy is a thousand nats above the bulk for a doubt."""
+    torch.manual_seed(1)
+    x = torch.randn(60, 2, dtype=dtype)
+    y = x @ torch.tensor([1.0, -2.0], dtype=dtype) + 0.5 * torch.randn(60, dtype=dtype)
+    covariance = (torch.eye(60) + 9 * x @ x.mT).double()
+    rate, half = 0.001, 30.0
+    square = y.double() @ torch.linalg.solve(covariance, y.double())
+    truth = (
+        -half * math.log(2 * math.pi)
+        - torch.logdet(covariance).item() / 2
+        + rate * math.log(rate)
+        - math.lgamma(rate)
+        + math.lgamma(rate + half)
+        - (rate + half) * math.log(rate + square.item() / 2)
+    )
+    found = evidence(functools.partial(vague_regression, x, y), progress_bar=False)
+    assert_right(found, truth)
