@@ -244,8 +244,7 @@ def _looked_at(
     if isinstance(energy, PyroModelEnergy):
         # Against a proper prior no ray is a proof, and what could hold no mass this
         # side of the largest numbers is no doubt either.
-        is_nothing = found.log_mass < -_NOTHING
-        return None, doubts if is_nothing else [*doubts, found.finding]
+        return None, doubts + [found.finding] * (found.log_mass > -_NOTHING)
     nan = math.nan
     infinite = LogPartitionEstimate(
         math.inf,

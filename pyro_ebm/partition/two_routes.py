@@ -38,9 +38,16 @@ from pyro_ebm.diagnostics.pareto import pareto_k, pareto_std_error
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.starts.modes import Modes, find_modes, valleys
 from pyro_ebm.mcmc.tempering.path import GeometricPath
+from pyro_ebm.partition.agreement import (
+    Value,
+    disagreement,
+    gap_of,
+    pooled,
+    shortfall,
+    value_of,
+)
 from pyro_ebm.partition.base import (
     LogPartitionEstimate,
-    combine_replicates,
     student_t_quantile,
 )
 from pyro_ebm.partition.importance.pool import (
@@ -97,8 +104,6 @@ _MIN_ESS = 200.0
 _FEW_DRAWS, _MAX_UNCOVERED = 3.0, 0.005
 #: Particles that are looked at for rounding, and the share that may be lost to it.
 _NUM_PLACED, _MAX_LOST = 20_000, 1e-3
-#: What a difference of two routes may be, in nats, beyond three standard errors.
-_SLACK = 0.05
 _MAX_HALF_WIDTH = 0.5
 #: Components for the particles, and times that one is added where they are bare.
 _NUM_CLUSTERS = 12
@@ -127,16 +132,6 @@ _BY_PARTICLES = "SMC from a proposal fitted to modes and particles"
 _EXCUSES = (Reason.OUT_OF_BUDGET, Reason.NOT_ARRIVED)
 
 
-class _Value(NamedTuple):
-    """An estimate of one route with its error."""
-
-    value: float
-    std_error: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} +- {self.std_error:.2g}"
-
-
 class _Tried(NamedTuple):
     """A proposal, weighted draws of it, and which share of them is effective."""
 
@@ -144,13 +139,13 @@ class _Tried(NamedTuple):
     draws: Tensor
     log_weights: Tensor
     efficiency: float
-    value: _Value
+    value: Value
 
 
 class _Weighed(NamedTuple):
     """What weighted draws of a proposal say."""
 
-    value: _Value
+    value: Value
     ess: float
     findings: list[Finding]
     is_good: bool
@@ -212,7 +207,7 @@ class _TwoRoutes:
         journey = self.particles(self.path, self.size(0.25, most), share=0.6)
         first, particles = None, None
         if journey is not None:
-            first = _value_of(journey)
+            first = value_of(journey)
             particles = journey.state.u.flatten(0, 1).reshape(-1, self.dim)
             self.lost = self.misplaced(particles)
             before, pool = proposal, self.pool
@@ -483,13 +478,13 @@ class _TwoRoutes:
         share = effective_sample_fraction(log_weights).item()
         share = max(min(share, 1 / max(mean.item(), 1.0)), 1e-12)
         error = math.sqrt((1 / share - 1) / len(draws))
-        value = _Value(log_mean_exp(log_weights).item(), error)
+        value = Value(log_mean_exp(log_weights).item(), error)
         return _Tried(proposal, draws, log_weights, share, value)
 
     # The estimate.
 
     def weighed(
-        self, proposal: Proposal, first: _Value | None, particles: Tensor | None
+        self, proposal: Proposal, first: Value | None, particles: Tensor | None
     ) -> "_Weighed":
         """Importance sampling, by as many draws as the tolerance takes."""
         start = self.limits.seconds
@@ -509,10 +504,10 @@ class _TwoRoutes:
             if number < 2000 or len(log_weights) > 1_000_000:
                 break
             parts.append(self.weigh(proposal, number))
-        value = _Value(log_mean_exp(log_weights).item(), pareto_std_error(log_weights))
+        value = Value(log_mean_exp(log_weights).item(), pareto_std_error(log_weights))
         findings = self.judge_weights(log_weights)
         if first is not None and particles is not None:
-            findings += _shortfall(value, first)
+            findings += shortfall(value, first)
             findings += self.coverage(proposal, particles, log_weights)
         k, ess = pareto_k(log_weights), fraction * len(log_weights)
         is_good = not findings and k < _GOOD_K and first is not None
@@ -580,24 +575,24 @@ class _TwoRoutes:
         return [Finding(Reason.NUMERICAL, text)]
 
     def from_particles(
-        self, proposal: Proposal, first: _Value | None, weighed: "_Weighed"
+        self, proposal: Proposal, first: Value | None, weighed: "_Weighed"
     ) -> LogPartitionEstimate:
         """Particles that travel once more, held against what there is.
 
         They start from the proposal; where it lacks what particles from the base have
         found, from the base again, and more of them.
         """
-        runs: list[_Value] = []
-        if first is None or not _shortfall(weighed.value, first):
+        runs: list[Value] = []
+        if first is None or not shortfall(weighed.value, first):
             base = FlatBase(proposal, self.path.event_shape)
             runs, gap = self.travelled(GeometricPath(self.target, base), 512)
-        if first is not None and (not runs or _shortfall(runs[-1], first)):
+        if first is not None and (not runs or shortfall(runs[-1], first)):
             again, gap = self.travelled(self.path, 4096)
             runs = again or runs
         if not runs:
             findings = [*self.findings, *weighed.findings]
             return self.estimate([weighed.value], findings, weighed.ess, _BY_DRAWS)
-        findings = _disagreement(runs, gap, first, weighed)
+        findings = disagreement(runs, gap, first, weighed.value)
         if first is None and not all(f.reason in _EXCUSES for f in self.findings):
             findings += self.findings
         values = [runs[-1]]
@@ -609,7 +604,7 @@ class _TwoRoutes:
 
     def travelled(
         self, path: GeometricPath, num_particles: int
-    ) -> tuple[list[_Value], float]:
+    ) -> tuple[list[Value], float]:
         """Runs along a path, each larger than the last, and the gap of the last."""
         runs, gap, number = [], 0.0, self.size(0.3, num_particles)
         while True:
@@ -617,8 +612,8 @@ class _TwoRoutes:
             journey = self.particles(path, number, share=0.8)
             if journey is None:
                 break
-            runs.append(_value_of(journey))
-            gap = _gap_of(journey)
+            runs.append(value_of(journey))
+            gap = gap_of(journey)
             number *= 4
             next_seconds = 5 * (self.limits.seconds - start)
             cost = number * _NUM_ISLANDS * _COST
@@ -630,14 +625,14 @@ class _TwoRoutes:
 
     def estimate(
         self,
-        values: list[_Value],
+        values: list[Value],
         findings: Sequence[Finding],
         ess: float,
         method: str,
     ) -> LogPartitionEstimate:
         """The estimate with its verdict, from one value or from two that agree."""
         findings = [*self.lost, *findings]
-        value, std_error = _pooled(values)
+        value, std_error = pooled(values)
         num_errors = student_t_quantile(3)
         if method == _BY_PARTICLES:
             num_errors *= _CAUTION
@@ -661,56 +656,3 @@ class _TwoRoutes:
             tuple(findings),
             self.limits.seconds,
         )
-
-
-def _pooled(values: list[_Value]) -> _Value:
-    """Mean by inverse variances; its error is at least half of what they differ by."""
-    values = [v for v in values if math.isfinite(v.std_error)] or values[:1]
-    if len(values) == 1:
-        return values[0]
-    weights = [1 / max(v.std_error, 1e-9) ** 2 for v in values]
-    mean = sum(w * v.value for w, v in zip(weights, values, strict=True)) / sum(weights)
-    spread = (max(v.value for v in values) - min(v.value for v in values)) / 2
-    return _Value(mean, max(1 / math.sqrt(sum(weights)), spread))
-
-
-def _disagreement(
-    runs: list[_Value], gap: float, first: _Value | None, weighed: "_Weighed"
-) -> list[Finding]:
-    """What other looks say against the last run of particles from the proposal."""
-    last = runs[-1]
-    findings = [] if first is None else _shortfall(last, first)
-    if not gap < 0.5 + 4 * last.std_error:
-        text = f"forwards and backwards differ by {gap:.2g}"
-        findings.append(Finding(Reason.DIRECTIONS_DISAGREE, text))
-    others = [weighed.value, *runs[:-1], *([] if first is None else [first])]
-    if not any(_agree(last, other) for other in others):
-        text = f"{last} by particles from the proposal, and no other look agrees: "
-        text += ", ".join(map(str, others))
-        findings.append(Finding(Reason.ROUTES_DISAGREE, text))
-    return findings
-
-
-def _agree(one: _Value, other: _Value) -> bool:
-    error = math.hypot(one.std_error, other.std_error)
-    return abs(one.value - other.value) < 3 * error + _SLACK and error < 0.5
-
-
-def _value_of(journey: Journey) -> _Value:
-    value, std_error, _ = combine_replicates(journey.bennett)
-    return _Value(value, std_error)
-
-
-def _gap_of(journey: Journey) -> float:
-    forward = combine_replicates(journey.forward)[0]
-    reverse = -combine_replicates(-journey.reverse)[0]
-    return abs(reverse - forward)
-
-
-def _shortfall(value: _Value, first: _Value) -> list[Finding]:
-    """Whether particles from the base have found more."""
-    more = first.value - value.value
-    if not more > 3 * math.hypot(first.std_error, value.std_error) + _SLACK:
-        return []
-    text = f"particles from the base found more: {first} against {value}"
-    return [Finding(Reason.ROUTES_DISAGREE, text)]

@@ -15,21 +15,12 @@ from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
 from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition import estimate
+from pyro_ebm.partition.agreement import Value, disagreement, gap_of, pooled, shortfall
 from pyro_ebm.partition.importance.proposal import FlatBase, Proposal
 from pyro_ebm.partition.importance.student_mixture import StudentMixture
 from pyro_ebm.partition.particles.engine import Journey
 from pyro_ebm.partition.progress import CountedEnergy, Limits
-from pyro_ebm.partition.two_routes import (
-    _BY_DRAWS,
-    _BY_PARTICLES,
-    _disagreement,
-    _gap_of,
-    _pooled,
-    _shortfall,
-    _TwoRoutes,
-    _Value,
-    _Weighed,
-)
+from pyro_ebm.partition.two_routes import _BY_DRAWS, _BY_PARTICLES, _TwoRoutes
 from pyro_ebm.testing import CountingEnergy
 from pyro_ebm.testing.evidence_problems import boxes, problems, variants
 
@@ -270,21 +261,21 @@ def reasons(findings):
 def test_particles_that_found_more_speak_against_a_value():
     """By more than three standard errors and a slack, and never the other way round.
     Fault: the sign."""
-    assert _shortfall(_Value(0.0, 0.03), _Value(0.19, 0.04)) == []
-    found = _shortfall(_Value(0.0, 0.03), _Value(0.21, 0.04))
+    assert shortfall(Value(0.0, 0.03), Value(0.19, 0.04)) == []
+    found = shortfall(Value(0.0, 0.03), Value(0.21, 0.04))
     assert reasons(found) == [Reason.ROUTES_DISAGREE]
-    assert _shortfall(_Value(9.0, 0.03), _Value(0.0, 0.04)) == []
+    assert shortfall(Value(9.0, 0.03), Value(0.0, 0.04)) == []
 
 
 def test_two_values_are_pooled_by_their_variances():
     """With half of what they differ by as the least error. Fault: without that."""
-    assert _pooled([_Value(1.0, 0.1), _Value(1.0, 0.1)]) == (
+    assert pooled([Value(1.0, 0.1), Value(1.0, 0.1)]) == (
         1.0,
         pytest.approx(0.1 / math.sqrt(2)),
     )
-    value, std_error = _pooled([_Value(0.0, 0.1), _Value(1.0, 0.2)])
+    value, std_error = pooled([Value(0.0, 0.1), Value(1.0, 0.2)])
     assert (value, std_error) == (pytest.approx(0.2), pytest.approx(0.5))
-    assert _pooled([_Value(0.0, math.inf), _Value(1.0, 0.2)]) == (1.0, 0.2)
+    assert pooled([Value(0.0, math.inf), Value(1.0, 0.2)]) == (1.0, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -302,9 +293,9 @@ def test_two_values_are_pooled_by_their_variances():
 def test_what_speaks_against_a_run_from_the_proposal(runs, gap, first, wanted):
     """Of weights that say 5. Faults: no gap; no other look has to agree; the first
     run may have found more."""
-    weighed = _Weighed(_Value(5.0, 0.01), 1000.0, [], is_good=False)
-    first = None if first is None else _Value(first, 0.01)
-    found = _disagreement([_Value(v, 0.01) for v in runs], gap, first, weighed)
+    weighed = Value(5.0, 0.01)
+    first = None if first is None else Value(first, 0.01)
+    found = disagreement([Value(v, 0.01) for v in runs], gap, first, weighed)
     assert reasons(found) == wanted
 
 
@@ -314,7 +305,7 @@ def test_the_gap_is_that_of_forwards_and_backwards():
     journey = Journey(None, [], forward, forward, forward, reverse, 1.0, True)
     there = math.log((1 + math.e) / 2)
     back = -math.log((math.exp(-2) + math.exp(-3)) / 2)
-    assert _gap_of(journey) == pytest.approx(back - there)
+    assert gap_of(journey) == pytest.approx(back - there)
 
 
 def test_what_weights_say_against_themselves():
@@ -351,25 +342,25 @@ def test_good_weights_are_enough_only_with_particles_that_agree():
     energy, particles = two_gaussians()
     state = routes(energy, normal(2, 4.0))
     proposal, u = at(state.path, (6.0, 0.0), (-6.0, 0.0)), particles.flatten(0, 1)
-    truth = _Value(math.log(4 * math.pi), 0.01)
+    truth = Value(math.log(4 * math.pi), 0.01)
     found = state.weighed(proposal, truth, u)
     assert found.is_good
     assert abs(found.value.value - truth.value) < 4 * found.value.std_error < 0.08
     assert not state.weighed(proposal, None, None).is_good
-    assert not state.weighed(proposal, _Value(truth.value + 1, 0.01), u).is_good
+    assert not state.weighed(proposal, Value(truth.value + 1, 0.01), u).is_good
 
 
 def test_error_bars_and_what_is_too_wide():
     """Faults: no caution where particles have the last word; no widest error."""
     state = routes(gaussian(2), normal(2))
-    narrow = state.estimate([_Value(1.0, 0.01)], [], 500.0, _BY_DRAWS)
-    wide = state.estimate([_Value(1.0, 0.01)], [], 500.0, _BY_PARTICLES)
+    narrow = state.estimate([Value(1.0, 0.01)], [], 500.0, _BY_DRAWS)
+    wide = state.estimate([Value(1.0, 0.01)], [], 500.0, _BY_PARTICLES)
     assert narrow.upper - 1 == pytest.approx(0.03182, abs=1e-4)
     assert wide.upper - 1 == pytest.approx(3 * 0.03182, abs=3e-4)
     assert narrow.status == wide.status == "ok"
     for value, reason in (
-        (_Value(1.0, 0.2), Reason.NOT_CONVERGED),
-        (_Value(math.inf, 0.0), Reason.NOT_FINITE),
+        (Value(1.0, 0.2), Reason.NOT_CONVERGED),
+        (Value(math.inf, 0.0), Reason.NOT_FINITE),
     ):
         found = state.estimate([value], [], 500.0, _BY_DRAWS)
         assert found.status == "unreliable"
