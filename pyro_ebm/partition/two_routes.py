@@ -54,6 +54,7 @@ from pyro_ebm.partition.importance.pool import (
     Pool,
     difference,
     log_density,
+    of_draws,
     tempered,
 )
 from pyro_ebm.partition.importance.proposal import FlatBase, Proposal
@@ -470,7 +471,7 @@ class _TwoRoutes:
         weight over the target is one over the effective share.
         """
         draws = proposal.sample(3 * self.num_draws())
-        log_weights = difference(
+        log_weights = of_draws(
             log_density(self.target, draws), proposal.log_prob(draws)
         )
         own = difference(log_density(self.target, u), proposal.log_prob(u))
@@ -516,9 +517,7 @@ class _TwoRoutes:
     def weigh(self, proposal: Proposal, number: int) -> Tensor:
         """Log-weights of fresh draws, shape ``(number,)``."""
         u = proposal.sample(number)
-        log_weights = difference(log_density(self.target, u), proposal.log_prob(u))
-        # So far out that the density of the proposal is no number.
-        return log_weights.masked_fill(log_weights.isnan(), -torch.inf)
+        return of_draws(log_density(self.target, u), proposal.log_prob(u))
 
     def judge_weights(self, log_weights: Tensor) -> list[Finding]:
         """What the weights say against themselves."""

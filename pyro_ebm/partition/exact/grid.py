@@ -41,7 +41,7 @@ _ONE, _EACH = {1: 1025, 2: 97, 3: 33}, {1: 129, 2: 33, 3: 17}
 #: The same to see whether a box is large enough, and how often it is let out.
 _GROWN, _MAX_GROWN = {1: 129, 2: 33, 3: 13}, 12
 #: Nodes a side from which on cells without mass are left out of finer grids.
-_DENSE = 50
+_DENSE = {1: 2048, 2: 150, 3: 50}
 #: Width below which a box is shrunk no more.
 _NARROWEST = 1e-9
 #: Cells by which a box is wider than what lies above the cut.
@@ -245,7 +245,7 @@ class Grid:
             is_held = cells.hold(t)
             t = t[is_held] if is_held.any() else t[:1]
         log_values, u, density = self.log_integrand(k, t)
-        if shift == 0 and per_side >= _DENSE:
+        if shift == 0 and per_side >= _DENSE[len(box)]:
             self.cells[k] = _Cells.around(box, per_side, t, log_values)
         cell = step.log().sum()
         value = log_values.logsumexp(0) + cell

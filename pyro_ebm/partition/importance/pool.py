@@ -16,7 +16,7 @@ References:
     Koblents & Míguez (2015), Statistics and Computing 25, 407-425 (tempered weights).
 """
 
-__all__ = ["Pool", "Proposes", "difference", "log_density", "tempered"]
+__all__ = ["Pool", "Proposes", "difference", "log_density", "of_draws", "tempered"]
 
 import math
 from typing import Protocol
@@ -69,7 +69,7 @@ class Pool:
             del self._proposals[0]
             for row in self._log_proposals:
                 del row[0]
-        return difference(self._log_density[-1], self._log_proposals[-1][-1])
+        return of_draws(self._log_density[-1], self._log_proposals[-1][-1])
 
     @property
     def num_rounds(self) -> int:
@@ -84,13 +84,23 @@ class Pool:
         """Log of (1), shape ``(N,)``."""
         mixtures = [torch.stack(row).logsumexp(0) for row in self._log_proposals]
         number = math.log(len(self._proposals))
-        return difference(torch.cat(self._log_density), torch.cat(mixtures)) + number
+        return of_draws(torch.cat(self._log_density), torch.cat(mixtures)) + number
 
 
 def difference(log_density: Tensor, log_proposal: Tensor) -> Tensor:
     """Log-weights; ``-inf`` where the target is zero, whatever the proposal is."""
     is_zero = log_density == -torch.inf
     return (log_density - log_proposal).masked_fill(is_zero, -torch.inf)
+
+
+def of_draws(log_density: Tensor, log_proposal: Tensor) -> Tensor:
+    """Log-weights of draws of the proposal.
+
+    One at which the proposal has no density that is a number counts as no draw: it is
+    too far out for squares not to overflow.
+    """
+    log_weights = difference(log_density, log_proposal)
+    return log_weights.masked_fill(log_proposal == -torch.inf, -torch.inf)
 
 
 def log_density(energy: Energy, u: Tensor) -> Tensor:

@@ -196,7 +196,9 @@ class Proposal:
             mixture = self.mixture.log_prob(u) + math.log(share)
         if self.triangular is not None:
             triangular = self.triangular.log_prob(u) + math.log(self.map_share)
-        return torch.stack([mixture, triangular, base])
+        joint = torch.stack([mixture, triangular, base])
+        # So far out that squares overflow: there is nothing there.
+        return joint.masked_fill(joint.isnan(), -torch.inf)
 
 
 def _at_least(learned: Tensor, is_there: Tensor) -> Tensor:

@@ -410,3 +410,21 @@ def test_limits_are_kept(limits):
 def test_a_base_of_another_support_is_refused():
     with pytest.raises(ValueError, match="base must have support"):
         quadrature(gaussian(1), base=dist.Gamma(torch.ones(1), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_hundred_needles(dim):
+    """Normalised mixtures of a hundred modes of .003, and of sixty of .01 in a plane.
+
+    Seen to fail, by -.09 and -.08 nats and "exact", with cells left out of fine grids
+    where a grid of 57 nodes a side had met no mass."""
+    torch.manual_seed(dim)
+    number, scale = (100, 0.003) if dim == 1 else (60, 0.01)
+    loc = 6 * torch.rand(number, dim, dtype=torch.float64) - 3
+    weight = torch.rand(number, dtype=torch.float64)
+    parts = dist.Normal(loc, scale).to_event(1)
+    mixture = dist.MixtureSameFamily(dist.Categorical(weight), parts)
+    energy = FunctionEnergy(lambda x: -mixture.log_prob(x), (dim,))
+    found = quadrature(energy)
+    assert found.status == "exact"
+    assert abs(found.value) < 1e-5

@@ -8,7 +8,7 @@ import torch
 
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
 from pyro_ebm.mcmc.tempering.path import GeometricPath
-from pyro_ebm.partition.importance.pool import log_density
+from pyro_ebm.partition.importance.pool import log_density, of_draws
 from pyro_ebm.partition.importance.proposal import MIN_SHARE, Proposal
 from pyro_ebm.partition.importance.student_mixture import StudentMixture
 from pyro_ebm.partition.importance.triangular_map import fit_map
@@ -162,3 +162,16 @@ def test_components_whose_mass_the_map_holds_are_pruned():
     kept = proposal.mixture.loc[proposal.mixture.weights > 0.2]
     torch.testing.assert_close(kept, torch.full((1, 2), 4.0))
     assert proposal.map_share == pytest.approx(0.5, abs=0.1)
+
+
+def test_what_is_too_far_out_for_squares_has_no_weight():
+    """Fault: left as nan, it ended an estimate of the Rosenbrock density by an error of
+    ``multinomial``."""
+    proposal = Proposal(path(), student([0.0, 0.0]))
+    far = torch.full((1, 2), 1e300, dtype=torch.float64)
+    log_prob = proposal.log_prob(torch.cat([far, torch.zeros_like(far)]))
+    assert log_prob[0] == -torch.inf
+    assert log_prob[1].isfinite()
+    log_weights = of_draws(torch.zeros(2), log_prob)
+    assert log_weights[0] == -torch.inf
+    assert log_weights[1].isfinite()
