@@ -1,4 +1,4 @@
-r"""A price on large energies, for any objective that has negative points.
+r"""A penalty on large energies, for any objective that has negative points.
 
 .. math::
     J_\alpha(x) = J(x) - \alpha \big( f_\theta(x)^2

@@ -1,4 +1,4 @@
-r""":math:`\log Z` of an energy that is being learned, nearly for free.
+r"""Tracking of :math:`\log Z` while an energy is learned.
 
 The parameters :math:`\theta_t` are shaken by the optimiser; their average moves
 smoothly, and is the better model:

@@ -38,7 +38,7 @@ from pyro_ebm.mcmc.base import bias_of
 @final
 @dataclass(frozen=True)
 class ContrastiveDivergence(Objective):
-    r"""The update (1) of CD-k.
+    r"""Contrastive divergence (1) with :math:`k` moves.
 
     Args:
         num_steps: Moves :math:`k` of each chain.

@@ -1,4 +1,4 @@
-r"""An implicit generative model as the source of negatives: an amortised sampler.
+r"""Maximum likelihood with negatives from a generator, an amortised sampler.
 
 .. math::
     \text{energy:}    &\quad -\partial f_\theta(x)

@@ -105,7 +105,7 @@ class TemperedChains(StatefulModule):
 @final
 @dataclass(frozen=True)
 class TemperedMaximumLikelihood(Objective):
-    r"""The gradient (1.16), its second term by tempered chains that persist.
+    r"""Maximum likelihood by the gradient (1.16), with persistent tempered chains.
 
     Args:
         base: A normalised distribution over the same events and support that covers all
