@@ -176,7 +176,7 @@ def diagnose(
         batch_size: Points a step.
     """
     found = _overlap(energy_model, objective, state, data, batch_size)
-    setting = objective.mover(state)
+    setting = objective.mover(energy_model.energy, state)
     if setting is None:
         return found
     kernel, per_step = setting

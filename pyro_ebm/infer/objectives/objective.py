@@ -189,10 +189,11 @@ class Objective(ABC):
         drawn: Tensor = noise.sample(torch.Size((num_points,)))
         return drawn.to(**distribution.energy.tensor_options(drawn))
 
-    def mover(self, state: nn.Module) -> tuple[Kernel, int] | None:
+    def mover(self, energy: Energy, state: nn.Module) -> tuple[Kernel, int] | None:
         """The kernel that moves the negatives, and its moves a step, or ``None``.
 
         Args:
+            energy: What is learned.
             state: Of the objective, after a step.
         """
         return None

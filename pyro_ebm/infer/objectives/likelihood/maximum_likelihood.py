@@ -99,7 +99,7 @@ class MaximumLikelihood(Objective):
         """The chains; see :meth:`Objective.negatives`."""
         return points_of_chains(distribution.energy, cast(PersistentChains, state).u)
 
-    def mover(self, state: nn.Module) -> tuple[Kernel, int] | None:
+    def mover(self, energy: Energy, state: nn.Module) -> tuple[Kernel, int] | None:
         """See :meth:`Objective.mover`."""
         return adapted_mover(cast(PersistentChains, state), self.kernel, self.num_steps)
 
