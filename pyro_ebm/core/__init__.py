@@ -1,4 +1,4 @@
-"""What every layer of the library shares: verdicts, and what a caller may catch."""
+"""Verdicts, errors and other parts that every layer of the library shares."""
 
 __all__ = [
     "CompilationWarning",

@@ -9,11 +9,11 @@ __all__ = [
 
 
 class CompilationWarning(UserWarning):
-    """An energy could not be compiled and runs eagerly: right, but slower."""
+    """An energy could not be compiled, and is evaluated eagerly, which is slower."""
 
 
 class DivergenceError(RuntimeError):
-    """No chain can move: the energy is not finite wherever the chains go."""
+    """Raised when no chain can move, as the energy is not finite anywhere near them."""
 
 
 class UnregisteredParameterWarning(UserWarning):

@@ -1,4 +1,4 @@
-"""Tables that a notebook shows: plain, escaped, in the colours of the page.
+"""HTML tables for notebooks, without styles of their own.
 
 There is no script in them and no colour, so that they are readable on light and dark
 pages alike.

@@ -1,4 +1,4 @@
-"""Seconds that a computation has had."""
+"""A stopwatch that discounts time taken by other processes."""
 
 __all__ = ["Stopwatch"]
 
@@ -6,7 +6,7 @@ import time
 
 
 class Stopwatch:
-    """Runs from when it is made.
+    """Measure the seconds since it was created.
 
     Example:
         >>> Stopwatch().seconds < 1.0

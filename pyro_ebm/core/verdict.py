@@ -42,7 +42,7 @@ class Status(str, Enum):
 
 
 class Reason(str, Enum):
-    """What can speak against a result, one member a rule.
+    """The reasons for which a result can be unreliable.
 
     Example:
         >>> Reason("not finite") is Reason.NOT_FINITE
@@ -99,7 +99,7 @@ class Reason(str, Enum):
 
 
 class Finding(NamedTuple):
-    """A rule that was broken, and by how much.
+    """One reason why a result is unreliable, with the value that was seen.
 
     Attributes:
         reason: The rule.

@@ -1,4 +1,4 @@
-"""All that is asked of the draws of one site, sharing the work."""
+"""All convergence diagnostics of one site, computed together."""
 
 __all__ = ["Convergence", "convergence"]
 
@@ -23,7 +23,7 @@ _CHUNK = 2**21
 
 
 class Convergence(NamedTuple):
-    r"""How well the draws of one site represent it, a number a coordinate.
+    r"""R-hat, effective sizes and errors of one site, for each coordinate.
 
     Attributes:
         r_hat: Rank-normalised, folded split :math:`\hat R`.
@@ -55,7 +55,7 @@ class Convergence(NamedTuple):
 
 
 def convergence(draws: Tensor, num_superchains: int | None = None) -> Convergence:
-    """Judge the draws of many chains.
+    """Compute all convergence diagnostics of many chains.
 
     Of more than some four million numbers only a part of the chains is looked at,
     never fewer than 64, and sample sizes are scaled up.

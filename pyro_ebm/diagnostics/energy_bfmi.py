@@ -1,4 +1,4 @@
-r"""Whether fresh momenta carry a chain through all levels of the energy.
+r"""Energy Bayesian fraction of missing information (E-BFMI).
 
 A chain that draws :math:`r \sim \mathcal N(0, I_D)` at each transition changes its
 total energy :math:`H = f(x) + |r|^2/2` by nothing else. Betancourt's estimate of the

@@ -1,4 +1,4 @@
-r"""What correlated draws are worth, in independent ones.
+r"""Effective sample sizes and Monte Carlo standard errors.
 
 With :math:`\hat\rho_t` the autocorrelation at lag ``t``, estimated from ``C`` chains of
 length ``N`` against the variance between as well as within them, and the sums

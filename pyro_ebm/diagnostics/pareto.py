@@ -1,4 +1,4 @@
-r"""How heavy the tail of a set of importance weights is.
+r"""Pareto shape of the tail of importance weights.
 
 The excesses of the ``M`` largest weights over the next one are fitted by a generalised
 Pareto distribution with shape ``k`` and scale ``sigma``,

@@ -1,4 +1,4 @@
-r"""Draws of many chains, replaced by the normal scores of their ranks.
+r"""Rank normalisation of the draws of many chains.
 
 The draw whose rank among all :math:`S` is :math:`r`, averaged over equal draws, becomes
 
@@ -44,7 +44,7 @@ def split_chains(rows: Tensor) -> Tensor:
 
 
 def folded(rows: Tensor) -> Tensor:
-    """Distances from the median of all chains, whose ranks tell scales apart."""
+    """Folded draws: absolute deviations from the median of all chains."""
     return (rows - quantiles(rows, 0.5)[:, None, None]).abs()
 
 

@@ -1,4 +1,4 @@
-r"""How far chains are from having forgotten where they started.
+r"""R-hat and nested R-hat, the potential scale reduction of many chains.
 
 With :math:`\bar x_c` and :math:`s_c^2` the mean and variance of chain ``c`` of length
 ``N``,

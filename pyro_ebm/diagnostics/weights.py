@@ -1,4 +1,4 @@
-r"""What a set of importance weights is worth.
+r"""Mean and effective sample size of importance weights.
 
 .. math::
     \mathrm{ESS} = \frac{(\sum_i w_i)^2}{\sum_i w_i^2}                      \tag{1}

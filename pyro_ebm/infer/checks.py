@@ -1,4 +1,4 @@
-"""What would fail silently while an energy is learned, found at its first step."""
+"""Checks at the first step of learning, for errors that would be silent."""
 
 __all__ = ["points_of", "require_learnable", "require_objective"]
 
@@ -21,7 +21,7 @@ from pyro_ebm.mcmc import IndependentChains
 
 
 def require_objective(objective: Any) -> None:
-    """Check the type.
+    """Check that an objective is one.
 
     Raises:
         TypeError: If it is no :class:`Objective`.

@@ -1,6 +1,6 @@
 """An objective as a loss of plain torch, for loops without Pyro."""
 
-__all__ = ["ObjectiveLoss"]
+__all__ = ["ObjectiveLoss", "state_for"]
 
 from typing import final
 
@@ -48,11 +48,7 @@ class ObjectiveLoss(nn.Module):
         require_objective(objective)
         self.model = model
         self.objective = objective
-        state = objective.make_state()
-        if isinstance(state, PersistentChains) and isinstance(model, EnergyModel):
-            state = model.chains
-        energy = model.energy if isinstance(model, EnergyModel) else model
-        self.state = state.to(**energy.tensor_options())
+        self.state = state_for(objective, model)
         self._is_checked = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,3 +61,17 @@ class ObjectiveLoss(nn.Module):
         if distribution.owner is not None and torch.is_grad_enabled():
             distribution.owner.follow()
         return self.objective.loss(distribution, x, self.state)
+
+
+def state_for(objective: Objective, model: Energy | EnergyModel) -> nn.Module:
+    """A state for an objective, where the model's parameters are.
+
+    Args:
+        objective: The estimator.
+        model: What is learned; an :class:`~pyro_ebm.EnergyModel` keeps its own chains.
+    """
+    state = objective.make_state()
+    if isinstance(state, PersistentChains) and isinstance(model, EnergyModel):
+        state = model.chains
+    energy = model.energy if isinstance(model, EnergyModel) else model
+    return state.to(**energy.tensor_options())

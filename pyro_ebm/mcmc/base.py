@@ -36,7 +36,7 @@ from pyro_ebm.energies.views.unconstrained import is_unconstrained
 
 
 class ChainState(NamedTuple):
-    """Where the chains are.
+    """The points of all chains, with their energies and gradients.
 
     Attributes:
         x: Points, shape ``(*chains, *event)``.
@@ -56,7 +56,7 @@ class ChainState(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What happened in one transition, per chain.
+    """Acceptance of one transition, for each chain.
 
     Attributes:
         accept_prob: Metropolis probability in [0, 1], shape ``(*chains,)``.
@@ -176,7 +176,7 @@ class Kernel(ABC):
 
 
 def bias_of(kernel: Any) -> tuple[Finding, ...]:
-    """What speaks against whatever a kernel has drawn; nothing if it is exact.
+    """The findings against draws of a biased kernel; none if it is exact.
 
     Args:
         kernel: That moved the chains, or ``None``. One that does not say whether it is
@@ -218,7 +218,7 @@ def accept(
 
 
 def acceptance(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """Metropolis probability, 0 where the ratio is not finite, and whether it is."""
+    """Acceptance probability, 0 where the ratio is not finite, and whether it is."""
     # In four operations instead of six: minus infinity is the one value that becomes
     # another finite one, the lowest.
     clean = log_ratio.nan_to_num(-torch.inf, -torch.inf)
@@ -242,7 +242,7 @@ def flat_event(value: Tensor, chain_dim: int) -> Tensor:
 
 
 def replace_nonfinite(state: ChainState) -> ChainState:
-    """Put chains that can never move where randomly chosen other chains are.
+    """Re-initialise chains at non-finite energy from randomly chosen finite ones.
 
     A chain at a point of non-finite energy or gradient has no proposal to accept: it
     would stay for ever, pass its point off as a draw and hold the mean acceptance
@@ -270,7 +270,7 @@ def replace_nonfinite(state: ChainState) -> ChainState:
 
 
 def far_limit(size: int) -> float:
-    """Nats above most chains beyond which one has not arrived where the mass is.
+    """Energy above the median chain, in nats, beyond which a chain has not converged.
 
     In equilibrium energies differ by some ``sqrt(size / 2)``; between modes of one mass
     by ``size`` times the log ratio of their widths, of which 20 are allowed for.
@@ -282,7 +282,7 @@ def far_limit(size: int) -> float:
 
 
 def massless_limit(size: int) -> float:
-    """Nats of free energy beyond which the surroundings of a chain have no mass.
+    """Excess free energy, in nats, beyond which a region holds negligible mass.
 
     Args:
         size: Coordinates of a point, as the estimates of its volume err in each.
@@ -291,7 +291,7 @@ def massless_limit(size: int) -> float:
 
 
 def move_to_others(state: ChainState, is_lost: Tensor) -> ChainState:
-    """Put some chains where randomly chosen others are.
+    """Replace some chains by copies of randomly chosen others.
 
     Args:
         state: Of ``C`` chains, chain shape ``(C,)``.

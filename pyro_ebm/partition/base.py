@@ -1,4 +1,4 @@
-r"""What an estimate of a partition function says of itself.
+r"""The result of an estimate of a partition function.
 
 .. math::
     \log Z = \log \int_{\mathcal X} e^{-f(x)}\, dx

@@ -1,4 +1,4 @@
-"""A base for an energy that came without one, chosen by its support.
+"""Default base distributions, chosen by the support of an energy.
 
 Uniform where the support is bounded by numbers or finite, a standard normal in
 unconstrained space everywhere else. It knows nothing of where the energy has its mass:
@@ -85,7 +85,7 @@ def standard_base(energy: Energy) -> dist.TorchDistribution:
 
 
 def describe(base: dist.TorchDistribution) -> str:
-    """A base in a few words, for messages and the ``method`` of an estimate.
+    """Describe a base in a few words, for messages and the ``method`` of an estimate.
 
     Args:
         base: Of :func:`default_base`, or any other distribution, which is named by its

@@ -1,4 +1,4 @@
-r"""Whether an energy has a partition function at all, tested along lines and rays.
+r"""Tests of whether an energy is normalisable, along lines and rays.
 
 Along a ray of random direction :math:`v` in :math:`D` dimensions, and along a line
 through a point that is in no way special, :math:`e^{-f}` can only be integrable if
@@ -78,7 +78,7 @@ _MAX_SUSPECTS = 16
 
 
 class Normalizability(NamedTuple):
-    """What :func:`check_normalizability` found.
+    """The result of :func:`check_normalizability`.
 
     Attributes:
         status: ``"ok"`` without evidence, ``"not_normalizable"``, or ``"unreliable"``

@@ -1,4 +1,4 @@
-"""Evaluations of an energy: counted, shown, and in pieces that fit into memory."""
+"""Counting of energy evaluations, with a progress bar and a limit on memory."""
 
 __all__ = ["CountedEnergy", "Limits", "MAX_BYTES", "bar_settings", "watched"]
 
@@ -157,7 +157,7 @@ class _Allocations(TorchDispatchMode):
 
 
 class Limits:
-    """How long an estimate may take.
+    """Limits on the error, the time and the evaluations of an estimate.
 
     Args:
         tolerance: Standard error wanted, in nats.
@@ -199,7 +199,7 @@ class Limits:
 def watched(
     energy: Energy, total: int | None = None, *, is_shown: bool
 ) -> Iterator[Energy]:
-    """The energy, under a progress bar that is closed in the end.
+    """Context in which evaluations of an energy move a progress bar.
 
     Args:
         energy: What is evaluated.

@@ -1,4 +1,4 @@
-r"""Pictures on matplotlib axes: of densities, of fits, of chains and of temperatures.
+r"""Plots of densities, fits, chains and tempering on matplotlib axes.
 
 A leaf that nothing in the library imports. Each function takes the axes to draw on and
 returns them, and leaves matplotlib's settings alone; :func:`style` is one look for all,

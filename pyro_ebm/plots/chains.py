@@ -1,4 +1,4 @@
-r"""Many chains in one panel: traces, ranks and autocorrelation.
+r"""Trace, rank and autocorrelation plots of many chains.
 
 For a handful of chains ArviZ has these and more, from ``mcmc.to_arviz()``: there each
 chain has a line or a panel of its own, which no one can read of hundreds.

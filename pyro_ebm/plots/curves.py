@@ -1,4 +1,4 @@
-r"""How a fit went, step by step: likelihood, log Z and differences of energies."""
+r"""Curves of a fit: likelihood, log Z and differences of energies."""
 
 __all__ = [
     "energy_gap_curve",

@@ -1,4 +1,4 @@
-r"""Densities and energies over the plane."""
+r"""Plots of densities and energies over the plane."""
 
 __all__ = ["density", "energy_landscape", "product_panels"]
 

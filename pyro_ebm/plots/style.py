@@ -1,4 +1,4 @@
-"""One look for all pictures, light or dark, in colours that stay apart.
+"""The common style of all plots, light or dark.
 
 Lines take the colours of Okabe & Ito, images the map ``cividis``; both stay readable
 under the common kinds of colour blindness. Of the former the darker ones stand on a
@@ -66,7 +66,7 @@ _COMMON = {
 
 @contextmanager
 def style(mode: Literal["light", "dark"] = "light") -> Iterator[None]:
-    """Draw in the library's look; matplotlib's settings come back afterwards.
+    """Context that applies the style and restores matplotlib's settings afterwards.
 
     Figures keep the look they were made in, so that saving them may come later.
 

@@ -1,4 +1,4 @@
-r"""Between a base and an energy: swaps, round trips and log Z by temperature."""
+r"""Plots of tempering: swap rates, round trips and log Z by temperature."""
 
 __all__ = ["ladder", "round_trips", "thermodynamic_curve"]
 

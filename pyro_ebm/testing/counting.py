@@ -1,4 +1,4 @@
-"""How often an energy is evaluated."""
+"""An energy that counts its evaluations."""
 
 __all__ = ["CountingEnergy"]
 

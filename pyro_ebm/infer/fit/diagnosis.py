@@ -1,4 +1,4 @@
-r"""Whether a fit can be believed: what is measured at its end, at little cost.
+r"""Diagnostics of a fit, measured at its end.
 
 *Energy gap.* Where the likelihood is largest no change of the scale of the energy
 raises it, so that
@@ -66,7 +66,7 @@ class EnergyDifference(NamedTuple):
 
 
 class FitDiagnostics(NamedTuple):
-    r"""What was measured at the end of a fit; ``None`` where it does not apply.
+    r"""Diagnostics measured at the end of a fit; ``None`` where one does not apply.
 
     Attributes:
         energy_gap: (1), of the averaged parameters.
@@ -165,7 +165,7 @@ def diagnose(
     num_steps: int,
     batch_size: int,
 ) -> FitDiagnostics:
-    """Measure all but the gap and the gradient, at the iterate's parameters.
+    """Measure drift, mixing and overlap at the final, unaveraged parameters.
 
     Args:
         energy_model: Before its average is adopted.
@@ -176,7 +176,7 @@ def diagnose(
         batch_size: Points a step.
     """
     found = _overlap(energy_model, objective, state, data, batch_size)
-    setting = objective.mover(state)
+    setting = objective.mover(energy_model.energy, state)
     if setting is None:
         return found
     kernel, per_step = setting

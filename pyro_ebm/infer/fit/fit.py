@@ -1,4 +1,4 @@
-"""Fit an energy to data in one call: sugar for SVI with one or more objectives."""
+"""Fitting an energy to data in one call."""
 
 __all__ = ["fit"]
 
@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import pyro
 import torch
-from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -47,14 +46,14 @@ from pyro_ebm.infer.fit.optimiser import (
 )
 from pyro_ebm.infer.fit.points import Points, as_points
 from pyro_ebm.infer.fit.settling import settled_log_partition
-from pyro_ebm.infer.fit.stages import Stage, as_stages, begin_chains
+from pyro_ebm.infer.fit.stages import ObjectiveSteps, Stage, as_stages, begin_chains
 from pyro_ebm.infer.fit.verdict import judge
-from pyro_ebm.infer.handler import Learn
 from pyro_ebm.infer.likelihood import (
     LogLikelihood,
     log_likelihood,
     log_likelihood_difference,
 )
+from pyro_ebm.infer.loss import state_for
 from pyro_ebm.infer.objectives.objective import Objective
 from pyro_ebm.mcmc import ImportanceResampling
 
@@ -266,17 +265,13 @@ class _Fit:
             self.noise = stage_optim.noise
             self.steps_of_stages.append(0)
             with pyro.get_param_store().scope():
-                learn = Learn(_as_pyro_model(self.model), stage.objective)
-                self.state = learn.state_of("x", self.model())
+                self.state = state_for(stage.objective, self.model)
                 stage_optim.add(self.state)
                 if self.num_steps and self.state is not last:
                     begin_chains(self.model, stage.objective, self.state)
-                svi: Any = SVI(learn, lambda batch: None, stage_optim, Trace_ELBO())
-                if self.proposal is not None:
-                    rows = self.train_data
-                    svi = WeightedSteps(self.model, stage_optim, self.proposal, rows)
+                steps = self._steps(stage.objective, stage_optim)
                 try:
-                    stopped = self._stage(svi, stage, batches, bar)
+                    stopped = self._stage(steps, stage, batches, bar)
                 finally:
                     stage_optim.remove_added()
             last = self.state
@@ -290,6 +285,13 @@ class _Fit:
             if index + 1 == len(self.stages):
                 break
         return stopped
+
+    def _steps(
+        self, objective: Objective, optim: FitOptim
+    ) -> WeightedSteps | ObjectiveSteps:
+        if self.proposal is None:
+            return ObjectiveSteps(self.model, optim, objective, self.state)
+        return WeightedSteps(self.model, optim, self.proposal, self.train_data)
 
     def result(self, stopped: str) -> FitResult:
         """The fit, examined; from its start where it has made the model worse."""
@@ -364,14 +366,14 @@ class _Fit:
         return as_fit_optim(optim, self.model, self.max_grad_norm, noise)
 
     def _stage(
-        self, svi: Any, stage: Stage, batches: Iterator[Tensor], bar: Any
+        self, steps: Any, stage: Stage, batches: Iterator[Tensor], bar: Any
     ) -> str:
         """Take the steps of a stage; return why they ended."""
-        last_good = self._begin_stage(svi.optim, bar)
+        last_good = self._begin_stage(steps.optim, bar)
         stopped: str | None = None
         try:
             for left in reversed(range(stage.num_steps)):
-                loss = self._step(svi, next(batches), bar)
+                loss = self._step(steps, next(batches), bar)
                 if not math.isfinite(loss):
                     self._go_back(last_good)
                     return "loss not finite"
@@ -382,11 +384,11 @@ class _Fit:
                 if not self._is_finite():
                     self._go_back(last_good)
                     return "loss not finite"
-                record = self._record(loss, svi.optim, bar)
+                record = self._record(loss, steps.optim, bar)
                 last_good = self._saved()
                 if self.num_worse == 0:
                     self.best = last_good
-                stopped = self._why_stop(svi, record, is_late=is_late)
+                stopped = self._why_stop(steps, record, is_late=is_late)
                 if stopped is not None:
                     break
         except KeyboardInterrupt:
@@ -417,7 +419,7 @@ class _Fit:
         gains = self.best_values - self.start_values
         return bool(gains.mean() < gains.std() / math.sqrt(len(gains)))
 
-    def _why_stop(self, svi: Any, record: FitRecord, *, is_late: bool) -> str | None:
+    def _why_stop(self, steps: Any, record: FitRecord, *, is_late: bool) -> str | None:
         """Why a stage ends after a record, or ``None``."""
         if True in [callback(record) is True for callback in self.callbacks]:
             return "callback"
@@ -425,10 +427,10 @@ class _Fit:
             return "early stopping"
         if is_late:
             return "out of time"
-        if not isinstance(svi, WeightedSteps):
+        if not isinstance(steps, WeightedSteps):
             return None
-        if svi.keeps_up():
-            self.proposal = svi.proposal
+        if steps.keeps_up():
+            self.proposal = steps.proposal
             return None
         # Chains are for a model that still got better, in many dimensions; in few
         # it has gone astray, where a density that is fitted to it is no help.
@@ -436,11 +438,11 @@ class _Fit:
         is_large = self.model.energy.event_shape.numel() > _FEW_DIMENSIONS
         return "importance failed" if is_rising and is_large else "early stopping"
 
-    def _step(self, svi: Any, batch: Tensor, bar: Any) -> float:
+    def _step(self, steps: Any, batch: Tensor, bar: Any) -> float:
         began = time.perf_counter()
-        loss: float = svi.step(batch)
+        loss: float = steps.step(batch)
         if math.isfinite(loss):
-            svi.optim.advance_schedule()
+            steps.optim.advance_schedule()
             self.steps_of_stages[-1] += 1
         else:
             at = self.num_steps + 1
@@ -498,14 +500,3 @@ class _Fit:
 @torch.no_grad()
 def _log_prob(distribution: EnergyDistribution, x: Tensor) -> Tensor:
     return distribution.log_prob(x)
-
-
-def _as_pyro_model(energy_model: EnergyModel) -> Any:
-    """The model of eq. (1.7), a point: scaled so that the loss is a mean."""
-
-    def model(batch: Tensor) -> None:
-        pyro.module("energy_model", energy_model)
-        with pyro.poutine.scale(scale=1 / len(batch)), pyro.plate("data", len(batch)):
-            pyro.sample("x", energy_model(), obs=batch)
-
-    return model

@@ -1,4 +1,4 @@
-"""What :func:`pyro_ebm.fit` refuses before it begins."""
+"""Checks of the arguments of :func:`pyro_ebm.fit`."""
 
 __all__ = [
     "require_callbacks",

@@ -1,4 +1,4 @@
-"""One line of the history of a fit."""
+"""One record of the history of a fit."""
 
 __all__ = ["FitRecord"]
 
@@ -10,7 +10,7 @@ from pyro_ebm.partition import LogPartitionEstimate
 
 
 class FitRecord(NamedTuple):
-    r"""One line of the history of a fit; all but the loss belong to the average.
+    r"""One record of the history; all but the loss belong to the averaged parameters.
 
     Attributes:
         step: Parameter steps so far.

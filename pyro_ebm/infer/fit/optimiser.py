@@ -1,4 +1,4 @@
-r"""What moves the parameters in a fit, and how noisy the gradients are that it sees.
+r"""The optimiser of a fit, and the signal-to-noise ratio of its gradients.
 
 With gradients :math:`g_t = s + \varepsilon_t` of nearly the same mean, exponential
 averages :math:`\bar g` and :math:`\overline{|g|^2}` of weights :math:`w_t` give
@@ -73,7 +73,7 @@ class GradientNoise:
 
 
 class FitOptim(pyro.optim.PyroOptim):
-    """Any optimiser or scheduler where ``SVI`` expects one of Pyro's.
+    """A common interface to optimisers and schedulers of torch and Pyro.
 
     Args:
         inner: A Pyro optimiser, a torch one, or a scheduler of either kind.

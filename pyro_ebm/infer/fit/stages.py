@@ -1,22 +1,24 @@
-"""Several objectives one after the other, in one fit.
+"""Fits in stages, with one objective after the other.
 
 Score matching and noise contrast are quick and see the whole of the data, maximum
 likelihood is the most accurate: begin with the one and finish with the other.
 """
 
-__all__ = ["Stage", "as_stages", "begin_chains"]
+__all__ = ["ObjectiveSteps", "Stage", "as_stages", "begin_chains"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+import pyro
 import torch
 from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.energies import unconstrained
-from pyro_ebm.infer.checks import require_objective
-from pyro_ebm.infer.objectives.objective import Objective
+from pyro_ebm.infer.checks import require_learnable, require_objective
+from pyro_ebm.infer.fit.optimiser import FitOptim
+from pyro_ebm.infer.objectives.objective import Objective, as_distribution
 from pyro_ebm.mcmc import IndependentChains
 
 
@@ -65,7 +67,7 @@ class Stage:
 def as_stages(
     objective: Objective | Sequence[Stage] | str, num_steps: int | None
 ) -> list[Stage]:
-    """What a fit was asked for, as stages.
+    """Convert the objective of a fit to stages.
 
     Args:
         objective: One for all steps, or stages.
@@ -120,6 +122,52 @@ def begin_chains(
         return x
 
     objective.begin(energy_model.energy, draw, state)
+
+
+class ObjectiveSteps:
+    """Parameter steps by an objective, as those of ``ObjectiveLoss``.
+
+    They are those of ``SVI`` on a program with one site, :class:`~pyro_ebm.infer.Learn`
+    and an empty guide, but no program is run.
+
+    Args:
+        model: What is fitted.
+        optim: What moves its parameters and those of the state; one of Pyro's knows
+            them by the names that they have in the parameter store.
+        objective: The estimator.
+        state: Its.
+    """
+
+    def __init__(
+        self,
+        model: EnergyModel,
+        optim: FitOptim,
+        objective: Objective,
+        state: nn.Module,
+    ) -> None:
+        self.model, self.optim = model, optim
+        self.objective, self.state = objective, state
+        pyro.module("energy_model", model)
+        if any(True for _ in state.parameters()):
+            pyro.module("x.objective", state, update_module_params=True)
+        learned = {id(p): p for p in (*model.parameters(), *state.parameters())}
+        self.parameters = [p for p in learned.values() if p.requires_grad]
+        self._is_checked = False
+
+    def step(self, batch: Tensor) -> float:
+        """Take a step; return minus the mean log-density of the batch, in nats."""
+        distribution = as_distribution(self.model)
+        if not self._is_checked:
+            self._is_checked = True
+            require_learnable("x", distribution, [], self.objective)
+        self.model.follow()
+        with pyro.poutine.block():
+            terms = self.objective.surrogate(distribution, self.state)(batch)
+        for parameter in self.parameters:
+            parameter.grad = None
+        (-terms.objective.mean()).backward()
+        self.optim(self.parameters)
+        return (terms.energy.mean() + distribution.log_partition).item()
 
 
 @torch.no_grad()

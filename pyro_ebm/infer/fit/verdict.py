@@ -1,4 +1,4 @@
-r"""One line of judgement on a fit, by rules that are stated here.
+r"""The rules of the verdict on a fit.
 
 A difference :math:`\Delta` of mean energies, with standard error :math:`s`, counts if
 
@@ -39,7 +39,7 @@ def judge(
     history: Sequence[FitRecord] = (),
     known: Sequence[Finding] = (),
 ) -> tuple[Finding, ...]:
-    """Every rule that was broken, the gravest first.
+    """Apply all rules; return the findings, the gravest first.
 
     Args:
         found: From the end of the fit.

@@ -31,7 +31,7 @@ Need = Literal["gradient", "second derivatives", "noise", "chains", "grid", "gen
 
 
 class Terms(NamedTuple):
-    r"""What an objective says of a batch of points.
+    r"""The objective and the energy at a batch of points.
 
     Attributes:
         objective: What is maximised, with its gradient in the parameters; shape
@@ -57,7 +57,7 @@ Surrogate = Callable[[Tensor], Terms]
 
 
 class Objective(ABC):
-    """An estimator: only settings. What it learns or remembers is in a module.
+    """An estimator of the parameters of an energy.
 
     Attributes:
         needs: What it needs of the energy, or of whoever uses it.
@@ -189,10 +189,11 @@ class Objective(ABC):
         drawn: Tensor = noise.sample(torch.Size((num_points,)))
         return drawn.to(**distribution.energy.tensor_options(drawn))
 
-    def mover(self, state: nn.Module) -> tuple[Kernel, int] | None:
+    def mover(self, energy: Energy, state: nn.Module) -> tuple[Kernel, int] | None:
         """The kernel that moves the negatives, and its moves a step, or ``None``.
 
         Args:
+            energy: What is learned.
             state: Of the objective, after a step.
         """
         return None

@@ -1,4 +1,4 @@
-r"""A price on large energies, for any objective that has negative points.
+r"""A penalty on large energies, for any objective that has negative points.
 
 .. math::
     J_\alpha(x) = J(x) - \alpha \big( f_\theta(x)^2
@@ -113,9 +113,9 @@ class EnergyPenalty(Objective):
         """Those of the objective; see :meth:`Objective.negatives`."""
         return self.objective.negatives(distribution, state, num_points)
 
-    def mover(self, state: nn.Module) -> tuple[Kernel, int] | None:
+    def mover(self, energy: Energy, state: nn.Module) -> tuple[Kernel, int] | None:
         """See :meth:`Objective.mover`."""
-        return self.objective.mover(state)
+        return self.objective.mover(energy, state)
 
     def chain_age(self, num_steps: int) -> float | None:
         """See :meth:`Objective.chain_age`."""

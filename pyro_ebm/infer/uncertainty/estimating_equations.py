@@ -1,4 +1,4 @@
-r"""What a fit solves, and how the solution answers to the data.
+r"""Estimating equations of the objectives, and their derivatives.
 
 Every estimator sets the mean of a function of single points to zero,
 
@@ -84,7 +84,7 @@ class Equation(NamedTuple):
 
 
 class Derivatives(NamedTuple):
-    """Of some numbers in the parameters, in double precision.
+    """Gradients and summed second derivatives in the parameters, in double precision.
 
     Attributes:
         rows: The gradient of each, shape ``(N, P)``.

@@ -1,4 +1,4 @@
-r"""Standard errors of the parameters of an energy.
+r"""The sandwich covariance of the solution of an estimating equation.
 
 With slope :math:`A` and spread :math:`B` of the equation that the fit has solved
 (:mod:`~pyro_ebm.infer.uncertainty.estimating_equations`), the parameters are in the
@@ -99,7 +99,7 @@ class ParameterErrors(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """An equation, with names for what it is in."""
+    """An estimating equation with its solution and the names of the parameters."""
 
     names: list[str]
     estimate: Tensor

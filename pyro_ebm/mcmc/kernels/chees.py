@@ -84,7 +84,7 @@ from pyro_ebm.mcmc.warmup.adaptation import KernelAdaptation
 
 
 class TrajectoryInfo(StepInfo):
-    """What happened in one transition, and what the adaptation needs of it.
+    """Acceptance of one transition, and the quantities that the adaptation needs.
 
     Attributes:
         start: Where the chains were.

@@ -32,7 +32,7 @@ Phase: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class FusedEnergy(Protocol):
-    """An energy that brings its own version of the step.
+    """Protocol of energies with a fused leapfrog step of their own.
 
     An energy whose class has this method, such as a compiled one, does the whole step
     by it; any other needs ``value_and_grad`` alone.
@@ -93,7 +93,7 @@ def leapfrog(
 
 
 class Trajectory(NamedTuple):
-    """What a run of leapfrog steps leads to.
+    """The end of a trajectory of leapfrog steps.
 
     Attributes:
         end: The chains at its end.
@@ -113,7 +113,7 @@ def trajectory(
     num_leapfrog: int,
     factor: Factor | None = None,
 ) -> Trajectory:
-    r"""Draw momenta and follow them for ``num_leapfrog`` steps, a gradient each.
+    r"""Draw momenta and take ``num_leapfrog`` leapfrog steps, each with one gradient.
 
     Args:
         energy: The energy of ``state``.

@@ -133,7 +133,7 @@ def require_one_scale(
 
 
 def check_scales(energy: Energy, scale: Tensor | None, factor: Factor | None) -> None:
-    """Check the shapes: others would broadcast along the chains without a word.
+    """Check that the scales have the shape of the event.
 
     Raises:
         ValueError: If one does not fit the event of the energy.
@@ -258,7 +258,7 @@ class GroupMoments(nn.Module):
 
 
 def steepness_weights(force: Tensor) -> Tensor:
-    """Weights of draws: less where the density falls off a cliff, with mean 1.
+    """Weights of draws, of mean 1, that are smaller where the gradient is extreme.
 
     There the gradients have tails so heavy that their covariance is that of a few. Of a
     Gaussian the metrics are exact whatever the weights.
@@ -289,7 +289,7 @@ def diagonal_metrics(variance: Tensor, grad_variance: Tensor) -> Tensor:
 
 
 def typical(scales: Tensor) -> Tensor:
-    """Median of the scales of those groups that have moved, ``nan`` if none has.
+    """Median scale over the groups of chains that have moved, ``nan`` if none has.
 
     Args:
         scales: Of each group, shape ``(G, D)``.
@@ -335,7 +335,7 @@ def dense_metric(
 
 
 def balanced_weights(draws: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
-    """Groups of chains that may set a metric, and the weight of each.
+    """Weights of the groups of chains in the estimate of a metric.
 
     Args:
         draws: Total variance of the whitened draws of each group, shape ``(G,)``.
@@ -372,7 +372,7 @@ def geometric_mean(precision: Tensor, covariance: Tensor) -> Tensor:
 
 
 class DrawRows(nn.Module):
-    """Some draws of a window with the gradients there, as many of each chain.
+    """A thinned store of draws and gradients, with equally many of each chain.
 
     Args:
         num_chains: ``C``.

@@ -1,3 +1,3 @@
-"""What a run says of itself: diagnosis, summary, tables, export."""
+"""Diagnostics, summaries and export of a run of MCMC."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-r"""What to change in a model or a run whose chains have not mixed.
+r"""Likely causes when chains have not mixed, and what to change.
 
 Nothing here decides about the verdict: each finding is a statistic of the draws that
 tells one cause from the others, and is looked for only where a run is not ok. The
@@ -81,7 +81,7 @@ class _Rows(NamedTuple):
 def advise(
     samples: dict[str, Tensor], energy: Tensor, found: Diagnostics
 ) -> list[Finding]:
-    """Causes that the draws show.
+    """Find likely causes of poor mixing in the draws.
 
     Args:
         samples: Of each site, shape ``(C, N, *site)``.
@@ -311,7 +311,7 @@ def _own_funnel(rows: _Rows) -> list[Finding]:
 def starts_in_a_tail(
     samples: dict[str, Tensor], energy: Tensor, divergent: Tensor
 ) -> str:
-    """The tail in which divergent transitions start; empty if they start anywhere.
+    """Find the tail in which divergent transitions start; empty if there is none.
 
     Args:
         samples: Of each site, shape ``(C, N, *site)``.
@@ -365,7 +365,7 @@ def _ranks(draws: Tensor, chains: Tensor, times: Tensor) -> tuple[Tensor, Tensor
 
 
 def hole_in_support(energy: Tensor) -> list[Finding]:
-    """What to do where the energy is infinite in the midst of the draws.
+    """Find out whether the density is zero inside the support.
 
     Args:
         energy: At points among the draws.

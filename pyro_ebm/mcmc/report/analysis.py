@@ -1,4 +1,4 @@
-"""From the state of a run to its samples, moments and diagnostics."""
+"""Samples, moments and diagnostics computed from the state of a run."""
 
 __all__ = ["diagnose", "moments_of", "samples_of", "summarize"]
 
@@ -58,7 +58,7 @@ def _no_samples(run: ChainRun) -> dict[str, Tensor]:
 
 
 def diagnose(run: ChainRun) -> Diagnostics:
-    """Everything that tells whether to rely on the run, with a verdict."""
+    """Compute all diagnostics of a run, with the verdict."""
     tally, kernel = run.tally, run.warmup.kernel
     count = max(tally.num_transitions, 1)
     found = Diagnostics(

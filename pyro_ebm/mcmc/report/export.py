@@ -1,4 +1,4 @@
-"""A run as an object of ArviZ."""
+"""Export of a run to ArviZ."""
 
 __all__ = ["to_arviz"]
 
@@ -14,7 +14,7 @@ from pyro_ebm.mcmc.run.driver import ChainRun, step_size_of
 
 
 def to_arviz(run: ChainRun, samples: dict[str, Tensor], *, log_likelihood: bool) -> Any:
-    """Draws, what the model computes at them, data and statistics.
+    """Convert draws, deterministic sites, data and sampler statistics to ArviZ.
 
     There is no ``energy`` among the statistics: ArviZ takes it for the total energy
     with momenta, which kernels here do not record.

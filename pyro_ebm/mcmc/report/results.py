@@ -1,4 +1,4 @@
-"""What a run says of itself, with a verdict."""
+"""MCMC diagnostics and status."""
 
 __all__ = ["Diagnostics", "Moments", "verdict"]
 
@@ -39,7 +39,7 @@ class Moments(NamedTuple):
 
 
 class Diagnostics(NamedTuple):
-    r"""Whether a run can be relied on.
+    r"""Diagnostics of a run of MCMC, with a verdict.
 
     Attributes:
         sites: Convergence of each site, tensors of the site's shape; the one site of an
@@ -141,7 +141,7 @@ class Diagnostics(NamedTuple):
 def verdict(
     found: Diagnostics, num_transitions: int, known: tuple[Finding, ...] = ()
 ) -> Diagnostics:
-    """Fill in the status and the findings that led to it.
+    """Apply the rules of the verdict to diagnostics.
 
     Args:
         found: All the rest.

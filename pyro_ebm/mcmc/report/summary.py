@@ -1,4 +1,4 @@
-"""The table of a run."""
+"""Summary table of a run of MCMC."""
 
 __all__ = ["SiteSummary", "Summary", "coordinate_names"]
 

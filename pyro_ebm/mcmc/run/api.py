@@ -1,4 +1,4 @@
-"""The driver of many chains: run them, read them, trust them or not.
+"""The user interface of MCMC with many chains.
 
 It stands where ``pyro.infer.MCMC`` stands, with thousands of chains in one tensor
 instead of one a process.

@@ -1,4 +1,4 @@
-r"""Means, variances and their errors of chains too long to keep.
+r"""Streaming means and variances, with errors, for chains whose draws are not kept.
 
 Of each chain the mean and the sum of squares of consecutive *batches* are kept. When
 there is no more room neighbours become one, so that a few batches always stand for the
@@ -55,7 +55,7 @@ class _Part(NamedTuple):
 
 
 class BatchMoments:
-    """Batch means of all chains, in the place of their draws.
+    """Batch means of all chains, kept instead of their draws.
 
     Args:
         state: Of the chains, for shapes.

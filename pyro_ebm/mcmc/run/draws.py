@@ -1,4 +1,4 @@
-"""The draws of a run, kept where the chains move."""
+"""Storage of the draws of a run in unconstrained space."""
 
 __all__ = ["KeptDraws", "Tally", "is_divergent"]
 
@@ -17,7 +17,7 @@ _GLANCE = 64
 
 
 def is_divergent(info: StepInfo) -> Tensor:
-    """Where the proposal was hopeless: its probability is 0 in floating point.
+    """Whether transitions diverged: the probability of the proposal underflows.
 
     So it is where the energy was not finite, and where the error of the energy exceeded
     some 745 nats in double precision, 103 in single.
@@ -26,7 +26,7 @@ def is_divergent(info: StepInfo) -> Tensor:
 
 
 class Tally:
-    """What happened to each chain, summed over transitions, without a step's cost.
+    """Acceptance and divergences of each chain, summed over transitions.
 
     Args:
         num_chains: ``C``.

@@ -1,4 +1,4 @@
-"""Many chains under way: warmup, draws, and all that is needed to go on later."""
+"""The state of a run of many chains: warm-up, draws, and resumption."""
 
 __all__ = [
     "ChainRun",
@@ -236,7 +236,7 @@ class ChainRun:
 
 
 def step_size_of(kernel: ChainKernel) -> Tensor:
-    """Shape ``()``, of many the median; ``nan`` for a kernel without one."""
+    """Step size of a kernel, the median of many; ``nan`` for a kernel without one."""
     return torch.as_tensor(getattr(kernel, "step_size", torch.nan)).median()
 
 

@@ -1,4 +1,4 @@
-r"""Whether normal sites with a latent scale are moved as they are, or standardised.
+r"""Choice of the non-centred parametrisation for normal sites with a latent scale.
 
 Chains that have just started tell which coordinates suit them, long before they have
 mixed: with their draws :math:`v` and the gradients there,
@@ -37,7 +37,7 @@ _GAIN = 0.1
 
 @torch.no_grad()
 def choose_non_centred(target: ChainTarget, start: Start) -> tuple[str, ...]:
-    """Sites of a model that are better standardised.
+    """Choose the sites of a model to standardise.
 
     Args:
         target: Of centred sites.

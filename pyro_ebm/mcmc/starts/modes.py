@@ -1,4 +1,4 @@
-r"""Find the modes of many-chain energies: descend from many starts, then measure.
+r"""Mode finding by quasi-Newton descents from many starting points.
 
 All starts descend side by side in one tensor. Each keeps its own limited-memory
 approximation of the inverse Hessian and its own step length,
@@ -143,7 +143,7 @@ def find_modes(
 
 
 def valleys(u: Tensor, value: Tensor) -> Tensor:
-    """The points of less energy than their neighbours, the lowest first.
+    """Points with lower energy than their nearest neighbours, the lowest first.
 
     Args:
         u: Shape ``(N, D)``, compared in blocks of 2,048.
@@ -203,7 +203,7 @@ def _descend(
 
 
 class Descent:
-    """Starts on their way down, by (1).
+    """Quasi-Newton descents (1) from many starts, side by side.
 
     Args:
         value_and_grad: As for :func:`find_modes`.
@@ -259,7 +259,7 @@ class Descent:
 
 
 class Memory:
-    """The last steps and changes of the gradient of each start, the oldest first.
+    """Limited memory of steps and gradient changes of each descent, the oldest first.
 
     Attributes:
         steps: Shape ``(M, S, D)``; 0 where there are fewer than ``M``.
@@ -426,5 +426,5 @@ def _apart(loc: Tensor, factor: Tensor, z: Tensor) -> Tensor:
 
 
 def clean(grad: Tensor) -> Tensor:
-    """Gradients with 0 in the place of what is not finite."""
+    """Replace non-finite gradients by 0."""
     return grad.nan_to_num(0.0, 0.0, 0.0)

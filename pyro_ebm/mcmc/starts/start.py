@@ -1,4 +1,4 @@
-"""Where many chains start: in groups that share a point, so that memory of it shows.
+"""Starting points of many chains, in groups that share a point.
 
 On a Pyro model the points are overdispersed draws around normal approximations that
 descents from arbitrary points have led to (:mod:`pyro_ebm.mcmc.starts.pathfinder`), one
@@ -43,7 +43,7 @@ _NUM_TRIES = 6
 
 
 class Start(NamedTuple):
-    """Chains that are about to start.
+    """Starting points of chains, with the metric to begin with.
 
     Attributes:
         state: Where they are.

@@ -68,7 +68,7 @@ from pyro_ebm.mcmc.warmup.adaptation import find_step_size, follow_acceptance
 
 
 class Replicas(NamedTuple):
-    """Where the replicas are.
+    """The points of all replicas.
 
     Attributes:
         state: Chain shape ``(C, K)``: chains, temperatures.
@@ -83,7 +83,7 @@ class Replicas(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """A step of all replicas.
+    """The outcome of one step of all replicas.
 
     Attributes:
         replicas: After it.
@@ -191,7 +191,7 @@ def between_neighbours(
 def swap(
     replicas: Replicas, inverse_temperatures: Tensor
 ) -> tuple[Replicas, Tensor, Tensor]:
-    """Let the pairs whose turn it is swap by (1), and count arrivals at the energy.
+    """Propose swaps (1) of alternating pairs, and count arrivals at the energy.
 
     Args:
         replicas: Of which those at the base are fresh.

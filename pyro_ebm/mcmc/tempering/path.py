@@ -34,7 +34,7 @@ from pyro_ebm.mcmc.base import (
 
 
 class PathState(NamedTuple):
-    """Chains with the two ends of the path evaluated apart.
+    """The points of chains, with the energies of both ends of the path.
 
     Any temperature of (1) follows from it without a further evaluation.
 
@@ -222,7 +222,7 @@ class GeometricPath(Energy):
 
 
 def joined(states: Iterable[PathState]) -> PathState:
-    """States of chain shapes ``(C, K_i)`` side by side, ``(C, sum(K_i))``."""
+    """Concatenate states of chain shapes ``(C, K_i)`` to ``(C, sum(K_i))``."""
     return PathState(*(torch.cat(parts, 1) for parts in zip(*states, strict=True)))
 
 

@@ -1,4 +1,4 @@
-r"""What a run of replica exchange leaves: draws, rates, and an estimate of log Z.
+r"""Results of replica exchange: draws, swap rates, and an estimate of log Z.
 
 The ladder gives :math:`\log Z` by stepping stones, from either side:
 
@@ -29,7 +29,7 @@ from pyro_ebm.mcmc.tempering.ladder import Exchange, between_neighbours
 
 
 class TemperedDraws(NamedTuple):
-    r"""What a run of replica exchange leaves.
+    r"""Results of a run of replica exchange.
 
     Attributes:
         draws: Points of the support, shape ``(C, N, *event)``.
@@ -99,7 +99,7 @@ class TemperedDraws(NamedTuple):
 
 
 class LadderSums:
-    """What adds up from step to step, after the warm-up.
+    """Running sums over the steps after the warm-up.
 
     Args:
         inverse_temperatures: From 0 to 1, shape ``(K,)``.

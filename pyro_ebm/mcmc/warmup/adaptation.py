@@ -33,7 +33,7 @@ K = TypeVar("K", bound=Kernel)
 
 
 class KernelAdaptation(nn.Module, Generic[K]):
-    """What a kernel adapts besides its step size and its scale.
+    """Contract of adaptation that is specific to a kernel.
 
     A kernel brings its own by a method ``adaptation()`` that returns one; it is driven
     by the warm-up of :class:`~pyro_ebm.mcmc.MCMC`. All that it learns is in its
@@ -176,7 +176,7 @@ def find_step_size(
 def follow_acceptance(
     log_step_size: Tensor, kernel: Kernel, info: StepInfo, gain: float
 ) -> Tensor:
-    r"""Step sizes that follow the acceptance of each temperature for itself.
+    r"""Update step sizes by the acceptance of each temperature.
 
     .. math::
         \log\epsilon_k \leftarrow \log\epsilon_k + \gamma\, (\bar a_k - a^\star)

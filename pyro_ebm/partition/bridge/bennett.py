@@ -53,7 +53,7 @@ _MAX_Z = 4.0
 
 
 class BennettRatio(NamedTuple):
-    r"""What :func:`bennett` found.
+    r"""The result of Bennett's estimate.
 
     Attributes:
         log_ratio: :math:`\log Z_2 - \log Z_1`.
@@ -173,7 +173,7 @@ def _checked(log_ratio: Tensor, name: str) -> Tensor:
 
 
 def solve(first: Tensor, second: Tensor, n_1: float = 1.0, n_2: float = 1.0) -> Tensor:
-    r"""The ``m`` of (1), by bisection, for each row.
+    r"""Solve (1) for ``m`` by bisection, for each row.
 
     Args:
         first: :math:`\ell` at draws of the first density, shape ``(M, N_1)``.

@@ -1,4 +1,4 @@
-"""Evaluations within limits: so many points, so many seconds, so much memory.
+"""Limits on the evaluations, the time and the memory of a computation.
 
 The cost of a point is not known beforehand: a model that sums out a discrete site may
 take megabytes for one. So the first chunk of points is small, and the next ones are
@@ -28,11 +28,11 @@ _LONG = 0.25
 
 
 class OutOfBudgetError(RuntimeError):
-    """A limit would have been passed; its message says which."""
+    """Raised when a limit would be exceeded; its message says which."""
 
 
 class Budget:
-    """Limits, and what has been spent of them.
+    """Limits of a computation, and how much of them is spent.
 
     Args:
         max_evaluations: Points at which an energy may be evaluated.

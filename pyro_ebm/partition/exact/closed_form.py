@@ -1,4 +1,4 @@
-r""":math:`\log Z` of energies that know it."""
+r""":math:`\log Z` in closed form."""
 
 __all__ = ["closed_form"]
 

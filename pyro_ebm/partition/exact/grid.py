@@ -1,4 +1,4 @@
-r"""Grids around modes, by which a density of up to three coordinates is integrated.
+r"""Integration grids around modes, for densities of up to three coordinates.
 
 Around the mode ``k`` the coordinates follow its curvature, with a root :math:`A_k` of
 the inverse Hessian, and power-law tails die out exponentially in :math:`t`:
@@ -49,7 +49,7 @@ _MARGIN = 1.0
 
 
 class Sum(NamedTuple):
-    """A sum over all nodes.
+    """The sum of the integrand over all nodes.
 
     Attributes:
         value: Its logarithm.
@@ -73,7 +73,7 @@ class Sum(NamedTuple):
 
 
 class Grid:
-    """The coordinates (1), and boxes in them outside of which there is no mass.
+    """The coordinates (1), with boxes that contain all of the mass.
 
     Args:
         density: Log-density at points of shape ``(N, D)``.

@@ -69,7 +69,7 @@ class Modes(NamedTuple):
 
 
 def find_modes(target: _Target, starts: Tensor) -> Modes | None:
-    """Descend from some starts after others, until they lead to known modes only.
+    """Find modes by descents from batches of starts, until no new ones appear.
 
     Each mode has to be met several times, and the last starts to lead to no new one.
 

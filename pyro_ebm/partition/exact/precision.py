@@ -106,7 +106,7 @@ class PreciseEnergy(Energy):
 
 
 def insists_on_single(energy: Energy) -> bool:
-    """Whether an energy seen in double precision computes in single nevertheless.
+    """Whether an energy computes in single precision although it was cast to double.
 
     Args:
         energy: What :func:`pyro_ebm.energies.views.double.in_double` has returned.

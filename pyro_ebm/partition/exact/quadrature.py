@@ -1,4 +1,4 @@
-r"""Quadrature for events of up to three coordinates: the referee of other estimators.
+r"""Quadrature of :math:`\log Z` for events of up to three coordinates.
 
 The energy is moved to unconstrained space and evaluated in double precision. The mass
 is located first: by a coarse look, by draws, and by a descent from the best of them to

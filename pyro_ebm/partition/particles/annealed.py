@@ -292,7 +292,7 @@ def guaranteed_lower(log_weights: Tensor, delta: float = 0.05) -> float:
 
 
 class Schedule(NamedTuple):
-    """What annealing needs to know beforehand.
+    """Temperatures and kernels of a run of annealing.
 
     Attributes:
         inverse_temperatures: From 0 to 1.
@@ -372,7 +372,7 @@ def plan_schedule(
     inverse_temperatures: Sequence[float] | None = None,
     kernel: Kernel | None = None,
 ) -> Schedule:
-    """Freeze a schedule; what is not given comes from a pilot run.
+    """Choose temperatures and kernels by a pilot run, as far as they are not given.
 
     Args:
         path: From the base to the target; it counts the evaluations.

@@ -68,7 +68,7 @@ class Mover(Protocol):
 
 
 class Journey(NamedTuple):
-    r"""What a run along a path leaves.
+    r"""The result of moving particles along a path.
 
     Attributes:
         state: The particles at its end.
@@ -105,7 +105,7 @@ def travel(
     is_over: Callable[[], bool] = lambda: False,
     look: Callable[[Any], None] = lambda _: None,
 ) -> Journey:
-    """Carry islands of particles along a path.
+    """Move islands of particles along a path of temperatures.
 
     Args:
         state: Particles at its start, chain shape ``(M, N)``.

@@ -1,4 +1,4 @@
-"""How particles move on their way along a path.
+"""Kernels that move particles along a path.
 
 :class:`AdaptiveHMC` adapts Hamiltonian Monte Carlo at each temperature: the metric
 comes from the weighted population, the step size from the acceptance of the moves.
@@ -136,7 +136,7 @@ def _winsorised(points: Tensor, weights: Tensor) -> Tensor:
 
 
 def with_step_size(kernel: HMC, step_size: Tensor) -> HMC:
-    """A trajectory of about a quarter period in the whitened coordinates."""
+    """Set the step size for about a quarter period in whitened coordinates."""
     # Where nothing is accepted the step may be nil.
     num_leapfrog = min(16, max(1, math.ceil(1.6 / max(step_size.item(), 0.1))))
     return dataclasses.replace(kernel, step_size=step_size, num_leapfrog=num_leapfrog)

@@ -38,7 +38,7 @@ from pyro_ebm.partition.progress import watched
 
 
 class Islands(NamedTuple):
-    r"""What a run of sequential Monte Carlo leaves.
+    r"""The result of a run of sequential Monte Carlo.
 
     Attributes:
         state: Particles at the target, chain shape ``(M, N)``: islands, particles.
@@ -144,7 +144,7 @@ def run_smc(
     max_temperatures: int = 500,
     stop_after: int | None = None,
 ) -> Islands:
-    """Carry islands of particles from the base to the energy; see :func:`smc`.
+    """Run sequential Monte Carlo from the base to the energy; see :func:`smc`.
 
     Args:
         energy: The target.

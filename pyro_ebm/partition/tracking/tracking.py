@@ -1,4 +1,4 @@
-r""":math:`\log Z` of an energy that is being learned, nearly for free.
+r"""Tracking of :math:`\log Z` while an energy is learned.
 
 The parameters :math:`\theta_t` are shaken by the optimiser; their average moves
 smoothly, and is the better model:
@@ -43,6 +43,7 @@ References:
 __all__ = ["LogPartition"]
 
 import math
+from enum import IntEnum
 
 import pyro.distributions as dist
 import torch
@@ -68,43 +69,60 @@ _MAX_FACTOR = 8
 #: Draws of the base from which the rays of the test of normalisability start.
 _NUM_RAYS = 128
 
-#: What may speak against the estimate, by the code that the buffer ``verdict`` holds.
-_FINDINGS = (
-    None,
-    Finding(Reason.NOT_ESTIMATED, "not estimated yet: train, or call refresh()"),
-    Finding(
+
+class _Code(IntEnum):
+    """What may speak against the estimate, as the buffer ``verdict`` holds it."""
+
+    NOTHING = 0
+    NOT_ESTIMATED = 1
+    ISLANDS_DISAGREE = 2
+    RESAMPLED_TOO_OFTEN = 3
+    RUNS_DISAGREE = 4
+    FAR_FROM_AVERAGE = 5
+    NOT_FINITE = 6
+    NO_RUN_ARRIVES = 7
+    FEW_DRAWS_COUNT = 8
+
+
+_FINDINGS = {
+    _Code.NOT_ESTIMATED: Finding(
+        Reason.NOT_ESTIMATED, "not estimated yet: train, or call refresh()"
+    ),
+    _Code.ISLANDS_DISAGREE: Finding(
         Reason.ISLANDS_DISAGREE,
         "the islands of walkers disagree by more than 0.5 nats",
     ),
-    Finding(
+    _Code.RESAMPLED_TOO_OFTEN: Finding(
         Reason.MOVING_TOO_FAST,
         "the walkers are resampled too often: the parameters move too fast for them",
     ),
-    Finding(
+    _Code.RUNS_DISAGREE: Finding(
         Reason.ROUTES_DISAGREE,
         "a fresh run of SMC from the base disagrees with the walkers",
     ),
-    Finding(
+    _Code.FAR_FROM_AVERAGE: Finding(
         Reason.FEW_EFFECTIVE,
         "the parameters are too far from their average: effective sample size below "
         "10 %",
     ),
-    Finding(Reason.NOT_FINITE, "the energy is not finite at the walkers"),
-    Finding(
+    _Code.NOT_FINITE: Finding(
+        Reason.NOT_FINITE, "the energy is not finite at the walkers"
+    ),
+    _Code.NO_RUN_ARRIVES: Finding(
         Reason.DIVERGENT,
         "the energy seems to have no partition function, or no run from the base "
         "arrives",
     ),
-    Finding(
+    _Code.FEW_DRAWS_COUNT: Finding(
         Reason.FEW_EFFECTIVE,
         "too few of the weighted draws count: the energy is too far from the base",
     ),
-)
+}
 
 
 def _findings_of(code: Tensor) -> tuple[Finding, ...]:
-    finding = _FINDINGS[int(code)]
-    return () if finding is None else (finding,)
+    known = _Code(int(code))
+    return () if known is _Code.NOTHING else (_FINDINGS[known],)
 
 
 class LogPartition(StatefulModule):
@@ -177,7 +195,7 @@ class LogPartition(StatefulModule):
         # Evaluations that a particle of the last run from the base has cost.
         self.register_buffer("check_cost", torch.tensor(math.inf))
         # Reasons of the average and of the iterate, and whether the last check failed.
-        self.register_buffer("verdict", torch.tensor([1, 1, 0]))
+        self.register_buffer("verdict", torch.tensor([*[_Code.NOT_ESTIMATED] * 2, 0]))
         # An estimate that was taken over: whether there is one, and its numbers.
         self.register_buffer("settled", torch.zeros(7, **options))
         # While the learning has log Z from weighted draws; theirs, so no module here.
@@ -197,7 +215,7 @@ class LogPartition(StatefulModule):
     def is_started(self) -> bool:
         """Whether there is an estimate."""
         known = self.walkers.is_started or bool(self._draws)
-        return known or bool(self.verdict[1] != 1)
+        return known or bool(self.verdict[1] != _Code.NOT_ESTIMATED)
 
     @property
     def draws(self) -> WeightedDraws | None:
@@ -492,7 +510,8 @@ class LogPartition(StatefulModule):
             )
             self.value.fill_(found.value)
             self.std_error.fill_(found.std_error)
-            self.verdict[1] = 0 if found.is_reliable else 8
+            is_poor = not found.is_reliable
+            self.verdict[1] = _Code.FEW_DRAWS_COUNT if is_poor else _Code.NOTHING
             return
         if not self.walkers.is_started:
             return
@@ -508,16 +527,18 @@ class LogPartition(StatefulModule):
         self.std_error.fill_(max(spread, few))
         self.verdict[1] = self.verdict[0]
         if not self.verdict[0] and ess < 0.1:
-            self.verdict[1] = 5
+            self.verdict[1] = _Code.FAR_FROM_AVERAGE
 
-    def _judge(self, log_partitions: Tensor) -> int:
+    def _judge(self, log_partitions: Tensor) -> _Code:
         if not log_partitions.isfinite().all():
-            return 6
+            return _Code.NOT_FINITE
         if self.verdict[2]:
-            return 7 if self.verdict[2] == 7 else 4
+            has_failed = bool(self.verdict[2] == _Code.NO_RUN_ARRIVES)
+            return _Code.NO_RUN_ARRIVES if has_failed else _Code.RUNS_DISAGREE
         if log_partitions.std() > 0.5:
-            return 2
-        return 3 if self.walkers.resampling_rate() > 0.01 else 0
+            return _Code.ISLANDS_DISAGREE
+        is_often = self.walkers.resampling_rate() > 0.01
+        return _Code.RESAMPLED_TOO_OFTEN if is_often else _Code.NOTHING
 
     def _num_particles(self) -> int:
         """Particles an island of a run from the base that costs no more than walkers.
@@ -538,7 +559,7 @@ class LogPartition(StatefulModule):
         rays = check_normalizability(self.averaged_energy, draws)
         self.num_check_evaluations += rays.num_evaluations
         if not rays.is_normalizable:
-            self.verdict.fill_(7)
+            self.verdict.fill_(_Code.NO_RUN_ARRIVES)
             return None
         try:
             with watched(self.averaged_energy, is_shown=progress_bar) as energy:
@@ -550,7 +571,7 @@ class LogPartition(StatefulModule):
                     chain_length=8,
                 )
         except DivergenceError:
-            self.verdict.fill_(7)
+            self.verdict.fill_(_Code.NO_RUN_ARRIVES)
             return None
         self.num_check_evaluations += islands.num_evaluations
         num_islands, count = islands.state.target.shape

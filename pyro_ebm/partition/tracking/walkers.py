@@ -1,4 +1,4 @@
-r"""Islands of weighted walkers that keep up with a changing energy.
+r"""Weighted walkers that follow an energy while its parameters change.
 
 See :mod:`pyro_ebm.partition.tracking.tracking` for what they are good for. A walker
 ``n`` of island ``i`` has a weight, and

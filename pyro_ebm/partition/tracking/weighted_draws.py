@@ -1,4 +1,4 @@
-r"""Log Z of an energy near a density that can be drawn from: draws made once.
+r"""Log Z by importance sampling from a fixed pool of draws.
 
 .. math::
     \log \hat Z = \log \frac1K \sum_{k=1}^{K} e^{-f_\theta(y_k) - \log p(y_k)},

@@ -1,4 +1,4 @@
-"""What an evidence problem is, and what several of them are computed with."""
+"""The definition of an evidence problem, and densities that several of them share."""
 
 __all__ = ["Builder", "EvidenceProblem", "log_beta", "log_normal", "noise"]
 

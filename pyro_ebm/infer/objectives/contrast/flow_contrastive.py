@@ -1,4 +1,4 @@
-r"""Flow-contrastive estimation: noise contrast with noise that learns to be harder.
+r"""Flow-contrastive estimation: noise contrast against a flow that is trained.
 
 The energy and :math:`c` ascend the objective of
 :class:`~pyro_ebm.infer.NoiseContrastive`,

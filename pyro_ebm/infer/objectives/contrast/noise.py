@@ -1,4 +1,4 @@
-r"""What objectives that compare data with noise have in common.
+r"""Common parts of the objectives that compare data with noise.
 
 The noise is any normalised distribution that can be sampled and scored: a Pyro
 distribution, or a module that returns one when called, as flows do. It must reach
@@ -31,7 +31,7 @@ Noise = dist.TorchDistribution | torch.distributions.Distribution | nn.Module | 
 
 
 class LearnedLogPartition(nn.Module):
-    r""":math:`c`, a learned :math:`\log Z`, that a contrast or a bound holds in place.
+    r"""A learned :math:`\log Z`, the constant :math:`c` of a contrast or a bound.
 
     Attributes:
         log_partition: The parameter, a scalar in nats.
@@ -97,7 +97,7 @@ def noise_of(
 
 
 def require_noise(noise: Any, energy: Energy, argument: str = "noise") -> None:
-    """Check that noise can stand against an energy.
+    """Check that a noise distribution fits an energy.
 
     Args:
         noise: From :func:`noise_of`.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.energies import unconstrained
+from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import (
     adapted_mover,
     points_of_chains,
@@ -38,7 +38,7 @@ from pyro_ebm.mcmc.base import bias_of
 @final
 @dataclass(frozen=True)
 class ContrastiveDivergence(Objective):
-    r"""The update (1) of CD-k.
+    r"""Contrastive divergence (1) with :math:`k` moves.
 
     Args:
         num_steps: Moves :math:`k` of each chain.
@@ -95,7 +95,7 @@ class ContrastiveDivergence(Objective):
         """The chains; see :meth:`Objective.negatives`."""
         return points_of_chains(distribution.energy, cast(PersistentChains, state).u)
 
-    def mover(self, state: nn.Module) -> tuple[Kernel, int] | None:
+    def mover(self, energy: Energy, state: nn.Module) -> tuple[Kernel, int] | None:
         """See :meth:`Objective.mover`."""
         return adapted_mover(cast(PersistentChains, state), self.kernel, self.num_steps)
 

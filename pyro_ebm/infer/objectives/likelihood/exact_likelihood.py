@@ -43,7 +43,7 @@ _NEGLIGIBLE = 1e-12
 
 
 class ExactGrid(StatefulModule):
-    r"""Where the grid lies, and what it found at the last step.
+    r"""The position of the grid, and its findings at the last step.
 
     Attributes:
         loc: Mean of the first batch in unconstrained space, shape of the event.
@@ -76,7 +76,7 @@ class ExactGrid(StatefulModule):
 @final
 @dataclass(frozen=True)
 class ExactMaximumLikelihood(Objective):
-    r"""The likelihood (1) and its gradient without sampling: the referee of the rest.
+    r"""Exact maximum likelihood (1), with log Z by quadrature or summation.
 
     Args:
         num_nodes: Nodes along each axis of the grid; default: 1,025 in one dimension,

@@ -1,4 +1,4 @@
-r"""An implicit generative model as the source of negatives: an amortised sampler.
+r"""Maximum likelihood with negatives from a generator, an amortised sampler.
 
 .. math::
     \text{energy:}    &\quad -\partial f_\theta(x)
@@ -274,7 +274,7 @@ class AmortizedSampler(Objective):
         points: Tensor = state(distribution.energy, num_points)
         return points
 
-    def mover(self, state: nn.Module) -> tuple[Kernel, int]:
+    def mover(self, energy: Energy, state: nn.Module) -> tuple[Kernel, int]:
         """What would move its draws, with a step size that is still to be found."""
         return MALA(), 1
 

@@ -39,7 +39,7 @@ from pyro_ebm.infer.objectives.objective import Need, Objective, Surrogate, Term
 
 
 class ImportanceState(nn.Module):
-    r"""What the draws of the last step said.
+    r"""Log Z and effective number of the draws of the last step.
 
     Attributes:
         log_partition: :math:`\log\hat Z`, nats. Exactness: *consistent*.
@@ -117,7 +117,7 @@ class _ByProposal(Objective):
 @final
 @dataclass(frozen=True)
 class ImportanceSampledLikelihood(_ByProposal):
-    r"""The likelihood (2), with draws of a proposal for all of the batch.
+    r"""Maximum likelihood (2), with log Z from draws of a proposal.
 
     Args:
         proposal: A distribution with ``sample`` and ``log_prob`` over the same events
@@ -169,7 +169,7 @@ class ImportanceSampledLikelihood(_ByProposal):
 @final
 @dataclass(frozen=True)
 class BoundedLikelihood(_ByProposal):
-    r"""The lower bound (3) of the likelihood, with a learned :math:`c`.
+    r"""Maximisation of the lower bound (3) of the likelihood, with a learned log Z.
 
     Args:
         proposal: See :class:`ImportanceSampledLikelihood`.

@@ -35,7 +35,7 @@ _WARMUP_MOVES = 50
 @final
 @dataclass(frozen=True)
 class MaximumLikelihood(Objective):
-    r"""The gradient (1.16), its second term by chains that persist between steps.
+    r"""Maximum likelihood by the gradient (1.16), with persistent chains.
 
     Args:
         num_chains: Chains that estimate the expectation.
@@ -99,7 +99,7 @@ class MaximumLikelihood(Objective):
         """The chains; see :meth:`Objective.negatives`."""
         return points_of_chains(distribution.energy, cast(PersistentChains, state).u)
 
-    def mover(self, state: nn.Module) -> tuple[Kernel, int] | None:
+    def mover(self, energy: Energy, state: nn.Module) -> tuple[Kernel, int] | None:
         """See :meth:`Objective.mover`."""
         return adapted_mover(cast(PersistentChains, state), self.kernel, self.num_steps)
 
@@ -172,7 +172,7 @@ def likelihood_surrogate(
 
 @torch.no_grad()
 def points_of_chains(energy: Energy, u: Tensor) -> Tensor | None:
-    """Where chains are, shape ``(C, *event)``; ``None`` before they have started.
+    """Points of chains, shape ``(C, *event)``; ``None`` before they have started.
 
     Args:
         energy: Whose chains they are.
@@ -203,7 +203,7 @@ def adapted_mover(
 
 
 def require_kernel(kernel: Any) -> None:
-    """Check the type.
+    """Check that a kernel is one.
 
     Raises:
         TypeError: If it is no :class:`~pyro_ebm.mcmc.Kernel`.

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from pyro_ebm.core.verdict import Finding
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.energies import Energy
 from pyro_ebm.infer.objectives.contrast.noise import noise_of
 from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import (
     likelihood_surrogate,
@@ -105,7 +106,7 @@ class TemperedChains(StatefulModule):
 @final
 @dataclass(frozen=True)
 class TemperedMaximumLikelihood(Objective):
-    r"""The gradient (1.16), its second term by tempered chains that persist.
+    r"""Maximum likelihood by the gradient (1.16), with persistent tempered chains.
 
     Args:
         base: A normalised distribution over the same events and support that covers all
@@ -174,7 +175,7 @@ class TemperedMaximumLikelihood(Objective):
         u = chains.u[:, -1] if chains.u.numel() else chains.u
         return points_of_chains(distribution.energy, u)
 
-    def mover(self, state: nn.Module) -> tuple[Kernel, int] | None:
+    def mover(self, energy: Energy, state: nn.Module) -> tuple[Kernel, int] | None:
         """See :meth:`Objective.mover`."""
         chains = cast(TemperedChains, state)
         if not chains.u.numel():

@@ -1,4 +1,4 @@
-r"""Denoising score matching: point from noisy data back to the data.
+r"""Denoising score matching: fit the score of noisy data.
 
 .. math::
     J = -\frac{\sigma_l^2}{2\,\overline{\sigma^2}} \left\lVert

@@ -1,4 +1,4 @@
-r"""Energy discrepancy: compare a datum with what it could have been perturbed from.
+r"""Energy discrepancy: compare the energy of a datum with that of perturbed copies.
 
 .. math::
     J = -\log\Big(\frac wM + \frac1M \sum_{m=1}^{M}
