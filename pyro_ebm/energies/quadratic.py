@@ -12,9 +12,14 @@ from typing import final
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_ebm.energies.base import ClosedForm, Energy, require_precision
+from pyro_ebm.energies.base import (
+    ClosedForm,
+    Energy,
+    live_or_parameter,
+    require_precision,
+)
 
 
 @final
@@ -22,7 +27,9 @@ class QuadraticEnergy(Energy):
     r"""Quadratic energy (1) over vectors, with gradient and :math:`\log Z` known.
 
     The Cholesky factor of the precision is the parameter, its diagonal on the log
-    scale, so that any optimiser step leaves the precision positive definite.
+    scale, so that any optimiser step leaves the precision positive definite. Tensors
+    that carry a graph (latent variables, ``pyro.param``, outputs of a network) stay
+    live, and a ``nn.Parameter`` is shared.
 
     Args:
         loc: The mean :math:`m`, shape ``(D,)``.
@@ -40,6 +47,11 @@ class QuadraticEnergy(Energy):
         0.4516
     """
 
+    loc: Tensor
+    given_precision: Tensor
+    log_diagonal: Tensor
+    lower: Tensor
+
     def __init__(self, loc: Tensor, precision: Tensor | None = None) -> None:
         if loc.dim() != 1:
             raise ValueError(f"loc must have shape (D,), got {tuple(loc.shape)}.")
@@ -52,19 +64,24 @@ class QuadraticEnergy(Energy):
                 f"precision must have shape {(len(loc), len(loc))} to match loc, got "
                 f"{tuple(precision.shape)}."
             )
-        factor, info = torch.linalg.cholesky_ex(precision)
+        factor, info = torch.linalg.cholesky_ex(precision.detach())
         if info != 0 or not torch.allclose(precision, precision.mT):
             raise ValueError(
                 "precision must be symmetric positive definite; its Cholesky "
                 f"factorisation fails or it differs from its transpose: {precision}."
             )
-        self.loc = nn.Parameter(loc.detach().clone())
-        self.log_diagonal = nn.Parameter(factor.diagonal().log())
-        self.lower = nn.Parameter(factor.tril(-1))
+        live_or_parameter(self, "loc", loc)
+        if precision.requires_grad:
+            live_or_parameter(self, "given_precision", precision)
+        else:
+            live_or_parameter(self, "log_diagonal", factor.diagonal().log())
+            live_or_parameter(self, "lower", factor.tril(-1))
 
     @property
     def scale_tril_of_precision(self) -> Tensor:
         """Cholesky factor :math:`L` of the precision, shape ``(D, D)``."""
+        if hasattr(self, "given_precision"):
+            return torch.linalg.cholesky(self.given_precision)
         return self.lower.tril(-1) + self.log_diagonal.exp().diag_embed()
 
     @property
@@ -88,7 +105,7 @@ class QuadraticEnergy(Energy):
 
     def closed_form(self) -> ClosedForm:
         r"""The Gaussian with :math:`\log Z` of (2). Exactness: *exact*."""
-        half_log_det = self.log_diagonal.sum()
+        half_log_det = self.scale_tril_of_precision.diagonal().log().sum()
         log_partition = len(self.loc) / 2 * math.log(2 * math.pi) - half_log_det  # (2)
         gaussian = dist.MultivariateNormal(
             self.loc, precision_matrix=self.precision, validate_args=False

@@ -12,7 +12,7 @@ from pyro.infer import autoguide as guides
 from pyro.ops.stats import effective_sample_size
 
 from pyro_ebm import EnergyDistribution, EnergyModel
-from pyro_ebm.energies import FunctionEnergy, NeuralEnergy
+from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy
 from pyro_ebm.mcmc import IndependentChains
 from pyro_ebm.testing import CountingEnergy, assert_moments
 
@@ -227,3 +227,35 @@ def test_autoguides(guide, has_covariance):
         got = guide.quantiles([0.158655, 0.841345])["x"]
         width = (got[1] - got[0]) / 2
         torch.testing.assert_close(width, variance.sqrt(), atol=0.04, rtol=0)
+
+
+def map_of(model, num_steps=200):
+    guide = guides.AutoDelta(model)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+    for _ in range(num_steps):
+        svi.step()
+    return guide.median()
+
+
+def test_the_mode_of_a_latent_that_an_energy_is_given():
+    """``x ~ N(z, 1)``, ``z ~ N(0, 1)``: seen to stay at 0 with a copy of ``z``."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        q = EnergyDistribution(QuadraticEnergy(z))
+        pyro.sample("x", q, obs=torch.tensor([2.0, -2.0]))
+
+    torch.testing.assert_close(
+        map_of(model)["z"], torch.tensor([1.0, -1.0]), atol=1e-3, rtol=0
+    )
+
+
+def test_pyro_param_given_to_an_energy_is_learned():
+    def model():
+        loc = pyro.param("loc", torch.zeros(2))
+        q = EnergyDistribution(QuadraticEnergy(loc))
+        pyro.sample("x", q, obs=torch.tensor([2.0, -2.0]))
+
+    map_of(model)
+    expected = torch.tensor([2.0, -2.0])
+    torch.testing.assert_close(pyro.param("loc").detach(), expected, atol=1e-3, rtol=0)
