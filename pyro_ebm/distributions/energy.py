@@ -27,6 +27,7 @@ from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.pool import draw, last_diagnostics
 from pyro_ebm.distributions.representation import distribution_html, log_partition_text
 from pyro_ebm.energies import ClosedForm, Energy, PyroModelEnergy
+from pyro_ebm.energies.pyro_modules import name_pyro_modules
 from pyro_ebm.mcmc import IndependentChains, Sampler, SamplingDiagnostics
 from pyro_ebm.partition import LogPartitionEstimate
 
@@ -438,6 +439,7 @@ def _bind_parameters(energy: Energy) -> None:
     Pyro calls ``log_prob`` after the model has returned; a parameter first read there
     would be missing from the trace, and silently never trained.
     """
+    name_pyro_modules(energy)
     # What a Pyro model samples are coordinates of its energy, not parameters.
     models = [m for m in energy.modules() if isinstance(m, PyroModelEnergy)]
     of_models = {module for model in models for module in model.modules()}
@@ -449,5 +451,6 @@ def _bind_parameters(energy: Energy) -> None:
                     "PyroSample: a prior over the parameters of an energy makes the "
                     "posterior doubly intractable. Use PyroParam or nn.Parameter."
                 )
-            for name in (*module._pyro_params, *module._parameters):
-                getattr(module, name)
+            with module._pyro_context:
+                for name in (*module._pyro_params, *module._parameters):
+                    getattr(module, name)

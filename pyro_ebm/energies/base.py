@@ -13,13 +13,15 @@ An energy :math:`f: \mathcal{X} \to \mathbb{R}`, in nats, is half of a distribut
 __all__ = ["ClosedForm", "Energy", "live_or_parameter", "require_precision"]
 
 import copy
-from abc import ABC, abstractmethod
+import functools
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
@@ -47,7 +49,7 @@ class ClosedForm(NamedTuple):
     distribution: dist.TorchDistribution
 
 
-class Energy(nn.Module, ABC):
+class Energy(nn.Module):
     r"""An energy function :math:`f(x)` in nats: ``q(x) = exp(-f(x)) / Z``.
 
     Subclasses define :meth:`forward`. Each call checks the shape of ``x`` and of
@@ -72,9 +74,18 @@ class Energy(nn.Module, ABC):
     """
 
     def __init__(
-        self, event_shape: Sequence[int], support: Constraint | None = None
+        self,
+        event_shape: Sequence[int] | None = None,
+        support: Constraint | None = None,
     ) -> None:
-        super().__init__()
+        self._init_module()
+        if event_shape is None:
+            if isinstance(self, PyroModule):  # whose constructor passes no arguments
+                return
+            raise TypeError(
+                f"{type(self).__name__} must call super().__init__(event_shape), got "
+                "no event_shape: that of one point, such as (2,), or () for numbers."
+            )
         if isinstance(event_shape, int):
             raise TypeError(
                 f"event_shape must be a sequence such as ({event_shape},), got the "
@@ -97,6 +108,19 @@ class Energy(nn.Module, ABC):
                 f"constraints.independent(support, {event_dim - support.event_dim})."
             )
         self.support = _unwrap_mixture(support)
+
+    def _init_module(self) -> None:
+        """Initialise the module, and the ``PyroModule`` if it is one as well."""
+        this: Any = self
+        _require_methods(this.__class__)
+        bases = type(self).__mro__
+        if "_parameters" in vars(self):  # by the constructor of PyroModule
+            return
+        is_first = PyroModule in bases and bases.index(PyroModule) < bases.index(Energy)
+        if is_first and "_pyro_name" not in vars(self):
+            PyroModule.__init__(this)  # comes back here, without an event shape
+        else:
+            super().__init__()
 
     @property
     def event_dim(self) -> int:
@@ -309,6 +333,22 @@ def require_precision(tensor: Tensor, name: str) -> None:
             f"{name} must be of single or double precision, got {tensor.dtype}, which "
             "has three digits. Convert data, parameters and modules with .float(), and "
             "compute without autocast."
+        )
+
+
+@functools.cache
+def _require_methods(kind: type) -> None:
+    """Check that a class is complete, as ``ABC`` does, which PyroModule excludes."""
+    missing = [
+        name
+        for name in dir(kind)
+        if getattr(getattr(kind, name, None), "__isabstractmethod__", False)
+    ]
+    if missing:
+        raise TypeError(
+            f"{kind.__name__} must define {', '.join(missing)} to be an energy; "
+            "forward(self, x) gives the energies, shape (*batch,), of points x of "
+            "shape (*batch, *event)."
         )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.energies.base import Energy, require_precision
+from pyro_ebm.energies.pyro_modules import name_pyro_modules
 
 
 @final
@@ -43,6 +44,7 @@ class FunctionEnergy(Energy):
             raise TypeError(f"fn must be callable, got {type(fn).__name__}.")
         super().__init__(event_shape, support)
         self.fn = fn
+        name_pyro_modules(self)
         for parameter in self.parameters():
             require_precision(parameter, "the parameters of fn")
 

@@ -31,6 +31,7 @@ from pyro_ebm.energies.graphs.graph_precision import is_rounded, wide
 from pyro_ebm.energies.graphs.tracing import CastFunction, PointFunction, TracedFunction
 from pyro_ebm.energies.pyro_model.model_prior import ModelPrior
 from pyro_ebm.energies.pyro_model.pyro_model import PyroModelEnergy
+from pyro_ebm.energies.pyro_modules import apart_from_store
 
 #: Points at which the precisions are compared.
 _NUM_CHECKED = 16
@@ -184,7 +185,8 @@ class _Converted:
         key = [self.energy.training, *map(_version, _tensors(self.energy))]
         if self._current is None or key != self._key:
             with torch.enable_grad():  # for the parameters, through the conversion
-                self._current = _Own(_copy_in_double(self.energy, self._twins))
+                twin = apart_from_store(_copy_in_double(self.energy, self._twins))
+                self._current = _Own(twin)
             self._key = key
         return self._current
 
