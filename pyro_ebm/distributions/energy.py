@@ -8,7 +8,8 @@ __all__ = ["EnergyDistribution", "leaves"]
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import pyro
@@ -17,9 +18,12 @@ import torch
 from pyro.distributions.util import broadcast_shape
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
+from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import constraints, kl_divergence, register_kl
 
 from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.core.verdict import Status
@@ -95,6 +99,9 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         self.log_partition_std_error: float | Tensor = 0.0
         if isinstance(log_partition, LogPartitionEstimate):
             self.log_partition_std_error = log_partition.std_error
+        self._is_known = log_partition is not None
+        #: Drawn in a run whose draws an algorithm is to weigh.
+        self._proposal: weakref.ref[Tensor] | None = None
         self.is_normalized = log_partition is not None and (
             not isinstance(log_partition, LogPartitionEstimate)
             or log_partition.is_reliable
@@ -127,7 +134,22 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
     def expand(
         self, batch_shape: Sequence[int], _instance: Any = None
     ) -> "EnergyDistribution":
-        """The same distribution with another batch shape."""
+        """The same distribution with another batch shape.
+
+        Raises:
+            ValueError: If the present one does not expand to it.
+        """
+        wanted, present = tuple(batch_shape), tuple(self.batch_shape)
+        try:
+            is_larger = broadcast_shape(wanted, present) == wanted
+        except ValueError:
+            is_larger = False
+        if not is_larger:
+            raise ValueError(
+                f"batch_shape must be one that {present}, the present batch_shape, "
+                f"expands to, got {wanted}. New sizes go to the left, and only sizes "
+                "of 1 may change."
+            )
         new = self._get_checked_instance(type(self), _instance)
         vars(new).update(vars(self))
         new._batch_shape = torch.Size(batch_shape)
@@ -162,6 +184,9 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
                 ``log_partition`` does not.
         """
         self.require_no_free_log_partition()
+        if not self._is_known:
+            self._require_no_proposal(x)
+            self._require_no_latents()
         x = self._expanded(x)
         value = -self.energy(x)
         log_partition = self.log_partition
@@ -204,7 +229,9 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
                 draws = self._sampler.start(self.energy, num_draws)
             else:
                 draws = draw(self.energy, self._sampler, num_draws)
-        return draws.reshape(shape)
+        draws = draws.reshape(shape)
+        self._proposal = weakref.ref(draws) if _draws_are_weighed() else None
+        return draws
 
     def sampling_diagnostics(self) -> SamplingDiagnostics:
         """How the last draws of :meth:`sample` were made, and how good they are.
@@ -236,6 +263,80 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         """What is known of the energy without sampling, or ``None``."""
         return self.energy.closed_form()
 
+    @classmethod
+    def infer_shapes(cls, **arg_shapes: Any) -> Any:
+        """Pyro asks for shapes from shapes; those of an energy are its own.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            f"{cls.__name__} has the event_shape and batch_shape of its energy, not of "
+            "the shapes of arguments. Build it, and ask for .event_shape."
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, of a closed form.
+
+        Raises:
+            NotImplementedError: If there is none, as for the other moments.
+        """
+        mean: Tensor = self._normal_form("mean").mean
+        return mean.expand(self.batch_shape + self.event_shape)
+
+    @property
+    def mode(self) -> Tensor:
+        """The mode, of a closed form."""
+        mode: Tensor = self._normal_form("mode").mode
+        return mode.expand(self.batch_shape + self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of each coordinate, of a closed form."""
+        variance: Tensor = self._normal_form("variance").variance
+        return variance.expand(self.batch_shape + self.event_shape)
+
+    def entropy(self) -> Tensor:
+        """The entropy in nats, of a closed form, shape ``(*batch,)``."""
+        entropy: Tensor = self._normal_form("entropy").entropy()
+        return entropy.expand(self.batch_shape)
+
+    def _normal_form(self, name: str) -> Any:
+        """The normalised distribution, for what is known of it alone."""
+        known = self.closed_form()
+        if known is None:
+            raise NotImplementedError(
+                f"{self} has no {name} in closed form. Draw from it, "
+                f"q.sample((10_000,)), or estimate what you need of draws of "
+                "pyro_ebm.mcmc.MCMC, which says how good they are."
+            )
+        return known.distribution
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: numbers, and no graph."""
+        state = {**vars(self), "_proposal": None}
+        if not self._log_partition.is_leaf:
+            state["_log_partition"] = self._log_partition.detach()
+            state["_had_graph"] = True
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state; log Z of a closed form has its gradient again."""
+        had_graph = state.pop("_had_graph", False)
+        self.__dict__.update(state)
+        known = self.energy.closed_form() if had_graph else None
+        if known is not None and torch.allclose(
+            known.log_partition, self._log_partition
+        ):
+            self._log_partition = known.log_partition
+
+    def __copy__(self) -> "EnergyDistribution":
+        """A shallow copy, of the same energy and graph."""
+        new = self.__new__(type(self))
+        new.__dict__.update(vars(self))
+        return new
+
     # Filled in by pyro_ebm.distributions.conditional, which builds on this class.
     _condition: ClassVar[Callable[..., "EnergyDistribution"]]
 
@@ -254,6 +355,8 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         """See ``TorchDistribution.to_event``."""
         if reinterpreted_batch_ndims is None:
             reinterpreted_batch_ndims = len(self.batch_shape)
+        if reinterpreted_batch_ndims == 0:
+            return self
         return _IndependentEnergies(self, reinterpreted_batch_ndims)
 
     def mask(self, mask: "bool | Tensor") -> dist.TorchDistribution:
@@ -278,9 +381,11 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         known = self.closed_form()
         if known is None:
             raise NotImplementedError(
-                f"{self} stands in a guide, where its log_prob must be normalised with "
-                "a gradient, and its log Z has no closed form. Use a normalised guide "
-                "(an AutoGuide, a flow), or put the energy in the model."
+                f"{self} stands in a guide, or in a model under an ELBO that scores "
+                "the model's own draws (TraceTMC_ELBO): there its log_prob must be "
+                "normalised with a gradient, and its log Z has no closed form. Use a "
+                "normalised guide (an AutoGuide, a flow) and put the energy in the "
+                "model, under another ELBO."
             )
         exact = known.log_partition
         needs_gradient = torch.is_grad_enabled() and exact.requires_grad
@@ -288,10 +393,11 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
             needs_gradient and not self.log_partition.requires_grad
         ):
             raise NotImplementedError(
-                f"{self} stands in a guide, where its log_prob must be normalised with "
-                f"a gradient; log_partition is {self.log_partition.item():.6g}, the "
-                f"closed form is {exact.item():.6g}. Build the distribution by an "
-                "EnergyModel, or leave log_partition=None."
+                f"{self} stands in a guide, or in a model under TraceTMC_ELBO, where "
+                "its log_prob must be normalised with a gradient; log_partition is "
+                f"{self.log_partition.item():.6g}, the closed form is "
+                f"{exact.item():.6g}. Build the distribution by an EnergyModel, or "
+                "leave log_partition=None."
             )
 
     def require_no_free_log_partition(self) -> None:
@@ -330,6 +436,31 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
             "an EnergyModel or pyro_ebm.infer.Learn. If it is a module or parameter "
             "that a closure hides, hand the module to FunctionEnergy as fn, or detach "
             "it. (To evaluate only: torch.no_grad().)"
+        )
+
+    def _require_no_proposal(self, x: Tensor) -> None:
+        """Refuse to weigh a draw by a density that is not normalised."""
+        if self._proposal is None or self._proposal() is not x:
+            return
+        raise NotImplementedError(
+            f"{self} stands in a guide: its draw is to be weighed by its density, and "
+            "log Z, which shifts every weight, is missing. Give it one, "
+            "EnergyDistribution(energy, "
+            "pyro_ebm.partition.estimate(energy, base)), or use a normalised guide."
+        )
+
+    def _require_no_latents(self) -> None:
+        """Refuse an energy of latent variables that no gradient tells of."""
+        names = {name for e in _own_energies(self.energy) for name in e.built_after}
+        if not names:
+            return
+        raise NotImplementedError(
+            f"the energy of {self} was built by a model that had sampled "
+            f"{', '.join(sorted(names))}, and log Z, which is missing, may depend on "
+            "what it was built of: the weights of Importance, SMCFilter or enumeration "
+            "would be off by it. Give a log_partition that is a function of the latent "
+            "variables (exact, by partition.estimate, or amortised), or build the "
+            "energy outside of the model if it depends on none of them."
         )
 
     @property
@@ -381,6 +512,34 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
 
     def _repr_html_(self) -> str:
         return distribution_html(self, f"exp(-f(x)) / Z, f: {self._formula()}")
+
+
+def _draws_are_weighed() -> bool:
+    """Whether a guide is being run whose draws are going to be weighed.
+
+    Importance and SMCFilter hide its trace from handlers around them. Replayed runs,
+    the model's own prior and the search for initial values have a handler further in.
+    """
+    handlers = [
+        handler
+        for handler in _PYRO_STACK
+        if isinstance(
+            handler, BlockMessenger | TraceMessenger | ReplayMessenger | InitMessenger
+        )
+    ]
+    traced = [k for k, h in enumerate(handlers) if isinstance(h, TraceMessenger)]
+    if not traced or traced[-1] + 1 < len(handlers):
+        return False
+    return any(isinstance(h, BlockMessenger) for h in handlers[: traced[-1]])
+
+
+def _own_energies(energy: Energy) -> Iterator[Energy]:
+    """Those inside an energy that were given something else than energies."""
+    for part in energy.modules():
+        if isinstance(part, Energy):
+            energies = [m for m in part.modules() if isinstance(m, Energy)]
+            if len(energies) == 1 or any(b is not None for b in part._buffers.values()):
+                yield part
 
 
 class _IndependentEnergies(dist.Independent):
@@ -454,3 +613,26 @@ def _bind_parameters(energy: Energy) -> None:
             with module._pyro_context:
                 for name in (*module._pyro_params, *module._parameters):
                     getattr(module, name)
+
+
+def _normalised(distribution: Any) -> Any:
+    """What torch knows the divergences of."""
+    if isinstance(distribution, EnergyDistribution):
+        inner = distribution._normal_form("Kullback-Leibler divergence")
+        shape = distribution.batch_shape
+        distribution = inner if inner.batch_shape == shape else inner.expand(shape)
+    normal = getattr(distribution, "base_dist", None)
+    if distribution.event_dim == 1 and isinstance(normal, torch.distributions.Normal):
+        loc, scale = normal.loc, normal.scale.diag_embed()
+        return dist.MultivariateNormal(loc, scale_tril=scale, validate_args=False)
+    return distribution
+
+
+def _divergence(p: Any, q: Any) -> Tensor:
+    """The divergence of two distributions, of which some are energies."""
+    return kl_divergence(_normalised(p), _normalised(q))
+
+
+register_kl(EnergyDistribution, EnergyDistribution)(_divergence)
+register_kl(EnergyDistribution, torch.distributions.Distribution)(_divergence)
+register_kl(torch.distributions.Distribution, EnergyDistribution)(_divergence)

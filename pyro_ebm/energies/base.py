@@ -22,6 +22,10 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from pyro.nn import PyroModule
+from pyro.poutine.condition_messenger import ConditionMessenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
@@ -73,6 +77,10 @@ class Energy(nn.Module):
         tensor([0., 1., 0.])
     """
 
+    #: Latent sites without a gradient that a Pyro model had sampled before it built the
+    #: energy, which may hence depend on them.
+    built_after: tuple[str, ...] = ()
+
     def __init__(
         self,
         event_shape: Sequence[int] | None = None,
@@ -108,6 +116,8 @@ class Energy(nn.Module):
                 f"constraints.independent(support, {event_dim - support.event_dim})."
             )
         self.support = _unwrap_mixture(support)
+        if _PYRO_STACK:
+            self.built_after = _latents_without_gradient()
 
     def _init_module(self) -> None:
         """Initialise the module, and the ``PyroModule`` if it is one as well."""
@@ -260,6 +270,15 @@ class Energy(nn.Module):
         """
         return None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: tensors with a graph become numbers."""
+        inherited: Any = getattr(super(), "__getstate__", vars(self).copy)()
+        buffers = {
+            name: value if value is None or value.is_leaf else value.detach()
+            for name, value in self._buffers.items()
+        }
+        return {**inherited, "_buffers": buffers}
+
     # Operators return subclasses of this very class, so the two constructors are
     # filled in by pyro_ebm.energies.algebra once it has defined them.
     _linear: ClassVar[Callable[..., "Energy"]]
@@ -334,6 +353,25 @@ def require_precision(tensor: Tensor, name: str) -> None:
             "has three digits. Convert data, parameters and modules with .float(), and "
             "compute without autocast."
         )
+
+
+def _latents_without_gradient() -> tuple[str, ...]:
+    """Latent sites in the runs that are being traced.
+
+    WeighedPredictive puts its draws in by conditioning, so that what a handler has
+    conditioned counts as latent; what the model observes itself does not.
+    """
+    conditioned = [h.data for h in _PYRO_STACK if isinstance(h, ConditionMessenger)]
+    traces = [h.trace for h in _PYRO_STACK if isinstance(h, TraceMessenger)]
+    sites = {name: site for trace in traces for name, site in trace.nodes.items()}
+    return tuple(
+        name
+        for name, site in sites.items()
+        if site["type"] == "sample"
+        and not (site["is_observed"] and not any(name in c for c in conditioned))
+        and not site_is_subsample(site)
+        and not getattr(site["value"], "requires_grad", False)
+    )
 
 
 @functools.cache
