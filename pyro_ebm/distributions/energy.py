@@ -6,6 +6,7 @@ r"""An energy as a Pyro distribution.
 
 __all__ = ["EnergyDistribution", "leaves"]
 
+import dataclasses
 import math
 import warnings
 import weakref
@@ -31,7 +32,9 @@ from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.pool import draw, last_diagnostics
 from pyro_ebm.distributions.representation import distribution_html, log_partition_text
 from pyro_ebm.energies import ClosedForm, Energy, PyroModelEnergy
+from pyro_ebm.energies.base import expands_to
 from pyro_ebm.energies.pyro_modules import name_pyro_modules
+from pyro_ebm.energies.views.batch import JointEnergy
 from pyro_ebm.mcmc import IndependentChains, Sampler, SamplingDiagnostics
 from pyro_ebm.partition import LogPartitionEstimate
 
@@ -46,8 +49,9 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
 
     Args:
         energy: The energy :math:`f`.
-        log_partition: :math:`\log Z` in nats: a number, a scalar tensor, an estimate of
-            :mod:`pyro_ebm.partition`, or ``None`` for that of the energy's closed form.
+        log_partition: :math:`\log Z` in nats: a number, a tensor of the energy's batch
+            shape, an estimate of :mod:`pyro_ebm.partition`, or ``None`` for that of the
+            energy's closed form.
             Without one it is unknown, counts as 0, and ``is_normalized`` is false.
         sampler: How to draw; default: one HMC chain a draw, or exactly where the energy
             has a closed form.
@@ -55,8 +59,8 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
 
     Raises:
         TypeError: If ``energy`` is no :class:`~pyro_ebm.energies.Energy`.
-        ValueError: If ``log_partition`` is not one number, or an estimate says that
-            there is no partition function.
+        ValueError: If ``log_partition`` is not one number, or one for each energy of a
+            batch, or an estimate says that there is no partition function.
         NotImplementedError: If a parameter of the energy is a random variable.
 
     Exactness: ``log_prob`` is *exact* given an exact ``log_partition``, *unnormalised*
@@ -109,11 +113,12 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         self.sampler = sampler
         # The module that keeps parameters and chains, set by EnergyModel.
         self.owner: Any = None
-        super().__init__(torch.Size(), energy.event_shape, validate_args=validate_args)
+        shapes = energy.batch_shape, energy.event_shape
+        super().__init__(*shapes, validate_args=validate_args)
 
     @property
     def log_partition(self) -> Tensor:
-        r""":math:`\log Z` in nats, shape ``()``.
+        r""":math:`\log Z` in nats, of the energy's batch shape.
 
         Of an :class:`~pyro_ebm.EnergyModel` in ``train()`` it has the gradient
         :math:`-\mathbb{E}_q[\partial f]` while gradients are on.
@@ -140,11 +145,7 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
             ValueError: If the present one does not expand to it.
         """
         wanted, present = tuple(batch_shape), tuple(self.batch_shape)
-        try:
-            is_larger = broadcast_shape(wanted, present) == wanted
-        except ValueError:
-            is_larger = False
-        if not is_larger:
+        if not expands_to(self.batch_shape, torch.Size(wanted)):
             raise ValueError(
                 f"batch_shape must be one that {present}, the present batch_shape, "
                 f"expands to, got {wanted}. New sizes go to the left, and only sizes "
@@ -223,12 +224,21 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         closed_form = self.closed_form() if self.sampler is None else None
         # Inference mode cannot be left by enable_grad, as chains need.
         with torch.inference_mode(mode=False), torch.no_grad():
-            if closed_form is not None:
+            if closed_form is not None and self.energy.batch_shape:
+                whole = closed_form.distribution.expand(self.batch_shape)
+                draws = whole.sample(torch.Size(sample_shape))
+            elif closed_form is not None:
                 draws = closed_form.distribution.sample(torch.Size([num_draws]))
-            elif any(isinstance(handler, InitMessenger) for handler in _PYRO_STACK):
-                draws = self._sampler.start(self.energy, num_draws)
             else:
-                draws = draw(self.energy, self._sampler, num_draws)
+                target, sampler = self.energy, self._sampler
+                if target.batch_shape:  # all members at once
+                    target = JointEnergy(target, self.batch_shape)
+                    sampler = _of_all(sampler, self.batch_shape)
+                    num_draws = math.prod(sample_shape)
+                if any(isinstance(handler, InitMessenger) for handler in _PYRO_STACK):
+                    draws = sampler.start(target, num_draws)
+                else:
+                    draws = draw(target, sampler, num_draws)
         draws = draws.reshape(shape)
         self._proposal = weakref.ref(draws) if _draws_are_weighed() else None
         return draws
@@ -237,7 +247,8 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         """How the last draws of :meth:`sample` were made, and how good they are.
 
         Returns:
-            ``"exact"`` by a closed form; by chains their R-hat and a verdict.
+            ``"exact"`` by a closed form; by chains their R-hat and a verdict. Of a
+            batch of energies without a closed form it is not kept.
 
         Raises:
             RuntimeError: If nothing was drawn since the energy changed.
@@ -395,8 +406,8 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
             raise NotImplementedError(
                 f"{self} stands in a guide, or in a model under TraceTMC_ELBO, where "
                 "its log_prob must be normalised with a gradient; log_partition is "
-                f"{self.log_partition.item():.6g}, the closed form is "
-                f"{exact.item():.6g}. Build the distribution by an EnergyModel, or "
+                f"{_shown(self.log_partition)}, the closed form is "
+                f"{_shown(exact)}. Build the distribution by an EnergyModel, or "
                 "leave log_partition=None."
             )
 
@@ -470,7 +481,7 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
     def _expanded(self, x: Tensor) -> Tensor:
         """The points, checked, in the shape ``(*sample, *batch, *event)``."""
         # A size of 1 would broadcast along the event without a word.
-        shape = self.energy.batch_shape_of(x)
+        shape = self.energy.shape_without_event(x)
         try:
             shape = broadcast_shape(shape, self.batch_shape)  # torch's loads sympy
         except ValueError:
@@ -512,6 +523,19 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
 
     def _repr_html_(self) -> str:
         return distribution_html(self, f"exp(-f(x)) / Z, f: {self._formula()}")
+
+
+def _of_all(sampler: Any, batch_shape: torch.Size) -> Any:
+    """A sampler with the base of one energy, for all energies of a batch at once."""
+    base = getattr(sampler, "base", None)
+    if base is None or base.batch_shape or not dataclasses.is_dataclass(sampler):
+        return sampler
+    bases = base.expand(batch_shape).to_event(len(batch_shape))
+    return dataclasses.replace(sampler, base=bases)  # type: ignore[type-var]
+
+
+def _shown(value: Tensor) -> str:
+    return ", ".join(f"{number:.6g}" for number in value.detach().flatten().tolist())
 
 
 def _draws_are_weighed() -> bool:
@@ -569,7 +593,7 @@ def _as_scalar(
     log_partition: "float | Tensor | LogPartitionEstimate | None", energy: Energy
 ) -> Tensor:
     if log_partition is None:
-        return torch.zeros((), **energy.tensor_options())
+        return torch.zeros(energy.batch_shape, **energy.tensor_options())
     if isinstance(log_partition, LogPartitionEstimate):
         if log_partition.status == "not_normalizable":
             raise ValueError(
@@ -585,9 +609,14 @@ def _as_scalar(
                 "log_partition must be a number, got nan. Give None if it is unknown."
             )
         log_partition = torch.as_tensor(log_partition, **energy.tensor_options())
-    if log_partition.numel() != 1:
+    batch_shape = energy.batch_shape
+    if batch_shape and expands_to(log_partition.shape, batch_shape):
+        return log_partition.expand(batch_shape)
+    if batch_shape or log_partition.numel() != 1:
         raise ValueError(
-            f"log_partition must be one number, got shape {tuple(log_partition.shape)}."
+            "log_partition must be one number"
+            + (f", or of batch_shape {tuple(batch_shape)}" if batch_shape else "")
+            + f", got shape {tuple(log_partition.shape)}."
         )
     return log_partition.reshape(()) if log_partition.dim() else log_partition
 

@@ -10,7 +10,14 @@ An energy :math:`f: \mathcal{X} \to \mathbb{R}`, in nats, is half of a distribut
 :math:`\log Z`, is the business of :mod:`pyro_ebm.partition`.
 """
 
-__all__ = ["ClosedForm", "Energy", "live_or_parameter", "require_precision"]
+__all__ = [
+    "ClosedForm",
+    "Energy",
+    "expands_to",
+    "live_or_parameter",
+    "require_no_batch",
+    "require_precision",
+]
 
 import copy
 import functools
@@ -21,6 +28,7 @@ from typing import Any, ClassVar, NamedTuple
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
+from pyro.distributions.util import broadcast_shape
 from pyro.nn import PyroModule
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -34,10 +42,10 @@ class ClosedForm(NamedTuple):
     r"""What is known of an energy without sampling.
 
     Attributes:
-        log_partition: :math:`\log Z` in nats, shape ``()``, differentiable in the
-            parameters.
+        log_partition: :math:`\log Z` in nats, of the energy's batch shape,
+            differentiable in the parameters.
         distribution: The normalised Pyro distribution that equals
-            :math:`e^{-f} / Z`; it is sampled exactly.
+            :math:`e^{-f} / Z`, of the same batch shape; it is sampled exactly.
 
     Exactness: *exact*.
 
@@ -60,10 +68,15 @@ class Energy(nn.Module):
     the result, so that an energy that returns ``(..., 1)`` or integers is found at
     its first use.
 
+    One object may hold a batch of energies, as a distribution may: with parameters or
+    contexts of a ``batch_shape``, points of shape ``(*sample, *batch, *event)`` have
+    energies of shape ``(*sample, *batch)``, and :math:`\log Z` has the batch shape.
+
     Args:
         event_shape: Shape of one point ``x``.
         support: Constraint with ``event_dim == len(event_shape)``; default: all of
             :math:`\mathbb{R}^{\mathrm{event\_shape}}`.
+        batch_shape: Of the energies that these are; default: one energy.
 
     Raises:
         TypeError: If ``event_shape`` is a number or ``support`` no constraint.
@@ -77,6 +90,9 @@ class Energy(nn.Module):
         tensor([0., 1., 0.])
     """
 
+    batch_shape: torch.Size = torch.Size()
+    #: Of the context that :meth:`given` takes; ``None`` if the energy has none.
+    context_shape: torch.Size | None = None
     #: Latent sites without a gradient that a Pyro model had sampled before it built the
     #: energy, which may hence depend on them.
     built_after: tuple[str, ...] = ()
@@ -85,6 +101,7 @@ class Energy(nn.Module):
         self,
         event_shape: Sequence[int] | None = None,
         support: Constraint | None = None,
+        batch_shape: Sequence[int] = (),
     ) -> None:
         self._init_module()
         if event_shape is None:
@@ -100,6 +117,7 @@ class Energy(nn.Module):
                 f"number {event_shape}."
             )
         self.event_shape = torch.Size(event_shape)
+        self.batch_shape = torch.Size(batch_shape)
         event_dim = len(self.event_shape)
         if support is None:
             support = constraints.independent(constraints.real, event_dim)
@@ -158,10 +176,10 @@ class Energy(nn.Module):
         """Energy of each point.
 
         Args:
-            x: Points of shape ``(*batch, *event)``.
+            x: Points of shape ``(*sample, *batch, *event)``.
 
         Returns:
-            Energies in nats, shape ``(*batch,)``.
+            Energies in nats, shape ``(*sample, *batch)``.
         """
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -188,22 +206,45 @@ class Energy(nn.Module):
         """Shape of ``x`` without its event, which must be that of the energy.
 
         Args:
-            x: Points of shape ``(*batch, *event)``.
+            x: Points of shape ``(*sample, *batch, *event)``.
 
         Returns:
-            ``batch``.
+            ``(*sample, *batch)``.
+
+        Raises:
+            ValueError: If ``x`` does not end in the event shape, or has no value for
+                each energy of a batch.
+        """
+        shape = self.shape_without_event(x)
+        if self.batch_shape and not expands_to(self.batch_shape, shape):
+            raise ValueError(
+                f"x must have shape (*sample, *batch, *event) with batch_shape "
+                f"{tuple(self.batch_shape)} of {type(self).__name__} and event_shape "
+                f"{tuple(self.event_shape)}, got {tuple(x.shape)}. For the same points "
+                "in each energy of the batch, expand them."
+            )
+        return shape
+
+    def shape_without_event(self, x: Tensor) -> torch.Size:
+        """The same of points that are still to be expanded to the batch.
+
+        Args:
+            x: Points of shape ``(*any, *event)``.
+
+        Returns:
+            ``any``.
 
         Raises:
             ValueError: If ``x`` does not end in the event shape.
         """
-        batch_dim = x.dim() - self.event_dim
-        if batch_dim < 0 or x.shape[batch_dim:] != self.event_shape:
+        num_dims = x.dim() - self.event_dim
+        if num_dims < 0 or x.shape[num_dims:] != self.event_shape:
             raise ValueError(
                 f"x must have shape (*batch, {_join(self.event_shape)}) to match the "
                 f"event_shape of {type(self).__name__}, got {tuple(x.shape)}. Reshape "
                 "the data or build the energy with another event_shape."
             )
-        return x.shape[:batch_dim]
+        return x.shape[:num_dims]
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""Energy and its gradient in ``x`` in one autograd pass.
@@ -240,6 +281,23 @@ class Energy(nn.Module):
                 "found by pyro_ebm.partition.importance_sampling."
             )
         return energy.detach(), grad
+
+    def given(self, context: Tensor) -> "Energy":
+        """The energy in a context, or in a batch of contexts.
+
+        Args:
+            context: Shape ``(*batch, *context)``.
+
+        Returns:
+            An energy with the batch shape of the contexts.
+
+        Raises:
+            NotImplementedError: If the energy is a function of ``x`` alone.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} takes no context. Write the energy as "
+            "FunctionEnergy(fn, event_shape, context_shape=...) with fn(x, context)."
+        )
 
     def correction(self, x: Tensor) -> Tensor:
         """The energy without that of its base, which is not learned.
@@ -313,6 +371,29 @@ class Energy(nn.Module):
     def exp(self) -> "Energy":
         r"""The energy :math:`\exp(f(x))`, the question of the text's section 1.3."""
         return Energy._exp(self)
+
+
+def expands_to(batch_shape: torch.Size, shape: torch.Size) -> bool:
+    """Whether tensors of a batch shape expand to a shape."""
+    try:
+        return tuple(broadcast_shape(batch_shape, shape)) == tuple(shape)
+    except ValueError:
+        return False
+
+
+def require_no_batch(energy: "Energy", name: str = "energy") -> None:
+    """Check that the argument ``name`` is a single energy.
+
+    Raises:
+        ValueError: If it is a batch of energies.
+    """
+    if energy.batch_shape:
+        raise ValueError(
+            f"{name} must be one energy here, got a batch of shape "
+            f"{tuple(energy.batch_shape)}. Take one by "
+            "pyro_ebm.energies.select(energy, i); EnergyDistribution(energy) has draws "
+            "and log_prob of all of them."
+        )
 
 
 def live_or_parameter(module: nn.Module, name: str, value: Tensor) -> None:

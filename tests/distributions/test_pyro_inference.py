@@ -259,3 +259,73 @@ def test_pyro_param_given_to_an_energy_is_learned():
     map_of(model)
     expected = torch.tensor([2.0, -2.0])
     torch.testing.assert_close(pyro.param("loc").detach(), expected, atol=1e-3, rtol=0)
+
+
+# Batches of energies ------------------------------------------------------------------
+
+
+def test_energies_of_a_latent_in_a_plate():
+    """``x_n ~ N(z_n, 1)``, ``z_n ~ N(mu, 1)``, ``mu ~ N(0, 1)``: a linear model."""
+    x = torch.tensor([[2.0, -2.0], [0.0, 1.0], [4.0, 1.0]])
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(mu, 1.0).to_event(1))
+            pyro.sample("x", EnergyDistribution(QuadraticEnergy(z)), obs=x)
+
+    found = map_of(model)
+    mu = x.sum(0) / 5  # of 3 observations of variance 2 and a prior of variance 1
+    torch.testing.assert_close(found["mu"], mu, atol=2e-3, rtol=0)
+    torch.testing.assert_close(found["z"], (mu + x) / 2, atol=2e-3, rtol=0)
+
+
+def test_particles_and_plates_around_a_batch():
+    x = torch.randn(3, 2)
+
+    def model(build):
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", build(z), obs=x)
+
+    def guide(build):
+        loc = pyro.param("loc", torch.zeros(3, 2))
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(loc, 0.5).to_event(1))
+
+    elbo = Trace_ELBO(num_particles=5, vectorize_particles=True, max_plate_nesting=1)
+    losses = []
+    for build in (
+        lambda z: EnergyDistribution(QuadraticEnergy(z)),
+        lambda z: dist.Normal(z, 1.0).to_event(1),
+    ):
+        pyro.set_rng_seed(0)
+        losses.append(elbo.loss(model, guide, build))
+    assert losses[0] == pytest.approx(losses[1])
+
+
+def test_a_network_of_contexts_is_learned():
+    """A conditional Gaussian by its energy, beside the same as Pyro's own."""
+    c = torch.linspace(-1, 1, 200)[:, None]
+    x = torch.cat([2 * c, 1 - c], -1) + 0.5 * torch.randn(200, 2)
+    found = []
+    for build in (
+        lambda loc, a: EnergyDistribution(QuadraticEnergy(loc, a)),
+        lambda loc, a: dist.MultivariateNormal(loc, precision_matrix=a),
+    ):
+        torch.manual_seed(0)
+        pyro.clear_param_store()
+        network = torch.nn.Linear(1, 2)
+
+        def model(build=build, network=network):
+            pyro.module("network", network)
+            scale = pyro.param("scale", torch.tensor(1.0))
+            with pyro.plate("data", 200):
+                q = build(network(c), scale.exp() * torch.eye(2))
+                pyro.sample("x", q, obs=x)
+
+        svi = SVI(model, lambda: None, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+        for _ in range(30):
+            svi.step()
+        found.append(torch.cat([network.weight.flatten(), pyro.param("scale")[None]]))
+    torch.testing.assert_close(*found)

@@ -56,7 +56,7 @@ def test_optimiser_step_keeps_the_precision_positive_definite(energy):
     [
         (
             torch.eye(2),
-            r"precision must have shape \(3, 3\) to match loc, got \(2, 2\)",
+            r"precision must have shape \(\*batch, 3, 3\) to match .*got \(2, 2\)",
         ),
         (-torch.eye(3), "positive definite"),
         (torch.eye(3) + torch.eye(3).roll(1, 0) / 9, "differs from its transpose"),
@@ -69,8 +69,10 @@ def test_wrong_precision_is_an_error(precision, message):
 
 
 def test_wrong_loc_is_an_error():
-    with pytest.raises(ValueError, match=r"loc must have shape \(D,\), got \(2, 2\)"):
-        QuadraticEnergy(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=r"loc must have shape \(\*batch, D\), got \("):
+        QuadraticEnergy(torch.zeros(()))
+    with pytest.raises(ValueError, match=r"to match loc of shape \(3, 2\), got \(4, 2"):
+        QuadraticEnergy(torch.zeros(3, 2), torch.eye(2).expand(4, 2, 2))
 
 
 def test_tensors_with_a_graph_stay_live():

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, biject_to
 
-from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.base import ClosedForm, Energy, require_no_batch
 from pyro_ebm.energies.corrections import map_tensors
 from pyro_ebm.energies.discrete.finite import finite_values
 from pyro_ebm.energies.graphs.compiled import CompiledEnergy
@@ -50,6 +50,7 @@ def in_double(energy: Energy) -> Energy:
         A :class:`PyroModelEnergy` for one; else an energy whose ``tensor_options`` say
         double precision.
     """
+    require_no_batch(energy)
     if isinstance(energy, PyroModelEnergy):
         return energy.in_double()
     if isinstance(energy, CompiledEnergy):

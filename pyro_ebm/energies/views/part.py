@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.base import ClosedForm, Energy, require_no_batch
 from pyro_ebm.energies.closed_form.gaussian import (
     GaussianForm,
     gaussian_closed_form,
@@ -76,6 +76,7 @@ class PartEnergy(Energy):
         support: Constraint | None = None,
     ) -> None:
         expert = as_expert(energy)
+        require_no_batch(expert)
         shape = torch.Size(event_shape)
         if not indices:
             raise ValueError(

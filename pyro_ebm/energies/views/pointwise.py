@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyro_ebm.energies.base import Energy
+from pyro_ebm.energies.base import Energy, require_no_batch
 
 #: Points that are evaluated alone.
 _NUM_ALONE = 3
@@ -32,7 +32,7 @@ def check_pointwise(energy: Energy, x: Tensor) -> None:
         x: Two points or more, shape ``(*batch, *event)``, in the support.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it is not, or is a batch of energies.
 
     Example:
         >>> energy = pyro_ebm.energies.FunctionEnergy(lambda x: x - x.mean(), ())
@@ -40,6 +40,7 @@ def check_pointwise(energy: Energy, x: Tensor) -> None:
         Traceback (most recent call last):
         ValueError: energy must be a function of one point...
     """
+    require_no_batch(energy)
     points = x.detach().reshape(-1, *energy.event_shape)
     with _unchanged(energy):
         together = energy(points)
