@@ -316,7 +316,7 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
     def _normal_form(self, name: str) -> Any:
         """The normalised distribution, for what is known of it alone."""
         known = self.closed_form()
-        if known is None:
+        if known is None or isinstance(known.distribution, EnergyDistribution):
             raise NotImplementedError(
                 f"{self} has no {name} in closed form. Draw from it, "
                 f"q.sample((10_000,)), or estimate what you need of draws of "

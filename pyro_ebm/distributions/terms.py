@@ -226,6 +226,8 @@ def _normalised(term: Term) -> dist.TorchDistribution | None:
 
 def _log_volume(distribution: Any) -> float:
     """Log of the product of all variances, infinite where it is not known."""
+    if isinstance(distribution, MixtureOfExperts):
+        return math.inf  # wide by its distances, not by what it covers
     try:
         volume = number_of(distribution.variance.double().log().sum())
     except NotImplementedError:

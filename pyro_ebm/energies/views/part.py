@@ -30,7 +30,7 @@ from pyro_ebm.energies.closed_form.gaussian import (
     gaussian_closed_form,
     gaussian_form,
 )
-from pyro_ebm.energies.distribution import DistributionEnergy
+from pyro_ebm.energies.distribution import DistributionEnergy, require_single
 
 
 @final
@@ -76,6 +76,8 @@ class PartEnergy(Energy):
         support: Constraint | None = None,
     ) -> None:
         expert = as_expert(energy)
+        if isinstance(expert, DistributionEnergy):
+            require_single(expert.distribution, "energy")
         require_no_batch(expert)
         shape = torch.Size(event_shape)
         if not indices:
