@@ -51,8 +51,8 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         energy: The energy :math:`f`.
         log_partition: :math:`\log Z` in nats: a number, a tensor of the energy's batch
             shape, an estimate of :mod:`pyro_ebm.partition`, or ``None`` for that of the
-            energy's closed form.
-            Without one it is unknown, counts as 0, and ``is_normalized`` is false.
+            energy's closed form. Without one it is unknown, counts as 0, and
+            ``is_normalized`` is false.
         sampler: How to draw; default: one HMC chain a draw, or exactly where the energy
             has a closed form.
         validate_args: Whether ``log_prob`` checks its argument; Pyro's default.
@@ -130,6 +130,7 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
     @log_partition.setter
     def log_partition(self, value: Tensor) -> None:
         self._log_partition, self._gradient = value, None
+        self._is_known = True
 
     @property
     def support(self) -> constraints.Constraint:
@@ -611,7 +612,9 @@ def _as_scalar(
         log_partition = torch.as_tensor(log_partition, **energy.tensor_options())
     batch_shape = energy.batch_shape
     if batch_shape and expands_to(log_partition.shape, batch_shape):
-        return log_partition.expand(batch_shape)
+        is_free = log_partition.requires_grad and log_partition.is_leaf
+        # What is free is refused when used, and must be known as that.
+        return log_partition if is_free else log_partition.expand(batch_shape)
     if batch_shape or log_partition.numel() != 1:
         raise ValueError(
             "log_partition must be one number"

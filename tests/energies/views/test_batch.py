@@ -231,3 +231,11 @@ def test_the_log_partition_of_each_energy_is_estimated_one_by_one():
 def test_batch_shapes_must_broadcast():
     with pytest.raises(ValueError, match="batch shapes that broadcast"):
         quadratic(3) + quadratic(4)
+
+
+def test_a_free_log_partition_of_a_batch_is_refused():
+    """Expanding it made it a function of a parameter, which is not refused."""
+    for shape in ((4, 3), (3,), ()):
+        q = EnergyDistribution(given(), torch.nn.Parameter(torch.zeros(shape)))
+        with pytest.raises(ValueError, match="log_partition is a free parameter"):
+            q.log_prob(torch.zeros(2))
