@@ -6,9 +6,11 @@ r"""An energy as a Pyro distribution.
 
 __all__ = ["EnergyDistribution", "leaves"]
 
+import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import pyro
@@ -17,9 +19,12 @@ import torch
 from pyro.distributions.util import broadcast_shape
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
+from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import constraints, kl_divergence, register_kl
 
 from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.core.verdict import Status
@@ -27,6 +32,9 @@ from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.pool import draw, last_diagnostics
 from pyro_ebm.distributions.representation import distribution_html, log_partition_text
 from pyro_ebm.energies import ClosedForm, Energy, PyroModelEnergy
+from pyro_ebm.energies.base import expands_to
+from pyro_ebm.energies.pyro_modules import name_pyro_modules
+from pyro_ebm.energies.views.batch import JointEnergy
 from pyro_ebm.mcmc import IndependentChains, Sampler, SamplingDiagnostics
 from pyro_ebm.partition import LogPartitionEstimate
 
@@ -41,17 +49,18 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
 
     Args:
         energy: The energy :math:`f`.
-        log_partition: :math:`\log Z` in nats: a number, a scalar tensor, an estimate of
-            :mod:`pyro_ebm.partition`, or ``None`` for that of the energy's closed form.
-            Without one it is unknown, counts as 0, and ``is_normalized`` is false.
+        log_partition: :math:`\log Z` in nats: a number, a tensor of the energy's batch
+            shape, an estimate of :mod:`pyro_ebm.partition`, or ``None`` for that of the
+            energy's closed form. Without one it is unknown, counts as 0, and
+            ``is_normalized`` is false.
         sampler: How to draw; default: one HMC chain a draw, or exactly where the energy
             has a closed form.
         validate_args: Whether ``log_prob`` checks its argument; Pyro's default.
 
     Raises:
         TypeError: If ``energy`` is no :class:`~pyro_ebm.energies.Energy`.
-        ValueError: If ``log_partition`` is not one number, or an estimate says that
-            there is no partition function.
+        ValueError: If ``log_partition`` is not one number, or one for each energy of a
+            batch, or an estimate says that there is no partition function.
         NotImplementedError: If a parameter of the energy is a random variable.
 
     Exactness: ``log_prob`` is *exact* given an exact ``log_partition``, *unnormalised*
@@ -94,6 +103,9 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         self.log_partition_std_error: float | Tensor = 0.0
         if isinstance(log_partition, LogPartitionEstimate):
             self.log_partition_std_error = log_partition.std_error
+        self._is_known = log_partition is not None
+        #: Drawn in a run whose draws an algorithm is to weigh.
+        self._proposal: weakref.ref[Tensor] | None = None
         self.is_normalized = log_partition is not None and (
             not isinstance(log_partition, LogPartitionEstimate)
             or log_partition.is_reliable
@@ -101,11 +113,12 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         self.sampler = sampler
         # The module that keeps parameters and chains, set by EnergyModel.
         self.owner: Any = None
-        super().__init__(torch.Size(), energy.event_shape, validate_args=validate_args)
+        shapes = energy.batch_shape, energy.event_shape
+        super().__init__(*shapes, validate_args=validate_args)
 
     @property
     def log_partition(self) -> Tensor:
-        r""":math:`\log Z` in nats, shape ``()``.
+        r""":math:`\log Z` in nats, of the energy's batch shape.
 
         Of an :class:`~pyro_ebm.EnergyModel` in ``train()`` it has the gradient
         :math:`-\mathbb{E}_q[\partial f]` while gradients are on.
@@ -117,6 +130,7 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
     @log_partition.setter
     def log_partition(self, value: Tensor) -> None:
         self._log_partition, self._gradient = value, None
+        self._is_known = True
 
     @property
     def support(self) -> constraints.Constraint:
@@ -126,7 +140,18 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
     def expand(
         self, batch_shape: Sequence[int], _instance: Any = None
     ) -> "EnergyDistribution":
-        """The same distribution with another batch shape."""
+        """The same distribution with another batch shape.
+
+        Raises:
+            ValueError: If the present one does not expand to it.
+        """
+        wanted, present = tuple(batch_shape), tuple(self.batch_shape)
+        if not expands_to(self.batch_shape, torch.Size(wanted)):
+            raise ValueError(
+                f"batch_shape must be one that {present}, the present batch_shape, "
+                f"expands to, got {wanted}. New sizes go to the left, and only sizes "
+                "of 1 may change."
+            )
         new = self._get_checked_instance(type(self), _instance)
         vars(new).update(vars(self))
         new._batch_shape = torch.Size(batch_shape)
@@ -161,6 +186,9 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
                 ``log_partition`` does not.
         """
         self.require_no_free_log_partition()
+        if not self._is_known:
+            self._require_no_proposal(x)
+            self._require_no_latents()
         x = self._expanded(x)
         value = -self.energy(x)
         log_partition = self.log_partition
@@ -197,19 +225,31 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         closed_form = self.closed_form() if self.sampler is None else None
         # Inference mode cannot be left by enable_grad, as chains need.
         with torch.inference_mode(mode=False), torch.no_grad():
-            if closed_form is not None:
+            if closed_form is not None and self.energy.batch_shape:
+                whole = closed_form.distribution.expand(self.batch_shape)
+                draws = whole.sample(torch.Size(sample_shape))
+            elif closed_form is not None:
                 draws = closed_form.distribution.sample(torch.Size([num_draws]))
-            elif any(isinstance(handler, InitMessenger) for handler in _PYRO_STACK):
-                draws = self._sampler.start(self.energy, num_draws)
             else:
-                draws = draw(self.energy, self._sampler, num_draws)
-        return draws.reshape(shape)
+                target, sampler = self.energy, self._sampler
+                if target.batch_shape:  # all members at once
+                    target = JointEnergy(target, self.batch_shape)
+                    sampler = _of_all(sampler, self.batch_shape)
+                    num_draws = math.prod(sample_shape)
+                if any(isinstance(handler, InitMessenger) for handler in _PYRO_STACK):
+                    draws = sampler.start(target, num_draws)
+                else:
+                    draws = draw(target, sampler, num_draws)
+        draws = draws.reshape(shape)
+        self._proposal = weakref.ref(draws) if _draws_are_weighed() else None
+        return draws
 
     def sampling_diagnostics(self) -> SamplingDiagnostics:
         """How the last draws of :meth:`sample` were made, and how good they are.
 
         Returns:
-            ``"exact"`` by a closed form; by chains their R-hat and a verdict.
+            ``"exact"`` by a closed form; by chains their R-hat and a verdict. Of a
+            batch of energies without a closed form it is not kept.
 
         Raises:
             RuntimeError: If nothing was drawn since the energy changed.
@@ -235,6 +275,80 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         """What is known of the energy without sampling, or ``None``."""
         return self.energy.closed_form()
 
+    @classmethod
+    def infer_shapes(cls, **arg_shapes: Any) -> Any:
+        """Pyro asks for shapes from shapes; those of an energy are its own.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            f"{cls.__name__} has the event_shape and batch_shape of its energy, not of "
+            "the shapes of arguments. Build it, and ask for .event_shape."
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, of a closed form.
+
+        Raises:
+            NotImplementedError: If there is none, as for the other moments.
+        """
+        mean: Tensor = self._normal_form("mean").mean
+        return mean.expand(self.batch_shape + self.event_shape)
+
+    @property
+    def mode(self) -> Tensor:
+        """The mode, of a closed form."""
+        mode: Tensor = self._normal_form("mode").mode
+        return mode.expand(self.batch_shape + self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of each coordinate, of a closed form."""
+        variance: Tensor = self._normal_form("variance").variance
+        return variance.expand(self.batch_shape + self.event_shape)
+
+    def entropy(self) -> Tensor:
+        """The entropy in nats, of a closed form, shape ``(*batch,)``."""
+        entropy: Tensor = self._normal_form("entropy").entropy()
+        return entropy.expand(self.batch_shape)
+
+    def _normal_form(self, name: str) -> Any:
+        """The normalised distribution, for what is known of it alone."""
+        known = self.closed_form()
+        if known is None or isinstance(known.distribution, EnergyDistribution):
+            raise NotImplementedError(
+                f"{self} has no {name} in closed form. Draw from it, "
+                f"q.sample((10_000,)), or estimate what you need of draws of "
+                "pyro_ebm.mcmc.MCMC, which says how good they are."
+            )
+        return known.distribution
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: numbers, and no graph."""
+        state = {**vars(self), "_proposal": None}
+        if not self._log_partition.is_leaf:
+            state["_log_partition"] = self._log_partition.detach()
+            state["_had_graph"] = True
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state; log Z of a closed form has its gradient again."""
+        had_graph = state.pop("_had_graph", False)
+        self.__dict__.update(state)
+        known = self.energy.closed_form() if had_graph else None
+        if known is not None and torch.allclose(
+            known.log_partition, self._log_partition
+        ):
+            self._log_partition = known.log_partition
+
+    def __copy__(self) -> "EnergyDistribution":
+        """A shallow copy, of the same energy and graph."""
+        new = self.__new__(type(self))
+        new.__dict__.update(vars(self))
+        return new
+
     # Filled in by pyro_ebm.distributions.conditional, which builds on this class.
     _condition: ClassVar[Callable[..., "EnergyDistribution"]]
 
@@ -253,6 +367,8 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         """See ``TorchDistribution.to_event``."""
         if reinterpreted_batch_ndims is None:
             reinterpreted_batch_ndims = len(self.batch_shape)
+        if reinterpreted_batch_ndims == 0:
+            return self
         return _IndependentEnergies(self, reinterpreted_batch_ndims)
 
     def mask(self, mask: "bool | Tensor") -> dist.TorchDistribution:
@@ -277,9 +393,11 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         known = self.closed_form()
         if known is None:
             raise NotImplementedError(
-                f"{self} stands in a guide, where its log_prob must be normalised with "
-                "a gradient, and its log Z has no closed form. Use a normalised guide "
-                "(an AutoGuide, a flow), or put the energy in the model."
+                f"{self} stands in a guide, or in a model under an ELBO that scores "
+                "the model's own draws (TraceTMC_ELBO): there its log_prob must be "
+                "normalised with a gradient, and its log Z has no closed form. Use a "
+                "normalised guide (an AutoGuide, a flow) and put the energy in the "
+                "model, under another ELBO."
             )
         exact = known.log_partition
         needs_gradient = torch.is_grad_enabled() and exact.requires_grad
@@ -287,10 +405,11 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
             needs_gradient and not self.log_partition.requires_grad
         ):
             raise NotImplementedError(
-                f"{self} stands in a guide, where its log_prob must be normalised with "
-                f"a gradient; log_partition is {self.log_partition.item():.6g}, the "
-                f"closed form is {exact.item():.6g}. Build the distribution by an "
-                "EnergyModel, or leave log_partition=None."
+                f"{self} stands in a guide, or in a model under TraceTMC_ELBO, where "
+                "its log_prob must be normalised with a gradient; log_partition is "
+                f"{_shown(self.log_partition)}, the closed form is "
+                f"{_shown(exact)}. Build the distribution by an EnergyModel, or "
+                "leave log_partition=None."
             )
 
     def require_no_free_log_partition(self) -> None:
@@ -331,6 +450,31 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
             "it. (To evaluate only: torch.no_grad().)"
         )
 
+    def _require_no_proposal(self, x: Tensor) -> None:
+        """Refuse to weigh a draw by a density that is not normalised."""
+        if self._proposal is None or self._proposal() is not x:
+            return
+        raise NotImplementedError(
+            f"{self} stands in a guide: its draw is to be weighed by its density, and "
+            "log Z, which shifts every weight, is missing. Give it one, "
+            "EnergyDistribution(energy, "
+            "pyro_ebm.partition.estimate(energy, base)), or use a normalised guide."
+        )
+
+    def _require_no_latents(self) -> None:
+        """Refuse an energy of latent variables that no gradient tells of."""
+        names = {name for e in _own_energies(self.energy) for name in e.built_after}
+        if not names:
+            return
+        raise NotImplementedError(
+            f"the energy of {self} was built by a model that had sampled "
+            f"{', '.join(sorted(names))}, and log Z, which is missing, may depend on "
+            "what it was built of: the weights of Importance, SMCFilter or enumeration "
+            "would be off by it. Give a log_partition that is a function of the latent "
+            "variables (exact, by partition.estimate, or amortised), or build the "
+            "energy outside of the model if it depends on none of them."
+        )
+
     @property
     def _sampler(self) -> Sampler:
         return IndependentChains() if self.sampler is None else self.sampler
@@ -338,7 +482,7 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
     def _expanded(self, x: Tensor) -> Tensor:
         """The points, checked, in the shape ``(*sample, *batch, *event)``."""
         # A size of 1 would broadcast along the event without a word.
-        shape = self.energy.batch_shape_of(x)
+        shape = self.energy.shape_without_event(x)
         try:
             shape = broadcast_shape(shape, self.batch_shape)  # torch's loads sympy
         except ValueError:
@@ -382,6 +526,47 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         return distribution_html(self, f"exp(-f(x)) / Z, f: {self._formula()}")
 
 
+def _of_all(sampler: Any, batch_shape: torch.Size) -> Any:
+    """A sampler with the base of one energy, for all energies of a batch at once."""
+    base = getattr(sampler, "base", None)
+    if base is None or base.batch_shape or not dataclasses.is_dataclass(sampler):
+        return sampler
+    bases = base.expand(batch_shape).to_event(len(batch_shape))
+    return dataclasses.replace(sampler, base=bases)  # type: ignore[type-var]
+
+
+def _shown(value: Tensor) -> str:
+    return ", ".join(f"{number:.6g}" for number in value.detach().flatten().tolist())
+
+
+def _draws_are_weighed() -> bool:
+    """Whether a guide is being run whose draws are going to be weighed.
+
+    Importance and SMCFilter hide its trace from handlers around them. Replayed runs,
+    the model's own prior and the search for initial values have a handler further in.
+    """
+    handlers = [
+        handler
+        for handler in _PYRO_STACK
+        if isinstance(
+            handler, BlockMessenger | TraceMessenger | ReplayMessenger | InitMessenger
+        )
+    ]
+    traced = [k for k, h in enumerate(handlers) if isinstance(h, TraceMessenger)]
+    if not traced or traced[-1] + 1 < len(handlers):
+        return False
+    return any(isinstance(h, BlockMessenger) for h in handlers[: traced[-1]])
+
+
+def _own_energies(energy: Energy) -> Iterator[Energy]:
+    """Those inside an energy that were given something else than energies."""
+    for part in energy.modules():
+        if isinstance(part, Energy):
+            energies = [m for m in part.modules() if isinstance(m, Energy)]
+            if len(energies) == 1 or any(b is not None for b in part._buffers.values()):
+                yield part
+
+
 class _IndependentEnergies(dist.Independent):
     """``dist.Independent``, which would not ask the energy for its score parts."""
 
@@ -409,7 +594,7 @@ def _as_scalar(
     log_partition: "float | Tensor | LogPartitionEstimate | None", energy: Energy
 ) -> Tensor:
     if log_partition is None:
-        return torch.zeros((), **energy.tensor_options())
+        return torch.zeros(energy.batch_shape, **energy.tensor_options())
     if isinstance(log_partition, LogPartitionEstimate):
         if log_partition.status == "not_normalizable":
             raise ValueError(
@@ -425,9 +610,16 @@ def _as_scalar(
                 "log_partition must be a number, got nan. Give None if it is unknown."
             )
         log_partition = torch.as_tensor(log_partition, **energy.tensor_options())
-    if log_partition.numel() != 1:
+    batch_shape = energy.batch_shape
+    if batch_shape and expands_to(log_partition.shape, batch_shape):
+        is_free = log_partition.requires_grad and log_partition.is_leaf
+        # What is free is refused when used, and must be known as that.
+        return log_partition if is_free else log_partition.expand(batch_shape)
+    if batch_shape or log_partition.numel() != 1:
         raise ValueError(
-            f"log_partition must be one number, got shape {tuple(log_partition.shape)}."
+            "log_partition must be one number"
+            + (f", or of batch_shape {tuple(batch_shape)}" if batch_shape else "")
+            + f", got shape {tuple(log_partition.shape)}."
         )
     return log_partition.reshape(()) if log_partition.dim() else log_partition
 
@@ -438,6 +630,7 @@ def _bind_parameters(energy: Energy) -> None:
     Pyro calls ``log_prob`` after the model has returned; a parameter first read there
     would be missing from the trace, and silently never trained.
     """
+    name_pyro_modules(energy)
     # What a Pyro model samples are coordinates of its energy, not parameters.
     models = [m for m in energy.modules() if isinstance(m, PyroModelEnergy)]
     of_models = {module for model in models for module in model.modules()}
@@ -449,5 +642,29 @@ def _bind_parameters(energy: Energy) -> None:
                     "PyroSample: a prior over the parameters of an energy makes the "
                     "posterior doubly intractable. Use PyroParam or nn.Parameter."
                 )
-            for name in (*module._pyro_params, *module._parameters):
-                getattr(module, name)
+            with module._pyro_context:
+                for name in (*module._pyro_params, *module._parameters):
+                    getattr(module, name)
+
+
+def _normalised(distribution: Any) -> Any:
+    """What torch knows the divergences of."""
+    if isinstance(distribution, EnergyDistribution):
+        inner = distribution._normal_form("Kullback-Leibler divergence")
+        shape = distribution.batch_shape
+        distribution = inner if inner.batch_shape == shape else inner.expand(shape)
+    normal = getattr(distribution, "base_dist", None)
+    if distribution.event_dim == 1 and isinstance(normal, torch.distributions.Normal):
+        loc, scale = normal.loc, normal.scale.diag_embed()
+        return dist.MultivariateNormal(loc, scale_tril=scale, validate_args=False)
+    return distribution
+
+
+def _divergence(p: Any, q: Any) -> Tensor:
+    """The divergence of two distributions, of which some are energies."""
+    return kl_divergence(_normalised(p), _normalised(q))
+
+
+register_kl(EnergyDistribution, EnergyDistribution)(_divergence)
+register_kl(EnergyDistribution, torch.distributions.Distribution)(_divergence)
+register_kl(torch.distributions.Distribution, EnergyDistribution)(_divergence)

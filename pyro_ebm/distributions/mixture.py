@@ -130,6 +130,23 @@ class MixtureOfExperts(EnergyDistribution):
             return None
         return MixtureOfExperts(known, self.weights.detach())
 
+    @property
+    def mean(self) -> Tensor:
+        """The mean, of experts that know theirs."""
+        mean = self._averaged([expert.mean for expert in self.experts])
+        return mean.expand(self.batch_shape + self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of each coordinate, of experts that know theirs."""
+        squares = [expert.variance + expert.mean.square() for expert in self.experts]
+        variance = self._averaged(squares) - self.mean.square()
+        return variance.expand(self.batch_shape + self.event_shape)
+
+    def _averaged(self, values: Sequence[Tensor]) -> Tensor:
+        total: Any = sum(w * v for w, v in zip(self.weights, values, strict=True))
+        return torch.as_tensor(total)
+
     def map_experts(
         self, replace: Callable[[int, dist.TorchDistribution], dist.TorchDistribution]
     ) -> "MixtureOfExperts":

@@ -49,7 +49,7 @@ from pyro_ebm.distributions.terms import (
     number_of,
     terms_of,
 )
-from pyro_ebm.energies import ClosedForm, SumEnergy
+from pyro_ebm.energies import ClosedForm, Energy, SumEnergy
 from pyro_ebm.energies.closed_form.gaussian import ImproperProductError
 from pyro_ebm.energies.discrete.finite import finite_values
 from pyro_ebm.energies.distribution import base_energy
@@ -337,7 +337,8 @@ class ProductOfExperts(EnergyDistribution):
 
 
 def _batch_shape(experts: Sequence[Any]) -> torch.Size:
-    shapes = [e.batch_shape for e in experts if isinstance(e, EnergyDistribution)]
+    own = EnergyDistribution | Energy
+    shapes = [e.batch_shape for e in experts if isinstance(e, own)]
     try:
         return torch.Size(broadcast_shape(*shapes))
     except ValueError:

@@ -17,8 +17,11 @@ def log_partition_text(distribution: Any) -> str:
     Args:
         distribution: With ``log_partition``, its error and ``is_normalized``.
     """
+    values = torch.as_tensor(distribution._log_partition).detach()
+    if values.dim() and distribution.is_normalized:
+        return f"{values.min():.4f} to {values.max():.4f}"
     value, error = (
-        torch.as_tensor(number).detach().item()
+        torch.as_tensor(number).detach().double().mean().item()
         for number in (
             distribution._log_partition,  # drawing it must move no chains
             distribution.log_partition_std_error,

@@ -22,12 +22,14 @@ from torch.distributions import Distribution
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.mixture import MixtureOfExperts
 from pyro_ebm.distributions.model import EnergyModel
-from pyro_ebm.energies import DistributionEnergy, Energy, SumEnergy
+from pyro_ebm.energies import DistributionEnergy, Energy, PyroModelEnergy, SumEnergy
 from pyro_ebm.energies.distribution import require_single
 from pyro_ebm.partition.default_base import standard_base
 
 #: What is left of powers that cancel is rounding below this part of them.
 _ROUNDING = 1e-15
+#: Powers that differ by less add up to the same.
+_SAME_POWER = 1e-6
 #: Characters of a distribution in a formula.
 _MAX_NAME = 50
 
@@ -88,6 +90,7 @@ def terms_of(experts: Sequence[Any], weights: Sequence[float | Tensor]) -> list[
     Raises:
         TypeError: If an expert is neither distribution nor energy.
         ValueError: If an expert has a batch of its own, or a weight is not finite.
+        NotImplementedError: If Pyro models with constrained sites are multiplied.
     """
     if not experts:
         raise ValueError("experts must hold at least one distribution, got none.")
@@ -109,6 +112,7 @@ def terms_of(experts: Sequence[Any], weights: Sequence[float | Tensor]) -> list[
                 total = _plus(same.weight, term.weight)
                 terms[term.key] = same._replace(weight=total)
     kept = [term for term in terms.values() if not term.is_zero]
+    _require_one_jacobian(kept)
     return kept or list(terms.values())[:1]
 
 
@@ -141,6 +145,32 @@ def default_base(
 def number_of(value: float | Tensor) -> float:
     """A number, without the gradient that it may have."""
     return float(value.detach() if isinstance(value, Tensor) else value)
+
+
+def _require_one_jacobian(terms: Sequence[Term]) -> None:
+    r"""Refuse posteriors whose product has another Jacobian than one of them.
+
+    The energy of a Pyro model is that of unconstrained :math:`u`, with
+    :math:`x = T(u)`: the product of densities of :math:`x` has
+    :math:`\sum_k w_k f_k(u) + (\sum_k w_k - 1) \log |\det T'(u)|`.
+    """
+    models = [
+        term
+        for term in terms
+        if isinstance(term.energy, PyroModelEnergy) and term.energy.is_constrained
+    ]
+    total = sum(number_of(term.weight) for term in models)
+    if not models or abs(total - 1) < _SAME_POWER:
+        return
+    raise NotImplementedError(
+        "experts must not be posteriors of Pyro models with constrained sites "
+        f"(positive, say), of powers that add up to {total:.6g}: their energies live "
+        "in unconstrained space, and the Jacobian of the sites would count that often. "
+        "Bring it to once: with f the sum of w_k * model_k, "
+        f"EnergyDistribution(f + ({total:.6g} - 1) * FunctionEnergy(model.log_abs_det, "
+        "model.event_shape)) is the product of the densities of the sites; "
+        "EnergyDistribution(f) alone that of the densities of unconstrained values."
+    )
 
 
 def _flattened(expert: Any, weight: float | Tensor, number: int) -> list[Term]:
@@ -196,6 +226,8 @@ def _normalised(term: Term) -> dist.TorchDistribution | None:
 
 def _log_volume(distribution: Any) -> float:
     """Log of the product of all variances, infinite where it is not known."""
+    if isinstance(distribution, MixtureOfExperts):
+        return math.inf  # wide by its distances, not by what it covers
     try:
         volume = number_of(distribution.variance.double().log().sum())
     except NotImplementedError:

@@ -28,6 +28,7 @@ __all__ = [
     "UnconstrainedEnergy",
     "VectorMemoryEnergy",
     "register_product",
+    "select",
     "spins",
     "unconstrained",
 ]
@@ -51,6 +52,7 @@ from pyro_ebm.energies.neural.convolutional import ConvolutionalEnergy
 from pyro_ebm.energies.neural.neural import NeuralEnergy
 from pyro_ebm.energies.pyro_model.pyro_model import PyroModelEnergy
 from pyro_ebm.energies.quadratic import QuadraticEnergy
+from pyro_ebm.energies.views.batch import select
 from pyro_ebm.energies.views.clamped import ClampedEnergy
 from pyro_ebm.energies.views.linear_map import LinearMapEnergy
 from pyro_ebm.energies.views.part import PartEnergy

@@ -10,16 +10,30 @@ An energy :math:`f: \mathcal{X} \to \mathbb{R}`, in nats, is half of a distribut
 :math:`\log Z`, is the business of :mod:`pyro_ebm.partition`.
 """
 
-__all__ = ["ClosedForm", "Energy", "require_precision"]
+__all__ = [
+    "ClosedForm",
+    "Energy",
+    "expands_to",
+    "live_or_parameter",
+    "require_no_batch",
+    "require_precision",
+]
 
 import copy
-from abc import ABC, abstractmethod
+import functools
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
+from pyro.distributions.util import broadcast_shape
+from pyro.nn import PyroModule
+from pyro.poutine.condition_messenger import ConditionMessenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
@@ -28,10 +42,10 @@ class ClosedForm(NamedTuple):
     r"""What is known of an energy without sampling.
 
     Attributes:
-        log_partition: :math:`\log Z` in nats, shape ``()``, differentiable in the
-            parameters.
+        log_partition: :math:`\log Z` in nats, of the energy's batch shape,
+            differentiable in the parameters.
         distribution: The normalised Pyro distribution that equals
-            :math:`e^{-f} / Z`; it is sampled exactly.
+            :math:`e^{-f} / Z`, of the same batch shape; it is sampled exactly.
 
     Exactness: *exact*.
 
@@ -47,17 +61,22 @@ class ClosedForm(NamedTuple):
     distribution: dist.TorchDistribution
 
 
-class Energy(nn.Module, ABC):
+class Energy(nn.Module):
     r"""An energy function :math:`f(x)` in nats: ``q(x) = exp(-f(x)) / Z``.
 
     Subclasses define :meth:`forward`. Each call checks the shape of ``x`` and of
     the result, so that an energy that returns ``(..., 1)`` or integers is found at
     its first use.
 
+    One object may hold a batch of energies, as a distribution may: with parameters or
+    contexts of a ``batch_shape``, points of shape ``(*sample, *batch, *event)`` have
+    energies of shape ``(*sample, *batch)``, and :math:`\log Z` has the batch shape.
+
     Args:
         event_shape: Shape of one point ``x``.
         support: Constraint with ``event_dim == len(event_shape)``; default: all of
             :math:`\mathbb{R}^{\mathrm{event\_shape}}`.
+        batch_shape: Of the energies that these are; default: one energy.
 
     Raises:
         TypeError: If ``event_shape`` is a number or ``support`` no constraint.
@@ -71,16 +90,34 @@ class Energy(nn.Module, ABC):
         tensor([0., 1., 0.])
     """
 
+    batch_shape: torch.Size = torch.Size()
+    #: Of the context that :meth:`given` takes; ``None`` if the energy has none.
+    context_shape: torch.Size | None = None
+    #: Latent sites without a gradient that a Pyro model had sampled before it built the
+    #: energy, which may hence depend on them.
+    built_after: tuple[str, ...] = ()
+
     def __init__(
-        self, event_shape: Sequence[int], support: Constraint | None = None
+        self,
+        event_shape: Sequence[int] | None = None,
+        support: Constraint | None = None,
+        batch_shape: Sequence[int] = (),
     ) -> None:
-        super().__init__()
+        self._init_module()
+        if event_shape is None:
+            if isinstance(self, PyroModule):  # whose constructor passes no arguments
+                return
+            raise TypeError(
+                f"{type(self).__name__} must call super().__init__(event_shape), got "
+                "no event_shape: that of one point, such as (2,), or () for numbers."
+            )
         if isinstance(event_shape, int):
             raise TypeError(
                 f"event_shape must be a sequence such as ({event_shape},), got the "
                 f"number {event_shape}."
             )
         self.event_shape = torch.Size(event_shape)
+        self.batch_shape = torch.Size(batch_shape)
         event_dim = len(self.event_shape)
         if support is None:
             support = constraints.independent(constraints.real, event_dim)
@@ -97,6 +134,21 @@ class Energy(nn.Module, ABC):
                 f"constraints.independent(support, {event_dim - support.event_dim})."
             )
         self.support = _unwrap_mixture(support)
+        if _PYRO_STACK:
+            self.built_after = _latents_without_gradient()
+
+    def _init_module(self) -> None:
+        """Initialise the module, and the ``PyroModule`` if it is one as well."""
+        this: Any = self
+        _require_methods(this.__class__)
+        bases = type(self).__mro__
+        if "_parameters" in vars(self):  # by the constructor of PyroModule
+            return
+        is_first = PyroModule in bases and bases.index(PyroModule) < bases.index(Energy)
+        if is_first and "_pyro_name" not in vars(self):
+            PyroModule.__init__(this)  # comes back here, without an event shape
+        else:
+            super().__init__()
 
     @property
     def event_dim(self) -> int:
@@ -124,10 +176,10 @@ class Energy(nn.Module, ABC):
         """Energy of each point.
 
         Args:
-            x: Points of shape ``(*batch, *event)``.
+            x: Points of shape ``(*sample, *batch, *event)``.
 
         Returns:
-            Energies in nats, shape ``(*batch,)``.
+            Energies in nats, shape ``(*sample, *batch)``.
         """
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -154,22 +206,45 @@ class Energy(nn.Module, ABC):
         """Shape of ``x`` without its event, which must be that of the energy.
 
         Args:
-            x: Points of shape ``(*batch, *event)``.
+            x: Points of shape ``(*sample, *batch, *event)``.
 
         Returns:
-            ``batch``.
+            ``(*sample, *batch)``.
+
+        Raises:
+            ValueError: If ``x`` does not end in the event shape, or has no value for
+                each energy of a batch.
+        """
+        shape = self.shape_without_event(x)
+        if self.batch_shape and not expands_to(self.batch_shape, shape):
+            raise ValueError(
+                f"x must have shape (*sample, *batch, *event) with batch_shape "
+                f"{tuple(self.batch_shape)} of {type(self).__name__} and event_shape "
+                f"{tuple(self.event_shape)}, got {tuple(x.shape)}. For the same points "
+                "in each energy of the batch, expand them."
+            )
+        return shape
+
+    def shape_without_event(self, x: Tensor) -> torch.Size:
+        """The same of points that are still to be expanded to the batch.
+
+        Args:
+            x: Points of shape ``(*any, *event)``.
+
+        Returns:
+            ``any``.
 
         Raises:
             ValueError: If ``x`` does not end in the event shape.
         """
-        batch_dim = x.dim() - self.event_dim
-        if batch_dim < 0 or x.shape[batch_dim:] != self.event_shape:
+        num_dims = x.dim() - self.event_dim
+        if num_dims < 0 or x.shape[num_dims:] != self.event_shape:
             raise ValueError(
                 f"x must have shape (*batch, {_join(self.event_shape)}) to match the "
                 f"event_shape of {type(self).__name__}, got {tuple(x.shape)}. Reshape "
                 "the data or build the energy with another event_shape."
             )
-        return x.shape[:batch_dim]
+        return x.shape[:num_dims]
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""Energy and its gradient in ``x`` in one autograd pass.
@@ -207,6 +282,23 @@ class Energy(nn.Module, ABC):
             )
         return energy.detach(), grad
 
+    def given(self, context: Tensor) -> "Energy":
+        """The energy in a context, or in a batch of contexts.
+
+        Args:
+            context: Shape ``(*batch, *context)``.
+
+        Returns:
+            An energy with the batch shape of the contexts.
+
+        Raises:
+            NotImplementedError: If the energy is a function of ``x`` alone.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} takes no context. Write the energy as "
+            "FunctionEnergy(fn, event_shape, context_shape=...) with fn(x, context)."
+        )
+
     def correction(self, x: Tensor) -> Tensor:
         """The energy without that of its base, which is not learned.
 
@@ -235,6 +327,15 @@ class Energy(nn.Module, ABC):
         Exactness: *exact* where it is not ``None``.
         """
         return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: tensors with a graph become numbers."""
+        inherited: Any = getattr(super(), "__getstate__", vars(self).copy)()
+        buffers = {
+            name: value if value is None or value.is_leaf else value.detach()
+            for name, value in self._buffers.items()
+        }
+        return {**inherited, "_buffers": buffers}
 
     # Operators return subclasses of this very class, so the two constructors are
     # filled in by pyro_ebm.energies.algebra once it has defined them.
@@ -272,6 +373,55 @@ class Energy(nn.Module, ABC):
         return Energy._exp(self)
 
 
+def expands_to(batch_shape: torch.Size, shape: torch.Size) -> bool:
+    """Whether tensors of a batch shape expand to a shape."""
+    try:
+        return tuple(broadcast_shape(batch_shape, shape)) == tuple(shape)
+    except ValueError:
+        return False
+
+
+def require_no_batch(energy: "Energy", name: str = "energy") -> None:
+    """Check that the argument ``name`` is a single energy.
+
+    Raises:
+        ValueError: If it is a batch of energies.
+    """
+    if energy.batch_shape:
+        raise ValueError(
+            f"{name} must be one energy here, got a batch of shape "
+            f"{tuple(energy.batch_shape)}. Take one by "
+            "pyro_ebm.energies.select(energy, i); EnergyDistribution(energy) has draws "
+            "and log_prob of all of them."
+        )
+
+
+def live_or_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Register a tensor that an energy was given.
+
+    What carries a graph (a latent variable, ``pyro.param``, the output of a network)
+    stays as it is, so that gradients reach it: as a buffer that is not saved. A
+    ``nn.Parameter`` is shared. Any other tensor is copied into a parameter of its own.
+
+    Args:
+        module: The energy, after ``super().__init__``.
+        name: Of the attribute.
+        value: Of floating point.
+
+    Example:
+        >>> module, latent = torch.nn.Module(), torch.ones(2, requires_grad=True)
+        >>> live_or_parameter(module, "loc", 2 * latent)
+        >>> [name for name, _ in module.named_parameters()], module.loc.grad_fn
+        ([], <MulBackward0 object at ...>)
+    """
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(name, value)
+    elif value.requires_grad:
+        module.register_buffer(name, value, persistent=False)
+    else:
+        module.register_parameter(name, nn.Parameter(value.detach().clone()))
+
+
 def require_precision(tensor: Tensor, name: str) -> None:
     """Check that a tensor is not of half precision.
 
@@ -283,6 +433,41 @@ def require_precision(tensor: Tensor, name: str) -> None:
             f"{name} must be of single or double precision, got {tensor.dtype}, which "
             "has three digits. Convert data, parameters and modules with .float(), and "
             "compute without autocast."
+        )
+
+
+def _latents_without_gradient() -> tuple[str, ...]:
+    """Latent sites in the runs that are being traced.
+
+    WeighedPredictive puts its draws in by conditioning, so that what a handler has
+    conditioned counts as latent; what the model observes itself does not.
+    """
+    conditioned = [h.data for h in _PYRO_STACK if isinstance(h, ConditionMessenger)]
+    traces = [h.trace for h in _PYRO_STACK if isinstance(h, TraceMessenger)]
+    sites = {name: site for trace in traces for name, site in trace.nodes.items()}
+    return tuple(
+        name
+        for name, site in sites.items()
+        if site["type"] == "sample"
+        and not (site["is_observed"] and not any(name in c for c in conditioned))
+        and not site_is_subsample(site)
+        and not getattr(site["value"], "requires_grad", False)
+    )
+
+
+@functools.cache
+def _require_methods(kind: type) -> None:
+    """Check that a class is complete, as ``ABC`` does, which PyroModule excludes."""
+    missing = [
+        name
+        for name in dir(kind)
+        if getattr(getattr(kind, name, None), "__isabstractmethod__", False)
+    ]
+    if missing:
+        raise TypeError(
+            f"{kind.__name__} must define {', '.join(missing)} to be an energy; "
+            "forward(self, x) gives the energies, shape (*batch,), of points x of "
+            "shape (*batch, *event)."
         )
 
 

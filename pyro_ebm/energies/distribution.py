@@ -19,7 +19,12 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_ebm.energies.base import ClosedForm, Energy, require_precision
+from pyro_ebm.energies.base import (
+    ClosedForm,
+    Energy,
+    require_no_batch,
+    require_precision,
+)
 from pyro_ebm.energies.corrections import corrected, map_tensors
 from pyro_ebm.energies.normalization import require_normalized
 from pyro_ebm.energies.pyro_model.model_prior import ModelPrior
@@ -37,11 +42,11 @@ class DistributionEnergy(Energy):
     of) them.
 
     Args:
-        distribution: Normalised, with an empty ``batch_shape``.
+        distribution: Normalised; its ``batch_shape`` is that of the energy.
 
     Raises:
         TypeError: If it is no distribution.
-        ValueError: If the distribution has a batch shape or is not normalised.
+        ValueError: If the distribution is not normalised.
 
     Example:
         >>> f = DistributionEnergy(dist.Gamma(3.0, 1.0))
@@ -49,20 +54,25 @@ class DistributionEnergy(Energy):
         tensor([   inf, 1.3069])
     """
 
-    inside: Tensor  # some point of the support
+    inside: Tensor  # some point of the support, shape (*batch, *event)
 
     def __init__(self, distribution: dist.TorchDistribution) -> None:
-        require_single(distribution, "distribution")
+        if not isinstance(distribution, Distribution):
+            raise TypeError(
+                "distribution must be a Pyro distribution, got "
+                f"{type(distribution).__name__}."
+            )
         require_normalized(distribution, "distribution")
         distribution = corrected(distribution)
-        super().__init__(distribution.event_shape, distribution.support)
+        shapes = distribution.event_shape, distribution.batch_shape
+        super().__init__(shapes[0], distribution.support, shapes[1])
         self.distribution = distribution
         with torch.random.fork_rng(devices=[]):  # building must not move the stream
             self.register_buffer("inside", distribution.sample(), persistent=False)
         require_precision(self.inside, "distribution")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Negative log-density at ``x`` of shape ``(*batch, *event)``."""
+        """Negative log-density at ``x`` of shape ``(*sample, *batch, *event)``."""
         inside = self.support.check(x)
         event_inside = inside.reshape(inside.shape + (1,) * self.event_dim)
         energy = -self.distribution.log_prob(x.where(event_inside, self.inside.to(x)))
@@ -87,7 +97,8 @@ class DistributionEnergy(Energy):
     @torch.no_grad()
     def _normal(self, x: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         z = (x - loc) / scale
-        log_norm = sum_rightmost(scale.log().expand(self.event_shape), self.event_dim)
+        log_scale = scale.log().expand(self.batch_shape + self.event_shape)
+        log_norm = sum_rightmost(log_scale, self.event_dim)
         log_norm = log_norm + math.log(2 * math.pi) / 2 * self.event_shape.numel()
         return sum_rightmost(z.square(), self.event_dim) / 2 + log_norm, z / scale
 
@@ -96,14 +107,18 @@ class DistributionEnergy(Energy):
         self, x: Tensor, normal: dist.MultivariateNormal
     ) -> tuple[Tensor, Tensor]:
         z = x - normal.loc
-        grad = z @ normal.precision_matrix  # torch computes it once (1)
-        log_norm = normal.scale_tril.diagonal().log().sum()
+        precision = normal.precision_matrix  # torch computes it once
+        if precision.dim() == 2:
+            grad = z @ precision  # (1)
+        else:
+            grad = (z.unsqueeze(-2) @ precision).squeeze(-2)
+        log_norm = normal.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         log_norm = log_norm + math.log(2 * math.pi) / 2 * self.event_shape.numel()
         return (z * grad).sum(-1) / 2 + log_norm, grad
 
     def closed_form(self) -> ClosedForm:
         """Zero and the distribution itself. Exactness: *exact*."""
-        zero = self.distribution.log_prob(self.inside).new_zeros(())
+        zero = self.distribution.log_prob(self.inside).new_zeros(self.batch_shape)
         return ClosedForm(zero, self.distribution)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Energy":  # noqa: FBT001, FBT002
@@ -130,6 +145,7 @@ def base_energy(
     if base is None:
         return None
     require_single(base, "base")
+    require_no_batch(energy)
     require_normalized(base, "base")
     if base.event_shape != energy.event_shape:
         raise ValueError(

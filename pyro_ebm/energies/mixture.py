@@ -14,6 +14,7 @@ from typing import final
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor, nn
 
 from pyro_ebm.energies.algebra import require_same_space
@@ -60,7 +61,8 @@ class MixtureEnergy(Energy):
                 f"logits must be {len(energies)} finite numbers, one for each of the "
                 f"energies; got {logits}. Leave out a component of weight 0."
             )
-        super().__init__(energies[0].event_shape, energies[0].support)
+        shape = broadcast_shape(*(energy.batch_shape for energy in energies))
+        super().__init__(energies[0].event_shape, energies[0].support, shape)
         self.energies: Sequence[Energy] = nn.ModuleList(energies)  # type: ignore[assignment]
         if isinstance(logits, nn.Parameter):
             self.logits = logits
@@ -68,7 +70,7 @@ class MixtureEnergy(Energy):
             self.register_buffer("logits", logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Evaluate (1) at ``x`` of shape ``(*batch, *event)``."""
+        """Evaluate (1) at ``x`` of shape ``(*sample, *batch, *event)``."""
         energies = torch.stack([energy(x) for energy in self.energies], -1)
         return -torch.logsumexp(self.logits - energies, -1)  # (1)
 
@@ -96,10 +98,13 @@ class MixtureEnergy(Energy):
         gaussian = [part for part in parts if isinstance(part, dist.MultivariateNormal)]
         if len(gaussian) < len(self.energies):
             return None
-        log_weights = self.logits + torch.stack([c.log_partition for c in closed])
+        shape = self.batch_shape
+        constants = [c.log_partition.expand(shape) for c in closed]
+        log_weights = self.logits + torch.stack(constants, -1)
+        gaussian = [part.expand(shape) for part in gaussian]
         components = dist.MultivariateNormal(
-            torch.stack([p.loc for p in parts]),
-            scale_tril=torch.stack([p.scale_tril for p in parts]),
+            torch.stack([p.loc for p in gaussian], -2),
+            scale_tril=torch.stack([p.scale_tril for p in gaussian], -3),
             validate_args=False,
         )
         mixture = dist.MixtureSameFamily(

@@ -14,6 +14,7 @@ import torch
 from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.core.verdict import Finding, Status
 from pyro_ebm.energies import Energy, PyroModelEnergy
+from pyro_ebm.energies.base import require_no_batch
 from pyro_ebm.energies.corrections import corrected
 from pyro_ebm.energies.discrete.finite import finite_values
 from pyro_ebm.energies.views.pointwise import check_pointwise
@@ -131,6 +132,7 @@ def _check(
 def _energy_of(target: Any) -> Energy:
     energy = target if isinstance(target, Energy) else getattr(target, "energy", None)
     if isinstance(energy, Energy):
+        require_no_batch(energy, "target")
         return energy
     if callable(target) and not isinstance(target, type):
         return PyroModelEnergy(target)

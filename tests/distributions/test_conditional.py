@@ -351,3 +351,19 @@ def test_wrong_arguments_are_errors():
         EnergyDistribution(IsingEnergy((2, 2), 0.5)).condition({0: 1.0})
     with pytest.raises(ValueError, match=r"x must have shape \(\*batch, 1\)"):
         banana().condition({0: 1.0}).log_prob(torch.zeros(2))
+
+
+def test_a_log_partition_given_later_makes_it_a_guide_for_importance():
+    energy = FunctionEnergy(lambda x: (x**4 + x**2).sum(-1), (2,))
+    conditional = EnergyDistribution(energy).condition({0: 1.0})
+
+    def run(q):
+        def model():
+            pyro.sample("u", dist.Normal(torch.zeros(1), 2.0).to_event(1))
+
+        guide = lambda: pyro.sample("u", q)  # noqa: E731
+        return pyro.infer.Importance(model, guide, num_samples=2).run()
+
+    with pytest.raises(NotImplementedError, match="stands in a guide"):
+        run(conditional)
+    run(conditional.with_log_partition(0.5))

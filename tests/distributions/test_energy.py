@@ -11,6 +11,13 @@ import pyro.poutine as poutine
 import pytest
 import torch
 from pyro.distributions import constraints
+from pyro.infer import (
+    Importance,
+    SMCFilter,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    WeighedPredictive,
+)
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
@@ -551,3 +558,203 @@ def test_a_pyro_distribution_is_an_energy_is_a_distribution():
     x = gamma.sample((5,))
     torch.testing.assert_close(q.log_prob(x), gamma.log_prob(x))
     assert_moments(q.sample((4000,)), 1.5, 0.75)
+
+
+@pytest.mark.parametrize(
+    "make_copy", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q)), copy.copy]
+)
+def test_copies_keep_a_closed_form_and_its_gradient(make_copy):
+    """A deep copy raised, and a pickle took log Z for a free parameter."""
+    q = EnergyDistribution(QuadraticEnergy(torch.zeros(2), 4 * torch.eye(2)))
+    twin = make_copy(q)
+    torch.testing.assert_close(twin.log_prob(torch.ones(2)), q.log_prob(torch.ones(2)))
+    (grad,) = torch.autograd.grad(twin.log_partition, twin.energy.log_diagonal)
+    assert grad.tolist() == [-1.0, -1.0]
+
+
+def test_a_copy_of_live_tensors_has_their_numbers():
+    loc = torch.ones(2, requires_grad=True)
+    q = EnergyDistribution(QuadraticEnergy(2 * loc))
+    for twin in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        assert twin.energy.loc.tolist() == [2.0, 2.0]
+        assert twin.log_prob(torch.zeros(2)).item() == pytest.approx(
+            q.log_prob(torch.zeros(2)).item()
+        )
+
+
+# As Pyro's own ------------------------------------------------------------------------
+
+
+def test_expand_refuses_what_does_not_expand():
+    q = ring_distribution().expand([5, 1])
+    assert q.expand([2, 5, 3]).batch_shape == (2, 5, 3)
+    for wrong in ([3, 1], [5], [4, 3]):
+        with pytest.raises(ValueError, match=r"batch_shape must be one that \(5, 1\)"):
+            q.expand(wrong)
+
+
+def test_to_event_of_nothing_is_the_distribution():
+    q = ring_distribution()
+    assert q.to_event(0) is q
+    assert q.to_event() is q
+    assert q.expand([3]).to_event().event_shape == (3, 2)
+
+
+def test_shapes_are_not_inferred():
+    with pytest.raises(NotImplementedError, match="event_shape and batch_shape of its"):
+        EnergyDistribution.infer_shapes(energy=())
+
+
+def test_moments_and_entropy_of_a_closed_form():
+    normal = dist.MultivariateNormal(torch.ones(2), 0.25 * torch.eye(2))
+    q = EnergyDistribution(QuadraticEnergy(torch.ones(2), 4 * torch.eye(2))).expand([3])
+    for name in ("mean", "variance", "stddev", "mode"):
+        expected = getattr(normal, name).expand(3, 2)
+        torch.testing.assert_close(getattr(q, name).detach(), expected)
+    expected = normal.entropy().expand(3)
+    torch.testing.assert_close(q.entropy().detach(), expected)
+    with pytest.raises(NotImplementedError, match=r"no mean in closed form. Draw"):
+        ring_distribution().mean  # noqa: B018
+    with pytest.raises(NotImplementedError, match="no entropy in closed form"):
+        ring_distribution().entropy()
+
+
+def test_divergences_of_a_closed_form():
+    """Of N(1, 1/4) in two dimensions from N(0, 4): by hand."""
+    q = EnergyDistribution(QuadraticEnergy(torch.ones(2), 4 * torch.eye(2)))
+    wide = dist.Normal(torch.zeros(2), 2.0).to_event(1)
+    expected = 2 * (math.log(4) + (0.25 + 1) / 8 - 0.5)
+    for other in (wide, EnergyDistribution(DistributionEnergy(wide))):
+        assert torch.distributions.kl_divergence(q, other).item() == pytest.approx(
+            expected
+        )
+    back = torch.distributions.kl_divergence(wide, q.expand([3]))
+    expected = 2 * (-math.log(4) + (4 + 1) * 2 - 0.5)
+    torch.testing.assert_close(back.detach(), torch.full((3,), expected))
+    with pytest.raises(NotImplementedError, match="no Kullback-Leibler divergence"):
+        torch.distributions.kl_divergence(ring_distribution(), wide)
+
+
+# Log Z that is missing, without gradients ---------------------------------------------
+
+
+def latent_scale(log_partition=None):
+    """``x ~ N(0, exp(-z))`` with ``z ~ N(0, 1)`` and ``x = 0``."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    energy = FunctionEnergy(lambda x: z.exp() * x.square() / 2, ())
+    if log_partition is not None:
+        log_partition = log_partition(z)
+    pyro.sample("x", EnergyDistribution(energy, log_partition), obs=torch.tensor(0.0))
+
+
+class Filtered:
+    def init(self, state):
+        state["z"] = pyro.sample("z0", dist.Normal(0.0, 1.0))
+
+    def step(self, state):
+        latent_scale()
+
+
+class Guided(Filtered):
+    def init(self, state):
+        pyro.sample("z0", dist.Normal(0.0, 1.0))
+
+    def step(self, state):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def importance():
+    Importance(latent_scale, num_samples=3).run()
+
+
+def filtering():
+    particles = SMCFilter(Filtered(), Guided(), 5, 0)
+    particles.init()
+    particles.step()
+
+
+def weighed():
+    def guide():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    WeighedPredictive(latent_scale, guide=guide, num_samples=3)(
+        model_guide=latent_scale
+    )
+
+
+def enumerating():
+    def model():
+        z = pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        energy = FunctionEnergy(lambda x: (1 + z) * x**2 / 2, ())
+        pyro.sample("x", EnergyDistribution(energy), obs=torch.tensor(1.0))
+
+    TraceEnum_ELBO(max_plate_nesting=0).compute_marginals(model, lambda: None)
+
+
+def scores():
+    """A guide without pathwise gradients."""
+
+    def guide():
+        loc = pyro.param("loc", torch.tensor(0.0))
+        pyro.sample("z", dist.Normal(loc, 1.0).has_rsample_(False))
+
+    Trace_ELBO().loss_and_grads(latent_scale, guide)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [importance, filtering, weighed, enumerating, scores],
+    ids=lambda f: f.__name__,
+)
+def test_an_energy_of_a_latent_needs_its_log_partition(run):
+    """Each of them was silent, and off by log Z at every value of the latent."""
+    with pytest.raises(
+        NotImplementedError, match=r"sampled z, and log Z, which is mis"
+    ):
+        run()
+
+
+def test_the_log_partition_of_a_latent_makes_importance_right():
+    """``z`` is ``N(1/2, 1)`` a posteriori: ``x = 0`` has the density ``exp(z / 2)``."""
+
+    def log_partition(z):
+        return (math.log(2 * math.pi) - z) / 2
+
+    posterior = Importance(latent_scale, num_samples=2000).run(log_partition)
+    z = torch.stack([t.nodes["z"]["value"] for t in posterior.exec_traces])
+    weights = posterior.get_normalized_weights()
+    error = (weights.square() * (z - 0.5) ** 2).sum().sqrt()
+    assert abs(weights @ z - 0.5) < 4 * error
+
+
+def test_an_energy_built_outside_of_the_model_depends_on_no_latent():
+    energy = FunctionEnergy(ring, (2,))
+
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        q = EnergyDistribution(2.0 * energy + 1.0)
+        pyro.sample("x", q, obs=torch.zeros(2))
+
+    assert Importance(model, num_samples=3).run().get_log_normalizer().isfinite()
+
+
+def test_an_unnormalised_guide_of_importance_is_refused():
+    """The evidence was off by log Z of the guide."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=torch.tensor(0.0))
+
+    def guide(log_partition=None):
+        pyro.sample("x", ring_distribution(log_partition=log_partition))
+
+    with pytest.raises(NotImplementedError, match=r"stands in a guide.*log Z, which"):
+        Importance(model, guide, num_samples=3).run()
+    energy = QuadraticEnergy(torch.zeros(2))
+
+    def exact():
+        pyro.sample("x", EnergyDistribution(energy))
+
+    found = Importance(model, exact, num_samples=500).run().get_log_normalizer()
+    expected = dist.Normal(0.0, math.sqrt(3.0)).log_prob(torch.tensor(0.0))
+    assert abs(found - expected) < 0.1

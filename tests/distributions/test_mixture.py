@@ -589,3 +589,17 @@ def test_its_draws_are_of_no_other_energy():
     q = gaussians()
     with pytest.raises(ValueError, match="draws from that mixture only"):
         EnergyDistribution(QuadraticEnergy(torch.zeros(2)), sampler=q.sampler).sample()
+
+
+def test_mean_and_variance_are_those_of_the_experts():
+    """Seen to recurse for ever: its closed form is a mixture of experts itself."""
+    experts = [dist.Normal(-1.0, 1.0), dist.Normal(3.0, 2.0)]
+    mixture = MixtureOfExperts(experts, [0.25, 0.75]).expand([2])
+    pyro_mixture = dist.MixtureSameFamily(
+        dist.Categorical(torch.tensor([0.25, 0.75])),
+        dist.Normal(torch.tensor([-1.0, 3.0]), torch.tensor([1.0, 2.0])),
+    )
+    torch.testing.assert_close(mixture.mean, pyro_mixture.mean.expand(2))
+    torch.testing.assert_close(mixture.variance, pyro_mixture.variance.expand(2))
+    with pytest.raises(NotImplementedError, match="no entropy in closed form"):
+        mixture.entropy()

@@ -26,6 +26,7 @@ from pyro_ebm.energies import (
     MixtureEnergy,
     NeuralEnergy,
     PartEnergy,
+    PyroModelEnergy,
     QuadraticEnergy,
 )
 from pyro_ebm.infer import Learn, MaximumLikelihood
@@ -880,3 +881,32 @@ def test_single_precision_is_kept():
     x = product.sample((3,))
     assert x.dtype == product.log_prob(x).dtype == product.log_partition.dtype
     assert x.dtype == torch.float32
+
+
+def sub_posterior(y):
+    def model():
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(0.0, scale).expand([3]).to_event(1), obs=y)
+
+    return PyroModelEnergy(model)
+
+
+def test_posteriors_with_positive_sites_count_one_jacobian():
+    """The product of three counted the Jacobian three times, without a word."""
+    y = torch.randn(3, 3)
+    models = [sub_posterior(row) for row in y]
+    p, q, r = map(EnergyDistribution, models)
+    for wrong in (lambda: p * q * r, lambda: p**0.5, lambda: p / q):
+        with pytest.raises(NotImplementedError, match=r"constrained sites .*Jacobian"):
+            wrong()
+    assert (p * dist.Normal(torch.zeros(1), 1.0).to_event(1)).base is not None
+    # The way out that the message names:
+    f = models[0] + models[1] + models[2]
+    jacobian = FunctionEnergy(models[0].log_abs_det, models[0].event_shape)
+    log_partition = estimate(f + (3 - 1) * jacobian)
+    scale = torch.linspace(0.01, 30, 30_001)
+    prior = dist.LogNormal(0.0, 1.0).log_prob(scale)
+    likelihood = dist.Normal(0.0, scale[:, None]).log_prob(y.flatten()).sum(-1)
+    # The densities of the three posteriors in the site itself, multiplied.
+    expected = torch.trapezoid((3 * prior + likelihood).exp(), scale).log()
+    assert log_partition.value == pytest.approx(expected.item(), abs=1e-3)

@@ -12,7 +12,7 @@ from pyro.infer import autoguide as guides
 from pyro.ops.stats import effective_sample_size
 
 from pyro_ebm import EnergyDistribution, EnergyModel
-from pyro_ebm.energies import FunctionEnergy, NeuralEnergy
+from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy
 from pyro_ebm.mcmc import IndependentChains
 from pyro_ebm.testing import CountingEnergy, assert_moments
 
@@ -227,3 +227,105 @@ def test_autoguides(guide, has_covariance):
         got = guide.quantiles([0.158655, 0.841345])["x"]
         width = (got[1] - got[0]) / 2
         torch.testing.assert_close(width, variance.sqrt(), atol=0.04, rtol=0)
+
+
+def map_of(model, num_steps=200):
+    guide = guides.AutoDelta(model)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+    for _ in range(num_steps):
+        svi.step()
+    return guide.median()
+
+
+def test_the_mode_of_a_latent_that_an_energy_is_given():
+    """``x ~ N(z, 1)``, ``z ~ N(0, 1)``: seen to stay at 0 with a copy of ``z``."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        q = EnergyDistribution(QuadraticEnergy(z))
+        pyro.sample("x", q, obs=torch.tensor([2.0, -2.0]))
+
+    torch.testing.assert_close(
+        map_of(model)["z"], torch.tensor([1.0, -1.0]), atol=1e-3, rtol=0
+    )
+
+
+def test_pyro_param_given_to_an_energy_is_learned():
+    def model():
+        loc = pyro.param("loc", torch.zeros(2))
+        q = EnergyDistribution(QuadraticEnergy(loc))
+        pyro.sample("x", q, obs=torch.tensor([2.0, -2.0]))
+
+    map_of(model)
+    expected = torch.tensor([2.0, -2.0])
+    torch.testing.assert_close(pyro.param("loc").detach(), expected, atol=1e-3, rtol=0)
+
+
+# Batches of energies ------------------------------------------------------------------
+
+
+def test_energies_of_a_latent_in_a_plate():
+    """``x_n ~ N(z_n, 1)``, ``z_n ~ N(mu, 1)``, ``mu ~ N(0, 1)``: a linear model."""
+    x = torch.tensor([[2.0, -2.0], [0.0, 1.0], [4.0, 1.0]])
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(mu, 1.0).to_event(1))
+            pyro.sample("x", EnergyDistribution(QuadraticEnergy(z)), obs=x)
+
+    found = map_of(model)
+    mu = x.sum(0) / 5  # of 3 observations of variance 2 and a prior of variance 1
+    torch.testing.assert_close(found["mu"], mu, atol=2e-3, rtol=0)
+    torch.testing.assert_close(found["z"], (mu + x) / 2, atol=2e-3, rtol=0)
+
+
+def test_particles_and_plates_around_a_batch():
+    x = torch.randn(3, 2)
+
+    def model(build):
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", build(z), obs=x)
+
+    def guide(build):
+        loc = pyro.param("loc", torch.zeros(3, 2))
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(loc, 0.5).to_event(1))
+
+    elbo = Trace_ELBO(num_particles=5, vectorize_particles=True, max_plate_nesting=1)
+    losses = []
+    for build in (
+        lambda z: EnergyDistribution(QuadraticEnergy(z)),
+        lambda z: dist.Normal(z, 1.0).to_event(1),
+    ):
+        pyro.set_rng_seed(0)
+        losses.append(elbo.loss(model, guide, build))
+    assert losses[0] == pytest.approx(losses[1])
+
+
+def test_a_network_of_contexts_is_learned():
+    """A conditional Gaussian by its energy, beside the same as Pyro's own."""
+    c = torch.linspace(-1, 1, 200)[:, None]
+    x = torch.cat([2 * c, 1 - c], -1) + 0.5 * torch.randn(200, 2)
+    found = []
+    for build in (
+        lambda loc, a: EnergyDistribution(QuadraticEnergy(loc, a)),
+        lambda loc, a: dist.MultivariateNormal(loc, precision_matrix=a),
+    ):
+        torch.manual_seed(0)
+        pyro.clear_param_store()
+        network = torch.nn.Linear(1, 2)
+
+        def model(build=build, network=network):
+            pyro.module("network", network)
+            scale = pyro.param("scale", torch.tensor(1.0))
+            with pyro.plate("data", 200):
+                q = build(network(c), scale.exp() * torch.eye(2))
+                pyro.sample("x", q, obs=x)
+
+        svi = SVI(model, lambda: None, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+        for _ in range(30):
+            svi.step()
+        found.append(torch.cat([network.weight.flatten(), pyro.param("scale")[None]]))
+    torch.testing.assert_close(*found)

@@ -56,7 +56,7 @@ def test_optimiser_step_keeps_the_precision_positive_definite(energy):
     [
         (
             torch.eye(2),
-            r"precision must have shape \(3, 3\) to match loc, got \(2, 2\)",
+            r"precision must have shape \(\*batch, 3, 3\) to match .*got \(2, 2\)",
         ),
         (-torch.eye(3), "positive definite"),
         (torch.eye(3) + torch.eye(3).roll(1, 0) / 9, "differs from its transpose"),
@@ -69,5 +69,38 @@ def test_wrong_precision_is_an_error(precision, message):
 
 
 def test_wrong_loc_is_an_error():
-    with pytest.raises(ValueError, match=r"loc must have shape \(D,\), got \(2, 2\)"):
-        QuadraticEnergy(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=r"loc must have shape \(\*batch, D\), got \("):
+        QuadraticEnergy(torch.zeros(()))
+    with pytest.raises(ValueError, match=r"to match loc of shape \(3, 2\), got \(4, 2"):
+        QuadraticEnergy(torch.zeros(3, 2), torch.eye(2).expand(4, 2, 2))
+
+
+def test_tensors_with_a_graph_stay_live():
+    """Seen to fail with ``precision.detach()`` in the constructor."""
+    loc = torch.tensor(LOC, requires_grad=True)
+    scale = torch.tensor(2.0, requires_grad=True)
+    energy = QuadraticEnergy(2 * loc, scale * torch.tensor(PRECISION))
+    assert not list(energy.parameters())
+    r = torch.randn(4, 3) - 2 * loc
+    expected = scale * torch.einsum("ni,ij,nj->n", r, torch.tensor(PRECISION), r) / 2
+    inputs = [loc, scale]
+    wanted = torch.autograd.grad(expected.sum(), inputs, retain_graph=True)
+    value = energy((r + 2 * loc).detach())
+    torch.testing.assert_close(value, expected.detach(), check_stride=False)
+    got = torch.autograd.grad(value.sum(), inputs, retain_graph=True)
+    torch.testing.assert_close(got, wanted)
+    log_partition = energy.closed_form().log_partition
+    (grad,) = torch.autograd.grad(log_partition, scale)
+    torch.testing.assert_close(grad, torch.tensor(-0.75))  # -D / (2 scale)
+
+
+def test_a_parameter_is_shared():
+    loc, precision = (
+        torch.nn.Parameter(torch.zeros(2)),
+        torch.nn.Parameter(torch.eye(2)),
+    )
+    energy = QuadraticEnergy(loc, precision)
+    assert set(energy.parameters()) == {loc, precision}
+    with torch.no_grad():
+        precision *= 4
+    assert energy(torch.ones(2)).item() == 4.0

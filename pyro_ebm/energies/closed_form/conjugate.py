@@ -122,14 +122,12 @@ def _by_rule(
 ) -> ClosedForm | None:
     parts, num_events = zip(*(_strip(e.distribution) for e in experts), strict=True)
     rule = _find_rule(parts)
-    if (
-        rule is None
-        or len(
-            {(n, part.batch_shape) for n, part in zip(num_events, parts, strict=True)}
-        )
-        > 1
-    ):
+    if rule is None or len(set(num_events)) > 1:
         return None
+    shapes = {part.batch_shape for part in parts}
+    if len(shapes) > 1:
+        shape = torch.broadcast_shapes(*shapes)
+        parts = tuple(part.expand(shape) for part in parts)
     try:
         product: Any = rule(parts, weights)
     except ValueError as error:

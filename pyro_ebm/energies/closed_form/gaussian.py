@@ -6,6 +6,8 @@ r"""Gaussians, and mixtures of them, in the form in which products are sums.
     Z &= \sum_{k=1}^K \exp\big(c_k + \tfrac12 \eta_k^\top \Lambda_k^{-1} \eta_k
         - \tfrac12 \log\det \Lambda_k + \tfrac D2 \log 2\pi\big)           \tag{2}
 
+Of a batch of energies everything has its shape, after the components.
+
 A factor on a part of ``x`` has a singular :math:`\Lambda` and no partition function of
 its own; the product of such factors often has.
 """
@@ -44,11 +46,11 @@ class GaussianForm(NamedTuple):
     r"""The coefficients of (1), in double precision.
 
     Attributes:
-        constant: :math:`c`, shape ``(K,)``.
-        information: :math:`\eta`, shape ``(K, D)``.
-        precision: :math:`\Lambda`, shape ``(K, D, D)``.
+        constant: :math:`c`, shape ``(K, *batch)``.
+        information: :math:`\eta`, shape ``(K, *batch, D)``.
+        precision: :math:`\Lambda`, shape ``(K, *batch, D, D)``.
         magnitude: Sum of the absolute values that went into the diagonal of
-            :math:`\Lambda`, shape ``(K, D)``: rounding is relative to it.
+            :math:`\Lambda`, shape ``(K, *batch, D)``: rounding is relative to it.
     """
 
     constant: Tensor
@@ -60,6 +62,29 @@ class GaussianForm(NamedTuple):
     def is_mixture(self) -> bool:
         """Whether there is more than one component."""
         return len(self.constant) > 1
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Of the energies."""
+        return self.constant.shape[1:]
+
+    def expand(self, batch_shape: torch.Size) -> "GaussianForm":
+        """The same for each energy of a larger batch."""
+        if batch_shape == self.batch_shape:
+            return self
+        num_new = len(batch_shape) - len(self.batch_shape)
+
+        def grown(value: Tensor, event_dim: int) -> Tensor:
+            event = value.shape[value.dim() - event_dim :]
+            inner = value.reshape(len(value), *(1,) * num_new, *value.shape[1:])
+            return inner.expand(len(value), *batch_shape, *event)
+
+        return GaussianForm(
+            grown(self.constant, 0),
+            grown(self.information, 1),
+            grown(self.precision, 2),
+            grown(self.magnitude, 1),
+        )
 
     def power(self, weight: float | Tensor) -> "GaussianForm | None":
         """The form of a power; of a mixture a natural number, or there is none."""
@@ -96,6 +121,8 @@ class GaussianForm(NamedTuple):
                 of one part.
             dim: Size of ``x``.
         """
+        if self.batch_shape:
+            return None
         k = torch.arange(len(self.constant), device=positions.device)
         if len(k) * dim**2 > _MAX_NUMBERS:
             return None
@@ -178,6 +205,8 @@ def product_form(
         forms: Of the experts, at least one.
         weights: The powers.
     """
+    shape = torch.broadcast_shapes(*(form.batch_shape for form in forms))
+    forms = [form.expand(shape) for form in forms]
     powers = [form.power(w) for form, w in zip(forms, weights, strict=True)]
     product = powers[0]
     for power in powers[1:]:
@@ -215,20 +244,26 @@ def gaussian_closed_form(energy: Energy) -> ClosedForm | None:
 def _(energy: QuadraticEnergy) -> GaussianForm:
     # By way of the covariance, as in its closed form, some accuracy would be lost.
     factor, loc = energy.scale_tril_of_precision.double(), energy.loc.double()
-    return _from_moments(loc[None], (factor @ factor.mT)[None])
+    precision = (factor @ factor.mT).expand(*energy.batch_shape, *factor.shape[-2:])
+    return _from_moments(loc.expand(precision.shape[:-1])[None], precision[None])
 
 
 def _form_of(distribution: Any) -> GaussianForm | None:
-    """The form of a normalised distribution with an empty batch shape."""
-    if distribution.event_shape.numel() ** 2 > _MAX_NUMBERS:
+    """The form of a normalised distribution."""
+    num_batch = distribution.batch_shape.numel()
+    if num_batch * distribution.event_shape.numel() ** 2 > _MAX_NUMBERS:
         return None
     log_weights: Any = 0.0
     if not isinstance(distribution, torch.distributions.MixtureSameFamily):
-        form = _unnormalised_form_of(distribution, 1)
+        form = _unnormalised_form_of(distribution)
+        form = form and GaussianForm(*(value[None] for value in form))
     else:
-        log_weights = distribution.mixture_distribution.logits.double()
-        components = distribution.component_distribution
-        form = _unnormalised_form_of(components, components.batch_shape[-1])
+        logits = distribution.mixture_distribution.logits.double()
+        form = _unnormalised_form_of(distribution.component_distribution)
+        if form is not None:  # the components first
+            axis = len(distribution.batch_shape)
+            form = GaussianForm(*(value.movedim(axis, 0) for value in form))
+            log_weights = logits.expand(*distribution.batch_shape, -1).movedim(-1, 0)
     if form is None:
         return None
     # Their log-determinant is what makes the components normalised.
@@ -237,8 +272,9 @@ def _form_of(distribution: Any) -> GaussianForm | None:
     return form._replace(constant=form.constant + log_norm + log_weights)
 
 
-def _unnormalised_form_of(distribution: Any, count: int) -> GaussianForm | None:
-    """The form of normal distributions without their constant, ``count`` of them."""
+def _unnormalised_form_of(distribution: Any) -> GaussianForm | None:
+    """The form of normal distributions without constants, in their batch's shape."""
+    shape = distribution.batch_shape
     vector = isinstance(
         distribution,
         torch.distributions.MultivariateNormal
@@ -246,17 +282,14 @@ def _unnormalised_form_of(distribution: Any, count: int) -> GaussianForm | None:
     )
     if vector:
         dim = distribution.event_shape[0]
-        precision = distribution.precision_matrix.double()
-        return _from_moments(
-            distribution.loc.double().expand(*precision.shape[:-1]).reshape(-1, dim),
-            precision.reshape(-1, dim, dim),
-        )
+        precision = distribution.precision_matrix.double().expand(*shape, dim, dim)
+        return _from_moments(distribution.loc.double().expand(*shape, dim), precision)
     while isinstance(distribution, torch.distributions.Independent):
         distribution = distribution.base_dist
     if not isinstance(distribution, torch.distributions.Normal):
         return None
-    loc = distribution.loc.double().reshape(count, -1)
-    scale = distribution.scale.double().reshape(count, -1)
+    loc = distribution.loc.double().reshape(*shape, -1)
+    scale = distribution.scale.double().reshape(*shape, -1)
     return _from_moments(loc, scale.square().reciprocal().diag_embed())
 
 
@@ -281,6 +314,9 @@ def _mixture(
     """The normalised mixture, or its one component, over events of any shape."""
     if len(loc) == 1:
         loc, precision = loc[0], precision[0]
+    else:  # the components are the last dimension of a batch
+        num_batch = log_weights.dim() - 1
+        loc, precision = loc.movedim(0, num_batch), precision.movedim(0, num_batch)
     if not event_shape:
         scale = precision[..., 0, 0].rsqrt().to(**options)
         parts = dist.Normal(loc[..., 0].to(**options), scale, validate_args=False)
@@ -298,5 +334,6 @@ def _mixture(
         parts = dist.TransformedDistribution(parts, [reshape], validate_args=False)
     if len(log_weights) == 1:
         return parts
-    mixture = dist.Categorical(logits=log_weights.to(**options), validate_args=False)
+    logits = log_weights.movedim(0, -1).to(**options)
+    mixture = dist.Categorical(logits=logits, validate_args=False)
     return dist.MixtureSameFamily(mixture, parts, validate_args=False)

@@ -32,13 +32,16 @@ def marginal(distribution: Any, numbers: Tensor) -> dist.TorchDistribution | Non
         numbers: Of the coordinates in the flattened event, shape ``(U,)``.
 
     Returns:
-        A distribution over vectors of shape ``(U,)``; ``None`` for other families.
+        A distribution over vectors of shape ``(U,)``; ``None`` for other families, and
+        for a batch of distributions.
 
     Example:
         >>> whole = dist.Normal(torch.arange(3.0), 1.0).to_event(1)
         >>> marginal(whole, torch.tensor([2])).mean
         tensor([2.])
     """
+    if distribution.batch_shape:
+        return None
     if isinstance(distribution, torch_dist.MultivariateNormal):
         covariance = distribution.covariance_matrix[numbers][:, numbers]
         return dist.MultivariateNormal(distribution.loc[numbers], covariance)
@@ -49,6 +52,8 @@ def independent_marginal(
     distribution: Any, numbers: Tensor
 ) -> dist.TorchDistribution | None:
     """The same of independent coordinates alone."""
+    if distribution.batch_shape:
+        return None
     event_shape = distribution.event_shape
     while isinstance(distribution, torch_dist.Independent):
         distribution = distribution.base_dist

@@ -20,7 +20,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.base import ClosedForm, Energy, require_no_batch
 from pyro_ebm.energies.graphs.inductor import CompiledFunction
 
 
@@ -71,6 +71,7 @@ class CompiledEnergy(Energy):
                 f"energy must be an Energy, got {type(energy).__name__}. Wrap a "
                 "callable in FunctionEnergy."
             )
+        require_no_batch(energy)
         super().__init__(energy.event_shape, energy.support)
         self.energy = energy
         self.cuda_graphs = cuda_graphs

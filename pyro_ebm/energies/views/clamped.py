@@ -101,7 +101,8 @@ class ClampedEnergy(Energy):
             )
         _require_inside(_at(scalar, energy.event_shape, fixed), value)
         support = _at(scalar, energy.event_shape, free)
-        super().__init__((len(free),), constraints.independent(support, 1))
+        support = constraints.independent(support, 1)
+        super().__init__((len(free),), support, energy.batch_shape)
         self.energy = energy
         self.register_buffer("value", value)
         for name, numbers in (
@@ -165,13 +166,13 @@ def _(energy: ClampedEnergy) -> GaussianForm | None:
     form = gaussian_form(energy.energy)
     if form is None:
         return None
-    v, u_rows = energy.value.double(), form.precision[:, energy.free]
-    v_square = form.precision[:, energy.fixed][..., energy.fixed] @ v
+    v, u_rows = energy.value.double(), form.precision[..., energy.free, :]
+    v_square = form.precision[..., energy.fixed, :][..., energy.fixed] @ v
     return GaussianForm(
-        form.constant + (form.information[:, energy.fixed] - v_square / 2) @ v,
-        form.information[:, energy.free] - u_rows[..., energy.fixed] @ v,
+        form.constant + (form.information[..., energy.fixed] - v_square / 2) @ v,
+        form.information[..., energy.free] - u_rows[..., energy.fixed] @ v,
         u_rows[..., energy.free],
-        form.magnitude[:, energy.free],
+        form.magnitude[..., energy.free],
     )  # (2)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, biject_to
 
-from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.base import ClosedForm, Energy, require_no_batch
 from pyro_ebm.energies.corrections import map_tensors
 from pyro_ebm.energies.discrete.finite import finite_values
 from pyro_ebm.energies.graphs.compiled import CompiledEnergy
@@ -31,6 +31,7 @@ from pyro_ebm.energies.graphs.graph_precision import is_rounded, wide
 from pyro_ebm.energies.graphs.tracing import CastFunction, PointFunction, TracedFunction
 from pyro_ebm.energies.pyro_model.model_prior import ModelPrior
 from pyro_ebm.energies.pyro_model.pyro_model import PyroModelEnergy
+from pyro_ebm.energies.pyro_modules import apart_from_store
 
 #: Points at which the precisions are compared.
 _NUM_CHECKED = 16
@@ -49,6 +50,7 @@ def in_double(energy: Energy) -> Energy:
         A :class:`PyroModelEnergy` for one; else an energy whose ``tensor_options`` say
         double precision.
     """
+    require_no_batch(energy)
     if isinstance(energy, PyroModelEnergy):
         return energy.in_double()
     if isinstance(energy, CompiledEnergy):
@@ -184,7 +186,8 @@ class _Converted:
         key = [self.energy.training, *map(_version, _tensors(self.energy))]
         if self._current is None or key != self._key:
             with torch.enable_grad():  # for the parameters, through the conversion
-                self._current = _Own(_copy_in_double(self.energy, self._twins))
+                twin = apart_from_store(_copy_in_double(self.energy, self._twins))
+                self._current = _Own(twin)
             self._key = key
         return self._current
 

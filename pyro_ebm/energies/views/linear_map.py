@@ -82,7 +82,7 @@ class LinearMapEnergy(Energy):
                 f"map, got the support {expert.support}. Put it on a part of the event "
                 "by PartEnergy, or map it to real numbers first."
             )
-        super().__init__(matrix.shape[len(part) :])
+        super().__init__(matrix.shape[len(part) :], None, expert.batch_shape)
         self.energy = expert
         for name, value in (("matrix", matrix), ("offset", offset)):
             if isinstance(value, nn.Parameter):

@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.base import ClosedForm, Energy, require_no_batch
 from pyro_ebm.energies.closed_form.gaussian import (
     GaussianForm,
     gaussian_closed_form,
     gaussian_form,
 )
-from pyro_ebm.energies.distribution import DistributionEnergy
+from pyro_ebm.energies.distribution import DistributionEnergy, require_single
 
 
 @final
@@ -76,6 +76,9 @@ class PartEnergy(Energy):
         support: Constraint | None = None,
     ) -> None:
         expert = as_expert(energy)
+        if isinstance(expert, DistributionEnergy):
+            require_single(expert.distribution, "energy")
+        require_no_batch(expert)
         shape = torch.Size(event_shape)
         if not indices:
             raise ValueError(

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyro_ebm.energies.base import Energy
+from pyro_ebm.energies.base import Energy, require_no_batch
 
 #: Points that are evaluated alone.
 _NUM_ALONE = 3
+#: Relative error of the same evaluation again, in units of the last place.
+_ROUNDING = 32
 
 
 @torch.no_grad()
@@ -30,7 +32,7 @@ def check_pointwise(energy: Energy, x: Tensor) -> None:
         x: Two points or more, shape ``(*batch, *event)``, in the support.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it is not, or is a batch of energies.
 
     Example:
         >>> energy = pyro_ebm.energies.FunctionEnergy(lambda x: x - x.mean(), ())
@@ -38,11 +40,12 @@ def check_pointwise(energy: Energy, x: Tensor) -> None:
         Traceback (most recent call last):
         ValueError: energy must be a function of one point...
     """
+    require_no_batch(energy)
     points = x.detach().reshape(-1, *energy.event_shape)
     with _unchanged(energy):
         together = energy(points)
         again = energy(points)
-        if not _agree(together, again):
+        if not _agree(together, again, torch.finfo(together.dtype).eps * _ROUNDING):
             raise ValueError(_message("evaluated twice", together, again))
         for index in range(min(_NUM_ALONE, len(points))):
             try:
@@ -64,15 +67,16 @@ def _unchanged(energy: Energy) -> Iterator[None]:
             yield
         finally:
             for buffer, value in before:
-                buffer.copy_(value)
+                if (buffer != value).any():  # writing would be noticed
+                    buffer.copy_(value)
 
 
-def _agree(first: Tensor, second: Tensor) -> bool:
+def _agree(first: Tensor, second: Tensor, tolerance: float | None = None) -> bool:
     """Whether energies are equal up to rounding, and finite at the same points."""
     is_finite = first.isfinite()
     if not is_finite.equal(second.isfinite()):
         return False
-    tolerance = torch.finfo(first.dtype).eps ** 0.5
+    tolerance = tolerance or torch.finfo(first.dtype).eps ** 0.5
     first, second = first[is_finite], second[is_finite]
     return bool(((first - second).abs() <= tolerance * (1 + first.abs())).all())
 
@@ -85,5 +89,6 @@ def _message(how: str, *values: Tensor) -> str:
         "energy must be a function of one point, the same in a batch, alone and twice; "
         f"it is another {how}{', got ' if seen else ''}{seen}. Put modules with batch "
         "norm, dropout or a spectral norm into eval mode, energy.eval(), and let "
-        "nothing but x have a row for each point"
+        "nothing but x have a row for each point; what is learned is in train mode, "
+        "and must do without them"
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.energies.base import Energy
+from pyro_ebm.energies.base import Energy, require_no_batch
 
 
 @final
@@ -97,6 +97,7 @@ def unconstrained(energy: Energy) -> tuple[Energy, torch.distributions.Transform
 
     Raises:
         NotImplementedError: If the support has no bijection from real space.
+        ValueError: If it is a batch of energies.
 
     Example:
         >>> simplex = pyro_ebm.energies.DistributionEnergy(
@@ -106,6 +107,7 @@ def unconstrained(energy: Energy) -> tuple[Energy, torch.distributions.Transform
         >>> flat.event_shape, round(to_support(torch.randn(2)).sum().item(), 4)
         (torch.Size([2]), 1.0)
     """
+    require_no_batch(energy)
     if is_unconstrained(energy.support):
         return energy, torch.distributions.transforms.identity_transform
     pulled_back = UnconstrainedEnergy(energy)

@@ -19,6 +19,7 @@ from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.core.verdict import Reason, status_of
 from pyro_ebm.distributions import EnergyDistribution, EnergyModel
 from pyro_ebm.energies import DistributionEnergy
+from pyro_ebm.energies.views.pointwise import check_pointwise
 from pyro_ebm.infer.fit.automatic import (
     MAX_GRAD_NORM,
     PATIENCE,
@@ -60,6 +61,8 @@ from pyro_ebm.mcmc import ImportanceResampling
 _LOG = logging.getLogger(__name__)
 #: Wall-clock time of a fit that is told none.
 _SECONDS = 60.0
+#: Points at which the energy is checked.
+_NUM_CHECKED = 8
 #: Records without a better one, and the model still counts as getting better; and
 #: dimensions in which it is not for chains to go on.
 _STILL_BEST, _FEW_DIMENSIONS = 3, 30
@@ -243,6 +246,7 @@ class _Fit:
     def run(self, points: Points, optim: Any, *, progress_bar: bool) -> FitResult:
         """Take all steps, and examine the fit."""
         self.model.train()
+        check_pointwise(self.model.energy, self.plan.train[:_NUM_CHECKED])
         total = sum(stage.num_steps for stage in self.plan.stages)
         train = points if points.loader is not None else Points(self.plan.train)
         with tqdm(total=total, disable=not progress_bar, desc="fit") as bar:

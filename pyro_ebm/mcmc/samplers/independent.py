@@ -17,6 +17,7 @@ from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.diagnostics.ranks import split_chains
 from pyro_ebm.diagnostics.rhat import ratio
 from pyro_ebm.energies import Energy, unconstrained
+from pyro_ebm.energies.views.pointwise import check_pointwise
 from pyro_ebm.mcmc.base import ChainState, Kernel, replace_nonfinite
 from pyro_ebm.mcmc.kernels.hmc import HMC
 from pyro_ebm.mcmc.samplers.sampler import Draws, SamplingDiagnostics, warn_of
@@ -127,6 +128,7 @@ class IndependentChains:
         """
         flat, to_support = unconstrained(energy)
         start = self.start(energy, max(num_draws, self.min_chains))
+        check_pointwise(energy, start)
         state = replace_nonfinite(self.kernel.init(flat, to_support.inv(start)))
         with self._bar() as bar:
             kernel, warm = self._warm_up(flat, state, bar)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energies import Energy
+from pyro_ebm.energies.views.pointwise import check_pointwise
 from pyro_ebm.mcmc.base import ChainState, Kernel, far_limit, replace_nonfinite
 from pyro_ebm.mcmc.kernels.metric import (
     MAX_DENSE,
@@ -99,6 +100,8 @@ def start_chains(
         points = _checked(target, initial, num_chains)
         num_groups = len(points)
         size = num_chains // num_groups
+    if not target.is_model and len(points) > 1:
+        check_pointwise(target.energy, points)
     state = kernel.init(target.energy, points.repeat_interleave(size, 0))
     groups = ChainState(*(value[::size] for value in state))
     if target.energy.support.is_discrete:  # where gradients may be missing

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
+from pyro_ebm.energies.base import require_no_batch
 from pyro_ebm.energies.corrections import corrected, map_tensors
 from pyro_ebm.energies.distribution import require_single
 from pyro_ebm.energies.graphs.graph_precision import wide
@@ -123,6 +124,7 @@ class GeometricPath(Energy):
         *,
         is_double: bool = False,
     ) -> None:
+        require_no_batch(energy)
         require_single(base, "base")
         require_normalized(base, "base")
         base_energy = DistributionEnergy(base)

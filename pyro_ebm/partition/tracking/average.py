@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.energies import Energy, unconstrained
+from pyro_ebm.energies.pyro_modules import apart_from_store
 
 
 class FollowedEnergy(nn.Module):
@@ -26,7 +27,7 @@ class FollowedEnergy(nn.Module):
 
     def __init__(self, energy: Energy) -> None:
         super().__init__()
-        self.energy = _with_buffers(copy.deepcopy(energy))
+        self.energy = apart_from_store(_with_buffers(copy.deepcopy(energy)))
         self._names = [name for name, _ in _parameters(energy)]
         self.register_buffer("mean", self._flatten(energy))
 

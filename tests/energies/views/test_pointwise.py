@@ -2,10 +2,13 @@
 
 import copy
 
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
 
+import pyro_ebm
+from pyro_ebm import EnergyDistribution, EnergyModel
 from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy
 from pyro_ebm.energies.views.pointwise import check_pointwise
 
@@ -70,3 +73,36 @@ def test_functions_of_a_point(energy, dtype):
     check_pointwise(energy, 100 * torch.randn(4, 5, 2))
     check_pointwise(energy, torch.randn(2))
     torch.set_rng_state(state)
+
+
+NORMAL = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda energy: EnergyDistribution(energy).sample(),
+        lambda energy: pyro_ebm.mcmc.MCMC(
+            num_samples=2, warmup_steps=2, num_chains=8, progress_bar=False
+        ).run(energy),
+        lambda energy: pyro_ebm.partition.estimate(energy, NORMAL),
+        lambda energy: pyro_ebm.fit(
+            EnergyModel(energy, NORMAL), torch.randn(50, 2), progress_bar=False
+        ),
+    ],
+    ids=["sample", "MCMC", "estimate", "fit"],
+)
+@pytest.mark.parametrize("name", ["batch norm", "dropout", "mean"])
+def test_whatever_evaluates_in_batches_refuses_it(use, name):
+    with pytest.raises(ValueError, match="must be a function of one point"):
+        use(WRONG[name]())
+
+
+def test_a_tensor_with_a_graph_is_left_alone():
+    """Writing to it, though under ``no_grad``, made its backward pass an error."""
+    latent = torch.ones(2, requires_grad=True)
+    energy = QuadraticEnergy(latent.exp())
+    value = energy(torch.zeros(2))
+    check_pointwise(energy, torch.randn(8, 2))
+    value.backward()
+    assert latent.grad.isfinite().all()
