@@ -20,8 +20,6 @@ References:
 __all__ = ["IsingEnergy", "LatticeEnergy", "PottsEnergy"]
 
 import functools
-import math
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import final
 
@@ -31,22 +29,15 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.energies.base import ClosedForm, Energy
-from pyro_ebm.energies.discrete.finite import (
-    AnnealingPath,
-    FiniteUniform,
-    finite_values,
-    spins,
-)
+from pyro_ebm.energies.discrete.finite import AnnealingPath, spins
+from pyro_ebm.energies.discrete.sites import SiteEnergy
 
 
-class LatticeEnergy(Energy):
+class LatticeEnergy(SiteEnergy):
     """An energy of nearest neighbours on a lattice.
 
     Attributes:
         coupling: :math:`J`, a parameter of shape ``()``.
-        blocks: Masks of sites without a bond between them, shape ``(B, *shape)``.
-        values: What a site may be, shape ``(q,)``.
 
     Args:
         shape: Sites along each dimension.
@@ -59,9 +50,6 @@ class LatticeEnergy(Energy):
         ValueError: If there is no site, or a periodic side of one: a site is not its
             own neighbour.
     """
-
-    blocks: Tensor
-    values: Tensor
 
     def __init__(
         self,
@@ -77,8 +65,6 @@ class LatticeEnergy(Energy):
                 "shape must hold at least one side, of at least 2 sites if periodic "
                 f"and 1 if not; got {shape} with periodic={periodic}."
             )
-        super().__init__(shape, constraints.independent(support, len(shape)))
-        self.periodic = periodic
         if not isinstance(coupling, Tensor):
             coupling = torch.tensor(float(coupling))
         if coupling.shape or not coupling.is_floating_point():
@@ -86,25 +72,11 @@ class LatticeEnergy(Energy):
                 "coupling must be one floating-point number, got a tensor of shape "
                 f"{tuple(coupling.shape)} and dtype {coupling.dtype}."
             )
+        support = constraints.independent(support, len(shape))
+        blocks = _blocks(shape, periodic=periodic)
+        super().__init__(shape, support, blocks, coupling)
+        self.periodic = periodic
         self.coupling = nn.Parameter(coupling.detach().clone())
-        device = self.coupling.device
-        blocks = _blocks(shape, periodic=periodic).to(device)
-        self.register_buffer("blocks", blocks, persistent=False)
-        values = torch.tensor(finite_values(support)).to(self.coupling)
-        self.register_buffer("values", values, persistent=False)
-
-    @abstractmethod
-    def site_logits(self, x: Tensor) -> Tensor:
-        """Logits of each site given all others, shape ``(q, *batch, *shape)``."""
-
-    @abstractmethod
-    def annealing_path(self) -> AnnealingPath:
-        """From uniform sites to this energy, by scaling it."""
-
-    def _uniform(self) -> ClosedForm:
-        base = FiniteUniform(self.support, self.event_shape, self.values)
-        log_states = self.event_shape.numel() * math.log(len(self.values))
-        return ClosedForm(self.values.new_tensor(log_states), base)
 
     def _bonds(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The two ends of all bonds, one dimension of the lattice at a time."""
@@ -193,7 +165,7 @@ class IsingEnergy(LatticeEnergy):
                 self.event_shape, coupling, field, periodic=self.periodic
             )
 
-        return AnnealingPath(self._uniform(), at)
+        return super().annealing_path()._replace(at=at)
 
 
 @final
@@ -255,7 +227,7 @@ class PottsEnergy(LatticeEnergy):
                 periodic=self.periodic,
             )
 
-        return AnnealingPath(self._uniform(), at)
+        return super().annealing_path()._replace(at=at)
 
 
 @functools.lru_cache(maxsize=32)
