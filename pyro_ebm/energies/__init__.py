@@ -5,6 +5,7 @@ anything that can be called, :class:`NeuralEnergy` is the usual network for vect
 """
 
 __all__ = [
+    "ChainEnergy",
     "ClampedEnergy",
     "ClosedForm",
     "CompiledEnergy",
@@ -35,6 +36,7 @@ __all__ = [
 from pyro_ebm.energies.algebra import ExpEnergy, SumEnergy
 from pyro_ebm.energies.base import ClosedForm, Energy
 from pyro_ebm.energies.closed_form.conjugate import register_product
+from pyro_ebm.energies.discrete.chain import ChainEnergy
 from pyro_ebm.energies.discrete.finite import spins
 from pyro_ebm.energies.discrete.lattice import IsingEnergy, PottsEnergy
 from pyro_ebm.energies.discrete.rbm import RBMEnergy

@@ -10,7 +10,7 @@ An energy :math:`f: \mathcal{X} \to \mathbb{R}`, in nats, is half of a distribut
 :math:`\log Z`, is the business of :mod:`pyro_ebm.partition`.
 """
 
-__all__ = ["ClosedForm", "Energy", "require_precision"]
+__all__ = ["ClosedForm", "Energy", "live_or_parameter", "require_precision"]
 
 import copy
 from abc import ABC, abstractmethod
@@ -270,6 +270,32 @@ class Energy(nn.Module, ABC):
     def exp(self) -> "Energy":
         r"""The energy :math:`\exp(f(x))`, the question of the text's section 1.3."""
         return Energy._exp(self)
+
+
+def live_or_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Register a tensor that an energy was given.
+
+    What carries a graph (a latent variable, ``pyro.param``, the output of a network)
+    stays as it is, so that gradients reach it: as a buffer that is not saved. A
+    ``nn.Parameter`` is shared. Any other tensor is copied into a parameter of its own.
+
+    Args:
+        module: The energy, after ``super().__init__``.
+        name: Of the attribute.
+        value: Of floating point.
+
+    Example:
+        >>> module, latent = torch.nn.Module(), torch.ones(2, requires_grad=True)
+        >>> live_or_parameter(module, "loc", 2 * latent)
+        >>> [name for name, _ in module.named_parameters()], module.loc.grad_fn
+        ([], <MulBackward0 object at ...>)
+    """
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(name, value)
+    elif value.requires_grad:
+        module.register_buffer(name, value, persistent=False)
+    else:
+        module.register_parameter(name, nn.Parameter(value.detach().clone()))
 
 
 def require_precision(tensor: Tensor, name: str) -> None:

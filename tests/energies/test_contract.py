@@ -130,6 +130,7 @@ CASES = {
         (2, 3, 2), 0.4, torch.randn(2, 3, 2), periodic=False
     ),
     "potts": lambda: energies.PottsEnergy((3, 2), 3, 0.4),
+    "chain": lambda: energies.ChainEnergy(torch.randn(4, 3), torch.randn(3, 3)),
     "rbm": lambda: energies.RBMEnergy(torch.randn(4, 3), torch.randn(4)),
     "hopfield": lambda: energies.HopfieldEnergy(random_spins(3, 5), 3),
     "spin-memory": lambda: energies.SpinMemoryEnergy(random_spins(3, 5)),

@@ -115,7 +115,7 @@ def num_states(support: Constraint, event_shape: Sequence[int]) -> Tensor | None
     high = torch.as_tensor(getattr(support, "upper_bound", 1))
     if (high == high.flatten()[0]).all():
         return None
-    number = high - torch.as_tensor(support.lower_bound) + 1
+    number = high - torch.as_tensor(getattr(support, "lower_bound", 0)) + 1
     return number.long().expand(torch.Size(event_shape))
 
 

@@ -26,9 +26,10 @@ from typing import final
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.util import sum_rightmost
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions.constraints import Constraint
 
+from pyro_ebm.energies.base import live_or_parameter
 from pyro_ebm.energies.discrete.finite import AnnealingPath, spins
 from pyro_ebm.energies.discrete.sites import SiteEnergy
 
@@ -37,12 +38,14 @@ class LatticeEnergy(SiteEnergy):
     """An energy of nearest neighbours on a lattice.
 
     Attributes:
-        coupling: :math:`J`, a parameter of shape ``()``.
+        coupling: :math:`J`, of shape ``()``.
 
     Args:
         shape: Sites along each dimension.
         support: Of one site.
-        coupling: :math:`J` in nats; positive if neighbours like to agree.
+        coupling: :math:`J` in nats; positive if neighbours like to agree. A tensor that
+            carries a graph (a latent variable, ``pyro.param``) stays live, a
+            ``nn.Parameter`` is shared, and anything else becomes a parameter.
         periodic: Whether the lattice closes to a torus. There a side of two has each of
             its bonds twice.
 
@@ -50,6 +53,8 @@ class LatticeEnergy(SiteEnergy):
         ValueError: If there is no site, or a periodic side of one: a site is not its
             own neighbour.
     """
+
+    coupling: Tensor
 
     def __init__(
         self,
@@ -76,7 +81,7 @@ class LatticeEnergy(SiteEnergy):
         blocks = _blocks(shape, periodic=periodic)
         super().__init__(shape, support, blocks, coupling)
         self.periodic = periodic
-        self.coupling = nn.Parameter(coupling.detach().clone())
+        live_or_parameter(self, "coupling", coupling)
 
     def _bonds(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The two ends of all bonds, one dimension of the lattice at a time."""
@@ -107,8 +112,8 @@ class IsingEnergy(LatticeEnergy):
     Args:
         shape: Sites along each dimension.
         coupling: :math:`J`, in nats: inverse temperature times strength of a bond.
-        field: :math:`h`, a number or one for each site; default: none. Like the
-            coupling it becomes a parameter.
+        field: :math:`h`, a number or one for each site; default: none. What carries a
+            graph stays live, as of the coupling.
         periodic: Whether the lattice closes to a torus.
 
     Raises:
@@ -120,6 +125,8 @@ class IsingEnergy(LatticeEnergy):
         -51.2
     """
 
+    field: Tensor | None
+
     def __init__(
         self,
         shape: Sequence[int],
@@ -129,15 +136,16 @@ class IsingEnergy(LatticeEnergy):
         periodic: bool = True,
     ) -> None:
         super().__init__(shape, spins, coupling, periodic=periodic)
-        self.field = None
-        if field is not None:
-            value = torch.as_tensor(field).detach().clone()
+        if field is None:
+            self.field = None
+        else:
+            value = torch.as_tensor(field)
             if value.shape not in ((), self.event_shape):
                 raise ValueError(
                     f"field must be a number or have shape {tuple(self.event_shape)}, "
                     f"one number for each site; got shape {tuple(value.shape)}."
                 )
-            self.field = nn.Parameter(value.to(self.coupling))
+            live_or_parameter(self, "field", value.to(self.coupling))
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate (1) at ``x`` of shape ``(*batch, *shape)``."""

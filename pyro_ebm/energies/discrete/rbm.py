@@ -26,10 +26,10 @@ from typing import final
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.base import ClosedForm, Energy, live_or_parameter
 from pyro_ebm.energies.discrete.finite import AnnealingPath
 
 #: Damped steps to the mean field. It is only a base: it need not have converged.
@@ -39,6 +39,9 @@ _NUM_STEPS = 50
 @final
 class RBMEnergy(Energy):
     r"""Free energy (1) of visible units in {0, 1}, hidden units summed out.
+
+    Tensors that carry a graph (latent variables, ``pyro.param``, outputs of a network)
+    stay live, a ``nn.Parameter`` is shared, and any other becomes a parameter.
 
     Args:
         weight: :math:`W`, shape ``(V, H)``.
@@ -53,6 +56,10 @@ class RBMEnergy(Energy):
         >>> energy(torch.ones(5, 3))  # two hidden units with two states each
         tensor([-1.3863, -1.3863, -1.3863, -1.3863, -1.3863], grad_fn=<SubBackward0>)
     """
+
+    weight: Tensor
+    visible_bias: Tensor
+    hidden_bias: Tensor
 
     def __init__(
         self,
@@ -69,9 +76,11 @@ class RBMEnergy(Energy):
         super().__init__(
             (num_visible,), constraints.independent(constraints.boolean, 1)
         )
-        self.weight = nn.Parameter(weight.detach().clone())
-        self.visible_bias = _bias(visible_bias, "visible_bias", num_visible, weight)
-        self.hidden_bias = _bias(hidden_bias, "hidden_bias", num_hidden, weight)
+        live_or_parameter(self, "weight", weight)
+        visible_bias = _bias(visible_bias, "visible_bias", num_visible, weight)
+        live_or_parameter(self, "visible_bias", visible_bias)
+        hidden_bias = _bias(hidden_bias, "hidden_bias", num_hidden, weight)
+        live_or_parameter(self, "hidden_bias", hidden_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate (1) at ``x`` of shape ``(*batch, V)``."""
@@ -111,11 +120,11 @@ class RBMEnergy(Energy):
         return AnnealingPath(ClosedForm(log_partition, base), at)
 
 
-def _bias(bias: Tensor | None, name: str, size: int, weight: Tensor) -> nn.Parameter:
+def _bias(bias: Tensor | None, name: str, size: int, weight: Tensor) -> Tensor:
     bias = weight.new_zeros(size) if bias is None else bias
     if bias.shape != (size,):
         raise ValueError(
             f"{name} must have shape {(size,)} to match weight of shape "
             f"{tuple(weight.shape)}, got {tuple(bias.shape)}."
         )
-    return nn.Parameter(bias.detach().clone())
+    return bias

@@ -58,8 +58,7 @@ class SiteEnergy(Energy):
     ) -> None:
         super().__init__(event_shape, support)
         self.register_buffer("blocks", blocks.to(like.device), persistent=False)
-        options = {"dtype": like.dtype, "device": like.device}
-        values = torch.tensor(finite_values(support), **options)
+        values = torch.tensor(finite_values(support)).to(like)
         self.register_buffer("values", values, persistent=False)
 
     @abstractmethod

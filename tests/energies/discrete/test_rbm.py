@@ -67,3 +67,17 @@ def test_wrong_shapes():
         RBMEnergy(torch.zeros(3, 2), torch.zeros(2))
     with pytest.raises(ValueError, match=r"hidden_bias must have shape \(2,\).*\(3,"):
         RBMEnergy(torch.zeros(3, 2), None, torch.zeros(3))
+
+
+def test_what_carries_a_graph_stays_live():
+    """Seen to fail where the constructor detaches."""
+    latent = torch.randn(5, 3, requires_grad=True)
+    bias = torch.nn.Parameter(torch.randn(3))
+    energy = RBMEnergy(2 * latent, None, bias)
+    assert energy.hidden_bias is bias
+    assert [name for name, _ in energy.named_parameters()] == [
+        "visible_bias", "hidden_bias"
+    ]  # fmt: skip
+    (grad,) = torch.autograd.grad(energy(torch.ones(5)), latent)
+    expected = -2 * energy.hidden_logits(torch.ones(5)).sigmoid().expand(5, 3)
+    torch.testing.assert_close(grad, expected)
