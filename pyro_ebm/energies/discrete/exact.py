@@ -16,6 +16,7 @@ __all__ = [
     "ExactClosedForm",
     "ExactDistribution",
     "Solver",
+    "can_be_enumerated",
     "categorical",
     "enumerated",
 ]
@@ -241,8 +242,7 @@ class ExactDistribution(dist.TorchDistribution):
     @property
     def has_enumerate_support(self) -> bool:  # type: ignore[override]
         """Whether there are at most 4096 states, which Pyro can list."""
-        count = num_points(self.support, self.event_shape)
-        return count is not None and count <= _MAX_LISTED
+        return can_be_enumerated(self)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:  # noqa: FBT001, FBT002
         """All states, shape ``(N, *batch, *event)``, or with ones for the batch.
@@ -293,6 +293,16 @@ class ExactDistribution(dist.TorchDistribution):
 
     def _batch_of(self, x: Tensor) -> torch.Size:
         return x.shape[: x.dim() - len(self.event_shape)]
+
+
+def can_be_enumerated(distribution: Any) -> bool:
+    """Whether the support has at most 4096 points.
+
+    Args:
+        distribution: Any.
+    """
+    count = num_points(distribution.support, distribution.event_shape)
+    return count is not None and count <= _MAX_LISTED
 
 
 def enumerated(distribution: Any, like: Tensor, *, expand: bool) -> Tensor:

@@ -11,7 +11,6 @@ from torch import nn
 from pyro_ebm.energies import FactorGraphEnergy, IsingEnergy, PottsEnergy, torus_edges
 from pyro_ebm.energies.discrete.finite import finite_points, num_points
 from pyro_ebm.partition import enumeration, estimate
-
 from tests.energies.discrete.test_chain import chi_square
 
 
