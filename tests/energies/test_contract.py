@@ -130,6 +130,7 @@ CASES = {
         (2, 3, 2), 0.4, torch.randn(2, 3, 2), periodic=False
     ),
     "potts": lambda: energies.PottsEnergy((3, 2), 3, 0.4),
+    "boltzmann": lambda: energies.BoltzmannEnergy(torch.randn(4, 4).triu(1)),
     "factor-graph": lambda: energies.FactorGraphEnergy(
         [2, 3, 2], [((0, 1), torch.randn(2, 3)), ((1, 2), torch.randn(3, 2))]
     ),

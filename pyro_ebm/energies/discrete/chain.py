@@ -150,7 +150,7 @@ class ChainEnergy(SiteEnergy):
         r""":math:`\log Z` by (2), and the distribution. Exactness: *exact*."""
         solver = _Chain.of(self.unary, self.transition, self.mask)
         exact = ExactDistribution(self, solver, self.batch_shape)
-        return ExactClosedForm(self.unary.new_empty(()), exact)
+        return ExactClosedForm.of(exact)
 
     def _states(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of the states, and where there is no such state."""
@@ -211,9 +211,8 @@ class _Chain:
         """Probabilities (4), by the gradient of log Z."""
         wants_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            unary = self.unary
-            if not unary.requires_grad:
-                unary = unary.detach().requires_grad_()
+            unary = self.unary.clone()
+            unary = unary if unary.requires_grad else unary.requires_grad_()
             value: Any = _LogPartition.apply(unary, self.transition, self.mask)
             is_live = self.unary.requires_grad or self.transition.requires_grad
             (probs,) = torch.autograd.grad(

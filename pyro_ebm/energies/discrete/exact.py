@@ -70,6 +70,15 @@ class ExactClosedForm(ClosedForm):
 
     distribution: "ExactDistribution"
 
+    @classmethod
+    def of(cls, distribution: "ExactDistribution") -> "ExactClosedForm":
+        """That of a distribution.
+
+        Args:
+            distribution: Whose ``log_partition`` it is.
+        """
+        return cls(torch.tensor(torch.nan), distribution)
+
     @property
     def log_partition(self) -> Tensor:
         r""":math:`\log Z` in nats."""

@@ -246,7 +246,7 @@ class FactorGraphEnergy(SiteEnergy):
         """
         if self.cost > MAX_COST:
             return None
-        return ExactClosedForm(self.values.new_empty(()), self.exact())
+        return ExactClosedForm.of(self.exact())
 
     def _tables(self) -> list[_Group]:
         """The potentials as they are now, ``(F, *states)`` or ``(1, *states)``."""

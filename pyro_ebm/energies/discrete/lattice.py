@@ -113,7 +113,7 @@ class LatticeEnergy(SiteEnergy):
         if elimination_cost(states, [sites for sites, _ in factors]) > MAX_COST:
             return None
         exact = ExactDistribution(self, exact_sums(states, factors))
-        return ExactClosedForm(self.values.new_empty(()), exact)
+        return ExactClosedForm.of(exact)
 
     def _edges(self) -> Tensor:
         return lattice_edges(self.event_shape, periodic=self.periodic)

@@ -122,9 +122,7 @@ class RBMEnergy(Energy):
         if 2**small * large > _MAX_COST:
             return None
         solver = _Layers(self.weight, self.visible_bias, self.hidden_bias)
-        return ExactClosedForm(
-            self.weight.new_empty(()), ExactDistribution(self, solver)
-        )
+        return ExactClosedForm.of(ExactDistribution(self, solver))
 
     @torch.no_grad()
     def annealing_path(self) -> AnnealingPath:

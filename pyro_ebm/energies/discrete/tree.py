@@ -162,9 +162,8 @@ class Forest:
         is_live = self.sites.requires_grad or self.edges.requires_grad
         wants_graph = torch.is_grad_enabled() and is_live
         with torch.enable_grad():
-            sites = self.sites
-            if not sites.requires_grad:
-                sites = sites.detach().requires_grad_()
+            sites = self.sites.clone()
+            sites = sites if sites.requires_grad else sites.requires_grad_()
             beliefs = self._upward(sites, torch.logsumexp)
             value = beliefs[self.roots].logsumexp(-1).sum()
             (probs,) = torch.autograd.grad(value, sites, create_graph=wants_graph)

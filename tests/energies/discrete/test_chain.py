@@ -122,6 +122,9 @@ def test_marginals_and_mode(energy):
     exact = energy.closed_form().distribution
     expected = torch.einsum("nb,nbtk->btk", log_terms.softmax(0), one_hot(x))
     torch.testing.assert_close(exact.marginals(), expected)
+    with torch.no_grad():  # where views of a parameter are leaves
+        found = energy.closed_form().distribution.marginals()
+    torch.testing.assert_close(found, expected)
     torch.testing.assert_close(exact.mean, expected @ torch.arange(3.0))
     best = torch.stack([x[i, b] for b, i in enumerate(log_terms.argmax(0))])
     torch.testing.assert_close(exact.mode, best)
