@@ -27,7 +27,7 @@ from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.pool import draw, last_diagnostics
 from pyro_ebm.distributions.representation import distribution_html, log_partition_text
 from pyro_ebm.energies import ClosedForm, Energy, PyroModelEnergy
-from pyro_ebm.energies.discrete.exact import can_be_enumerated, enumerated
+from pyro_ebm.energies.discrete.exact.distribution import can_be_enumerated, enumerated
 from pyro_ebm.mcmc import IndependentChains, Sampler, SamplingDiagnostics
 from pyro_ebm.partition import LogPartitionEstimate
 

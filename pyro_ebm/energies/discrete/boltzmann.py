@@ -20,13 +20,12 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pyro_ebm.energies.base import live_or_parameter, require_precision
-from pyro_ebm.energies.discrete.elimination import (
+from pyro_ebm.energies.discrete.exact.distribution import ExactClosedForm
+from pyro_ebm.energies.discrete.exact.elimination import (
     MAX_COST,
     Factors,
-    elimination_cost,
-    exact_sums,
+    exact_closed_form,
 )
-from pyro_ebm.energies.discrete.exact import ExactClosedForm, ExactDistribution
 from pyro_ebm.energies.discrete.finite import spins
 from pyro_ebm.energies.discrete.sites import SiteEnergy
 
@@ -103,11 +102,9 @@ class BoltzmannEnergy(SiteEnergy):
         size = len(self.bias)
         edges = torch.triu_indices(size, size, 1).mT
         states = [2] * size
-        # All are tied together: 2^D terms at least.
-        if 2.0**size > MAX_COST or elimination_cost(states, [edges]) > MAX_COST:
+        if 2.0**size > MAX_COST:  # all are tied together
             return None
-        exact = ExactDistribution(self, exact_sums(states, self._factors(edges)))
-        return ExactClosedForm.of(exact)
+        return exact_closed_form(self, states, self._factors(edges))
 
     def _factors(self, edges: Tensor) -> Factors:
         both = self.values * self.values[:, None]

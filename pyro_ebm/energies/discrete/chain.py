@@ -39,7 +39,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pyro_ebm.energies.base import live_or_parameter, require_precision
-from pyro_ebm.energies.discrete.exact import (
+from pyro_ebm.energies.discrete.exact.distribution import (
     ExactClosedForm,
     ExactDistribution,
     categorical,

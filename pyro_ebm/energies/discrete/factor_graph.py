@@ -25,12 +25,15 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyro_ebm.energies.base import live_or_parameter, require_precision
-from pyro_ebm.energies.discrete.elimination import (
+from pyro_ebm.energies.discrete.exact.distribution import (
+    ExactClosedForm,
+    ExactDistribution,
+)
+from pyro_ebm.energies.discrete.exact.elimination import (
     MAX_COST,
     elimination_cost,
     exact_sums,
 )
-from pyro_ebm.energies.discrete.exact import ExactClosedForm, ExactDistribution
 from pyro_ebm.energies.discrete.finite import spins
 from pyro_ebm.energies.discrete.graph import colouring, edges_from
 from pyro_ebm.energies.discrete.sites import SiteEnergy

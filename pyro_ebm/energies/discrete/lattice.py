@@ -31,13 +31,12 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.energies.base import live_or_parameter
-from pyro_ebm.energies.discrete.elimination import (
+from pyro_ebm.energies.discrete.exact.distribution import ExactClosedForm
+from pyro_ebm.energies.discrete.exact.elimination import (
     MAX_COST,
     Factors,
-    elimination_cost,
-    exact_sums,
+    exact_closed_form,
 )
-from pyro_ebm.energies.discrete.exact import ExactClosedForm, ExactDistribution
 from pyro_ebm.energies.discrete.finite import AnnealingPath, spins
 from pyro_ebm.energies.discrete.graph import lattice_edges
 from pyro_ebm.energies.discrete.sites import SiteEnergy
@@ -109,11 +108,7 @@ class LatticeEnergy(SiteEnergy):
         if len(self.values) ** (side + 1) > MAX_COST:
             return None
         states = [len(self.values)] * self.event_shape.numel()
-        factors = self._factors()
-        if elimination_cost(states, [sites for sites, _ in factors]) > MAX_COST:
-            return None
-        exact = ExactDistribution(self, exact_sums(states, factors))
-        return ExactClosedForm.of(exact)
+        return exact_closed_form(self, states, self._factors())
 
     def _edges(self) -> Tensor:
         return lattice_edges(self.event_shape, periodic=self.periodic)
@@ -127,12 +122,13 @@ class LatticeEnergy(SiteEnergy):
                 length = x.shape[dim] - 1
                 yield x.narrow(dim, 1, length), x.narrow(dim, 0, length)
 
-    def _neighbours(self, x: Tensor) -> Tensor:
+    def neighbours(self, x: Tensor) -> Tensor:
         """Sum over the neighbours of each site, shape of ``x``."""
         total = torch.zeros_like(x)
         for dim in range(-self.event_dim, 0):
             if self.periodic:
-                total = total + x.roll(1, dim) + x.roll(-1, dim)
+                total += x.roll(1, dim)
+                total += x.roll(-1, dim)
             else:
                 length = x.shape[dim] - 1
                 total.narrow(dim, 1, length).add_(x.narrow(dim, 0, length))
@@ -193,7 +189,7 @@ class IsingEnergy(LatticeEnergy):
 
     def site_logits(self, x: Tensor) -> Tensor:
         """Logits of -1 and +1 given all other sites, shape ``(2, *batch, *shape)``."""
-        up = self.coupling * self._neighbours(x)
+        up = self.coupling * self.neighbours(x)
         if self.field is not None:
             up = up + self.field
         return torch.stack([-up, up])
@@ -265,8 +261,8 @@ class PottsEnergy(LatticeEnergy):
 
     def site_logits(self, x: Tensor) -> Tensor:
         """Logits of the categories of each site, shape ``(q, *batch, *shape)``."""
-        one_hot = (x == self.values.reshape(-1, *(1,) * x.dim())).to(self.coupling)
-        return self.coupling * self._neighbours(one_hot)
+        one_hot = (x == self.values.reshape(-1, *(1,) * x.dim())).to(torch.int8)
+        return self.coupling * self.neighbours(one_hot)
 
     def _factors(self) -> Factors:
         equal = torch.eye(len(self.values)).to(self.values)

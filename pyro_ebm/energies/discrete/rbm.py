@@ -39,7 +39,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_ebm.energies.base import ClosedForm, Energy, live_or_parameter
-from pyro_ebm.energies.discrete.exact import ExactClosedForm, ExactDistribution
+from pyro_ebm.energies.discrete.exact.distribution import (
+    ExactClosedForm,
+    ExactDistribution,
+)
 from pyro_ebm.energies.discrete.finite import AnnealingPath
 
 #: Damped steps to the mean field. It is only a base: it need not have converged.
@@ -125,17 +128,20 @@ class RBMEnergy(Energy):
         return ExactClosedForm.of(ExactDistribution(self, solver))
 
     @torch.no_grad()
-    def annealing_path(self) -> AnnealingPath:
+    def annealing_path(self, bias: Tensor | None = None) -> AnnealingPath:
         r"""From independent units to this energy: weights and hidden biases are scaled.
 
-        The visible biases go from those of the mean field :math:`a = b + W \sigma(c +
-        W^\top \sigma(a))` to :math:`b`, so that each unit is on about as often at the
-        start as at the end.
+        Args:
+            bias: Logits :math:`a` of the visible units where it begins, shape ``(V,)``,
+                such as those of data. Default: the mean field :math:`a = b + W \sigma(c
+                + W^\top \sigma(a))`, so that each unit is on about as often at the
+                start as at the end.
         """
-        bias = self.visible_bias.detach()
-        for _ in range(_NUM_STEPS):
-            hidden = self.hidden_logits(bias.sigmoid()).sigmoid()
-            bias = (bias + self.visible_logits(hidden)) / 2
+        if bias is None:
+            bias = self.visible_bias.detach()
+            for _ in range(_NUM_STEPS):
+                hidden = self.hidden_logits(bias.sigmoid()).sigmoid()
+                bias = (bias + self.visible_logits(hidden)) / 2
         base = dist.Bernoulli(logits=bias, validate_args=False).to_event(1)
         log_partition = softplus(bias).sum() + len(self.hidden_bias) * math.log(2)
 

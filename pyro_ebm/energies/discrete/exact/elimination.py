@@ -21,7 +21,7 @@ References:
     (1990), Triangulation of graphs (the greedy order).
 """
 
-__all__ = ["Factors", "MAX_COST", "elimination_cost", "exact_sums"]
+__all__ = ["Factors", "MAX_COST", "elimination_cost", "exact_closed_form", "exact_sums"]
 
 import functools
 import heapq
@@ -34,8 +34,14 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from pyro_ebm.energies.discrete.exact import Solver, categorical
-from pyro_ebm.energies.discrete.tree import FORBIDDEN, Forest, edges_of, is_forest
+from pyro_ebm.energies.base import Energy
+from pyro_ebm.energies.discrete.exact.distribution import (
+    ExactClosedForm,
+    ExactDistribution,
+    Solver,
+    categorical,
+)
+from pyro_ebm.energies.discrete.exact.tree import FORBIDDEN, Forest, edges_of, is_forest
 
 #: Terms of all sums up to which elimination is cheap: tenths of a second.
 MAX_COST = 2**25
@@ -60,6 +66,21 @@ def exact_sums(states: Sequence[int], factors: Factors) -> Solver:
     if is_forest(len(states), [sites for sites, _ in factors]):
         return Forest.of(states, factors)
     return _Elimination.of(tuple(states), factors)
+
+
+def exact_closed_form(
+    energy: Energy, states: Sequence[int], factors: Factors
+) -> ExactClosedForm | None:
+    """The closed form of an energy, unless its sums have too many terms.
+
+    Args:
+        energy: Over a finite support.
+        states: How many states each site has.
+        factors: Log potentials.
+    """
+    if elimination_cost(states, [sites for sites, _ in factors]) > MAX_COST:
+        return None
+    return ExactClosedForm.of(ExactDistribution(energy, exact_sums(states, factors)))
 
 
 def elimination_cost(states: Sequence[int], scopes: Sequence[Tensor]) -> float:

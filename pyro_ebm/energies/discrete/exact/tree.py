@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_ebm.energies.discrete.exact import categorical
+from pyro_ebm.energies.discrete.exact.distribution import categorical
 
 #: The log potential of what is forbidden: minus infinity has no gradient.
 FORBIDDEN = -1e30
@@ -152,7 +152,7 @@ class Forest:
         return cls(sites, edges, parent, levels, shape.roots.to(device))
 
     def log_partition(self) -> Tensor:
-        """See :class:`~pyro_ebm.energies.discrete.exact.Solver`, as for the others."""
+        """See ``Solver`` in the module of the distribution, as for what follows."""
         beliefs = self._upward(self.sites, torch.logsumexp)
         value = beliefs[self.roots].logsumexp(-1).sum()
         return value.where(value > FORBIDDEN / 2, -torch.inf)
