@@ -11,7 +11,7 @@ import math
 import pyro
 import torch
 
-from pyro_ebm.energies import FiniteUniform, IsingEnergy
+from pyro_ebm.energies import IsingEnergy
 from pyro_ebm.mcmc import Gibbs
 from pyro_ebm.testing.finite_targets import ISING_CRITICAL, kaufman
 
@@ -39,10 +39,11 @@ def by_kaufman(side, coupling, step=1e-3):
 # of two signs for a very long time.
 def by_gibbs(side, coupling, num_sweeps, num_chains=32):
     energy = IsingEnergy((side, side), coupling)
-    base = FiniteUniform(energy.support, energy.event_shape)
-    x = base.sample((num_chains,))
+    x = torch.ones(num_chains, side, side)
+    if coupling < ISING_CRITICAL:
+        x = 2.0 * torch.randint(2, x.shape) - 1
     kernel, found = Gibbs(), []
-    state = kernel.init(energy, x.abs() if coupling > ISING_CRITICAL else x)
+    state = kernel.init(energy, x)
     for sweep in range(num_sweeps):
         state, _ = kernel.step(energy, state)
         if sweep >= num_sweeps // 3:
