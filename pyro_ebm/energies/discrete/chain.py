@@ -79,6 +79,7 @@ class ChainEnergy(SiteEnergy):
         77.1194
     """
 
+    batch_shape: torch.Size
     unary: Tensor
     transition: Tensor
     mask: Tensor | None
@@ -93,17 +94,13 @@ class ChainEnergy(SiteEnergy):
         super().__init__(
             (length,), constraints.independent(states, 1), blocks, unary.detach()
         )
+        self.batch_shape = unary.shape[:-2]  # as many chains
         live_or_parameter(self, "unary", unary)
         live_or_parameter(self, "transition", transition)
         if mask is not None:
             _require_prefix(mask, unary)
             mask = mask.to(unary.device)
         self.register_buffer("mask", mask, persistent=False)
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        """As many chains as the potentials are of."""
-        return self.unary.shape[:-2]
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate (1) at ``x`` of shape ``(*sample, *batch, T)``."""
