@@ -113,7 +113,8 @@ class ChainEnergy(SiteEnergy):
             sites = sites.where(self.mask, 0.0)
             steps = steps.where(self.mask[..., 1:], 0.0)
             is_outside = is_outside | (~self.mask & (index != 0))
-        value = -sites.sum(-1) - steps.sum(-1) + 0 * x.sum(-1)  # (1)
+        value = -sites.sum(-1) - steps.sum(-1)  # (1)
+        # What is no number is no state: without this it would have an energy.
         return value.where(~is_outside.any(-1), torch.inf) + 0 * x.sum(-1)
 
     def site_logits(self, x: Tensor) -> Tensor:
@@ -242,7 +243,8 @@ class _Chain:
         states = [categorical(last)]
         for t in range(len(unary) - 1, 0, -1):
             steps = self._steps(t).mT.expand(*unary.shape[1:], -1)
-            step = steps[torch.arange(unary.shape[1]), states[-1]]
+            batch = torch.arange(unary.shape[1], device=unary.device)
+            step = steps[batch, states[-1]]
             if self.mask is not None:
                 step = step.where(self.mask[t, :, None], 0.0)
             states.append(categorical(filtered[t - 1] + step))

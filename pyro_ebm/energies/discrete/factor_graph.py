@@ -17,7 +17,7 @@ References:
 __all__ = ["FactorGraphEnergy"]
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
@@ -112,12 +112,11 @@ class FactorGraphEnergy(SiteEnergy):
         if not groups:
             raise ValueError("factors must hold at least one pair, got none.")
         scopes = [tuple(s) for group in groups for s in group.sites.tolist()]
-        tensors = (g.table for g in groups if isinstance(g.table, Tensor))
         super().__init__(
             (len(self_states),),
             constraints.independent(_support(self_states, spins=spins), 1),
             colouring(len(self_states), scopes),
-            next(tensors, torch.empty(0)).detach(),
+            next(_tensors(groups), torch.empty(0)).detach(),
         )
         self.names, self._num_states = names, self_states
         self._groups = [group._replace(table=None) for group in groups]
@@ -184,11 +183,12 @@ class FactorGraphEnergy(SiteEnergy):
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate (1) at ``x`` of shape ``(*batch, D)``."""
         index, is_outside = self._index(x)
-        total = 0 * x.sum(-1)
+        total = self.values.new_zeros(())
         for sites, _, table in self._tables():
             flat, place = _flat_index(table, index[..., sites])
-            total = total + flat[_rows(flat, sites), place].sum(-1)
-        return (-total).where(~is_outside, torch.inf) + 0 * x.sum(-1)  # (1)
+            total = total + flat[_rows(flat, sites), place].sum(-1)  # (1)
+        # What is no number is no state: without this it would have an energy.
+        return (-total).where(~is_outside, torch.inf) + 0 * x.sum(-1)
 
     def site_logits(self, x: Tensor) -> Tensor:
         """Logits (2) of the states of each site, shape ``(q, *batch, D)``."""
@@ -333,6 +333,16 @@ def _equal(x: Tensor, y: Tensor) -> Tensor:
 
 def _itself(s: Tensor) -> Tensor:
     return s
+
+
+def _tensors(groups: Sequence[_Group]) -> Iterator[Tensor]:
+    """The tables of potentials, and what modules that give them hold."""
+    for group in groups:
+        if isinstance(group.table, Tensor):
+            yield group.table
+        elif isinstance(group.table, nn.Module):
+            yield from group.table.parameters()
+            yield from group.table.buffers()
 
 
 def _flat_index(table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -272,6 +272,15 @@ def test_tensors_stay_live_or_are_learned():
     torch.testing.assert_close(grad, torch.ones(3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32])
+def test_the_dtype_is_that_of_the_potentials():
+    coupling = torch.tensor(0.3, dtype=torch.float64)
+    energy = FactorGraphEnergy.ising(torus_edges((3, 3)), coupling)
+    assert energy.exact().sample().dtype == torch.float64
+    expected = enumeration(IsingEnergy((3, 3), coupling)).value
+    assert energy.exact().log_partition.item() == pytest.approx(expected, abs=1e-12)
+
+
 def test_wrong_arguments():
     pair = torch.zeros(2, 2)
     cases = [
