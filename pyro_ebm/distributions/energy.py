@@ -33,6 +33,7 @@ from pyro_ebm.distributions.pool import draw, last_diagnostics
 from pyro_ebm.distributions.representation import distribution_html, log_partition_text
 from pyro_ebm.energies import ClosedForm, Energy, PyroModelEnergy
 from pyro_ebm.energies.base import expands_to
+from pyro_ebm.energies.discrete.exact.distribution import can_be_enumerated, enumerated
 from pyro_ebm.energies.pyro_modules import name_pyro_modules
 from pyro_ebm.energies.views.batch import JointEnergy
 from pyro_ebm.mcmc import IndependentChains, Sampler, SamplingDiagnostics
@@ -136,6 +137,23 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
     def support(self) -> constraints.Constraint:
         """The support of the energy."""
         return self.energy.support
+
+    @property
+    def has_enumerate_support(self) -> bool:  # type: ignore[override]
+        """Whether there are at most 4096 states, for Pyro to sum over."""
+        return can_be_enumerated(self)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:  # noqa: FBT001, FBT002
+        """All states of a finite support, shape ``(N, *batch, *event)``.
+
+        Args:
+            expand: Whether along the batch; else it has ones there.
+
+        Raises:
+            NotImplementedError: If there are more than 4096, or infinitely many.
+        """
+        like = torch.empty(0, **self.energy.tensor_options())
+        return enumerated(self, like, expand=expand)
 
     def expand(
         self, batch_shape: Sequence[int], _instance: Any = None

@@ -5,6 +5,8 @@ anything that can be called, :class:`NeuralEnergy` is the usual network for vect
 """
 
 __all__ = [
+    "BoltzmannEnergy",
+    "ChainEnergy",
     "ClampedEnergy",
     "ClosedForm",
     "CompiledEnergy",
@@ -12,6 +14,7 @@ __all__ = [
     "DistributionEnergy",
     "Energy",
     "ExpEnergy",
+    "FactorGraphEnergy",
     "FunctionEnergy",
     "HopfieldEnergy",
     "IsingEnergy",
@@ -27,16 +30,22 @@ __all__ = [
     "SumEnergy",
     "UnconstrainedEnergy",
     "VectorMemoryEnergy",
+    "grid_edges",
     "register_product",
     "select",
     "spins",
+    "torus_edges",
     "unconstrained",
 ]
 
 from pyro_ebm.energies.algebra import ExpEnergy, SumEnergy
 from pyro_ebm.energies.base import ClosedForm, Energy
 from pyro_ebm.energies.closed_form.conjugate import register_product
+from pyro_ebm.energies.discrete.boltzmann import BoltzmannEnergy
+from pyro_ebm.energies.discrete.chain import ChainEnergy
+from pyro_ebm.energies.discrete.factor_graph import FactorGraphEnergy
 from pyro_ebm.energies.discrete.finite import spins
+from pyro_ebm.energies.discrete.graph import grid_edges, torus_edges
 from pyro_ebm.energies.discrete.lattice import IsingEnergy, PottsEnergy
 from pyro_ebm.energies.discrete.rbm import RBMEnergy
 from pyro_ebm.energies.distribution import DistributionEnergy

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions import constraints
 from pyro.infer import MCMC, NUTS, Trace_ELBO
 from pyro.ops.stats import effective_sample_size
 from torch import nn
@@ -347,8 +348,12 @@ def test_wrong_arguments_are_errors():
         banana().condition({2: 1.0})
     with pytest.raises(ValueError, match="holds all 2 numbers"):
         banana().condition({0: 1.0, 1: 1.0})
-    with pytest.raises(NotImplementedError, match="discrete"):
-        EnergyDistribution(IsingEnergy((2, 2), 0.5)).condition({0: 1.0})
+    counts = constraints.independent(constraints.nonnegative_integer, 1)
+    energy = FunctionEnergy(lambda x: x.sum(-1), (2,), counts)
+    with pytest.raises(NotImplementedError, match="continuous or finite support"):
+        EnergyDistribution(energy).condition({0: 1.0})
+    with pytest.raises(ValueError, match="lie in the support"):
+        EnergyDistribution(IsingEnergy((2, 2), 0.5)).condition({(0, 0): 0.0})
     with pytest.raises(ValueError, match=r"x must have shape \(\*batch, 1\)"):
         banana().condition({0: 1.0}).log_prob(torch.zeros(2))
 

@@ -130,6 +130,14 @@ CASES = {
         (2, 3, 2), 0.4, torch.randn(2, 3, 2), periodic=False
     ),
     "potts": lambda: energies.PottsEnergy((3, 2), 3, 0.4),
+    "boltzmann": lambda: energies.BoltzmannEnergy(torch.randn(4, 4).triu(1)),
+    "factor-graph": lambda: energies.FactorGraphEnergy(
+        [2, 3, 2], [((0, 1), torch.randn(2, 3)), ((1, 2), torch.randn(3, 2))]
+    ),
+    "factor-graph-spins": lambda: energies.FactorGraphEnergy.ising(
+        energies.torus_edges((3,)), 0.4, torch.randn(3)
+    ),
+    "chain": lambda: energies.ChainEnergy(torch.randn(4, 3), torch.randn(3, 3)),
     "rbm": lambda: energies.RBMEnergy(torch.randn(4, 3), torch.randn(4)),
     "hopfield": lambda: energies.HopfieldEnergy(random_spins(3, 5), 3),
     "spin-memory": lambda: energies.SpinMemoryEnergy(random_spins(3, 5)),

@@ -1,23 +1,40 @@
 r"""Supports of finitely many points, and the way there from independent sites.
 
-Over a finite support :math:`\mathcal{X} = V^D`, the same values :math:`V` at each of
-:math:`D` sites, the integral of the partition function is a sum,
+Over a finite support :math:`\mathcal{X} = V_1 \times \dots \times V_D` of :math:`D`
+sites the integral of the partition function is a sum,
 
 .. math::
-    Z = \sum_{x \in V^D} e^{-f(x)} .
+    Z = \sum_{x \in \mathcal{X}} e^{-f(x)} .
+
+The sites have the same values :math:`V`, or each its own number of states
+:math:`V_i = \{0, \dots, q_i - 1\}`. One spin in a field :math:`h` has
+
+.. math::
+    p(s) = e^{h s} / (2 \cosh h), \qquad s \in \{-1, 1\}, \quad
+    \mathbb{E}[s] = \tanh h                                                \tag{1}
 """
 
-__all__ = ["AnnealingPath", "FiniteUniform", "finite_values", "spins"]
+__all__ = [
+    "AnnealingPath",
+    "FiniteUniform",
+    "Spin",
+    "finite_points",
+    "finite_values",
+    "log_two_cosh",
+    "num_points",
+    "num_states",
+    "spins",
+]
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
-from torch.distributions.constraints import Constraint
+from torch.distributions.constraints import Constraint, real
 
 from pyro_ebm.energies.base import ClosedForm, Energy
 
@@ -50,11 +67,15 @@ class AnnealingPath(NamedTuple):
 
 
 def finite_values(support: Constraint) -> tuple[float, ...] | None:
-    """The values that each site may take, or ``None`` unless they are finitely many.
+    """The values that a site may take, or ``None`` unless they are finitely many.
+
+    Where the sites have their own numbers of states, those of the largest; which of
+    them a site has is what :func:`num_states` tells.
 
     Args:
         support: Of an energy: ``boolean``, ``integer_interval(a, b)``, :data:`spins`,
-            or ``independent`` of one of them.
+            or ``independent`` of one of them. The end ``b`` may be a tensor with one
+            number for each site, if all begin at the same ``a``.
 
     Example:
         >>> finite_values(dist.constraints.integer_interval(0, 2))
@@ -68,25 +89,95 @@ def finite_values(support: Constraint) -> tuple[float, ...] | None:
         return (-1.0, 1.0)
     if not isinstance(support, constraints.integer_interval):
         return None
-    ends = torch.stack(
-        torch.broadcast_tensors(
-            torch.as_tensor(support.lower_bound), torch.as_tensor(support.upper_bound)
-        )
-    ).reshape(2, -1)
-    if (ends != ends[:, :1]).any():  # sites that differ in their values
+    first = torch.as_tensor(support.lower_bound)
+    if (first != first.flatten()[0]).any():
         return None
-    low, high = (int(end) for end in ends[:, 0])
+    low = int(first.flatten()[0])
+    high = int(torch.as_tensor(support.upper_bound).max())
     return tuple(float(value) for value in range(low, high + 1))
 
 
+def num_states(support: Constraint, event_shape: Sequence[int]) -> Tensor | None:
+    """How many states each site has, where the sites differ in that.
+
+    Args:
+        support: Of an energy.
+        event_shape: Shape of one point.
+
+    Returns:
+        Integers of shape ``event_shape``: site ``i`` has the first so many of
+        :func:`finite_values`. ``None`` if all sites have all of them, or the support is
+        not finite.
+
+    Example:
+        >>> support = dist.constraints.integer_interval(0, torch.tensor([1, 2]))
+        >>> num_states(support, (2,))
+        tensor([2, 3])
+    """
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if finite_values(support) is None:
+        return None
+    high = torch.as_tensor(getattr(support, "upper_bound", 1))
+    if (high == high.flatten()[0]).all():
+        return None
+    number = high - torch.as_tensor(getattr(support, "lower_bound", 0)) + 1
+    return number.long().expand(torch.Size(event_shape))
+
+
+def num_points(support: Constraint, event_shape: Sequence[int]) -> int | None:
+    """How many points a support has, ``None`` if infinitely many.
+
+    Args:
+        support: Of an energy.
+        event_shape: Shape of one point.
+    """
+    values = finite_values(support)
+    if values is None:
+        return None
+    number = num_states(support, event_shape)
+    if number is None:
+        return len(values) ** math.prod(event_shape)
+    return math.prod(number.flatten().tolist())
+
+
+def finite_points(
+    support: Constraint, event_shape: Sequence[int], number: Tensor, like: Tensor
+) -> Tensor:
+    """The points of a finite support that have the given numbers.
+
+    Args:
+        support: Of an energy; finite.
+        event_shape: Shape of one point.
+        number: From 0 to one less than :func:`num_points`, shape ``(N,)``.
+        like: A tensor whose dtype and device the points have.
+
+    Returns:
+        Shape ``(N, *event)``; the first site changes fastest.
+
+    Example:
+        >>> number = torch.arange(4)
+        >>> finite_points(pyro_ebm.energies.spins, (), number[:2], torch.empty(0))
+        tensor([-1.,  1.])
+    """
+    values = torch.tensor(finite_values(support), dtype=like.dtype, device=like.device)
+    size = math.prod(event_shape)
+    own = num_states(support, event_shape)
+    states = torch.full((size,), len(values)) if own is None else own.flatten()
+    states = states.to(like.device)
+    place = torch.cat([states.new_ones(1), states.cumprod(0)])[:size]
+    digits = number.to(like.device)[:, None] // place % states
+    return values[digits].reshape(-1, *event_shape)
+
+
 class FiniteUniform(dist.TorchDistribution):
-    r"""The uniform distribution over a finite support, :math:`\log Z = D \log |V|`.
+    r"""The uniform distribution over a finite support, :math:`\log |\mathcal{X}|`.
 
     A base for energies over spins, for which Pyro has no distribution.
 
     Args:
         support: See :func:`finite_values`; with as many event dimensions as
-            ``event_shape``.
+            ``event_shape``. Sites may have their own numbers of states.
         event_shape: Shape of one point.
         like: A tensor whose dtype and device the draws have; default: torch's own.
 
@@ -124,6 +215,7 @@ class FiniteUniform(dist.TorchDistribution):
         like = torch.empty(0) if like is None else like
         self._support = support
         self.values = torch.tensor(values, dtype=like.dtype, device=like.device)
+        self._num_states = num_states(support, event_shape)
         super().__init__(torch.Size(), torch.Size(event_shape), validate_args)
 
     @property
@@ -143,15 +235,81 @@ class FiniteUniform(dist.TorchDistribution):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Independent draws, shape ``(*sample, *batch, *event)``."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        index = torch.randint(len(self.values), shape, device=self.values.device)
-        return self.values[index]
+        device = self.values.device
+        if self._num_states is None:
+            return self.values[torch.randint(len(self.values), shape, device=device)]
+        # Uniform but for one part in 2^50.
+        index = torch.randint(2**53, shape, device=device)
+        return self.values[index % self._num_states.to(device)]
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-probability in nats, shape ``(*sample, *batch)``; ``-inf`` outside."""
         if self._validate_args:
             self._validate_sample(x)
-        log_states = self.event_shape.numel() * math.log(len(self.values))
-        log_prob = self.values.new_full((), -log_states)
+        number = num_points(self.support, self.event_shape)
+        log_prob = self.values.new_full((), -math.log(number or 1))
         batch = torch.Size(x.shape[: x.dim() - len(self.event_shape)])
         shape = torch.broadcast_shapes(batch, self.batch_shape)
         return log_prob.where(self.support.check(x), -torch.inf).expand(shape)
+
+
+@final
+class Spin(dist.TorchDistribution):
+    r"""A spin -1 or +1 in a field, eq. (1); a Bernoulli variable by another name.
+
+    Args:
+        field: :math:`h` in nats, any shape: that of the batch.
+
+    Exactness: ``log_prob`` is *exact*.
+
+    Example:
+        >>> spin = Spin(torch.tensor([0.0, 20.0]))
+        >>> spin.mean, spin.log_prob(torch.ones(2))
+        (tensor([0., 1.]), tensor([-0.6931,  0.0000]))
+    """
+
+    arg_constraints = {"field": real}
+    support: Constraint = spins
+
+    def __init__(
+        self,
+        field: Tensor,
+        validate_args: bool | None = None,  # noqa: FBT001
+    ) -> None:
+        self.field = field
+        super().__init__(field.shape, validate_args=validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean (1), shape of the batch."""
+        return self.field.tanh()
+
+    @property
+    def variance(self) -> Tensor:
+        """One less the squared mean."""
+        return 1 - self.mean.square()
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "Spin":
+        """The same distribution with another batch shape."""
+        new = self._get_checked_instance(type(self), _instance)
+        new.field = self.field.expand(torch.Size(batch_shape))
+        super(Spin, new).__init__(torch.Size(batch_shape), validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Independent draws, shape ``(*sample, *batch)``."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        up = torch.bernoulli((2 * self.field.detach()).sigmoid().expand(shape))
+        return 2 * up - 1
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-probability (1) in nats, shape ``(*sample, *batch)``."""
+        if self._validate_args:
+            self._validate_sample(x)
+        return self.field * x - log_two_cosh(self.field)  # (1)
+
+
+def log_two_cosh(field: Tensor) -> Tensor:
+    """The log partition function of a spin in a field, without overflow."""
+    return torch.logaddexp(field, -field)

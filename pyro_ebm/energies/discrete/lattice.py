@@ -20,7 +20,6 @@ References:
 __all__ = ["IsingEnergy", "LatticeEnergy", "PottsEnergy"]
 
 import functools
-import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import final
@@ -28,30 +27,33 @@ from typing import final
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.util import sum_rightmost
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.energies.base import ClosedForm, Energy
-from pyro_ebm.energies.discrete.finite import (
-    AnnealingPath,
-    FiniteUniform,
-    finite_values,
-    spins,
+from pyro_ebm.energies.base import live_or_parameter
+from pyro_ebm.energies.discrete.exact.distribution import ExactClosedForm
+from pyro_ebm.energies.discrete.exact.elimination import (
+    MAX_COST,
+    Factors,
+    exact_closed_form,
 )
+from pyro_ebm.energies.discrete.finite import AnnealingPath, spins
+from pyro_ebm.energies.discrete.graph import lattice_edges
+from pyro_ebm.energies.discrete.sites import SiteEnergy
 
 
-class LatticeEnergy(Energy):
+class LatticeEnergy(SiteEnergy):
     """An energy of nearest neighbours on a lattice.
 
     Attributes:
-        coupling: :math:`J`, a parameter of shape ``()``.
-        blocks: Masks of sites without a bond between them, shape ``(B, *shape)``.
-        values: What a site may be, shape ``(q,)``.
+        coupling: :math:`J`, of shape ``()``.
 
     Args:
         shape: Sites along each dimension.
         support: Of one site.
-        coupling: :math:`J` in nats; positive if neighbours like to agree.
+        coupling: :math:`J` in nats; positive if neighbours like to agree. A tensor that
+            carries a graph (a latent variable, ``pyro.param``) stays live, a
+            ``nn.Parameter`` is shared, and anything else becomes a parameter.
         periodic: Whether the lattice closes to a torus. There a side of two has each of
             its bonds twice.
 
@@ -60,8 +62,7 @@ class LatticeEnergy(Energy):
             own neighbour.
     """
 
-    blocks: Tensor
-    values: Tensor
+    coupling: Tensor
 
     def __init__(
         self,
@@ -77,8 +78,6 @@ class LatticeEnergy(Energy):
                 "shape must hold at least one side, of at least 2 sites if periodic "
                 f"and 1 if not; got {shape} with periodic={periodic}."
             )
-        super().__init__(shape, constraints.independent(support, len(shape)))
-        self.periodic = periodic
         if not isinstance(coupling, Tensor):
             coupling = torch.tensor(float(coupling))
         if coupling.shape or not coupling.is_floating_point():
@@ -86,25 +85,33 @@ class LatticeEnergy(Energy):
                 "coupling must be one floating-point number, got a tensor of shape "
                 f"{tuple(coupling.shape)} and dtype {coupling.dtype}."
             )
-        self.coupling = nn.Parameter(coupling.detach().clone())
-        device = self.coupling.device
-        blocks = _blocks(shape, periodic=periodic).to(device)
-        self.register_buffer("blocks", blocks, persistent=False)
-        values = torch.tensor(finite_values(support)).to(self.coupling)
-        self.register_buffer("values", values, persistent=False)
+        support = constraints.independent(support, len(shape))
+        blocks = _blocks(shape, periodic=periodic)
+        super().__init__(shape, support, blocks, coupling)
+        self.periodic = periodic
+        live_or_parameter(self, "coupling", coupling)
 
     @abstractmethod
-    def site_logits(self, x: Tensor) -> Tensor:
-        """Logits of each site given all others, shape ``(q, *batch, *shape)``."""
+    def _factors(self) -> Factors:
+        """Log potentials of all bonds, and of the sites."""
 
-    @abstractmethod
-    def annealing_path(self) -> AnnealingPath:
-        """From uniform sites to this energy, by scaling it."""
+    def closed_form(self) -> ExactClosedForm | None:
+        r""":math:`\log Z` and the distribution where elimination is cheap.
 
-    def _uniform(self) -> ClosedForm:
-        base = FiniteUniform(self.support, self.event_shape, self.values)
-        log_states = self.event_shape.numel() * math.log(len(self.values))
-        return ClosedForm(self.values.new_tensor(log_states), base)
+        It is on lines of any length, and on lattices whose smaller side is short: up to
+        about eight spins on a torus, twice as many with a free boundary.
+
+        Exactness: *exact* where it is not ``None``.
+        """
+        # The treewidth is at least that of a square of the second longest side.
+        side = sorted(self.event_shape)[-2] if self.event_dim > 1 else 1
+        if len(self.values) ** (side + 1) > MAX_COST:
+            return None
+        states = [len(self.values)] * self.event_shape.numel()
+        return exact_closed_form(self, states, self._factors())
+
+    def _edges(self) -> Tensor:
+        return lattice_edges(self.event_shape, periodic=self.periodic)
 
     def _bonds(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The two ends of all bonds, one dimension of the lattice at a time."""
@@ -115,12 +122,13 @@ class LatticeEnergy(Energy):
                 length = x.shape[dim] - 1
                 yield x.narrow(dim, 1, length), x.narrow(dim, 0, length)
 
-    def _neighbours(self, x: Tensor) -> Tensor:
+    def neighbours(self, x: Tensor) -> Tensor:
         """Sum over the neighbours of each site, shape of ``x``."""
         total = torch.zeros_like(x)
         for dim in range(-self.event_dim, 0):
             if self.periodic:
-                total = total + x.roll(1, dim) + x.roll(-1, dim)
+                total += x.roll(1, dim)
+                total += x.roll(-1, dim)
             else:
                 length = x.shape[dim] - 1
                 total.narrow(dim, 1, length).add_(x.narrow(dim, 0, length))
@@ -135,8 +143,8 @@ class IsingEnergy(LatticeEnergy):
     Args:
         shape: Sites along each dimension.
         coupling: :math:`J`, in nats: inverse temperature times strength of a bond.
-        field: :math:`h`, a number or one for each site; default: none. Like the
-            coupling it becomes a parameter.
+        field: :math:`h`, a number or one for each site; default: none. What carries a
+            graph stays live, as of the coupling.
         periodic: Whether the lattice closes to a torus.
 
     Raises:
@@ -148,6 +156,8 @@ class IsingEnergy(LatticeEnergy):
         -51.2
     """
 
+    field: Tensor | None
+
     def __init__(
         self,
         shape: Sequence[int],
@@ -157,15 +167,16 @@ class IsingEnergy(LatticeEnergy):
         periodic: bool = True,
     ) -> None:
         super().__init__(shape, spins, coupling, periodic=periodic)
-        self.field = None
-        if field is not None:
-            value = torch.as_tensor(field).detach().clone()
+        if field is None:
+            self.field = None
+        else:
+            value = torch.as_tensor(field)
             if value.shape not in ((), self.event_shape):
                 raise ValueError(
                     f"field must be a number or have shape {tuple(self.event_shape)}, "
                     f"one number for each site; got shape {tuple(value.shape)}."
                 )
-            self.field = nn.Parameter(value.to(self.coupling))
+            live_or_parameter(self, "field", value.to(self.coupling))
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate (1) at ``x`` of shape ``(*batch, *shape)``."""
@@ -178,10 +189,19 @@ class IsingEnergy(LatticeEnergy):
 
     def site_logits(self, x: Tensor) -> Tensor:
         """Logits of -1 and +1 given all other sites, shape ``(2, *batch, *shape)``."""
-        up = self.coupling * self._neighbours(x)
+        up = self.coupling * self.neighbours(x)
         if self.field is not None:
             up = up + self.field
         return torch.stack([-up, up])
+
+    def _factors(self) -> Factors:
+        both = self.values * self.values[:, None]
+        factors = [(self._edges(), (self.coupling * both)[None])]
+        if self.field is not None:
+            sites = torch.arange(self.event_shape.numel())[:, None]
+            table = self.field.reshape(-1, 1) * self.values
+            factors.append((sites, table))
+        return factors
 
     def annealing_path(self) -> AnnealingPath:
         """From fair spins to this energy, by scaling coupling and field."""
@@ -193,7 +213,7 @@ class IsingEnergy(LatticeEnergy):
                 self.event_shape, coupling, field, periodic=self.periodic
             )
 
-        return AnnealingPath(self._uniform(), at)
+        return super().annealing_path()._replace(at=at)
 
 
 @final
@@ -241,8 +261,12 @@ class PottsEnergy(LatticeEnergy):
 
     def site_logits(self, x: Tensor) -> Tensor:
         """Logits of the categories of each site, shape ``(q, *batch, *shape)``."""
-        one_hot = (x == self.values.reshape(-1, *(1,) * x.dim())).to(self.coupling)
-        return self.coupling * self._neighbours(one_hot)
+        one_hot = (x == self.values.reshape(-1, *(1,) * x.dim())).to(torch.int8)
+        return self.coupling * self.neighbours(one_hot)
+
+    def _factors(self) -> Factors:
+        equal = torch.eye(len(self.values)).to(self.values)
+        return [(self._edges(), (self.coupling * equal)[None])]
 
     def annealing_path(self) -> AnnealingPath:
         """From uniform categories to this energy, by scaling the coupling."""
@@ -255,7 +279,7 @@ class PottsEnergy(LatticeEnergy):
                 periodic=self.periodic,
             )
 
-        return AnnealingPath(self._uniform(), at)
+        return super().annealing_path()._replace(at=at)
 
 
 @functools.lru_cache(maxsize=32)

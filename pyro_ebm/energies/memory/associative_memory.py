@@ -50,8 +50,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyro_ebm.energies.base import ClosedForm, Energy
-from pyro_ebm.energies.discrete.finite import spins
-from pyro_ebm.energies.discrete.spin import Spin, log_two_cosh
+from pyro_ebm.energies.discrete.finite import Spin, log_two_cosh, spins
 
 
 class Retrieval(NamedTuple):

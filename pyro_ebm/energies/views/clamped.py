@@ -37,6 +37,8 @@ from pyro_ebm.energies.closed_form.gaussian import (
     gaussian_form,
 )
 from pyro_ebm.energies.closed_form.marginal import independent_marginal
+from pyro_ebm.energies.discrete.exact.distribution import ExactClosedForm
+from pyro_ebm.energies.discrete.finite import finite_values
 
 #: What chooses coordinates of an event, as in ``x[index]``.
 Index: TypeAlias = (
@@ -62,7 +64,8 @@ class ClampedEnergy(Energy):
         TypeError: If ``energy`` is no energy or an index is of another type.
         ValueError: If an index is not in the event, a value has another shape or lies
             outside the support, a coordinate is given twice, or none is left or given.
-        NotImplementedError: If the support is discrete, or ties coordinates together.
+        NotImplementedError: If the support is infinite and discrete, or ties
+            coordinates together.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(3))
@@ -143,9 +146,16 @@ class ClampedEnergy(Energy):
     def closed_form(self) -> ClosedForm | None:
         r"""By (2), also of mixtures of Gaussians, and of independent coordinates.
 
+        Of finite sites whose sums can be done, by the same sums over what is free.
+
         Exactness: *exact* where it is not ``None``.
         """
         whole = self.energy.closed_form()
+        if isinstance(whole, ExactClosedForm):
+            sites = torch.unravel_index(self.fixed, self.energy.event_shape)
+            places = zip(*(axis.tolist() for axis in sites), strict=True)
+            states = dict(zip(places, self.value, strict=True))
+            return ExactClosedForm.of(whole.distribution.condition(states))
         if whole is not None:
             free, observed = (
                 independent_marginal(whole.distribution, numbers)
@@ -178,11 +188,11 @@ def _(energy: ClampedEnergy) -> GaussianForm | None:
 
 def _scalar_support(energy: Energy) -> Constraint:
     """The support of each coordinate, if it does not depend on the others."""
-    if energy.support.is_discrete:
+    if energy.support.is_discrete and finite_values(energy.support) is None:
         raise NotImplementedError(
-            f"energy must have a continuous support to be clamped, got the discrete "
-            f"{energy.support}: what is left of a lattice has no kernel yet. Bring the "
-            "observed sites into the fields of the energy."
+            f"energy must have a continuous or finite support to be clamped, got "
+            f"{energy.support}. Give it a finite one, such as "
+            "independent(integer_interval(a, b), n)."
         )
     scalar = energy.support
     while isinstance(scalar, constraints.independent):

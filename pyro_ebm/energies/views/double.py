@@ -25,7 +25,7 @@ from torch.distributions import Distribution, Transform, biject_to
 
 from pyro_ebm.energies.base import ClosedForm, Energy, require_no_batch
 from pyro_ebm.energies.corrections import map_tensors
-from pyro_ebm.energies.discrete.finite import finite_values
+from pyro_ebm.energies.discrete.finite import FiniteUniform, finite_values
 from pyro_ebm.energies.graphs.compiled import CompiledEnergy
 from pyro_ebm.energies.graphs.graph_precision import is_rounded, wide
 from pyro_ebm.energies.graphs.tracing import CastFunction, PointFunction, TracedFunction
@@ -253,11 +253,10 @@ def _some_points(energy: Energy) -> Tensor | None:
     """Points of the support as vectors of double precision, shape ``(B, D)``."""
     options = energy.tensor_options()
     shape = (_NUM_CHECKED, *energy.event_shape)
-    values = finite_values(energy.support)
-    if values is not None:
-        index = torch.randint(len(values), shape)
-        x = torch.tensor(values, **options)[index.to(options["device"])]
-        return x.double().flatten(1)
+    if finite_values(energy.support) is not None:
+        like = torch.empty(0, **options)
+        uniform = FiniteUniform(energy.support, energy.event_shape, like)
+        return uniform.sample(torch.Size([_NUM_CHECKED])).double().flatten(1)
     if energy.support.is_discrete:
         return None
     try:

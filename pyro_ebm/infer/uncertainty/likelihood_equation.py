@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Energy
-from pyro_ebm.energies.discrete.finite import finite_values
+from pyro_ebm.energies.discrete.finite import num_points
 from pyro_ebm.infer.objectives.likelihood.exact_likelihood import (
     ExactGrid,
     ExactMaximumLikelihood,
@@ -140,8 +140,8 @@ def _model_points(
 
 
 def _is_small(energy: Energy) -> bool:
-    values, size = finite_values(energy.support), energy.event_shape.numel()
-    return size <= 3 if values is None else len(values) ** size <= _MAX_STATES
+    count = num_points(energy.support, energy.event_shape)
+    return energy.event_shape.numel() <= 3 if count is None else count <= _MAX_STATES
 
 
 @torch.no_grad()

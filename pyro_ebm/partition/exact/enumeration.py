@@ -1,7 +1,7 @@
 r"""Exact :math:`\log Z` over a finite support, by summing over all of its points.
 
 .. math::
-    \log Z = \log \sum_{x \in V^D} e^{-f(x)}                               \tag{1}
+    \log Z = \log \sum_{x \in \mathcal{X}} e^{-f(x)}                  \tag{1}
 
 Of a restricted Boltzmann machine the sum runs over the smaller of its layers; the other
 is summed out in closed form.
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.core.verdict import Finding, Reason, Status, status_of
 from pyro_ebm.energies import Energy
-from pyro_ebm.energies.discrete.finite import finite_values
+from pyro_ebm.energies.discrete.finite import finite_points, num_points
 from pyro_ebm.energies.discrete.rbm import RBMEnergy
 from pyro_ebm.energies.views.double import in_double
 from pyro_ebm.partition.base import LogPartitionEstimate
@@ -67,7 +67,7 @@ def enumeration(
         exact 6.8015
     """
     energy = _smaller_layer(energy)
-    values, total = _states_to_sum(energy, max_states)
+    total = _states_to_sum(energy, max_states)
     if energy.tensor_options()["dtype"] != torch.float64:
         energy = in_double(energy)
     with tqdm(
@@ -75,7 +75,7 @@ def enumeration(
         **bar_settings(is_shown=progress_bar),
     ) as bar:  # fmt: skip
         budget = Budget(total, max_seconds, max_bytes, bar)
-        sums = _Sums(energy, values, total, budget)
+        sums = _Sums(energy, total, budget)
         why = sums.run()
     return sums.result(why)
 
@@ -83,12 +83,10 @@ def enumeration(
 class _Sums:
     """Sums over states in double precision."""
 
-    def __init__(
-        self, energy: Energy, values: tuple[float, ...], total: int, budget: Budget
-    ) -> None:
-        self.energy, self.values, self.total = energy, values, total
-        self.budget = budget
-        device = energy.tensor_options()["device"]
+    def __init__(self, energy: Energy, total: int, budget: Budget) -> None:
+        self.energy, self.total, self.budget = energy, total, budget
+        self.like = torch.empty(0, **energy.tensor_options())
+        device = self.like.device
         nothing = torch.full((), -torch.inf, dtype=torch.float64, device=device)
         self.log_sum, self.log_size = nothing, nothing  # of e^-f, and of |f| e^-f
 
@@ -118,7 +116,9 @@ class _Sums:
         return None
 
     def _energies(self, number: Tensor) -> tuple[Tensor]:
-        return (self.energy(_states(self.energy, self.values, number)),)
+        energy = self.energy
+        x = finite_points(energy.support, energy.event_shape, number, self.like)
+        return (energy(x),)
 
     def result(self, why: Finding | None) -> LogPartitionEstimate:
         """The estimate; its error is the rounding of an energy of the usual size."""
@@ -142,10 +142,10 @@ class _Sums:
         )
 
 
-def _states_to_sum(energy: Energy, max_states: int) -> tuple[tuple[float, ...], int]:
-    """What a coordinate can be, and how many points that makes."""
-    total, values = num_states(energy), finite_values(energy.support)
-    if total is None or values is None:
+def _states_to_sum(energy: Energy, max_states: int) -> int:
+    """How many points there are, if they are not too many."""
+    total = num_states(energy)
+    if total is None:
         raise ValueError(
             f"energy must have a finite support to be enumerated, got "
             f"{energy.support}. independent(boolean, n), "
@@ -154,18 +154,17 @@ def _states_to_sum(energy: Energy, max_states: int) -> tuple[tuple[float, ...], 
         )
     if total > max_states:
         raise ValueError(
-            f"energy has {len(values)}^{energy.event_shape.numel()} states to "
-            f"enumerate, more than max_states = {max_states:,}. Use "
-            "pyro_ebm.partition.gibbs_annealing, or raise max_states."
+            f"energy has 2^{math.log2(total):.3g} states to enumerate, more than "
+            f"max_states = {max_states:,}. Use pyro_ebm.partition.gibbs_annealing, or "
+            "raise max_states."
         )
-    return values, total
+    return total
 
 
 def num_states(energy: Energy) -> int | None:
     """How many points :func:`enumeration` sums over, ``None`` if infinitely many."""
     energy = _smaller_layer(energy)
-    values = finite_values(energy.support)
-    return None if values is None else len(values) ** energy.event_shape.numel()
+    return num_points(energy.support, energy.event_shape)
 
 
 def _smaller_layer(energy: Energy) -> Energy:
@@ -173,12 +172,3 @@ def _smaller_layer(energy: Energy) -> Energy:
         num_visible, num_hidden = energy.weight.shape
         return energy.transposed() if num_hidden < num_visible else energy
     return energy
-
-
-def _states(energy: Energy, values: tuple[float, ...], number: Tensor) -> Tensor:
-    """Points of the given numbers, shape ``(len(number), *event)``."""
-    options = energy.tensor_options()
-    sites = torch.arange(energy.event_shape.numel(), device=options["device"])
-    digits = number[:, None] // len(values) ** sites % len(values)
-    x = torch.tensor(values, **options)[digits]
-    return x.reshape(-1, *energy.event_shape)

@@ -14,7 +14,13 @@ from pyro_ebm.energies import (
     UnconstrainedEnergy,
     spins,
 )
-from pyro_ebm.energies.discrete.finite import FiniteUniform, finite_values
+from pyro_ebm.energies.discrete.finite import (
+    FiniteUniform,
+    finite_points,
+    finite_values,
+    num_points,
+    num_states,
+)
 from pyro_ebm.energies.views.unconstrained import same_support
 from pyro_ebm.mcmc import HMC
 
@@ -30,7 +36,8 @@ from pyro_ebm.mcmc import HMC
         (constraints.independent(spins, 1), (-1, 1)),
         (dist.Categorical(torch.ones(4, 3)).to_event(1).support, (0, 1, 2)),
         (dist.Bernoulli(torch.ones(4)).to_event(1).support, (0, 1)),
-        (constraints.integer_interval(0, torch.tensor([2, 3])), None),
+        (constraints.integer_interval(0, torch.tensor([2, 3])), (0, 1, 2, 3)),
+        (constraints.integer_interval(torch.tensor([0, 1]), torch.tensor(3)), None),
         (constraints.nonnegative_integer, None),
         (constraints.real, None),
         (constraints.unit_interval, None),
@@ -65,6 +72,39 @@ def test_uniform(dtype):
     torch.testing.assert_close(uniform.log_prob(x), expected)
     assert uniform.expand((5,)).sample((4,)).shape == (4, 5, 2, 3)
     assert uniform.expand((5,)).log_prob(x[0]).shape == (5,)
+
+
+def uneven(*number):
+    """The support of sites with these numbers of states."""
+    number = torch.tensor(number)
+    return constraints.independent(
+        constraints.integer_interval(0, number - 1), number.dim()
+    )
+
+
+def test_sites_with_their_own_numbers_of_states():
+    """Seen to fail where every site has the states of the largest."""
+    support = uneven(2, 3, 1)
+    assert num_states(support, (3,)).tolist() == [2, 3, 1]
+    assert num_points(support, (3,)) == 6
+    points = finite_points(support, (3,), torch.arange(6), torch.empty(0))
+    assert len({tuple(point) for point in points.tolist()}) == 6
+    assert support.check(points).all()
+    uniform = FiniteUniform(support, (3,))
+    x = uniform.sample((6000,))
+    count = torch.stack([(x == point).all(-1).sum() for point in points])
+    assert ((count - 1000) / math.sqrt(1000 * 5 / 6)).abs().max() < 4
+    torch.testing.assert_close(uniform.log_prob(x[0]).exp(), torch.tensor(1 / 6))
+    assert num_states(uneven(3, 3), (2,)) is None
+
+
+@pytest.mark.parametrize("support", [constraints.boolean, spins], ids=str)
+def test_points_are_all_there_are(support):
+    support = constraints.independent(support, 2)
+    points = finite_points(support, (2, 2), torch.arange(16), torch.empty(0))
+    assert num_points(support, (2, 2)) == 16
+    assert len({tuple(point.flatten().tolist()) for point in points}) == 16
+    assert num_points(constraints.real, ()) is None
 
 
 def test_uniform_is_a_distribution_of_pyro():

@@ -114,3 +114,17 @@ def test_wrong_arguments():
         IsingEnergy((4, 4), torch.zeros(2))
     with pytest.raises(ValueError, match="num_categories must be at least 2, got 1"):
         PottsEnergy((4, 4), 1, 0.4)
+
+
+def test_what_carries_a_graph_stays_live():
+    """Seen to fail where the constructor detaches."""
+    latent = torch.tensor(0.4, requires_grad=True)
+    field = torch.zeros(3, 3, requires_grad=True)
+    energy = IsingEnergy((3, 3), 2 * latent, field)
+    assert not list(energy.parameters())
+    grads = torch.autograd.grad(energy(torch.ones(3, 3)), (latent, field))
+    torch.testing.assert_close(grads[0], torch.tensor(-36.0))
+    torch.testing.assert_close(grads[1], -torch.ones(3, 3))
+    shared = torch.nn.Parameter(torch.tensor(0.4))
+    assert PottsEnergy((3, 3), 3, shared).coupling is shared
+    assert isinstance(IsingEnergy((3, 3), 0.4).coupling, torch.nn.Parameter)

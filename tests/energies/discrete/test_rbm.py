@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pyro_ebm.energies import RBMEnergy
-from pyro_ebm.partition import enumeration
+from pyro_ebm.partition import enumeration, estimate
+from tests.energies.discrete.test_chain import chi_square
 
 
 def machine(num_visible=5, num_hidden=3, scale=1.0):
@@ -67,3 +68,84 @@ def test_wrong_shapes():
         RBMEnergy(torch.zeros(3, 2), torch.zeros(2))
     with pytest.raises(ValueError, match=r"hidden_bias must have shape \(2,\).*\(3,"):
         RBMEnergy(torch.zeros(3, 2), None, torch.zeros(3))
+
+
+def test_what_carries_a_graph_stays_live():
+    """Seen to fail where the constructor detaches."""
+    latent = torch.randn(5, 3, requires_grad=True)
+    bias = torch.nn.Parameter(torch.randn(3))
+    energy = RBMEnergy(2 * latent, None, bias)
+    assert energy.hidden_bias is bias
+    assert [name for name, _ in energy.named_parameters()] == [
+        "visible_bias", "hidden_bias"
+    ]  # fmt: skip
+    (grad,) = torch.autograd.grad(energy(torch.ones(5)), latent)
+    expected = -2 * energy.hidden_logits(torch.ones(5)).sigmoid().expand(5, 3)
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.fixture(params=[(6, 3), (3, 6)], ids=["hidden", "visible"])
+def small(request):
+    """A machine, all of its visible states, and their log densities."""
+    energy = machine(*request.param)
+    v = corners(request.param[0])
+    return energy, v, -energy(v)
+
+
+def test_closed_form(small):
+    """Planted fault: the biases of the layer that is summed left out."""
+    energy, v, log_terms = small
+    known = energy.closed_form()
+    torch.testing.assert_close(known.log_partition, log_terms.logsumexp(0))
+    own = list(energy.parameters())
+    for a, b in zip(
+        torch.autograd.grad(known.log_partition, own, retain_graph=True),
+        torch.autograd.grad(log_terms.logsumexp(0), own, retain_graph=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    mean = log_terms.softmax(0) @ v
+    torch.testing.assert_close(known.distribution.mean, mean)
+    torch.testing.assert_close(known.distribution.log_prob(v), log_terms.log_softmax(0))
+    assert estimate(energy).status == "exact"
+
+
+def test_draws_and_conditionals(small):
+    energy, v, log_terms = small
+    exact = energy.closed_form().distribution
+    place = 2.0 ** torch.arange(v.shape[1]).flip(0)
+    draws = exact.sample((20_000,))
+    assert chi_square((draws @ place).long(), log_terms.detach()) < 4
+    given = exact.condition({1: 1.0}).condition({0: 0.0})
+    inside = (v[:, 0] == 0) & (v[:, 1] == 1)
+    log_part, rest = log_terms[inside], v[inside][:, 2:]
+    torch.testing.assert_close(given.log_partition, log_part.logsumexp(0))
+    torch.testing.assert_close(given.log_prob(rest), log_part.log_softmax(0))
+    torch.testing.assert_close(given.mean, log_part.softmax(0) @ rest)
+    draws = given.sample((20_000,))
+    place = place[: rest.shape[1]] / place[rest.shape[1] - 1]
+    assert chi_square((draws @ place).long(), log_part.detach()) < 4
+
+
+def test_mode_where_the_visible_layer_is_summed():
+    energy, v = machine(3, 6), corners(3)
+    exact = energy.closed_form().distribution
+    torch.testing.assert_close(exact.mode, v[energy(v).argmin()])
+    with pytest.raises(NotImplementedError, match="most probable visible state"):
+        _ = machine(6, 3).closed_form().distribution.mode
+
+
+def test_large_weights_lose_no_state():
+    """Only states of some weight are kept for the gradient: those that count."""
+    energy = machine(scale=300.0)
+    known = energy.closed_form().log_partition
+    log_terms = -energy(corners(5))
+    torch.testing.assert_close(known, log_terms.logsumexp(0))
+    (found,) = torch.autograd.grad(known, energy.weight)
+    (expected,) = torch.autograd.grad(log_terms.logsumexp(0), energy.weight)
+    torch.testing.assert_close(found, expected)
+
+
+def test_large_layers_have_no_closed_form():
+    assert machine(64, 16).closed_form() is not None
+    assert machine(100, 20).closed_form() is None

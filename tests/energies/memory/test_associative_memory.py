@@ -17,7 +17,7 @@ from pyro_ebm.energies import (
     SpinMemoryEnergy,
     VectorMemoryEnergy,
 )
-from pyro_ebm.energies.discrete.spin import Spin
+from pyro_ebm.energies.discrete.finite import Spin
 from pyro_ebm.partition import enumeration, quadrature
 from pyro_ebm.testing import assert_moments
 

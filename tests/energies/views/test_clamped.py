@@ -8,17 +8,22 @@ import torch
 from pyro.distributions import constraints
 from torch import nn
 
+from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import (
     ClampedEnergy,
     DistributionEnergy,
+    FactorGraphEnergy,
     FunctionEnergy,
     IsingEnergy,
     MixtureEnergy,
     NeuralEnergy,
+    PottsEnergy,
     QuadraticEnergy,
 )
 from pyro_ebm.energies.closed_form.marginal import marginal
-from pyro_ebm.partition import quadrature
+from pyro_ebm.energies.discrete.finite import finite_points
+from pyro_ebm.partition import enumeration, quadrature
+from tests.energies.discrete.test_chain import chi_square
 
 MASK = torch.tensor([[True, False, False], [False, False, True]])
 SHAPES = torch.tensor([[1.0, 2, 3], [0.5, 1.5, 2.5]], dtype=torch.float64)
@@ -232,6 +237,37 @@ def test_wrong_observations_are_errors(observed, error, message):
         ClampedEnergy(FunctionEnergy(image, (2, 3)), observed)
 
 
+@pytest.mark.parametrize("periodic", [False, True])
+def test_spins_with_one_clamped(periodic):
+    """Five spins in a row or ring: the law of the other four, exactly and by draws."""
+    energy = IsingEnergy((5,), 0.7, torch.linspace(-1, 1, 5), periodic=periodic)
+    clamped = ClampedEnergy(energy, {2: -1.0})
+    number = torch.arange(16)
+    x = finite_points(clamped.support, (4,), number, energy.values)
+    log_terms = -clamped(x)
+    log_partition, exact = clamped.closed_form().log_partition, clamped.closed_form()[1]
+    torch.testing.assert_close(log_partition, log_terms.logsumexp(0))
+    torch.testing.assert_close(exact.log_prob(x), log_terms.log_softmax(0))
+    draws = exact.sample((10_000,))
+    index = ((draws + 1) / 2 * 2.0 ** torch.arange(4)).sum(-1).long()
+    assert chi_square(index, log_terms.detach()) < 4
+    given = EnergyDistribution(energy).condition({2: -1.0})
+    torch.testing.assert_close(given.log_prob(x), exact.log_prob(x))
+    assert given.sampling_diagnostics().status == "exact"
+
+
+def test_a_corner_of_a_lattice_clamped():
+    energy = PottsEnergy((3, 3), 3, 0.8)
+    observed = [((0, slice(1, 3)), torch.tensor([2.0, 1.0]))]
+    clamped = ClampedEnergy(energy, observed)
+    found = clamped.closed_form().log_partition.item()
+    assert found == pytest.approx(enumeration(clamped).value, abs=1e-9)
+    sizes = FactorGraphEnergy([2, 3, 4], [((0, 1, 2), torch.randn(2, 3, 4))])
+    clamped = ClampedEnergy(sizes, {1: 2.0})
+    found = clamped.closed_form().log_partition.item()
+    assert found == pytest.approx(enumeration(clamped).value, abs=1e-9)
+
+
 def test_wrong_energies_are_errors():
     with pytest.raises(TypeError, match="energy must be an Energy, got Normal"):
         ClampedEnergy(dist.Normal(0.0, 1.0), {0: 1.0})
@@ -240,8 +276,9 @@ def test_wrong_energies_are_errors():
     gamma = DistributionEnergy(dist.Gamma(torch.ones(2), 1.0).to_event(1))
     with pytest.raises(ValueError, match=r"support .*1 of 1 do not, the first is -2"):
         ClampedEnergy(gamma, {0: -2.0})
-    with pytest.raises(NotImplementedError, match="the discrete .* fields"):
-        ClampedEnergy(IsingEnergy((2, 2), 0.5), {0: 1.0})
+    counts = constraints.independent(constraints.nonnegative_integer, 1)
+    with pytest.raises(NotImplementedError, match="continuous or finite support"):
+        ClampedEnergy(FunctionEnergy(lambda x: x.sum(-1), (2,), counts), {0: 1.0})
     with pytest.raises(NotImplementedError, match=r"same interval .*FunctionEnergy"):
         ClampedEnergy(DistributionEnergy(dist.Dirichlet(torch.ones(3))), {0: 0.5})
     mixed = constraints.cat([constraints.positive, constraints.real], 0, [1, 1])

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Energy, unconstrained
-from pyro_ebm.energies.discrete.finite import finite_values
+from pyro_ebm.energies.discrete.finite import finite_points, num_points
 from pyro_ebm.infer.objectives.objective import Need, Objective, Surrogate, Terms
 from pyro_ebm.mcmc.samplers.persistent import StatefulModule
 from pyro_ebm.partition.exact.grid import log_cosh
@@ -147,8 +147,7 @@ class ExactMaximumLikelihood(Objective):
     def _require_small(self, energy: Energy) -> None:
         # Those of the visible units: a machine's smaller layer has the same log Z, but
         # not the expectations of its points.
-        values = finite_values(energy.support)
-        count = None if values is None else len(values) ** energy.event_shape.numel()
+        count = num_points(energy.support, energy.event_shape)
         if count is not None and count > self.max_states:
             raise ValueError(
                 f"energy has {count:,} states, more than max_states = "
@@ -178,9 +177,9 @@ class ExactMaximumLikelihood(Objective):
         self, energy: Energy, x: Tensor, state: ExactGrid
     ) -> "tuple[Energy, _Nodes]":
         options = energy.tensor_options(x)
-        values = finite_values(energy.support)
-        if values is not None:
-            return energy, _states(energy, torch.tensor(values, **options))
+        count = num_points(energy.support, energy.event_shape)
+        if count is not None:
+            return energy, _states(energy, count, torch.empty(0, **options))
         flat, to_support = unconstrained(energy)
         with torch.no_grad():
             u = to_support.inv(x.to(**options)).reshape(-1, *flat.event_shape)
@@ -219,9 +218,9 @@ class _Nodes(NamedTuple):
     is_edge: Tensor | None = None
 
 
-def _states(energy: Energy, values: Tensor) -> _Nodes:
-    size = energy.event_shape.numel()
-    x = torch.cartesian_prod(*[values] * size).reshape(-1, *energy.event_shape)
+def _states(energy: Energy, count: int, like: Tensor) -> _Nodes:
+    number = torch.arange(count, device=like.device)
+    x = finite_points(energy.support, energy.event_shape, number, like)
     return _Nodes(x, x.new_zeros(len(x), dtype=torch.float64))
 
 

@@ -1,0 +1,516 @@
+r"""Chains of finite sites: linear-chain random fields and hidden Markov models.
+
+With a potential for each state and one for each step from state to state,
+
+.. math::
+    f(x) = -\sum_{t=1}^{T} u_t(x_t) - \sum_{t=1}^{T-1} a_t(x_t, x_{t+1})   \tag{1}
+
+Messages from the left and from the right give :math:`\log Z` and all its derivatives,
+the marginals, at a cost of :math:`T K^2`:
+
+.. math::
+    \alpha_t(j) &= e^{u_t(j)} \sum_i \alpha_{t-1}(i)\, e^{a_{t-1}(i, j)}, \qquad
+        Z = \sum_j \alpha_T(j)                                             \tag{2} \\
+    \beta_t(i) &= \sum_j e^{a_t(i, j) + u_{t+1}(j)} \beta_{t+1}(j)         \tag{3} \\
+    p(x_t = i) &= \alpha_t(i)\, \beta_t(i) / Z                             \tag{4} \\
+    p(x_t = i, x_{t+1} = j) &=
+        \alpha_t(i)\, e^{a_t(i, j) + u_{t+1}(j)} \beta_{t+1}(j) / Z        \tag{5}
+
+The messages are products of matrices where no potential is so extreme that a rescaled
+product could lose a path, and log-sums elsewhere. Draws go back from the last site,
+:math:`p(x_t \mid x_{t+1}) \propto \alpha_t(x_t)\, e^{a_t(x_t, x_{t+1})}`. With the
+largest in place of the sum, (2) finds the most probable states.
+
+References:
+    Rabiner (1989), Proceedings of the IEEE 77, 257-286. Lafferty, McCallum & Pereira
+    (2001), ICML (conditional random fields). Viterbi (1967), IEEE Transactions on
+    Information Theory 13, 260-269.
+"""
+
+__all__ = ["ChainEnergy"]
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+
+from pyro_ebm.energies.base import live_or_parameter, require_precision
+from pyro_ebm.energies.discrete.exact.distribution import (
+    ExactClosedForm,
+    ExactDistribution,
+    categorical,
+)
+from pyro_ebm.energies.discrete.sites import SiteEnergy
+
+#: Nats below 1 down to which numbers keep their precision.
+_RANGE = {torch.float64: 700.0, torch.float32: 85.0}
+
+
+@final
+class ChainEnergy(SiteEnergy):
+    r"""The energy (1) of a chain, exact in all that is asked of it.
+
+    Tensors that carry a graph (the output of a network, a latent variable,
+    ``pyro.param``) stay live, a ``nn.Parameter`` is shared, any other tensor becomes a
+    parameter. ``closed_form()`` has :math:`\log Z` with its gradient and a
+    distribution with exact draws, ``marginals()``, ``mode()`` and ``condition()``, at
+    which a conditional random field is learned by plain ``SVI``.
+
+    Args:
+        unary: :math:`u_t(k)`, larger where a state is favoured; shape ``(T, K)``, or
+            ``(*batch, T, K)`` for as many chains. ``-inf`` forbids a state.
+        transition: :math:`a(i, j)` from state ``i`` to the next state ``j``, shape
+            ``(K, K)`` for all steps, ``(T - 1, K, K)``, or ``(*batch, T - 1, K, K)``.
+        mask: Which sites are there, shape ``(*batch, T)`` or what broadcasts with it:
+            true up to the length of a chain, at least 1, then false. Sites that are not
+            there hold the state 0.
+
+    Raises:
+        ValueError: If a shape does not fit, a potential is ``nan`` or ``+inf``, or the
+            mask has gaps.
+
+    Example:
+        >>> energy = ChainEnergy(torch.zeros(50, 3), torch.eye(3))
+        >>> round(energy.closed_form().log_partition.item(), 4)  # 3 (e + 2)^49
+        77.1194
+    """
+
+    unary: Tensor
+    transition: Tensor
+    mask: Tensor | None
+
+    def __init__(
+        self, unary: Tensor, transition: Tensor, mask: Tensor | None = None
+    ) -> None:
+        _require_potentials(unary, transition)
+        length, num_states = unary.shape[-2:]
+        states = constraints.integer_interval(0, num_states - 1)
+        blocks = torch.arange(length) % 2 == torch.arange(min(length, 2))[:, None]
+        super().__init__(
+            (length,),
+            constraints.independent(states, 1),
+            blocks,
+            unary.detach(),
+            unary.shape[:-2],
+        )
+        live_or_parameter(self, "unary", unary)
+        live_or_parameter(self, "transition", transition)
+        if mask is not None:
+            _require_prefix(mask, unary)
+            mask = mask.to(unary.device)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate (1) at ``x`` of shape ``(*sample, *batch, T)``."""
+        index, is_outside = self._states(x)
+        shape = torch.broadcast_shapes(x.shape, self.unary.shape[:-1])
+        index = index.expand(shape)
+        sites = self.unary.expand(*shape, -1).gather(-1, index[..., None]).squeeze(-1)
+        steps = self._step_table(index[..., :-1], index[..., 1:])
+        if self.mask is not None:
+            sites = sites.where(self.mask, 0.0)
+            steps = steps.where(self.mask[..., 1:], 0.0)
+            is_outside = is_outside | (~self.mask & (index != 0))
+        value = -sites.sum(-1) - steps.sum(-1)  # (1)
+        # What is no number is no state: without this it would have an energy.
+        return value.where(~is_outside.any(-1), torch.inf) + 0 * x.sum(-1)
+
+    def site_logits(self, x: Tensor) -> Tensor:
+        """Logits of each state of each site, shape ``(K, *batch, T)``."""
+        index, _ = self._states(x)
+        shape = torch.broadcast_shapes(x.shape, self.unary.shape[:-1])
+        index = index.expand(shape)
+        logits = self.unary.expand(*shape, -1).clone()
+        steps = self.transition
+        if steps.dim() == 2:
+            before, after = steps[index[..., :-1]], steps.mT[index[..., 1:]]
+        else:
+            steps = steps.expand(*shape[:-1], *steps.shape[-3:])
+            row = index[..., :-1, None, None].expand(
+                *steps.shape[:-2], 1, steps.size(-1)
+            )
+            column = index[..., 1:, None, None].expand(*steps.shape[:-1], 1)
+            before = steps.gather(-2, row).squeeze(-2)
+            after = steps.gather(-1, column).squeeze(-1)
+        if self.mask is not None:
+            is_there = self.mask[..., 1:, None]
+            before, after = before.where(is_there, 0.0), after.where(is_there, 0.0)
+        logits[..., 1:, :] += before
+        logits[..., :-1, :] += after
+        if self.mask is not None:
+            padding = _only_first(logits)
+            logits = logits.where(self.mask[..., None], padding)
+        return logits.movedim(-1, 0)
+
+    def closed_form(self) -> ExactClosedForm:
+        r""":math:`\log Z` by (2), and the distribution. Exactness: *exact*."""
+        solver = _Chain.of(self.unary, self.transition, self.mask)
+        exact = ExactDistribution(self, solver, self.batch_shape)
+        return ExactClosedForm.of(exact)
+
+    def _states(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices of the states, and where there is no such state."""
+        index = x.detach().nan_to_num(0.0).long().clamp(0, self.unary.shape[-1] - 1)
+        return index, index != x
+
+    def _step_table(self, i: Tensor, j: Tensor) -> Tensor:
+        """The potentials of steps from states ``i`` to ``j``, in their shape."""
+        if self.transition.dim() == 2:
+            return self.transition[i, j]
+        steps = self.transition.expand(*i.shape, *self.transition.shape[-2:]).flatten(
+            -2
+        )
+        flat = i * self.transition.shape[-1] + j
+        return steps.gather(-1, flat[..., None]).squeeze(-1)
+
+
+def _only_first(logits: Tensor) -> Tensor:
+    """Logits, along the last axis, of the first state alone."""
+    only = torch.full_like(logits[(0,) * (logits.dim() - 1)], -torch.inf)
+    only[0] = 0
+    return only
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """The sums over the states of chains; time first, batches flat.
+
+    Attributes:
+        unary: Shape ``(T, B, K)``.
+        transition: Shape ``(K, K)``, ``(T - 1, K, K)`` or ``(T - 1, B, K, K)``.
+        mask: Shape ``(T, B)``, or ``None`` where all sites are there.
+        batch_shape: Of ``B`` chains.
+    """
+
+    unary: Tensor
+    transition: Tensor
+    mask: Tensor | None
+    batch_shape: torch.Size
+
+    @classmethod
+    def of(cls, unary: Tensor, transition: Tensor, mask: Tensor | None) -> "_Chain":
+        """From tensors that have time in front of the states, batches first."""
+        *batch, length, num_states = unary.shape
+        flat = unary.reshape(-1, length, num_states).transpose(0, 1)
+        if transition.dim() > 3:
+            steps = transition.expand(*batch, *transition.shape[-3:])
+            transition = steps.reshape(-1, *steps.shape[-3:]).transpose(0, 1)
+        if mask is not None:
+            mask = mask.expand(*batch, length).reshape(-1, length).mT
+        return cls(flat, transition, mask, torch.Size(batch))
+
+    def log_partition(self) -> Tensor:
+        value: Any = _LogPartition.apply(self.unary, self.transition, self.mask)
+        return value.reshape(self.batch_shape)
+
+    def marginals(self) -> Tensor:
+        """Probabilities (4), by the gradient of log Z."""
+        wants_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            unary = self.unary.clone()
+            unary = unary if unary.requires_grad else unary.requires_grad_()
+            value: Any = _LogPartition.apply(unary, self.transition, self.mask)
+            is_live = self.unary.requires_grad or self.transition.requires_grad
+            (probs,) = torch.autograd.grad(
+                value.sum(), unary, create_graph=wants_graph and is_live
+            )
+        if self.mask is not None:
+            probs = probs.where(self.mask[..., None], _only_first(probs).exp())
+        return self._batch_first(probs)
+
+    def mode(self) -> Tensor:
+        best, back = self.unary[0], []
+        for t in range(1, len(self.unary)):
+            top, where = (best[..., None] + self._steps(t)).max(-2)
+            top = top + self.unary[t]
+            if self.mask is not None:
+                is_there = self.mask[t, :, None]
+                same = torch.arange(top.shape[-1], device=top.device)
+                top, where = top.where(is_there, best), where.where(is_there, same)
+            best = top
+            back.append(where)
+        states = [best.argmax(-1)]
+        for where in reversed(back):
+            states.append(where.gather(-1, states[-1][:, None]).squeeze(-1))
+        return self._batch_first(self._without_padding(torch.stack(states[::-1])))
+
+    def sample(self, num_draws: int) -> Tensor:
+        unary, transition = self.unary.detach(), self.transition.detach()
+        filtered = _log_messages(unary, transition, self.mask)
+        last = filtered[-1].expand(num_draws, *filtered[-1].shape)
+        states = [categorical(last)]
+        for t in range(len(unary) - 1, 0, -1):
+            steps = self._steps(t).mT.expand(*unary.shape[1:], -1)
+            batch = torch.arange(unary.shape[1], device=unary.device)
+            step = steps[batch, states[-1]]
+            if self.mask is not None:
+                step = step.where(self.mask[t, :, None], 0.0)
+            states.append(categorical(filtered[t - 1] + step))
+        x = torch.stack(states[::-1])  # (T, N, B)
+        if self.mask is not None:
+            x = x.where(self.mask[:, None], 0)
+        return x.movedim(0, -1).reshape(num_draws, *self.batch_shape, -1)
+
+    def given(self, observed: Mapping[int, Tensor]) -> "_Chain":
+        unary = self.unary.clone()
+        states = torch.arange(unary.shape[-1], device=unary.device)
+        for site, state in observed.items():
+            state = state.expand(self.batch_shape).reshape(-1, 1)
+            unary[site] = unary[site].where(states == state, -torch.inf)
+            if self.mask is not None:  # what is not there holds the state 0
+                possible = self.mask[site, :, None] | (state == 0)
+                unary[0] = unary[0].where(possible, -torch.inf)
+        return replace(self, unary=unary)
+
+    def _steps(self, t: int) -> Tensor:
+        """Potentials of the step to site ``t``."""
+        steps = self.transition.detach()
+        return steps if steps.dim() == 2 else steps[t - 1]
+
+    def _without_padding(self, states: Tensor) -> Tensor:
+        return states if self.mask is None else states.where(self.mask, 0)
+
+    def _batch_first(self, rows: Tensor) -> Tensor:
+        """From ``(T, B, *rest)`` to ``(*batch, T, *rest)``."""
+        return rows.transpose(0, 1).reshape(
+            *self.batch_shape, len(rows), *rows.shape[2:]
+        )
+
+
+class _LogPartition(torch.autograd.Function):
+    """Log Z of chains, whose gradient is known: the marginals (4) and (5)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, unary: Tensor, transition: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        scaled = _Scaled.of(unary, transition, mask)
+        ctx.save_for_backward(unary, transition, mask)
+        ctx.scaled = scaled
+        if scaled is not None:
+            value, ctx.messages = scaled.forward()
+            return value
+        ctx.messages = _log_messages(unary, transition, mask)
+        return ctx.messages[-1].logsumexp(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        unary, transition, mask = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative may follow
+            value = _log_messages(unary, transition, mask)[-1].logsumexp(-1)
+            wanted = [t for t in (unary, transition) if t.requires_grad]
+            found = iter(torch.autograd.grad(value, wanted, grad, create_graph=True))
+            parts = [
+                next(found) if t.requires_grad else None for t in (unary, transition)
+            ]
+            return (*parts, None)
+        if ctx.scaled is not None:
+            return (*ctx.scaled.gradients(ctx.messages, grad), None)
+        return (*_log_gradients(ctx.messages, unary, transition, mask, grad), None)
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """Messages as rescaled products, where nothing can be lost by that.
+
+    Attributes:
+        sites: The exponential of the unary potentials, the largest of a site at 1.
+        steps: That of the transitions, the largest of all at 1.
+        mask: Of the sites that are there.
+        shift: Log of what was divided out, shape ``(B,)``.
+        every: Steps between two rescalings of the messages.
+    """
+
+    sites: Tensor
+    steps: Tensor
+    mask: Tensor | None
+    shift: Tensor
+    every: int
+
+    @classmethod
+    def of(
+        cls, unary: Tensor, transition: Tensor, mask: Tensor | None
+    ) -> "_Scaled | None":
+        """``None`` where potentials differ by too much, or some are infinite."""
+        low, high = unary.aminmax(dim=-1, keepdim=True)
+        least, most = transition.aminmax()
+        span = ((high - low).max() + most - least).item()
+        # What a message may lose in a step; its product with one from the other side
+        # must stay in range.
+        span += math.log(unary.shape[-1]) + 1e-3
+        every = (_RANGE.get(unary.dtype, 0.0) - span) / (2 * span)
+        if not every >= 1:
+            return None
+        shift = high[1:, :, 0] + most
+        shift = shift if mask is None else shift.where(mask[1:], 0.0)
+        return cls(
+            torch.sub(unary, high).contiguous().exp_(),
+            torch.sub(transition, most).exp_(),
+            mask,
+            shift.sum(0) + high[0, :, 0],
+            int(every),
+        )
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Log Z, and the messages (2) up to a factor, shape ``(T, B, K)``."""
+        messages = torch.empty_like(self.sites)
+        rows, sites = messages.unbind(), self.sites.unbind()
+        rows[0].copy_(sites[0])
+        totals = []
+        for t in range(1, len(rows)):
+            self._apply(t, rows[t - 1], rows[t], is_forward=True)
+            rows[t].mul_(sites[t])  # (2)
+            if self.mask is not None:
+                rows[t].copy_(rows[t].where(self.mask[t, :, None], rows[t - 1]))
+            if t % self.every == 0:
+                totals.append(rows[t].sum(-1, keepdim=True))
+                rows[t].div_(totals[-1])
+        totals.append(rows[-1].sum(-1, keepdim=True))
+        return torch.cat(totals, -1).log_().sum(-1).add_(self.shift), messages
+
+    def gradients(self, left: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Those in the unary potentials and in the transitions."""
+        right = torch.empty_like(left)
+        rows, sites = right.unbind(), self.sites.unbind()
+        rows[-1].fill_(1.0)
+        product = torch.empty_like(rows[-1])
+        for t in range(len(rows) - 1, 0, -1):
+            torch.mul(rows[t], sites[t], out=product)
+            self._apply(t, product, rows[t - 1], is_forward=False)  # (3)
+            if self.mask is not None:
+                rows[t - 1].copy_(rows[t - 1].where(self.mask[t, :, None], rows[t]))
+            if t % self.every == 0:
+                rows[t - 1].div_(rows[t - 1].sum(-1, keepdim=True))
+        both = left * right
+        in_unary = both.mul_(grad[:, None] / both.sum(-1, keepdim=True))  # (4)
+        if self.mask is not None:
+            in_unary = in_unary.where(self.mask[..., None], 0.0)
+        return in_unary, self._in_steps(left[:-1], right.mul_(self.sites)[1:], grad)
+
+    def _in_steps(self, left: Tensor, right: Tensor, grad: Tensor) -> Tensor:
+        """Sums of (5), in the shape of the transitions."""
+        steps = self.steps
+        if steps.dim() == 4:
+            ahead = (left[..., None, :] @ steps).squeeze(-2)
+        else:
+            ahead = left @ steps
+        weight = grad[:, None] / (ahead * right).sum(-1, keepdim=True)
+        if self.mask is not None:
+            weight = weight.where(self.mask[1:, :, None], 0.0)
+        left = left * weight
+        if steps.dim() == 4:
+            return steps * left[..., None] * right[..., None, :]
+        if steps.dim() == 3:
+            return steps * (left.mT @ right)
+        return steps * (left.flatten(0, 1).mT @ right.flatten(0, 1))
+
+    def _apply(self, t: int, message: Tensor, out: Tensor, *, is_forward: bool) -> None:
+        """Take a message over the step to site ``t``, or back over it."""
+        steps = self.steps if self.steps.dim() == 2 else self.steps[t - 1]
+        steps = steps if is_forward else steps.mT
+        if steps.dim() == 2:
+            torch.mm(message, steps, out=out)
+        else:
+            torch.bmm(message[:, None], steps, out=out[:, None])
+
+
+def _log_messages(
+    unary: Tensor, transition: Tensor, mask: Tensor | None
+) -> list[Tensor]:
+    """The logarithms of the messages (2), each of shape ``(B, K)``."""
+    message = unary[0]
+    messages = [message]
+    for t in range(1, len(unary)):
+        steps = transition if transition.dim() == 2 else transition[t - 1]
+        ahead = _logsumexp(message[..., None] + steps, -2) + unary[t]  # (2)
+        if mask is not None:
+            ahead = ahead.where(mask[t, :, None], message)
+        message = ahead
+        messages.append(message)
+    return messages
+
+
+def _log_gradients(
+    left: list[Tensor],
+    unary: Tensor,
+    transition: Tensor,
+    mask: Tensor | None,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Those of log Z from (4) and (5), by log-sums."""
+    right = torch.zeros_like(unary[0])
+    log_partition = left[-1].logsumexp(-1)[:, None]
+    in_steps = torch.zeros_like(transition)
+    in_unary = [(left[-1] - log_partition).exp() * grad[:, None]]
+    for t in range(len(unary) - 1, 0, -1):
+        steps = transition if transition.dim() == 2 else transition[t - 1]
+        behind = unary[t] + right
+        joint = steps + behind[..., None, :]
+        pairs = (left[t - 1][..., None] + joint - log_partition[..., None]).exp()
+        pairs = pairs * grad[:, None, None]  # (5)
+        back = joint.logsumexp(-1)  # (3)
+        if mask is not None:
+            in_unary[-1] = in_unary[-1].where(mask[t, :, None], 0.0)
+            pairs = pairs.where(mask[t, :, None, None], 0.0)
+            back = back.where(mask[t, :, None], right)
+        target = in_steps if transition.dim() == 2 else in_steps[t - 1]
+        target += pairs if target.dim() == 3 else pairs.sum(0)
+        right = back
+        in_unary.append((left[t - 1] + right - log_partition).exp() * grad[:, None])
+    return torch.stack(in_unary[::-1]), in_steps  # (4)
+
+
+def _logsumexp(x: Tensor, dim: int) -> Tensor:
+    """Log of a sum of exponentials whose gradient is zero where all are zero."""
+    is_nothing = x.detach().amax(dim, keepdim=True) == -torch.inf
+    if not is_nothing.any():
+        return x.logsumexp(dim)
+    value = x.where(~is_nothing, 0.0).logsumexp(dim)
+    return value.where(~is_nothing.squeeze(dim), -torch.inf)
+
+
+def _require_potentials(unary: Tensor, transition: Tensor) -> None:
+    if unary.dim() < 2 or not unary.numel():
+        raise ValueError(
+            "unary must have shape (*batch, T, K) for chains of T sites with K states, "
+            f"got {tuple(unary.shape)}."
+        )
+    require_precision(unary, "unary")
+    *batch, length, states = unary.shape
+    shape = (states, states)
+    wanted = [shape, (length - 1, *shape), (*batch, length - 1, *shape)]
+    if tuple(transition.shape) not in wanted or transition.dtype != unary.dtype:
+        raise ValueError(
+            f"transition must have the dtype {unary.dtype} of unary and one of the "
+            f"shapes {wanted} to match unary of shape {tuple(unary.shape)}, got "
+            f"{transition.dtype} and {tuple(transition.shape)}."
+        )
+    for name, potential in (("unary", unary), ("transition", transition)):
+        if not (potential.detach() < torch.inf).all():
+            raise ValueError(
+                f"{name} must hold no nan and no +inf; -inf forbids a state. Look for "
+                "an overflow in what it is computed from."
+            )
+
+
+def _require_prefix(mask: Tensor, unary: Tensor) -> None:
+    shape = unary.shape[:-1]
+    if (
+        mask.dtype != torch.bool
+        or mask.shape[-1:] != shape[-1:]
+        or (torch.broadcast_shapes(mask.shape, shape) != shape)
+    ):
+        raise ValueError(
+            f"mask must hold booleans in the shape {tuple(shape)}, or one that "
+            f"broadcasts to it; got {mask.dtype} and {tuple(mask.shape)}."
+        )
+    if not mask[..., 0].all() or (mask[..., 1:] & ~mask[..., :-1]).any():
+        raise ValueError(
+            "mask must be true up to the length of each chain, at least 1, and false "
+            "from there on: torch.arange(T) < lengths[:, None]."
+        )

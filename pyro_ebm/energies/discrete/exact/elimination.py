@@ -1,0 +1,290 @@
+r"""Exact sums over a factor graph by eliminating one site after another.
+
+With log potentials :math:`t_c` of sets :math:`c` of sites, :math:`-f(x) = \sum_c
+t_c(x_c)`, site :math:`i` is summed out by
+
+.. math::
+    m_i(x_{N_i}) = \log \sum_{x_i} \exp \sum_{c \ni i} t_c(x_c)            \tag{1}
+
+over all potentials and earlier results that hold it; :math:`N_i` are the other sites in
+these, and :math:`m_i` is a potential of theirs. What is left in the end is
+:math:`\log Z`. Drawn in the reverse order, each site has the distribution of which (1)
+is the normaliser, given sites that are drawn already. With the largest in place of the
+log-sum the same steps find the most probable state.
+
+The cost is the number of terms of all sums, which grows exponentially with the number
+of sites in a potential: for a lattice with its smaller side. The order is greedy: next
+is the site that ties together fewest pairs of others.
+
+References:
+    Dechter (1999), Artificial Intelligence 113, 41-85 (bucket elimination). Kjaerulff
+    (1990), Triangulation of graphs (the greedy order).
+"""
+
+__all__ = ["Factors", "MAX_COST", "elimination_cost", "exact_closed_form", "exact_sums"]
+
+import functools
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.energies.base import Energy
+from pyro_ebm.energies.discrete.exact.distribution import (
+    ExactClosedForm,
+    ExactDistribution,
+    Solver,
+    categorical,
+)
+from pyro_ebm.energies.discrete.exact.tree import FORBIDDEN, Forest, edges_of, is_forest
+
+#: Terms of all sums up to which elimination is cheap: tenths of a second.
+MAX_COST = 2**25
+
+#: Sets of as many sites each, shape ``(F, k)``, and their log potentials, of shape
+#: ``(F, *states)`` or ``(1, *states)`` where all have the same.
+Factors: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+_Scopes: TypeAlias = tuple[tuple[int, ...], ...]
+_Bucket: TypeAlias = list[tuple[tuple[int, ...], Tensor]]
+
+
+def exact_sums(states: Sequence[int], factors: Factors) -> Solver:
+    """Choose how the sums over all states are done.
+
+    Args:
+        states: How many states each site has.
+        factors: Log potentials.
+
+    Returns:
+        Messages along the edges if the graph is a forest, elimination otherwise.
+    """
+    if is_forest(len(states), [sites for sites, _ in factors]):
+        return Forest.of(states, factors)
+    return _Elimination.of(tuple(states), factors)
+
+
+def exact_closed_form(
+    energy: Energy, states: Sequence[int], factors: Factors
+) -> ExactClosedForm | None:
+    """The closed form of an energy, unless its sums have too many terms.
+
+    Args:
+        energy: Over a finite support.
+        states: How many states each site has.
+        factors: Log potentials.
+    """
+    if elimination_cost(states, [sites for sites, _ in factors]) > MAX_COST:
+        return None
+    return ExactClosedForm.of(ExactDistribution(energy, exact_sums(states, factors)))
+
+
+def elimination_cost(states: Sequence[int], scopes: Sequence[Tensor]) -> float:
+    """How many terms the sums of :func:`exact_sums` have.
+
+    Args:
+        states: How many states each site has.
+        scopes: The sites of all potentials, in groups of shape ``(F, k)``.
+
+    Returns:
+        The number; infinite beyond four billion, where no order is looked for.
+    """
+    if is_forest(len(states), scopes):
+        return sum(states[i] * states[j] for i, j in edges_of(scopes))
+    flat = tuple(tuple(sites) for group in scopes for sites in group.tolist())
+    return _greedy_order(tuple(states), flat, frozenset()).cost
+
+
+#: Terms beyond which no order is looked for.
+_TOO_MUCH = 2.0**32
+
+
+class _Order(NamedTuple):
+    """Sites in the order of their elimination, and the number of terms of the sums."""
+
+    sites: tuple[int, ...]
+    cost: float
+
+
+@functools.lru_cache(maxsize=64)
+def _greedy_order(
+    states: tuple[int, ...], scopes: _Scopes, fixed: frozenset[int]
+) -> _Order:
+    """Eliminate the site that ties together fewest pairs; at a draw, the cheapest."""
+    near: dict[int, set[int]] = {i: set() for i in range(len(states)) if i not in fixed}
+    for scope in scopes:
+        for i, j in itertools.permutations(scope, 2):
+            near[i].add(j)
+
+    def score(i: int) -> tuple[int, float, int]:
+        pairs = itertools.combinations(near[i], 2)
+        fill = sum(b not in near[a] for a, b in pairs)
+        return fill, states[i] * math.prod(states[j] for j in near[i]), i
+
+    scores = {i: score(i) for i in near}
+    queue = sorted(scores.values())
+    order, cost = [], 0.0
+    while queue:
+        best = heapq.heappop(queue)
+        i = best[2]
+        if scores.get(i) != best:  # it has changed since
+            continue
+        cost += best[1]
+        if cost > _TOO_MUCH:
+            return _Order((), math.inf)
+        order.append(i)
+        others = near.pop(i)
+        del scores[i]
+        for j in others:
+            near[j] |= others
+            near[j] -= {i, j}
+        touched = others.union(*(near[j] for j in others)) if best[0] else others
+        for j in touched:
+            if (new := score(j)) != scores[j]:
+                scores[j] = new
+                heapq.heappush(queue, new)
+    return _Order(tuple(order), cost)
+
+
+@dataclass(frozen=True)
+class _Elimination:
+    """Sums over the states of a factor graph.
+
+    Attributes:
+        states: How many states each site has.
+        scopes: The sites of each potential.
+        tables: The potentials, one axis a site.
+        fixed: States of sites that are observed, and in no potential.
+    """
+
+    states: tuple[int, ...]
+    scopes: _Scopes
+    tables: list[Tensor]
+    fixed: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, states: tuple[int, ...], factors: Factors) -> "_Elimination":
+        """From potentials in groups."""
+        scopes: list[tuple[int, ...]] = []
+        tables: list[Tensor] = []
+        for sites, table in factors:
+            scopes += map(tuple, sites.tolist())
+            table = table.clamp(min=FORBIDDEN)
+            tables += table.expand(len(sites), *table.shape[1:]).unbind()
+        return cls(states, tuple(scopes), tables)
+
+    @property
+    def order(self) -> _Order:
+        return _greedy_order(self.states, self.scopes, frozenset(self.fixed))
+
+    def log_partition(self) -> Tensor:
+        value, _ = self._eliminate(self.tables, torch.logsumexp)
+        return value.where(value > FORBIDDEN / 2, -torch.inf)
+
+    def marginals(self) -> Tensor:
+        most, like = max(self.states), self.tables[0]
+        shape = (len(self.states), most)
+        wants_graph = torch.is_grad_enabled() and any(
+            table.requires_grad for table in self.tables
+        )
+        with torch.enable_grad():
+            own = torch.zeros(shape, dtype=like.dtype, device=like.device)
+            rows = own.requires_grad_().unbind()
+            scopes = [*self.scopes, *((i,) for i in self.order.sites)]
+            tables = [*self.tables]
+            tables += [rows[i][: self.states[i]] for i in self.order.sites]
+            value, _ = self._eliminate(tables, torch.logsumexp, scopes)
+            (probs,) = torch.autograd.grad(value, own, create_graph=wants_graph)
+        for site, state in self.fixed.items():
+            observed = torch.arange(most, device=like.device) == state
+            at_site = torch.arange(len(self.states), device=like.device) == site
+            probs = torch.where(at_site[:, None], observed.to(probs), probs)
+        return probs
+
+    def mode(self) -> Tensor:
+        with torch.no_grad():
+            _, buckets = self._eliminate(self.tables, torch.amax)
+        return self._back(buckets, lambda logits: logits.argmax(-1), 1)[0]
+
+    def sample(self, num_draws: int) -> Tensor:
+        with torch.no_grad():
+            _, buckets = self._eliminate(self.tables, torch.logsumexp)
+        return self._back(buckets, categorical, num_draws)
+
+    def given(self, observed: Mapping[int, Tensor]) -> "_Elimination":
+        states = {site: int(state) for site, state in observed.items()}
+        scopes, tables = [], []
+        for scope, table in zip(self.scopes, self.tables, strict=True):
+            index = tuple(states.get(site, slice(None)) for site in scope)
+            tables.append(table[index])
+            scopes.append(tuple(site for site in scope if site not in states))
+        fixed = {**self.fixed, **states}
+        return _Elimination(self.states, tuple(scopes), tables, fixed)
+
+    def _eliminate(
+        self,
+        tables: Sequence[Tensor],
+        reduce: Callable[[Tensor, int], Tensor],
+        scopes: Sequence[tuple[int, ...]] | None = None,
+    ) -> tuple[Tensor, list[_Bucket]]:
+        """What is left in the end, and what (1) was the sum of, for each site."""
+        rank = {site: place for place, site in enumerate(self.order.sites)}
+        buckets: list[_Bucket] = [[] for _ in rank]
+        left = torch.zeros_like(tables[0].sum())
+        for scope, table in zip(scopes or self.scopes, tables, strict=True):
+            if not scope:
+                left = left + table
+                continue
+            axes = sorted(range(len(scope)), key=lambda axis: rank[scope[axis]])
+            sites = tuple(scope[axis] for axis in axes)
+            buckets[rank[sites[0]]].append((sites, table.permute(axes)))
+        for place, site in enumerate(self.order.sites):
+            bucket = buckets[place]
+            sites, total = _total(bucket, site, rank, self.states, tables[0])
+            message = reduce(total, 0)  # (1)
+            if len(sites) == 1:
+                left = left + message
+            else:
+                buckets[rank[sites[1]]].append((sites[1:], message))
+        return left, buckets
+
+    def _back(
+        self, buckets: list[_Bucket], choose: Callable[[Tensor], Tensor], number: int
+    ) -> Tensor:
+        """States of all sites, the last that was eliminated first."""
+        like = self.tables[0]
+        x = torch.zeros(number, len(self.states), dtype=torch.long, device=like.device)
+        for site, state in self.fixed.items():
+            x[:, site] = state
+        for place in reversed(range(len(buckets))):
+            site = self.order.sites[place]
+            logits = like.new_zeros(number, self.states[site])
+            for sites, table in buckets[place]:
+                others = tuple(x[:, other] for other in sites[1:])
+                chosen = table.movedim(0, -1).detach()[others]
+                logits = logits + chosen
+            x[:, site] = choose(logits)
+        return x
+
+
+def _total(
+    bucket: _Bucket,
+    site: int,
+    rank: dict[int, int],
+    states: tuple[int, ...],
+    like: Tensor,
+) -> tuple[tuple[int, ...], Tensor]:
+    """The sum of potentials, and their sites in the order of elimination."""
+    union = {site}.union(*(sites for sites, _ in bucket))
+    all_sites = tuple(sorted(union, key=rank.__getitem__))
+    total: Tensor = like.new_zeros(states[site]) if not bucket else like
+    # The small ones first: most of the sums are then over few states.
+    for number, (sites, table) in enumerate(sorted(bucket, key=lambda f: f[1].numel())):
+        held = set(sites)
+        where = tuple(slice(None) if s in held else None for s in all_sites)
+        total = table[where] if not number else total + table[where]
+    return all_sites, total

@@ -1,0 +1,215 @@
+r"""Exact sums over trees, by messages from the leaves to the roots and back.
+
+Of a forest with log potentials :math:`u_i` of sites and :math:`t_{ij}` of edges, a site
+:math:`j` sends to its parent :math:`i`
+
+.. math::
+    m_j(x_i) = \log \sum_{x_j} \exp\Big(t_{ji}(x_j, x_i) + u_j(x_j)
+        + \sum_{k \in \mathrm{children}(j)} m_k(x_j)\Big)                  \tag{1}
+
+All sites at the same depth send at once. :math:`\log Z` is the log-sum at the roots,
+added up; its gradient in :math:`u` has the marginals; and draws go from the roots down,
+each site from the distribution of which (1) is the normaliser.
+
+References:
+    Pearl (1982), Reverend Bayes on inference engines, AAAI.
+"""
+
+__all__ = ["FORBIDDEN", "Forest", "edges_of", "is_forest"]
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.energies.discrete.exact.distribution import categorical
+
+#: The log potential of what is forbidden: minus infinity has no gradient.
+FORBIDDEN = -1e30
+
+
+class _Shape(NamedTuple):
+    """A rooted forest.
+
+    Attributes:
+        parent: Of each site, itself for a root.
+        levels: Sites by depth, from the roots' children down.
+        roots: One site of each tree.
+    """
+
+    parent: Tensor
+    levels: tuple[Tensor, ...]
+    roots: Tensor
+
+
+def is_forest(num_sites: int, scopes: Sequence[Tensor]) -> bool:
+    """Whether potentials hold one or two sites each, and no edges close a ring.
+
+    Args:
+        num_sites: Number of sites.
+        scopes: Sites of potentials, in groups of shape ``(F, k)``.
+    """
+    if any(sites.shape[1] > 2 for sites in scopes):
+        return False
+    return _rooted(num_sites, edges_of(scopes)) is not None
+
+
+def edges_of(scopes: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    """The pairs among the sites of potentials, the smaller number first.
+
+    Args:
+        scopes: Sites of potentials, in groups of shape ``(F, k)``.
+    """
+    pairs = (sites.tolist() for sites in scopes if sites.shape[1] == 2)
+    return tuple((min(pair), max(pair)) for group in pairs for pair in group)
+
+
+@functools.lru_cache(maxsize=64)
+def _rooted(num_sites: int, edges: tuple[tuple[int, int], ...]) -> _Shape | None:
+    """Roots and depths by breadth-first search; ``None`` if there is a ring."""
+    near: list[list[int]] = [[] for _ in range(num_sites)]
+    edges = tuple(set(edges))  # several potentials may share one
+    for i, j in edges:
+        near[i].append(j)
+        near[j].append(i)
+    parent = [-1] * num_sites
+    roots: list[int] = []
+    levels: list[list[int]] = []
+    for root in range(num_sites):
+        if parent[root] >= 0:
+            continue
+        parent[root] = root
+        roots.append(root)
+        front, depth = [root], 0
+        while front:
+            ahead = [(j, i) for i in front for j in near[i] if parent[i] != j]
+            front = [j for j, _ in ahead]
+            for j, i in ahead:
+                if parent[j] >= 0:
+                    return None
+                parent[j] = i
+            if depth == len(levels) and front:
+                levels.append([])
+            if front:
+                levels[depth] += front
+            depth += 1
+    places = tuple(torch.tensor(level) for level in levels)
+    return _Shape(torch.tensor(parent), places, torch.tensor(roots))
+
+
+@dataclass(frozen=True)
+class Forest:
+    """The sums over the states of a forest.
+
+    Attributes:
+        sites: Log potentials :math:`u`, shape ``(D, q)``.
+        edges: Those of the edges from each site, first axis, to its parent, second
+            axis; shape ``(D, q, q)``.
+        parent: Of each site.
+        levels: Sites by depth, roots' children first.
+        roots: One site of each tree.
+    """
+
+    sites: Tensor
+    edges: Tensor
+    parent: Tensor
+    levels: tuple[Tensor, ...]
+    roots: Tensor
+
+    @classmethod
+    def of(
+        cls, states: Sequence[int], factors: Sequence[tuple[Tensor, Tensor]]
+    ) -> "Forest":
+        """From potentials in groups, of a graph that is a forest."""
+        shape = _rooted(len(states), edges_of([sites for sites, _ in factors]))
+        if shape is None:
+            raise ValueError("factors must be those of a forest, and close a ring.")
+        most, like = max(states), factors[0][1]
+        device = like.device
+        parent = shape.parent.to(device)
+        number = torch.arange(most, device=device)
+        is_missing = number >= torch.tensor(states, device=device)[:, None]
+        sites = like.new_zeros(len(states), most).masked_fill(is_missing, FORBIDDEN)
+        edges = like.new_zeros(len(states), most, most)
+        for group, table in factors:
+            group = group.to(device)
+            lacks = [(0, most - size) for size in reversed(table.shape[1:])]
+            pads = [pad for pair in lacks for pad in pair]
+            table = table.clamp(min=FORBIDDEN)
+            table = torch.nn.functional.pad(table, pads)
+            table = table.expand(len(group), *table.shape[1:])
+            if group.shape[1] == 1:
+                sites = sites.index_add(0, group[:, 0], table)
+                continue
+            is_child = parent[group[:, 0]] == group[:, 1]
+            child = torch.where(is_child, group[:, 0], group[:, 1])
+            table = torch.where(is_child[:, None, None], table, table.mT)
+            edges = edges.index_add(0, child, table)
+        levels = tuple(level.to(device) for level in shape.levels)
+        return cls(sites, edges, parent, levels, shape.roots.to(device))
+
+    def log_partition(self) -> Tensor:
+        """See ``Solver`` in the module of the distribution, as for what follows."""
+        beliefs = self._upward(self.sites, torch.logsumexp)
+        value = beliefs[self.roots].logsumexp(-1).sum()
+        return value.where(value > FORBIDDEN / 2, -torch.inf)
+
+    def marginals(self) -> Tensor:
+        """By the gradient of log Z."""
+        is_live = self.sites.requires_grad or self.edges.requires_grad
+        wants_graph = torch.is_grad_enabled() and is_live
+        with torch.enable_grad():
+            sites = self.sites.clone()
+            sites = sites if sites.requires_grad else sites.requires_grad_()
+            beliefs = self._upward(sites, torch.logsumexp)
+            value = beliefs[self.roots].logsumexp(-1).sum()
+            (probs,) = torch.autograd.grad(value, sites, create_graph=wants_graph)
+        return probs
+
+    def mode(self) -> Tensor:
+        """By messages with the largest in place of the log-sum."""
+        return self._downward(torch.amax, lambda logits: logits.argmax(-1), 1)[0]
+
+    def sample(self, num_draws: int) -> Tensor:
+        """From the roots down."""
+        return self._downward(torch.logsumexp, categorical, num_draws)
+
+    def given(self, observed: Mapping[int, Tensor]) -> "Forest":
+        """All other states of these sites forbidden."""
+        sites = self.sites.clone()
+        states = torch.arange(sites.shape[1], device=sites.device)
+        for site, state in observed.items():
+            sites[site] = sites[site].where(states == int(state), FORBIDDEN)
+        return replace(self, sites=sites)
+
+    def _upward(self, sites: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Potentials of the sites with the messages of their children."""
+        beliefs = sites
+        for level in reversed(self.levels):
+            joint = self.edges[level] + beliefs[level].unsqueeze(-1)
+            message = reduce(joint, -2)  # (1)
+            beliefs = beliefs.index_add(0, self.parent[level], message)
+        return beliefs
+
+    @torch.no_grad()
+    def _downward(
+        self,
+        reduce: Callable[[Tensor, int], Tensor],
+        choose: Callable[[Tensor], Tensor],
+        number: int,
+    ) -> Tensor:
+        """States of all sites, parents first."""
+        beliefs = self._upward(self.sites, reduce)
+        shape = (number, len(beliefs))
+        x = torch.zeros(shape, dtype=torch.long, device=beliefs.device)
+        x[:, self.roots] = choose(beliefs[self.roots].expand(number, -1, -1))
+        for level in self.levels:
+            # Of each site the column of the edge where its parent's state is.
+            edges = self.edges[level].mT.expand(number, -1, -1, -1)
+            at = x[:, self.parent[level], None, None].expand(-1, -1, 1, edges.shape[-1])
+            logits = beliefs[level] + edges.gather(-2, at).squeeze(-2)
+            x[:, level] = choose(logits)
+        return x

@@ -1,0 +1,114 @@
+r"""The contract of an energy over finite sites whose conditionals are known.
+
+Given all other sites, a site :math:`i` has the distribution
+
+.. math::
+    p(x_i = v \mid x_{\setminus i}) \propto e^{\ell_{iv}(x)}               \tag{1}
+
+and sites without a common term are independent given the others. So the sites fall into
+blocks, each of which is drawn at once: what block Gibbs sampling needs to know.
+"""
+
+__all__ = ["SiteEnergy"]
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.discrete.finite import (
+    AnnealingPath,
+    FiniteUniform,
+    finite_values,
+    num_points,
+    num_states,
+)
+
+
+class SiteEnergy(Energy):
+    r"""An energy that knows the conditional of each site given all others.
+
+    Attributes:
+        blocks: Masks of sites that are independent given the others, shape
+            ``(B, *event)``; each site is in one of them.
+        values: What a site may be, shape ``(q,)``, in increasing order. A site with
+            fewer states than ``q`` has the first of them.
+
+    Args:
+        event_shape: Shape of one point.
+        support: Finite, with as many event dimensions.
+        blocks: See above; booleans.
+        like: A tensor whose dtype and device ``values`` has.
+        batch_shape: Of a batch of energies.
+    """
+
+    blocks: Tensor
+    values: Tensor
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        support: Constraint,
+        blocks: Tensor,
+        like: Tensor,
+        batch_shape: Sequence[int] = (),
+    ) -> None:
+        super().__init__(event_shape, support, batch_shape)
+        self.register_buffer("blocks", blocks.to(like.device), persistent=False)
+        values = torch.tensor(finite_values(support)).to(like)
+        self.register_buffer("values", values, persistent=False)
+
+    @abstractmethod
+    def site_logits(self, x: Tensor) -> Tensor:
+        r"""The logits :math:`\ell_{iv}` of (1), up to a constant for each site.
+
+        Args:
+            x: Points of shape ``(*batch, *event)``.
+
+        Returns:
+            Shape ``(q, *batch, *event)``; ``-inf`` at values that a site does not have.
+        """
+
+    def annealing_path(self) -> AnnealingPath:
+        """From uniform sites to this energy, by scaling it."""
+        like = self.values
+        uniform = FiniteUniform(self.support, self.event_shape, like)
+        number = num_points(self.support, self.event_shape) or 1
+        start = ClosedForm(like.new_tensor(math.log(number)), uniform)
+        return AnnealingPath(start, lambda beta: _ScaledSites(self, beta))
+
+
+@final
+class _ScaledSites(SiteEnergy):
+    """A multiple of an energy, from 0 on."""
+
+    def __init__(self, energy: SiteEnergy, scale: float) -> None:
+        super().__init__(
+            energy.event_shape,
+            energy.support,
+            energy.blocks,
+            energy.values,
+            energy.batch_shape,
+        )
+        self.energy, self.scale = energy, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.energy(x)
+        # Zero times infinity is no number: nothing is forbidden at the start.
+        return self.scale * value if self.scale else torch.zeros_like(value)
+
+    def site_logits(self, x: Tensor) -> Tensor:
+        logits = self.energy.site_logits(x)
+        if self.scale:
+            return self.scale * logits
+        states = num_states(self.support, self.event_shape)
+        if states is None:
+            return torch.zeros_like(logits)
+        index = torch.arange(len(logits), device=x.device)
+        index = index.reshape(-1, *(1,) * x.dim())
+        return torch.zeros_like(logits).where(index < states.to(x.device), -torch.inf)

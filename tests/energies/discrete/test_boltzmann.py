@@ -1,0 +1,51 @@
+"""Boltzmann machines against sums over all of their states."""
+
+import pytest
+import torch
+
+from pyro_ebm.energies import BoltzmannEnergy
+from pyro_ebm.partition import enumeration, estimate
+
+
+def machine(size=6, spins=False):
+    upper = torch.randn(size, size).triu(1)
+    return BoltzmannEnergy(upper + upper.mT, torch.randn(size), spins=spins)
+
+
+@pytest.mark.parametrize("spins", [False, True])
+def test_energy_and_site_logits(spins):
+    """Planted fault: each pair counted twice."""
+    energy = machine(spins=spins)
+    x = energy.closed_form().distribution.sample((5,))
+    pairs = [(i, j) for i in range(6) for j in range(i)]
+    expected = -sum(energy.weight[i, j] * x[:, i] * x[:, j] for i, j in pairs)
+    torch.testing.assert_close(energy(x), expected - x @ energy.bias)
+    logits = energy.site_logits(x)
+    for site in range(6):
+        changed = x.expand(2, *x.shape).clone()
+        changed[..., site] = energy.values[:, None]
+        expected = (-energy(changed)).log_softmax(0)
+        torch.testing.assert_close(logits[..., site].log_softmax(0), expected)
+
+
+@pytest.mark.parametrize("spins", [False, True])
+def test_closed_form(spins):
+    energy = machine(spins=spins)
+    known = energy.closed_form()
+    value = enumeration(energy).value
+    assert known.log_partition.item() == pytest.approx(value, abs=1e-9)
+    assert estimate(energy).status == "exact"
+    (grad,) = torch.autograd.grad(known.log_partition, energy.bias)
+    torch.testing.assert_close(grad, known.distribution.mean)
+    assert machine(40).closed_form() is None
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match=r"weight must have shape \(D, D\)"):
+        BoltzmannEnergy(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="diagonal of zeros"):
+        BoltzmannEnergy(torch.eye(2))
+    with pytest.raises(ValueError, match="symmetric or upper triangular"):
+        BoltzmannEnergy(torch.tensor([[0.0, 1], [2, 0]]))
+    with pytest.raises(ValueError, match=r"bias must have shape \(2,\)"):
+        BoltzmannEnergy(torch.zeros(2, 2), torch.zeros(3))

@@ -1,0 +1,318 @@
+"""Factor graphs against sums over all of their states."""
+
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from pyro_ebm.energies import FactorGraphEnergy, IsingEnergy, PottsEnergy, torus_edges
+from pyro_ebm.energies.discrete.finite import finite_points, num_points
+from pyro_ebm.partition import enumeration, estimate
+from tests.energies.discrete.test_chain import chi_square
+
+
+def tree():
+    """Two trees: 4 - 1 - 0 - 2, 1 - 5, and 3 alone; numbers of states differ."""
+    sizes = (2, 3, 2, 4, 1, 2)
+    edges = [(1, 0), (0, 2), (1, 4), (5, 1)]
+    factors = [(e, torch.randn(sizes[e[0]], sizes[e[1]])) for e in edges]
+    factors += [(i, torch.randn(sizes[i])) for i in (0, 1, 3)]
+    return FactorGraphEnergy(sizes, factors)
+
+
+def loopy():
+    """Three sites in one potential, a ring of pairs, and a site without any."""
+    sizes = (2, 3, 2, 3, 2)
+    factors = [((0, 2, 1), torch.randn(2, 2, 3)), ((2, 3), torch.randn(2, 3))]
+    factors += [((3, 0), torch.randn(3, 2)), (1, torch.randn(3))]
+    return FactorGraphEnergy(sizes, factors)
+
+
+def spins():
+    edges = torus_edges((3, 3))
+    return FactorGraphEnergy.ising(edges, torch.randn(18) / 2, torch.randn(9) / 2)
+
+
+def functions():
+    """A module over three sites, and one table that all pairs share."""
+    pairs = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]])
+    ring = (pairs, torch.randn(3, 3))
+    odd = nn.Bilinear(1, 1, 1)
+
+    def parity(x, y, z):
+        x, y, z = torch.broadcast_tensors(x, y, z)
+        return odd((x * y)[..., None], z[..., None]).squeeze(-1)
+
+    module = nn.Module()
+    module.odd, module.forward = odd, parity
+    return FactorGraphEnergy([3] * 4, [ring, ((0, 1, 3), module)])
+
+
+CASES = {f.__name__: f for f in (tree, loopy, spins, functions)}
+
+
+@pytest.fixture(params=CASES)
+def energy(request):
+    return CASES[request.param]()
+
+
+def states(energy):
+    number = torch.arange(num_points(energy.support, energy.event_shape))
+    x = finite_points(energy.support, energy.event_shape, number, energy.values)
+    return x, -energy(x)
+
+
+def one_hot(energy, x):
+    return (x[..., None] == energy.values).to(x)
+
+
+def test_energy_is_the_sum_of_its_potentials():
+    a, b = torch.randn(2, 3), torch.randn(3)
+    energy = FactorGraphEnergy({"a": 2, "b": 3}, [(("a", "b"), a), ("b", b)])
+    x, log_terms = states(energy)
+    expected = torch.stack([a[i, j] + b[j] for i, j in x.long()])
+    torch.testing.assert_close(log_terms, expected)
+    assert energy(torch.tensor([2.0, 0.0])) == math.inf  # the site has two states
+    assert energy(torch.tensor([0.5, 0.0])) == math.inf
+    assert energy(torch.tensor([math.nan, 0.0])).isnan()
+    order = FactorGraphEnergy({"b": 3, "a": 2}, [(("a", "b"), a), ("b", b)])
+    torch.testing.assert_close(order(x.flip(-1)), -expected)
+
+
+def test_log_partition_and_gradient(energy):
+    """Planted fault: an edge of a tree not turned towards its parent."""
+    _, log_terms = states(energy)
+    found = energy.closed_form().log_partition
+    torch.testing.assert_close(found, log_terms.logsumexp(0), rtol=1e-12, atol=1e-12)
+    own = [p for p in energy.parameters() if p.requires_grad]
+    for a, b in zip(
+        torch.autograd.grad(found, own, allow_unused=True),
+        torch.autograd.grad(log_terms.logsumexp(0), own, allow_unused=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_marginals_and_mode(energy):
+    """Planted fault: the unary potential of marginals left out of a bucket."""
+    x, log_terms = states(energy)
+    exact = energy.closed_form().distribution
+    expected = torch.einsum("n,ndq->dq", log_terms.softmax(0), one_hot(energy, x))
+    torch.testing.assert_close(exact.marginals(), expected)
+    torch.testing.assert_close(exact.mode, x[log_terms.argmax()])
+    torch.testing.assert_close(exact.log_prob(x), log_terms.log_softmax(0))
+    mean = log_terms.softmax(0) @ x
+    torch.testing.assert_close(exact.mean, mean)
+    torch.testing.assert_close(exact.variance, log_terms.softmax(0) @ (x - mean) ** 2)
+
+
+def test_marginals_have_a_gradient(energy):
+    x, log_terms = states(energy)
+    weight = torch.randn(len(energy.event_shape) and energy.event_shape[0])
+    own = list(energy.parameters())[:1]
+    expected = torch.autograd.grad(log_terms.softmax(0) @ x @ weight, own)
+    found = torch.autograd.grad(energy.closed_form().distribution.mean @ weight, own)
+    torch.testing.assert_close(found, expected)
+
+
+def test_draws(energy):
+    """Planted fault: sites drawn without what was eliminated after them."""
+    x, log_terms = states(energy)
+    draws = energy.closed_form().distribution.sample((20_000,))
+    assert energy.support.check(draws).all()
+    weights = 5.0 ** torch.arange(x.shape[-1])
+    key = (x @ weights).sort()
+    number = torch.searchsorted(key.values, draws @ weights)
+    assert chi_square(number, log_terms[key.indices].detach()) < 4
+
+
+def test_site_logits_and_blocks(energy):
+    x = energy.closed_form().distribution.sample((4,))
+    logits = energy.site_logits(x)
+    assert logits.shape == (len(energy.values), 4, *energy.event_shape)
+    for site in range(energy.event_shape[0]):
+        changed = x.expand(len(energy.values), *x.shape).clone()
+        changed[..., site] = energy.values[:, None]
+        expected = (-energy(changed)).log_softmax(0)
+        torch.testing.assert_close(logits[..., site].log_softmax(0), expected)
+    assert (energy.blocks.sum(0) == 1).all()
+    for block in energy.blocks:  # what a site sees is the same whatever its block does
+        other = torch.where(block, x[[1, 2, 3, 0]], x)
+        torch.testing.assert_close(
+            energy.site_logits(other)[:, :, block], logits[:, :, block]
+        )
+
+
+def test_condition(energy):
+    x, log_terms = states(energy)
+    value = x[1, 2].item()
+    given = energy.closed_form().distribution.condition({2: value})
+    inside = x[:, 2] == value
+    log_part = log_terms[inside]
+    free = [i for i in range(x.shape[1]) if i != 2]
+    torch.testing.assert_close(given.log_partition, log_part.logsumexp(0))
+    rest = x[inside][:, free]
+    torch.testing.assert_close(given.log_prob(rest), log_part.log_softmax(0))
+    expected = torch.einsum("n,ndq->dq", log_part.softmax(0), one_hot(energy, rest))
+    torch.testing.assert_close(given.marginals(), expected)
+    torch.testing.assert_close(given.mode, rest[log_part.argmax()])
+    assert given.support.check(given.sample((9,))).all()
+    few = dict.fromkeys(free[1:], None)
+    few = {i: rest[0, free.index(i)].item() for i in few}
+    last = given.condition({free.index(i): v for i, v in few.items()})
+    both = (rest[:, 1:] == rest[0, 1:]).all(-1)
+    torch.testing.assert_close(last.log_partition, log_part[both].logsumexp(0))
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["tree", "ring"])
+def test_extreme_and_forbidden(ring):
+    edges = torch.tensor([[0, 1], [1, 2], [2, 0]] if ring else [[0, 1], [1, 2]])
+    table = torch.tensor([[-torch.inf, 1e3], [-1e3, -torch.inf]])
+    table = torch.stack([table] * len(edges))
+    if ring:
+        table[2] = torch.tensor([[0.0, -torch.inf], [-torch.inf, -torch.inf]])
+    energy = FactorGraphEnergy([2] * 3, [(edges, table), (0, torch.tensor([60.0, 0]))])
+    known = energy.closed_form()
+    assert known.log_partition.item() == pytest.approx(60 + 1e3 - 1e3)
+    grads = torch.autograd.grad(known.log_partition, list(energy.parameters()))
+    assert all(grad.isfinite().all() for grad in grads)
+    expected = torch.tensor([[1.0, 0], [0, 1], [1, 0]])
+    torch.testing.assert_close(known.distribution.marginals(), expected)
+    assert (known.distribution.sample((20,)) == torch.tensor([0.0, 1, 0])).all()
+    nothing = FactorGraphEnergy([2] * 3, [(edges, torch.full((2, 2), -torch.inf))])
+    assert nothing.closed_form().log_partition == -torch.inf
+    assert nothing(torch.zeros(3)) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("shape", "coupling", "expected"),
+    [((8, 8), 0.3, 50.60933050), ((8, 8), math.log(1 + 2**0.5) / 2, 60.14178079)],
+)
+def test_written_truth_of_lattices(shape, coupling, expected):
+    energy = IsingEnergy(shape, coupling)
+    assert estimate(energy).status == "exact"
+    assert estimate(energy).value == pytest.approx(expected, abs=1e-7)
+    graph = FactorGraphEnergy.ising(torus_edges(shape), coupling)
+    assert graph.exact().log_partition.item() == pytest.approx(expected, abs=1e-7)
+
+
+def test_potts_lattice():
+    energy = PottsEnergy((6, 6), 3, math.log(1 + math.sqrt(3)))
+    assert estimate(energy).value == pytest.approx(75.57195180, abs=1e-7)
+    graph = FactorGraphEnergy.potts(torus_edges((6, 6)), 3, energy.coupling)
+    x = energy.closed_form().distribution.sample((3,))
+    torch.testing.assert_close(graph(x.flatten(1)), energy(x))
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 3), (3, 4), (2, 2, 3), (1, 1)])
+@pytest.mark.parametrize("periodic", [True, False])
+def test_lattices(shape, periodic):
+    if periodic and min(shape) < 2:
+        pytest.skip("no torus")
+    ising = IsingEnergy(shape, 0.4, torch.randn(shape), periodic=periodic)
+    for energy in (ising, PottsEnergy(shape[:2], 3, -0.7, periodic=periodic)):
+        found = energy.closed_form().log_partition.item()
+        assert found == pytest.approx(enumeration(energy).value, abs=1e-9)
+    x = ising.closed_form().distribution.sample((2, 3))
+    assert x.shape == (2, 3, *shape)
+
+
+def test_what_costs_too_much_has_no_closed_form():
+    edges = torus_edges((16, 16))
+    energy = FactorGraphEnergy.ising(edges, 0.4)
+    assert energy.closed_form() is None
+    assert IsingEnergy((64, 64), 0.4).closed_form() is None
+    with pytest.raises(ValueError, match=r"256 sites .* max_cost = 3\.4e\+07 .*Gibbs"):
+        energy.exact()
+    small = FactorGraphEnergy.ising(torus_edges((4, 4)), 0.4)
+    with pytest.raises(ValueError, match=r"max_cost = 1\.0e\+01 terms, got 6\."):
+        small.exact(max_cost=10)
+
+
+def test_graphs_of_other_libraries():
+    pairs = [(0, 1), (1, 2), (0, 3)]
+    x = torch.tensor([1.0, 1, -1, -1])
+    expected = FactorGraphEnergy.ising(pairs, 0.5)(x)
+    sparse = pytest.importorskip("scipy.sparse")
+    full = torch.zeros(4, 4)
+    for i, j in pairs:
+        full[i, j] = full[j, i] = 2.0
+    for matrix in (full, full.triu()):
+        graph = sparse.csr_array(matrix.numpy())
+        torch.testing.assert_close(FactorGraphEnergy.ising(graph, 0.5)(x), expected)
+    # What networkx has: nodes in an order, and edges as pairs of them.
+    graph = SimpleNamespace(nodes="abcd", edges=["ab", "bc", "ad"])
+    torch.testing.assert_close(FactorGraphEnergy.ising(graph, 0.5)(x), expected)
+    if "networkx" in sys.modules:
+        graph = sys.modules["networkx"].Graph(pairs)
+        torch.testing.assert_close(FactorGraphEnergy.ising(graph, 0.5)(x), expected)
+
+
+def test_tensors_stay_live_or_are_learned():
+    latent = torch.randn(3, requires_grad=True)
+    shared = nn.Parameter(torch.randn(2, 2))
+    energy = FactorGraphEnergy(
+        [2] * 4,
+        [
+            (
+                torch.tensor([[0, 1], [1, 2], [2, 3]]),
+                latent[:, None, None].expand(3, 2, 2),
+            ),
+            ((0, 3), shared),
+            ((0, 2), torch.zeros(2, 2)),
+            ((1, 3), torch.zeros(2, 2)),
+        ],
+    )
+    assert any(p is shared for p in energy.parameters())
+    assert sorted(p.shape for p in energy.parameters()) == [(2, 2), (2, 2, 2)]
+    (grad,) = torch.autograd.grad(energy.closed_form().log_partition, latent)
+    torch.testing.assert_close(grad, torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32])
+def test_the_dtype_is_that_of_the_potentials():
+    coupling = torch.tensor(0.3, dtype=torch.float64)
+    energy = FactorGraphEnergy.ising(torus_edges((3, 3)), coupling)
+    assert energy.exact().sample().dtype == torch.float64
+    expected = enumeration(IsingEnergy((3, 3), coupling)).value
+    assert energy.exact().log_partition.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_wrong_arguments():
+    pair = torch.zeros(2, 2)
+    cases = [
+        (([2, 0], [((0, 1), pair)]), "num_states must give each"),
+        (([2, 2], []), "factors must hold at least one"),
+        (([2, 2], [((0, 2), pair)]), "sites of a factor must be among 0, 1, got 2"),
+        (([2, 2], [((0, 0), pair)]), r"each of its sites once, got \(0, 0\)"),
+        (([2, 3], [((0, 1), pair)]), r"in the shape \(2, 3\), got"),
+        (([2, 2], [((0, 1), pair + torch.inf)]), r"no nan and no \+inf"),
+        (([2, 2], [(torch.tensor([[0, 5]]), pair)]), "numbers from 0 to 1, got 0 to 5"),
+        (([2, 2], [(torch.tensor([0, 1]), pair)]), r"integers of shape \(F, k\)"),
+        (([2, 2, 3], [(torch.tensor([[0, 1], [1, 2]]), pair)]), "several groups"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            FactorGraphEnergy(*arguments)
+    with pytest.raises(TypeError, match="tensor or a function"):
+        FactorGraphEnergy([2, 2], [((0, 1), 3.0)])
+    energy = FactorGraphEnergy([2, 2], [((0, 1), lambda x, y: torch.zeros(7, 2, 2))])
+    with pytest.raises(ValueError, match=r"must give a tensor of shape \(2, 2\)"):
+        energy(torch.zeros(2))
+    for edges, message in [
+        ([(0, 0)], "a loop at site 0"),
+        ([(0, 1), (1, 0)], r"\(0, 1\) is there more than once"),
+        ([(0.5, 1.0)], "pairs of integers"),
+        ([(-1, 1)], "numbers from 0 on"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            FactorGraphEnergy.ising(edges, 1.0)
+    with pytest.raises(TypeError, match="graph must be pairs"):
+        FactorGraphEnergy.ising(3, 1.0)
+    with pytest.raises(ValueError, match=r"coupling must be a number or .*\(1,\)"):
+        FactorGraphEnergy.ising([(0, 1)], torch.zeros(2))
+    with pytest.raises(ValueError, match="at least 3 sites"):
+        torus_edges((2, 4))
