@@ -1,8 +1,11 @@
 """Normal distributions, and mixtures of them by scikit-learn."""
 
-__all__ = ["gaussian_mixture", "normal"]
+__all__ = ["NormalMixture", "gaussian_mixture", "normal"]
 
+import math
 import warnings
+from collections.abc import Sequence
+from typing import final
 
 import numpy as np
 import pyro.distributions as dist
@@ -122,8 +125,61 @@ def _fitted(u: Tensor, num_components: int, seed: int) -> dist.TorchDistribution
     factors = np.linalg.cholesky(model.covariances_) * scale[:, None]
     parts = [model.weights_, loc + scale * model.means_, factors]
     probs, locs, scale_tril = (torch.as_tensor(part).to(u) for part in parts)
-    return dist.MixtureSameFamily(
-        dist.Categorical(probs, validate_args=False),
-        dist.MultivariateNormal(locs, scale_tril=scale_tril, validate_args=False),
-        validate_args=False,
-    )
+    return NormalMixture(probs, locs, scale_tril)
+
+
+@final
+class NormalMixture(dist.MixtureSameFamily):
+    """A mixture of normal distributions that draws from one component a draw.
+
+    Its parent draws from all of them, and solves a system for each at each point:
+    together ten times the work.
+
+    Args:
+        probs: Weights of the components, shape ``(K,)``.
+        loc: Their means, shape ``(K, D)``.
+        scale_tril: Cholesky factors of their covariances, shape ``(K, D, D)``.
+
+    Example:
+        >>> loc = torch.tensor([[-3.0, 0.0], [3.0, 0.0]])
+        >>> q = NormalMixture(torch.ones(2) / 2, loc, torch.eye(2).expand(2, 2, 2))
+        >>> q.log_prob(loc)
+        tensor([-2.5310, -2.5310])
+    """
+
+    def __init__(self, probs: Tensor, loc: Tensor, scale_tril: Tensor) -> None:
+        super().__init__(
+            dist.Categorical(probs, validate_args=False),
+            dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False),
+            validate_args=False,
+        )
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density at ``(*batch, D)``, shape ``(*batch,)``."""
+        parts = self.component_distribution
+        loc, factors = parts.loc, parts.scale_tril
+        number, dim = loc.shape
+        identity = torch.eye(dim).to(loc)
+        inverse = torch.linalg.solve_triangular(factors, identity, upper=False)
+        # About the mean of all, lest the difference of two large products cancels.
+        centre = loc.mean(0)
+        offset = (inverse @ (loc - centre)[..., None])[..., 0]
+        centred = value - centre  # of the wider type, if there are two
+        z = centred @ inverse.flatten(0, 1).mT.to(centred)
+        z = z.reshape(*value.shape[:-1], number, dim) - offset
+        log_det = factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_probs = self.mixture_distribution.probs.log()
+        constant = log_probs - log_det - dim / 2 * math.log(2 * math.pi)
+        return (constant - z.square().sum(-1) / 2).logsumexp(-1)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws, shape ``(*sample, D)``."""
+        shape, parts = torch.Size(sample_shape), self.component_distribution
+        probs = self.mixture_distribution.probs
+        chosen = torch.multinomial(probs, shape.numel(), replacement=True)
+        noise = torch.randn(shape.numel(), self.event_shape[0]).to(parts.loc)
+        draws = parts.loc[chosen]
+        for k in chosen.unique().tolist():  # a gather of all factors would not fit
+            own = chosen == k
+            draws[own] += noise[own] @ parts.scale_tril[k].mT
+        return draws.reshape(shape + self.event_shape)

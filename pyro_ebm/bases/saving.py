@@ -9,6 +9,7 @@ import torch
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.bases.flow import Flow, new_flow
+from pyro_ebm.bases.mixture import NormalMixture
 from pyro_ebm.bases.rows import Rows
 from pyro_ebm.bases.stack import Stack
 
@@ -102,12 +103,9 @@ def _over_rows(state: _State) -> dist.TorchDistribution:
         return dist.MultivariateNormal(
             state["loc"], scale_tril=state["scale_tril"], validate_args=False
         )
-    weights = dist.Categorical(state["probs"], validate_args=False)
     if kind == "gaussian_mixture":
-        parts = dist.MultivariateNormal(
-            state["loc"], scale_tril=state["scale_tril"], validate_args=False
-        )
-        return dist.MixtureSameFamily(weights, parts, validate_args=False)
+        return NormalMixture(state["probs"], state["loc"], state["scale_tril"])
+    weights = dist.Categorical(state["probs"], validate_args=False)
     kernels = dist.Normal(state["loc"], state["scale"], validate_args=False)
     if kind == "kernel_density":
         return dist.MixtureSameFamily(weights, kernels.to_event(1), validate_args=False)

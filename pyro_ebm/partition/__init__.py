@@ -5,6 +5,7 @@ Start with :mod:`~pyro_ebm.partition.base`, what an estimate says of itself, and
 """
 
 __all__ = [
+    "FittedGenerator",
     "LogPartition",
     "LogPartitionEstimate",
     "LogRatioEstimate",
@@ -17,6 +18,7 @@ __all__ = [
     "enumeration",
     "estimate",
     "evidence",
+    "fit_generator",
     "gibbs_annealing",
     "importance_sampling",
     "log_ratio",
@@ -32,6 +34,7 @@ from pyro_ebm.partition.estimate import estimate
 from pyro_ebm.partition.exact.closed_form import closed_form
 from pyro_ebm.partition.exact.enumeration import enumeration
 from pyro_ebm.partition.exact.quadrature import quadrature
+from pyro_ebm.partition.generator import FittedGenerator, fit_generator
 from pyro_ebm.partition.importance.evidence import evidence
 from pyro_ebm.partition.importance.importance import importance_sampling
 from pyro_ebm.partition.normalizability import check_normalizability

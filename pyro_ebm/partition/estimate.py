@@ -204,7 +204,7 @@ def _sampled(
         budget = limits.budget or 50_000
         result = _SAMPLERS[method](energy, base, budget, progress_bar)
     elif result is None:
-        result = two_routes(energy, base, limits, is_shown=progress_bar)
+        result, _ = two_routes(energy, base, limits, is_shown=progress_bar)
     if doubts:
         reasons = (*result.reasons, *doubts)
         result = result._replace(status=Status.UNRELIABLE, reasons=reasons)

@@ -155,8 +155,8 @@ class _Weighed(NamedTuple):
 @torch.no_grad()
 def two_routes(
     energy: Energy, base: dist.TorchDistribution, limits: Limits, *, is_shown: bool
-) -> LogPartitionEstimate:
-    """Estimate log Z by both routes; see the module.
+) -> tuple[LogPartitionEstimate, Proposal]:
+    """Log Z by both routes, and a proposal fitted to what they found; see the module.
 
     Args:
         energy: On any continuous support that ``biject_to`` knows.
@@ -173,7 +173,8 @@ def two_routes(
     path.target = target
     path.base = CountedEnergy(path.base, max_bytes=MAX_BYTES)
     try:
-        return _TwoRoutes(path, target, limits).run()
+        routes = _TwoRoutes(path, target, limits)
+        return routes.run(), routes.proposal
     finally:
         target.bar.close()
 
@@ -185,7 +186,7 @@ class _TwoRoutes:
         self, path: GeometricPath, target: CountedEnergy, limits: Limits
     ) -> None:
         self.path, self.target, self.limits = path, target, limits
-        self.pool = Pool(target)
+        self.pool, self.proposal = Pool(target), Proposal(path)
         self.dim = path.event_shape.numel()
         self.findings: list[Finding] = []
         self.lost: list[Finding] = []
@@ -224,6 +225,7 @@ class _TwoRoutes:
             self.pool = pool
             proposal = self.union(before, journey, particles, is_mapped=False)
             weighed = self.weighed(proposal, first, particles)
+        self.proposal = proposal
         if weighed.is_good:
             return self.estimate(
                 [weighed.value], weighed.findings, weighed.ess, _BY_DRAWS

@@ -349,3 +349,80 @@ def test_parameter_with_no_elements_of_its_own():
     energy_model = EnergyModel(energy, wide())
     train(energy_model, 12)
     assert energy_model().is_normalized
+
+
+def quartic():
+    """Modes at -1 and 1, over a base that knows nothing of them."""
+    torch.manual_seed(0)
+    energy = FunctionEnergy(lambda x: 4 * (x.square() - 1).square().sum(-1), (2,))
+    return EnergyModel(energy, wide())
+
+
+@pytest.fixture(scope="module")
+def amortized():
+    model = quartic()
+    return model, model.amortize(progress_bar=False), quartic()
+
+
+def test_a_generator_is_how_the_model_draws(amortized):
+    """Fault: the generator kept, and chains run."""
+    model, found, _ = amortized
+    torch.manual_seed(0)
+    assert found.is_reliable
+    draws = model().sample((4000,))
+    truth = model().energy
+    norm = quadrature(truth).value
+    assert found.log_partition.value == pytest.approx(norm, abs=0.02)
+    diagnostics = model().sampling_diagnostics()
+    assert diagnostics.num_chains == 0
+    assert diagnostics.effective_fraction == pytest.approx(
+        found.effective_fraction, abs=0.05
+    )
+    assert "effective" in str(diagnostics)
+    counts = torch.tensor(
+        [(draws.sign() == torch.tensor(s)).all(-1).sum() for s in QUADRANTS]
+    )
+    assert (counts - 1000).abs().max() < 130  # four standard errors
+
+
+QUADRANTS = [(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)]
+
+
+def test_a_generator_survives_saving(amortized):
+    """Fault: the generator not in the state."""
+    model, _, again = amortized
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    again.load_state_dict(torch.load(buffer, weights_only=True))
+    x = torch.randn(5, 2)
+    first, second = model().sampler.proposal, again().sampler.proposal
+    assert torch.equal(first.log_prob(x), second.log_prob(x))
+    torch.manual_seed(1)
+    expected = model().sample((600,))
+    torch.manual_seed(1)
+    assert torch.equal(again().sample((600,)), expected)
+
+
+def test_a_generator_for_parameters_that_have_moved_leaves_it_to_chains():
+    """Fault: a few draws of the generator, again and again."""
+    torch.manual_seed(0)
+    shift = nn.Parameter(torch.zeros(2))
+
+    class Bowl(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = shift
+
+        def forward(self, x):
+            return (x - self.shift).pow(4).sum(-1)
+
+    base = dist.Normal(torch.zeros(2), 3.0).to_event(1)
+    model = EnergyModel(FunctionEnergy(Bowl(), (2,)), base).eval()
+    model.amortize(max_seconds=1, progress_bar=False)
+    model().sample((500,))
+    assert model().sampling_diagnostics().num_chains == 0
+    with torch.no_grad():
+        shift += 30
+    assert (model().sample((500,)).mean(0) - 30).abs().max() < 0.3
+    assert model().sampling_diagnostics().num_chains > 0

@@ -12,7 +12,7 @@ References:
     Rubin (1987), J. Amer. Statist. Assoc. 82, 543-546.
 """
 
-__all__ = ["ImportanceResampling"]
+__all__ = ["ImportanceResampling", "weighted_draws"]
 
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -27,10 +27,10 @@ from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.samplers.independent import IndependentChains
 from pyro_ebm.mcmc.samplers.sampler import Draws, SamplingDiagnostics, warn_of
 
-#: Points of the proposal for each that is kept, first and at most; effective ones.
-_PROPOSED, _MOST, _EFFECTIVE = 20, 200, 2
-#: Points that are proposed at least, and at a time.
-_FEWEST, _CHUNK = 8192, 65_536
+#: Points of the proposal for each that is kept, at most; effective ones.
+_MOST, _EFFECTIVE = 200, 2
+#: Points that are proposed first, and at a time.
+_FIRST, _CHUNK = 8192, 16_384
 
 
 @final
@@ -68,34 +68,56 @@ class ImportanceResampling:
     @torch.no_grad()
     def draw_diagnosed(self, energy: Energy, num_draws: int) -> Draws:
         """Draws, and what is known of them; see :class:`Sampler`."""
-        first = max(_FEWEST, _PROPOSED * num_draws)
-        points, weights = self._weighted(energy, first)
+        points, weights = self._weighted(energy, _FIRST)
         fraction = effective_sample_fraction(weights).item()
         wanted = int(1.2 * _EFFECTIVE * num_draws / max(fraction, 1e-9))
-        if first < wanted <= _MOST * num_draws:
-            more, their_weights = self._weighted(energy, wanted - first)
+        if _FIRST < wanted <= max(_MOST * num_draws, _FIRST):
+            more, their_weights = self._weighted(energy, wanted - _FIRST)
             points = torch.cat([points, more])
             weights = torch.cat([weights, their_weights])
-        effective = effective_sample_fraction(weights).item() * len(weights)
-        if not effective >= _EFFECTIVE * num_draws:
+        fraction = effective_sample_fraction(weights).item()
+        if not fraction * len(weights) >= _EFFECTIVE * num_draws:
             chains = IndependentChains(self.proposal)
             return chains.draw_diagnosed(energy, num_draws)
         chosen = torch.multinomial(weights.softmax(0), num_draws, replacement=True)
-        found = SamplingDiagnostics("ImportanceResampling", Status.OK)
+        found = SamplingDiagnostics(
+            "ImportanceResampling", Status.OK, effective_fraction=fraction
+        )
         return Draws(points[chosen], found)
 
     def _weighted(self, energy: Energy, number: int) -> tuple[Tensor, Tensor]:
         """Points of the proposal, and their log-weights; no weight for ``nan``."""
-        points, log_weights = [], []
-        for start in range(0, number, _CHUNK):
-            y = self.start(energy, min(_CHUNK, number - start))
-            points.append(y)
-            log_weights.append(-energy(y) - self.proposal.log_prob(y))
-        weights = torch.cat(log_weights)
-        weights = weights.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-        return torch.cat(points), weights
+        points, weights = weighted_draws(energy, self.proposal, number)
+        return points, weights.nan_to_num(-torch.inf, torch.inf, -torch.inf)
 
     def start(self, energy: Energy, num_draws: int) -> Tensor:
         """Draws of the proposal, shape ``(num_draws, *event)``."""
-        y = self.proposal.sample(torch.Size((num_draws,)))
-        return y.to(**energy.tensor_options(y))
+        return _drawn(energy, self.proposal, num_draws)
+
+
+@torch.no_grad()
+def weighted_draws(
+    energy: Energy, proposal: dist.TorchDistribution, number: int
+) -> tuple[Tensor, Tensor]:
+    """Draws of a proposal with their log-weights (1), not normalised.
+
+    Args:
+        energy: Of the target.
+        proposal: A normalised distribution over its events.
+        number: Of draws.
+
+    Returns:
+        Points of shape ``(number, *event)``, and log-weights of shape ``(number,)``,
+        ``nan`` where the energy is.
+    """
+    points, log_weights = [], []
+    for begin in range(0, number, _CHUNK):
+        y = _drawn(energy, proposal, min(_CHUNK, number - begin))
+        points.append(y)
+        log_weights.append(-energy(y) - proposal.log_prob(y))
+    return torch.cat(points), torch.cat(log_weights)
+
+
+def _drawn(energy: Energy, proposal: dist.TorchDistribution, number: int) -> Tensor:
+    y = proposal.sample(torch.Size((number,)))
+    return y.to(**energy.tensor_options(y))

@@ -25,6 +25,8 @@ class SamplingDiagnostics(NamedTuple):
         r_hat: The largest R-hat of a coordinate, not of ranks, over 64 of the chains,
             in unconstrained space; ``nan`` without chains or where they were too short.
         num_stuck: Chains that hardly moved.
+        effective_fraction: Effective part of the points of a proposal that the draws
+            were taken from by their weights; ``nan`` where there were none.
     """
 
     method: str
@@ -34,6 +36,7 @@ class SamplingDiagnostics(NamedTuple):
     num_transitions: int = 0
     r_hat: float = math.nan
     num_stuck: int = 0
+    effective_fraction: float = math.nan
 
     @property
     def reason(self) -> str:
@@ -53,6 +56,8 @@ class SamplingDiagnostics(NamedTuple):
                 f", {self.num_chains:,} chains of {self.num_transitions:,} "
                 f"transitions{r_hat}"
             )
+        elif not math.isnan(self.effective_fraction):
+            chains = f", {self.effective_fraction:.3f} of the proposal effective"
         verdict = in_words(self.status, self.reasons)
         return f"draws by {self.method} [{verdict}]{chains}"
 
