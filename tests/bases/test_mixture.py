@@ -7,7 +7,9 @@ from pyro.distributions import constraints
 
 from pyro_ebm import partition
 from pyro_ebm.bases import gaussian_mixture, normal
+from pyro_ebm.bases.mixture import NormalMixture
 from pyro_ebm.energies import DistributionEnergy
+from pyro_ebm.testing import assert_moments
 
 pytest.importorskip("sklearn")
 
@@ -106,3 +108,22 @@ def test_torch_keeps_its_stream():
 def test_bad_input(data, settings, error, match):
     with pytest.raises(error, match=match):
         gaussian_mixture(data, **settings)
+
+
+def test_density_and_draws_of_a_mixture_are_those_of_its_parent():
+    """Far from the origin. Faults: the offset left out; a factor transposed."""
+    loc = torch.tensor([[98.0, 100.0], [102.0, 99.0], [100.0, 103.0]])
+    factors = (
+        torch.tensor([[0.5, 0.0], [0.9, 0.3]])
+        * torch.tensor([1.0, 2.0, 0.2])[:, None, None]
+    )
+    fast = NormalMixture(torch.tensor([0.2, 0.5, 0.3]), loc, factors)
+    slow = dist.MixtureSameFamily(
+        fast.mixture_distribution, fast.component_distribution
+    )
+    draws = fast.sample((3, 2000))
+    assert torch.allclose(fast.log_prob(draws), slow.log_prob(draws))
+    assert_moments(draws.flatten(0, 1), slow.mean, slow.variance)
+    rotated = (draws.flatten(0, 1) - slow.mean).sum(-1)
+    known = slow.sample((6000,)) - slow.mean
+    assert rotated.var().item() == pytest.approx(known.sum(-1).var().item(), rel=0.1)
