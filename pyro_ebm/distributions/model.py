@@ -16,6 +16,7 @@ from pyro_ebm.distributions.learning import gradient_is_wanted, with_gradient
 from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.representation import model_html, tracked_text
 from pyro_ebm.energies import DistributionEnergy, Energy
+from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.views.unconstrained import is_unconstrained
 from pyro_ebm.mcmc import (
     MALA,
@@ -24,13 +25,14 @@ from pyro_ebm.mcmc import (
     PersistentChains,
     Sampler,
 )
+from pyro_ebm.mcmc.kernels.discrete_langevin import kernel_for
 from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition import LogPartition, LogPartitionEstimate
-from pyro_ebm.partition.default_base import standard_base
+from pyro_ebm.partition.default_base import default_base, standard_base
 from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 
-#: Kernel, number, transitions a step and restarts of the chains; see MaximumLikelihood.
-_CHAINS = (MALA(), 256, 10, 0.004)
+#: Number, transitions a step and restarts of the chains; see MaximumLikelihood.
+_CHAINS = (256, 10, 0.004)
 #: Weighted draws that are kept, and those of a step.
 _POOL, _DRAWS = 20_000, 1024
 
@@ -50,8 +52,9 @@ class EnergyModel(Factor, nn.Module):
         base: A normalised Pyro distribution on the same event and support, somewhat
             wider than the data: reference for :math:`\log Z` and start of all chains.
             Default: ``"auto"``, a density that :func:`pyro_ebm.fit` fits to the data
-            (:func:`pyro_ebm.bases.fit`) and that a network without a base then
-            corrects; until then standard normal in unconstrained space.
+            (:func:`pyro_ebm.bases.fit`; independent sites on a finite support) and that
+            a network without a base then corrects; until then standard normal in
+            unconstrained space, or uniform.
         sampler: How the distribution draws; default: an HMC chain a draw from the base,
             and importance resampling where the base was fitted to the data.
         log_partition: A tracker with settings of your own; default:
@@ -96,7 +99,8 @@ class EnergyModel(Factor, nn.Module):
                     f"log_partition; got {base!r}. A tracker needs the base that it "
                     "was built with."
                 )
-            base = standard_base(energy)
+            is_finite = energy.support.is_discrete
+            base = default_base(energy) if is_finite else standard_base(energy)
         GeometricPath(energy, base)  # checks that they fit
         self.energy = energy
         self._base = DistributionEnergy(base)  # a module, so that .to() moves it
@@ -133,7 +137,7 @@ class EnergyModel(Factor, nn.Module):
                 f"the model has a base, {self.base}. Build a new EnergyModel without "
                 "one for a base that is fitted to data."
             )
-        state = to_state(base)
+        state = _to_state(base)
         GeometricPath(self.energy, base)
         self.energy.correct(base, x)
         self._base, self._fitted_base = DistributionEnergy(base), state
@@ -141,7 +145,8 @@ class EnergyModel(Factor, nn.Module):
             self.log_partition.value.device
         )
         self.awaits_base, self.chains = False, PersistentChains()
-        self.source = "importance"
+        if not self.energy.support.is_discrete:
+            self.source = "importance"
 
     def get_extra_state(self) -> Any:
         """The base, where it was fitted to data."""
@@ -156,7 +161,11 @@ class EnergyModel(Factor, nn.Module):
         if isinstance(state, dict) and self.awaits_base:
             support = self.energy.support
             is_real = is_unconstrained(support)
-            base = from_state(state, None if is_real else support)
+            base: dist.TorchDistribution
+            if state["kind"] == "sites":
+                base = IndependentSites(support, state["log_probs"])
+            else:
+                base = from_state(state, None if is_real else support)
             self.use_base(base, base.sample((2,)))  # loaded after this: any will do
 
     def forward(self) -> EnergyDistribution:
@@ -274,7 +283,8 @@ class EnergyModel(Factor, nn.Module):
             tracker.follow_by(energy, None)  # too few count
             self.source = "chains"
         sampler = self.sampler or IndependentChains(base=self.base)
-        x = self.chains.follow(energy, sampler, *_CHAINS)
+        kernel = kernel_for(energy, MALA())
+        x = self.chains.follow(energy, sampler, kernel, *_CHAINS)
         return -energy(x).mean()
 
     def _has_moved(self, since: str) -> bool:
@@ -312,3 +322,9 @@ class EnergyModel(Factor, nn.Module):
 
     def _repr_html_(self) -> str:
         return model_html(self)
+
+
+def _to_state(base: dist.TorchDistribution) -> dict[str, Any]:
+    if isinstance(base, IndependentSites):
+        return {"kind": "sites", "log_probs": base.log_probs}
+    return to_state(base)

@@ -364,6 +364,8 @@ def test_discrete_supports(name):
     elif name in ("ranking", "importance", "bounded"):
         with pytest.raises(ValueError, match=r"must be one distribution with event_sh"):
             loss(x)
+    elif name in ("maximum-likelihood", "contrastive-divergence", "penalty"):
+        assert loss(x).isfinite()  # by Gibbs sampling
     else:
         with pytest.raises(NotImplementedError, match=r"discrete.*NoiseContrastive"):
             loss(x)

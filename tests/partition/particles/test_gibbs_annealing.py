@@ -59,7 +59,7 @@ def runs(energy, base=None, num=40, budget=8_000):
         cost = Gibbs().num_evaluations(path.at(1.0))
         sizes = module._sizes(path, budget * (cost + 2 if cost > 1 else 1), 4)
         betas = module._schedule(path, sizes)
-        there, back = module._there_and_back(path, betas, 4 * num, sizes.num_chains)
+        there, back, _ = module._there_and_back(path, betas, 4 * num, sizes.num_chains)
         start = float(path.start.log_partition)
         return [
             module._judge(start, *both, "", 0)
