@@ -33,7 +33,7 @@ from pyro_ebm import bases
 from pyro_ebm.bases.rows import split
 from pyro_ebm.bases.stack import Stack
 from pyro_ebm.core.stopwatch import Stopwatch
-from pyro_ebm.distributions import EnergyModel
+from pyro_ebm.distributions import EnergyDistribution, EnergyModel
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.energies.discrete.finite import num_points
 from pyro_ebm.energies.discrete.independent import IndependentSites
@@ -48,6 +48,7 @@ from pyro_ebm.infer.objectives.likelihood.importance import (
 )
 from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikelihood
 from pyro_ebm.infer.objectives.objective import Objective
+from pyro_ebm.mcmc import IndependentChains
 from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 
 #: Rows below which none is held out.
@@ -64,6 +65,8 @@ MAX_GRAD_NORM = 5.0
 #: Over a finite support: of the optimiser, steps, sweeps of the chains in one, and the
 #: number of states up to which all are summed at each step.
 _FINITE_RATE, _FINITE_STEPS, _SWEEPS, _FEW_STATES = 1e-2, 20_000, 2, 2**12
+#: Seconds of a gradient of the exact log Z, above which chains are the cheaper.
+_CHEAP = 0.005
 #: Records without a better one after which it ends.
 PATIENCE = 15
 #: Part of the time that the base may take.
@@ -170,12 +173,24 @@ def _finite_stage(model: EnergyModel, train: Tensor, num_steps: int | None) -> S
     count = num_points(energy.support, energy.event_shape)
     is_small = count is not None and count <= _FEW_STATES
     steps = _FINITE_STEPS if num_steps is None else num_steps
-    if is_small or energy.closed_form() is not None:
+    if is_small or _is_exact_cheap(energy):
         objective: Objective = ExactMaximumLikelihood()
     else:
         objective = MaximumLikelihood(num_steps=_SWEEPS, restart_fraction=0.0)
     model.log_partition.refresh(energy, progress_bar=False)
     return Stage(objective, steps)
+
+
+def _is_exact_cheap(energy: Energy) -> bool:
+    """Whether log Z has a closed form whose gradient takes no longer than chains."""
+    for _ in range(2):  # the first has caches to fill
+        watch, known = Stopwatch(), energy.closed_form()
+        if known is None:
+            return False
+        if known.log_partition.requires_grad:
+            learned = [p for p in energy.parameters() if p.requires_grad]
+            torch.autograd.grad(known.log_partition, learned, allow_unused=True)
+    return watch.seconds < _CHEAP
 
 
 def given_plan(
@@ -326,7 +341,12 @@ class DirectSteps:
 
     def step(self, batch: Tensor) -> float:
         """Take a step down the loss, and return it in nats a point."""
-        loss = self.objective.loss(self.model, batch, self.state)
+        model, tracked = self.model, self.model.log_partition.value
+        known = tracked.clone() if tracked.isfinite() else None
+        # Not model(), which would sum a closed form at each step for the value alone.
+        sampler = model.sampler or IndependentChains(base=model.base)
+        distribution = EnergyDistribution(model.energy, known, sampler=sampler)
+        loss = self.objective.loss(distribution, batch, self.state)
         for parameter in self.parameters:
             parameter.grad = None
         loss.backward()
