@@ -129,7 +129,9 @@ def name(request):
 def test_every_public_objective_is_covered():
     public = [getattr(infer, name) for name in infer.__all__]
     classes = {c for c in public if isinstance(c, type) and issubclass(c, Objective)}
-    assert {type(objective_of(name)) for name in OBJECTIVES} == classes - {Objective}
+    # Those for finite supports are tested there.
+    classes -= {Objective, infer.Pseudolikelihood, infer.RatioMatching}
+    assert {type(objective_of(name)) for name in OBJECTIVES} == classes
     assert COSTS.keys() == OBJECTIVES.keys()
 
 

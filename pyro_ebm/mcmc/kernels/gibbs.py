@@ -223,8 +223,8 @@ def checked_points(energy: Energy, x: Tensor) -> Tensor:
         raise ValueError(
             f"x must lie in the support {energy.support} of the energy, and "
             f"{int((~inside).sum())} of {inside.numel()} points do not. Start from "
-            "draws of pyro_ebm.energies.FiniteUniform(energy.support, "
-            "energy.event_shape)."
+            "draws of pyro_ebm.energies.discrete.finite.FiniteUniform("
+            "energy.support, energy.event_shape)."
         )
     return x.detach().to(**energy.tensor_options(x))
 
