@@ -11,7 +11,6 @@ standard error.
 """
 
 __all__ = [
-    "DirectSteps",
     "MAX_GRAD_NORM",
     "PATIENCE",
     "Plan",
@@ -33,7 +32,7 @@ from pyro_ebm import bases
 from pyro_ebm.bases.rows import split
 from pyro_ebm.bases.stack import Stack
 from pyro_ebm.core.stopwatch import Stopwatch
-from pyro_ebm.distributions import EnergyDistribution, EnergyModel
+from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.energies.discrete.finite import num_points
 from pyro_ebm.energies.discrete.independent import IndependentSites
@@ -48,7 +47,6 @@ from pyro_ebm.infer.objectives.likelihood.importance import (
 )
 from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikelihood
 from pyro_ebm.infer.objectives.objective import Objective
-from pyro_ebm.mcmc import IndependentChains
 from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 
 #: Rows below which none is held out.
@@ -319,40 +317,6 @@ class WeightedSteps:
         width = u.std(0) * number ** (-1 / (flat.event_shape.numel() + 4))
         smoothed: Tensor = to_support(u + width * torch.randn_like(u))
         return smoothed
-
-
-class DirectSteps:
-    """Parameter steps of an objective without a Pyro program; they cost half as much.
-
-    Args:
-        model: What is fitted.
-        optim: What moves its parameters, and those of the state.
-        objective: The estimator.
-        state: Its state.
-    """
-
-    def __init__(
-        self, model: EnergyModel, optim: FitOptim, objective: Objective, state: Any
-    ) -> None:
-        self.model, self.optim = model, optim
-        self.objective, self.state = objective, state
-        learned = (*model.parameters(), *state.parameters())
-        self.parameters = [p for p in learned if p.requires_grad]
-
-    def step(self, batch: Tensor) -> float:
-        """Take a step down the loss, and return it in nats a point."""
-        model, tracked = self.model, self.model.log_partition.value
-        known = tracked.clone() if tracked.isfinite() else None
-        # Not model(), which would sum a closed form at each step for the value alone.
-        sampler = model.sampler or IndependentChains(base=model.base)
-        distribution = EnergyDistribution(model.energy, known, sampler=sampler)
-        loss = self.objective.loss(distribution, batch, self.state)
-        for parameter in self.parameters:
-            parameter.grad = None
-        loss.backward()
-        self.optim(self.parameters)
-        self.model.follow()
-        return loss.item()
 
 
 def chains_instead(num_steps: int) -> Stage:
