@@ -16,6 +16,7 @@ from pyro_ebm.distributions.learning import gradient_is_wanted, with_gradient
 from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.representation import model_html, tracked_text
 from pyro_ebm.energies import DistributionEnergy, Energy
+from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.views.unconstrained import is_unconstrained
 from pyro_ebm.mcmc import (
     MALA,
@@ -24,9 +25,10 @@ from pyro_ebm.mcmc import (
     PersistentChains,
     Sampler,
 )
+from pyro_ebm.mcmc.kernels.discrete_langevin import kernel_for
 from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition import LogPartition, LogPartitionEstimate
-from pyro_ebm.partition.default_base import standard_base
+from pyro_ebm.partition.default_base import default_base, standard_base
 from pyro_ebm.partition.generator import (
     FittedGenerator,
     defended,
@@ -35,8 +37,8 @@ from pyro_ebm.partition.generator import (
 )
 from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 
-#: Kernel, number, transitions a step and restarts of the chains; see MaximumLikelihood.
-_CHAINS = (MALA(), 256, 10, 0.004)
+#: Number, transitions a step and restarts of the chains; see MaximumLikelihood.
+_CHAINS = (256, 10, 0.004)
 #: Weighted draws that are kept, and those of a step.
 _POOL, _DRAWS = 20_000, 1024
 
@@ -56,8 +58,9 @@ class EnergyModel(Factor, nn.Module):
         base: A normalised Pyro distribution on the same event and support, somewhat
             wider than the data: reference for :math:`\log Z` and start of all chains.
             Default: ``"auto"``, a density that :func:`pyro_ebm.fit` fits to the data
-            (:func:`pyro_ebm.bases.fit`) and that a network without a base then
-            corrects; until then standard normal in unconstrained space.
+            (:func:`pyro_ebm.bases.fit`; independent sites on a finite support) and that
+            a network without a base then corrects; until then standard normal in
+            unconstrained space, or uniform.
         sampler: How the distribution draws; default: an HMC chain a draw from the base,
             and importance resampling where the base was fitted to the data.
         log_partition: A tracker with settings of your own; default:
@@ -102,7 +105,8 @@ class EnergyModel(Factor, nn.Module):
                     f"log_partition; got {base!r}. A tracker needs the base that it "
                     "was built with."
                 )
-            base = standard_base(energy)
+            is_finite = energy.support.is_discrete
+            base = default_base(energy) if is_finite else standard_base(energy)
         GeometricPath(energy, base)  # checks that they fit
         self.energy = energy
         self._base = DistributionEnergy(base)  # a module, so that .to() moves it
@@ -140,7 +144,7 @@ class EnergyModel(Factor, nn.Module):
                 f"the model has a base, {self.base}. Build a new EnergyModel without "
                 "one for a base that is fitted to data."
             )
-        state = to_state(base)
+        state = _to_state(base)
         GeometricPath(self.energy, base)
         self.energy.correct(base, x)
         self._base, self._fitted_base = DistributionEnergy(base), state
@@ -148,7 +152,8 @@ class EnergyModel(Factor, nn.Module):
             self.log_partition.value.device
         )
         self.awaits_base, self.chains = False, PersistentChains()
-        self.source = "importance"
+        if not self.energy.support.is_discrete:
+            self.source = "importance"
 
     def amortize(
         self, *, max_seconds: float = 20.0, progress_bar: bool = True
@@ -211,7 +216,11 @@ class EnergyModel(Factor, nn.Module):
         is_real = is_unconstrained(self.energy.support)
         support = None if is_real else self.energy.support
         if "kind" in state and self.awaits_base:
-            base = from_state(state, support)
+            base: dist.TorchDistribution
+            if state["kind"] == "sites":
+                base = IndependentSites(self.energy.support, state["log_probs"])
+            else:
+                base = from_state(state, support)
             self.use_base(base, base.sample((2,)))  # loaded after this: any will do
         if "generator" in state:
             learned = from_state(state["generator"], support)
@@ -334,7 +343,8 @@ class EnergyModel(Factor, nn.Module):
             tracker.follow_by(energy, None)  # too few count
             self.source = "chains"
         sampler = self.sampler or IndependentChains(base=self.base)
-        x = self.chains.follow(energy, sampler, *_CHAINS)
+        kernel = kernel_for(energy, MALA())
+        x = self.chains.follow(energy, sampler, kernel, *_CHAINS)
         return -energy(x).mean()
 
     def _has_moved(self, since: str) -> bool:
@@ -374,3 +384,9 @@ class EnergyModel(Factor, nn.Module):
 
     def _repr_html_(self) -> str:
         return model_html(self)
+
+
+def _to_state(base: dist.TorchDistribution) -> dict[str, Any]:
+    if isinstance(base, IndependentSites):
+        return {"kind": "sites", "log_probs": base.log_probs}
+    return to_state(base)

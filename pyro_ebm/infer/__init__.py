@@ -27,7 +27,9 @@ __all__ = [
     "Objective",
     "ObjectiveLoss",
     "ParameterErrors",
+    "Pseudolikelihood",
     "RankingNoiseContrastive",
+    "RatioMatching",
     "ScoreMatching",
     "SlicedScoreMatching",
     "Stage",
@@ -72,6 +74,10 @@ from pyro_ebm.infer.objectives.score.energy_discrepancy import EnergyDiscrepancy
 from pyro_ebm.infer.objectives.score.score_matching import (
     ScoreMatching,
     SlicedScoreMatching,
+)
+from pyro_ebm.infer.objectives.score.site_conditionals import (
+    Pseudolikelihood,
+    RatioMatching,
 )
 from pyro_ebm.infer.uncertainty.sandwich import ParameterErrors
 from pyro_ebm.infer.uncertainty.standard_errors import parameter_errors

@@ -6,6 +6,7 @@ Start with :mod:`~pyro_ebm.mcmc.base`, the contract ``init`` / ``step``.
 __all__ = [
     "ChEES",
     "ChainState",
+    "DiscreteLangevin",
     "Gibbs",
     "HMC",
     "ImportanceResampling",
@@ -24,6 +25,7 @@ __all__ = [
 
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
 from pyro_ebm.mcmc.kernels.chees import ChEES
+from pyro_ebm.mcmc.kernels.discrete_langevin import DiscreteLangevin
 from pyro_ebm.mcmc.kernels.gibbs import Gibbs
 from pyro_ebm.mcmc.kernels.hmc import HMC
 from pyro_ebm.mcmc.kernels.langevin import MALA, ULA

@@ -13,6 +13,7 @@ __all__ = [
     "accept",
     "acceptance",
     "bias_of",
+    "evaluate",
     "far_limit",
     "flat_event",
     "massless_limit",
@@ -21,10 +22,11 @@ __all__ = [
     "select",
 ]
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from dataclasses import Field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +35,8 @@ from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.energies import Energy
 from pyro_ebm.energies.views.unconstrained import is_unconstrained
+
+_K = TypeVar("_K", bound="Kernel")
 
 
 class ChainState(NamedTuple):
@@ -90,6 +94,8 @@ class Kernel(ABC):
             kernel that does not is never ``"ok"``.
         has_chain_steps: Whether ``step_size`` may be of the shape of the chains, a step
             for each, while the kernel is adapted.
+        has_step_size: Whether there is a step size at all; a kernel that draws from
+            conditional distributions has none, and nothing is adapted.
 
     Example:
         One kernel serves any energy, from wherever the chains are.
@@ -107,6 +113,7 @@ class Kernel(ABC):
     target_accept_prob: float
     is_exact: ClassVar[bool] = True
     has_chain_steps: ClassVar[bool] = False
+    has_step_size: ClassVar[bool] = True
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # so that replace() is typed
 
     @property
@@ -139,6 +146,16 @@ class Kernel(ABC):
             )
         value, grad = energy.value_and_grad(x)
         return ChainState(x.detach(), value, grad)
+
+    def with_step_size(self: _K, step_size: float | Tensor) -> _K:
+        """The kernel with another step size, or itself if it has none.
+
+        Args:
+            step_size: As for the constructor.
+        """
+        if not self.has_step_size:
+            return self
+        return dataclasses.replace(self, step_size=step_size)
 
     def mean_acceptance(self, accept_prob: Tensor) -> Tensor:
         """What is held to ``target_accept_prob``: the mean over chains and transitions.
@@ -173,6 +190,19 @@ class Kernel(ABC):
         Returns:
             The new state, and what happened in each chain.
         """
+
+
+def evaluate(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies of points and their gradients, zero on a discrete support.
+
+    Args:
+        energy: Where its chains move.
+        x: Points, shape ``(*chains, *event)``.
+    """
+    if not energy.support.is_discrete:
+        return energy.value_and_grad(x)
+    with torch.no_grad():
+        return energy(x), torch.zeros_like(x)
 
 
 def bias_of(kernel: Any) -> tuple[Finding, ...]:

@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import torch
 
 from pyro_ebm.core.errors import UnreliableWarning
-from pyro_ebm.core.verdict import Finding, Status
+from pyro_ebm.core.verdict import Finding, Reason, Status
 from pyro_ebm.energies import Energy, PyroModelEnergy
 from pyro_ebm.energies.base import require_no_batch
 from pyro_ebm.energies.corrections import corrected
@@ -43,6 +43,8 @@ _NUM_DRAWN = 20_000
 _MAX_STATES = 2**18
 #: Nats below the bulk at which mass is none.
 _NOTHING = 100.0
+#: By how much a run of annealing is larger than the one before.
+_GROWTH = 3
 
 
 def estimate(
@@ -195,9 +197,7 @@ def _sampled(
 ) -> LogPartitionEstimate:
     is_finite = finite_values(energy.support) is not None
     if method == "gibbs" or (is_finite and method not in _SAMPLERS):
-        return gibbs_annealing(
-            energy, given, budget=limits.budget, progress_bar=progress_bar
-        )
+        return _annealed(energy, given, limits, is_shown=progress_bar)
     base = default_base(energy) if given is None else given
     result, doubts = _looked_at(energy, base, limits)
     if result is None and method in _SAMPLERS:
@@ -212,6 +212,34 @@ def _sampled(
         how = f"{result.method}; base: {describe(base)}"
         result = result._replace(method=how)
     return result
+
+
+def _annealed(
+    energy: Energy,
+    given: dist.TorchDistribution | None,
+    limits: Limits,
+    *,
+    is_shown: bool,
+) -> LogPartitionEstimate:
+    """Over a finite support: larger runs until one is good enough, or time is up."""
+    budget, before = limits.budget, None
+    while True:
+        start = limits.seconds
+        found = gibbs_annealing(energy, given, budget=budget, progress_bar=is_shown)
+        if before is not None and found.is_reliable and before.is_reliable:
+            error = math.hypot(found.std_error, before.std_error)
+            if abs(found.value - before.value) > 5 * error + 1e-6:
+                apart = (
+                    f"a run of {_GROWTH} times the size moved log Z from "
+                    f"{before.value:.4f} to {found.value:.4f}"
+                )
+                reasons = (Finding(Reason.ROUTES_DISAGREE, apart),)
+                found = found._replace(status=Status.UNRELIABLE, reasons=reasons)
+        is_enough = found.is_reliable and found.std_error <= limits.tolerance
+        seconds = _GROWTH * (limits.seconds - start)
+        if is_enough or limits.budget is not None or seconds > limits.left:
+            return found._replace(num_seconds=limits.seconds)
+        before, budget = found, _GROWTH * found.num_evaluations
 
 
 def _looked_at(

@@ -11,7 +11,7 @@ import torch
 
 import pyro_ebm
 from pyro_ebm.core.errors import UnreliableWarning
-from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
+from pyro_ebm.energies import FunctionEnergy, IsingEnergy, QuadraticEnergy
 from pyro_ebm.partition import estimate
 from pyro_ebm.testing import targets
 
@@ -245,3 +245,17 @@ def test_a_ridge_that_the_grid_misses_is_left_to_the_sampler():
     valley = FunctionEnergy(lambda x: x[..., 0].square(), (2,))
     with pytest.warns(UnreliableWarning, match="not_normalizable"):
         estimate(valley, base, progress_bar=False)
+
+
+def test_a_finite_target_is_annealed_until_the_tolerance_is_met():
+    """Seen to fail where the tolerance is not asked for: the first run leaves .02."""
+    energy = IsingEnergy((4, 4), 0.4)
+    first = estimate(energy, method="gibbs", tolerance=1.0, progress_bar=False)
+    wanted = 0.7 * first.std_error
+    better = estimate(energy, method="gibbs", tolerance=wanted, progress_bar=False)
+    assert better.std_error <= wanted
+    assert better.num_evaluations > 2 * first.num_evaluations
+    hasty = estimate(
+        energy, method="gibbs", tolerance=1e-6, max_seconds=0.01, progress_bar=False
+    )
+    assert hasty.num_evaluations == first.num_evaluations

@@ -11,6 +11,7 @@ has the same partition function as :math:`f`, and :math:`T` maps its draws to dr
 
 __all__ = [
     "UnconstrainedEnergy",
+    "is_finite_support",
     "is_unconstrained",
     "same_support",
     "unconstrained",
@@ -24,6 +25,7 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.energies.base import Energy, require_no_batch
+from pyro_ebm.energies.discrete.finite import finite_values
 
 
 @final
@@ -49,11 +51,9 @@ class UnconstrainedEnergy(Energy):
         if energy.support.is_discrete:
             raise NotImplementedError(
                 "energy must have a continuous support to be seen from real space, got "
-                f"the discrete {energy.support}, where EnergyModel, IndependentChains "
-                "and sample do not work yet. pyro_ebm.mcmc.Gibbs draws by its init and "
-                "step, pyro_ebm.partition.estimate gives log Z, and pyro_ebm.infer."
-                "ObjectiveLoss learns the bare energy by NoiseContrastive or "
-                "ExactMaximumLikelihood."
+                f"the discrete {energy.support}. Give it a finite one, such as "
+                "independent(boolean, n) or independent(integer_interval(a, b), n), "
+                "where chains move by pyro_ebm.mcmc.Gibbs."
             )
         transform = biject_to(energy.support)
         super().__init__(transform.inverse_shape(energy.event_shape))
@@ -85,13 +85,13 @@ class UnconstrainedEnergy(Energy):
 
 
 def unconstrained(energy: Energy) -> tuple[Energy, torch.distributions.Transform]:
-    """An energy over real space, and the map from there to the energy's own space.
+    """An energy where its chains move, and the map from there to its own space.
 
     Args:
-        energy: On any continuous support that ``biject_to`` knows.
+        energy: On a finite support, or any continuous one that ``biject_to`` knows.
 
     Returns:
-        ``(energy, identity)`` where the support is real already, else an
+        ``(energy, identity)`` where the support is real already or finite, else an
         :class:`UnconstrainedEnergy` and its bijection, which takes points of shape
         ``(*batch, *unconstrained_event)`` to ``(*batch, *event)``.
 
@@ -108,10 +108,25 @@ def unconstrained(energy: Energy) -> tuple[Energy, torch.distributions.Transform
         (torch.Size([2]), 1.0)
     """
     require_no_batch(energy)
-    if is_unconstrained(energy.support):
+    if is_unconstrained(energy.support) or is_finite_support(energy.support):
         return energy, torch.distributions.transforms.identity_transform
     pulled_back = UnconstrainedEnergy(energy)
     return pulled_back, pulled_back.transform
+
+
+def is_finite_support(support: Constraint) -> bool:
+    """Whether a support has finitely many points, and chains on it no gradient.
+
+    Args:
+        support: Of an energy or a distribution.
+
+    Example:
+        >>> is_finite_support(dist.constraints.boolean)
+        True
+        >>> is_finite_support(dist.constraints.nonnegative_integer)
+        False
+    """
+    return support.is_discrete and finite_values(support) is not None
 
 
 def is_unconstrained(support: Constraint) -> bool:

@@ -34,13 +34,19 @@ from pyro_ebm.bases.stack import Stack
 from pyro_ebm.core.stopwatch import Stopwatch
 from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.energies import Energy, unconstrained
-from pyro_ebm.energies.views.unconstrained import is_unconstrained
+from pyro_ebm.energies.discrete.finite import num_points
+from pyro_ebm.energies.discrete.independent import IndependentSites
+from pyro_ebm.energies.views.unconstrained import is_finite_support, is_unconstrained
 from pyro_ebm.infer.fit.optimiser import FitOptim
 from pyro_ebm.infer.fit.stages import Stage
+from pyro_ebm.infer.objectives.likelihood.exact_likelihood import (
+    ExactMaximumLikelihood,
+)
 from pyro_ebm.infer.objectives.likelihood.importance import (
     ImportanceSampledLikelihood,
 )
 from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikelihood
+from pyro_ebm.infer.objectives.objective import Objective
 from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 
 #: Rows below which none is held out.
@@ -54,6 +60,11 @@ _STEPS, _CHAIN_STEPS = 4000, 2000
 #: Of the optimiser.
 _RATE, _WARMUP, _LAST_RATE = 2e-3, 100, 0.02
 MAX_GRAD_NORM = 5.0
+#: Over a finite support: of the optimiser, steps, sweeps of the chains in one, and the
+#: number of states up to which all are summed at each step.
+_FINITE_RATE, _FINITE_STEPS, _SWEEPS, _FEW_STATES = 1e-2, 20_000, 2, 2**12
+#: Seconds of a gradient of the exact log Z, above which chains are the cheaper.
+_CHEAP = 0.005
 #: Records without a better one after which it ends.
 PATIENCE = 15
 #: Part of the time that the base may take.
@@ -71,6 +82,7 @@ class Plan(NamedTuple):
         proposal: Where weighted draws come from; ``None`` where log Z comes otherwise.
         watch: Of the fit, since before its base.
         max_seconds: After which learning ends.
+        rate: Of the optimiser, at its highest.
     """
 
     stages: list[Stage]
@@ -80,6 +92,7 @@ class Plan(NamedTuple):
     proposal: Any
     watch: Stopwatch
     max_seconds: float
+    rate: float = _RATE
 
     def optim(self, model: EnergyModel) -> torch.optim.lr_scheduler.LambdaLR:
         """Adam, with a rate that rises quickly and falls to little by the end.
@@ -87,7 +100,7 @@ class Plan(NamedTuple):
         The clock has a say only where there is no time for all steps, so that a seed
         gives the same parameters again.
         """
-        adam = torch.optim.Adam(model.parameters(), lr=_RATE)
+        adam = torch.optim.Adam(model.parameters(), lr=self.rate)
         total, start = sum(s.num_steps for s in self.stages), self.watch.seconds
 
         def rate(step: int) -> float:
@@ -126,6 +139,11 @@ def automatic_plan(
     train = rows
     if held_out is None and len(rows) >= _FEWEST:
         train, held_out = split(rows, seed=0)
+    if is_finite_support(model.energy.support):
+        stage = _finite_stage(model, train, num_steps)
+        return Plan(
+            [stage], train, held_out, None, None, watch, max_seconds, _FINITE_RATE
+        )
     base = None
     if model.awaits_base:
         base = fit_base(
@@ -140,6 +158,37 @@ def automatic_plan(
     steps = _STEPS if num_steps is None else num_steps
     stages = [Stage(objective, steps)]
     return Plan(stages, train, held_out, base, proposal, watch, max_seconds)
+
+
+def _finite_stage(model: EnergyModel, train: Tensor, num_steps: int | None) -> Stage:
+    """Maximum likelihood over a finite support: exact where it can be, else by chains.
+
+    The base is independent sites with the frequencies of the data.
+    """
+    energy = model.energy
+    if model.awaits_base:
+        model.use_base(IndependentSites.fitted(energy.support, train), train)
+    count = num_points(energy.support, energy.event_shape)
+    is_small = count is not None and count <= _FEW_STATES
+    steps = _FINITE_STEPS if num_steps is None else num_steps
+    if is_small or _is_exact_cheap(energy):
+        objective: Objective = ExactMaximumLikelihood()
+    else:
+        objective = MaximumLikelihood(num_steps=_SWEEPS, restart_fraction=0.0)
+    model.log_partition.refresh(energy, progress_bar=False)
+    return Stage(objective, steps)
+
+
+def _is_exact_cheap(energy: Energy) -> bool:
+    """Whether log Z has a closed form whose gradient takes no longer than chains."""
+    for _ in range(2):  # the first has caches to fill
+        watch, known = Stopwatch(), energy.closed_form()
+        if known is None:
+            return False
+        if known.log_partition.requires_grad:
+            learned = [p for p in energy.parameters() if p.requires_grad]
+            torch.autograd.grad(known.log_partition, learned, allow_unused=True)
+    return watch.seconds < _CHEAP
 
 
 def given_plan(

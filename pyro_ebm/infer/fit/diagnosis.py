@@ -19,7 +19,6 @@ probability that the ratio is larger at a datum than at a draw of the noise.
 
 __all__ = ["EnergyDifference", "FitDiagnostics", "diagnose", "energy_gap"]
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -205,9 +204,8 @@ def _run_at_rest(
     """Energies ``(C, num_moves + 1)`` from the start on, and the mean acceptance."""
     flat, to_support = unconstrained(energy)
     state = replace_nonfinite(kernel.init(flat, to_support.inv(points)))
-    if not isinstance(kernel.step_size, Tensor):
-        step_size = find_step_size(kernel, flat, state)
-        kernel = dataclasses.replace(kernel, step_size=step_size)
+    if kernel.has_step_size and not isinstance(kernel.step_size, Tensor):
+        kernel = kernel.with_step_size(find_step_size(kernel, flat, state))
     energies, accepted = [state.energy], []
     for _ in range(num_moves):
         state, info = kernel.step(flat, state)

@@ -14,7 +14,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_ebm.distributions import EnergyModel
+from pyro_ebm.distributions import EnergyDistribution, EnergyModel
 from pyro_ebm.energies import unconstrained
 from pyro_ebm.infer.checks import require_learnable, require_objective
 from pyro_ebm.infer.fit.optimiser import FitOptim
@@ -156,7 +156,7 @@ class ObjectiveSteps:
 
     def step(self, batch: Tensor) -> float:
         """Take a step; return minus the mean log-density of the batch, in nats."""
-        distribution = as_distribution(self.model)
+        distribution = self._distribution()
         if not self._is_checked:
             self._is_checked = True
             require_learnable("x", distribution, [], self.objective)
@@ -168,6 +168,20 @@ class ObjectiveSteps:
         (-terms.objective.mean()).backward()
         self.optim(self.parameters)
         return (terms.energy.mean() + distribution.log_partition).item()
+
+    def _distribution(self) -> EnergyDistribution:
+        """That of the model; with the tracked log Z where chains give the gradient.
+
+        On a finite support a closed form is a sum, which costs more than the chains.
+        """
+        model = self.model
+        by_chains = "chains" in self.objective.needs
+        if not (by_chains and model.energy.support.is_discrete):
+            return as_distribution(model)
+        tracked = model.log_partition.value
+        known = tracked.clone() if tracked.isfinite() else None
+        sampler = model.sampler or IndependentChains(base=model.base)
+        return EnergyDistribution(model.energy, known, sampler=sampler)
 
 
 @torch.no_grad()

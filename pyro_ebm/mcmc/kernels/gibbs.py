@@ -16,28 +16,29 @@ References:
     Geman & Geman (1984), IEEE Transactions on Pattern Analysis 6, 721-741.
 """
 
-__all__ = ["Gibbs"]
+__all__ = ["Gibbs", "checked_points"]
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.energies import Energy
-from pyro_ebm.energies.discrete.finite import finite_values
-from pyro_ebm.energies.discrete.lattice import LatticeEnergy
+from pyro_ebm.energies.discrete.finite import finite_values, num_states
+from pyro_ebm.energies.discrete.lattice import IsingEnergy
 from pyro_ebm.energies.discrete.rbm import RBMEnergy
-from pyro_ebm.mcmc.base import ChainState, StepInfo
+from pyro_ebm.energies.discrete.sites import SiteEnergy
+from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, evaluate
 
 
 @final
 @dataclass(frozen=True)
-class Gibbs:
+class Gibbs(Kernel):
     """Draw block after block from its conditional, all chains at once.
 
-    It has ``init`` and ``step`` as every kernel has, but no step size: nothing is
-    rejected, and nothing is to be adapted. The state's ``grad`` is ``nan`` throughout.
+    It has no step size: nothing is rejected, and nothing is to be adapted. The state's
+    ``grad`` is zero throughout.
 
     Args:
         num_sweeps: Sweeps in one step, at least 1.
@@ -55,6 +56,8 @@ class Gibbs:
         (torch.Size([100, 8, 8]), torch.Size([100]))
     """
 
+    has_step_size: ClassVar[bool] = False
+
     num_sweeps: int = 1
     is_reversed: bool = False
 
@@ -62,6 +65,11 @@ class Gibbs:
         """Check the settings."""
         if self.num_sweeps < 1:
             raise ValueError(f"num_sweeps must be at least 1, got {self.num_sweeps}.")
+
+    @property
+    def num_gradients(self) -> int:
+        """Evaluations that a step by blocks costs, a chain: one a sweep."""
+        return self.num_sweeps
 
     @torch.no_grad()
     def init(self, energy: Energy, x: Tensor) -> ChainState:
@@ -74,17 +82,8 @@ class Gibbs:
         Raises:
             ValueError: If the support is not finite, or a point is outside of it.
         """
-        _values(energy)
-        inside = energy.support.check(x)
-        if not inside.all():
-            raise ValueError(
-                f"x must lie in the support {energy.support} of the energy, and "
-                f"{int((~inside).sum())} of {inside.numel()} points do not. Start from "
-                "draws of pyro_ebm.energies.discrete.finite.FiniteUniform("
-                "energy.support, energy.event_shape)."
-            )
-        x = x.detach().to(**energy.tensor_options(x))
-        return ChainState(x, energy(x), torch.full_like(x, torch.nan))
+        x = checked_points(energy, x)
+        return ChainState(x, *evaluate(energy, x))
 
     @torch.no_grad()
     def step(self, energy: Energy, state: ChainState) -> tuple[ChainState, StepInfo]:
@@ -104,8 +103,10 @@ class Gibbs:
             x: Points of the support, shape ``(*chains, *event)``.
         """
         for _ in range(self.num_sweeps):
-            if isinstance(energy, LatticeEnergy):
-                x = _sweep_lattice(energy, x, is_reversed=self.is_reversed)
+            if isinstance(energy, IsingEnergy):
+                x = _sweep_spins(energy, x, is_reversed=self.is_reversed)
+            elif isinstance(energy, SiteEnergy):
+                x = _sweep_blocks(energy, x, is_reversed=self.is_reversed)
             elif isinstance(energy, RBMEnergy):
                 hidden = _flip(energy.hidden_logits(x))
                 x = _flip(energy.visible_logits(hidden))
@@ -118,65 +119,114 @@ class Gibbs:
 
         A sweep by blocks counts as one: its conditionals cost about as much.
         """
-        if isinstance(energy, LatticeEnergy | RBMEnergy):
+        if isinstance(energy, SiteEnergy | RBMEnergy):
             return self.num_sweeps
-        num_others = len(_values(energy)) - 1
-        return self.num_sweeps * (energy.event_shape.numel() * num_others + 1)
+        number = num_states(energy.support, energy.event_shape)
+        num_others = energy.event_shape.numel() * (len(_values(energy)) - 1)
+        if number is not None:
+            num_others = int((number - 1).sum())
+        return self.num_sweeps * (num_others + 1)
 
 
-def _sweep_lattice(energy: LatticeEnergy, x: Tensor, *, is_reversed: bool) -> Tensor:
-    values = _values(energy)
-    noise = _noise(len(values), x)  # each site is drawn once a sweep
+def _sweep_blocks(energy: SiteEnergy, x: Tensor, *, is_reversed: bool) -> Tensor:
+    noise = torch.rand_like(x)  # each site is drawn once a sweep
+    first, step = energy.values[0], energy.values[:2].diff().sum()
     for block in energy.blocks.flip(0) if is_reversed else energy.blocks:
-        drawn = _pick(values, _draw(energy.site_logits(x), noise))
+        # The values are equally far from each other, and an index costs more.
+        drawn = first + step * _draw(energy.site_logits(x), noise)
         x = torch.where(block, drawn, x)  # (1)
     return x
 
 
+def _sweep_spins(energy: IsingEnergy, x: Tensor, *, is_reversed: bool) -> Tensor:
+    r"""A sweep of a lattice of spins in bytes.
+
+    A spin points up where its draw :math:`u < \sigma(2 J n + 2 h)`, with the sum
+    :math:`n` of its neighbours; so each has one threshold a sweep, which :math:`n` is
+    above, or below where :math:`J < 0`.
+    """
+    coupling, field = energy.coupling, energy.field
+    threshold = torch.rand_like(x).logit_().mul_(0.5)
+    if field is not None:
+        threshold -= field
+    threshold /= coupling.abs().clamp(min=torch.finfo(x.dtype).tiny)
+    threshold = threshold.floor_().clamp_(-128, 127).to(torch.int8)
+    sign, spins = coupling.sign().to(torch.int8), x.to(torch.int8)
+    blocks = energy.blocks.to(torch.int8)
+    for block in blocks.flip(0) if is_reversed else blocks:
+        neighbours = energy.neighbours(spins)
+        up = (neighbours.mul_(sign) > threshold).view(torch.int8)
+        # 2 up - 1 where the block is, else what was there
+        new = up.mul_(2).sub_(1)
+        spins = new.bitwise_xor_(spins).mul_(block).bitwise_xor_(spins)  # (1)
+    return spins.to(x.dtype)
+
+
 def _sweep_sites(energy: Energy, x: Tensor, *, is_reversed: bool) -> Tensor:
     shape, batch_shape = x.shape, energy.batch_shape_of(x)
-    values = _values(energy)
-    shifts = torch.arange(1, len(values), device=x.device)
-    shifts = shifts.reshape(-1, *(1,) * len(batch_shape))
+    values = torch.tensor(_values(energy)).to(x)
+    number = num_states(energy.support, energy.event_shape)
+    counts = [len(values)] * energy.event_shape.numel()
+    if number is not None:
+        counts = number.flatten().tolist()
     current, x = energy(x), x.reshape(*batch_shape, -1).clone()
+    index = torch.searchsorted(values, x.contiguous())
     sites = range(x.shape[-1])
     for site in reversed(sites) if is_reversed else sites:
-        index = sum((x[..., site] > value).long() for value in values[:-1])
+        shifts = torch.arange(1, counts[site], device=x.device)
+        shifts = shifts.reshape(-1, *(1,) * len(batch_shape))
         others = x.expand(len(shifts), *x.shape).clone()
-        others[..., site] = _pick(values, (index + shifts) % len(values))
+        others[..., site] = values[(index[..., site] + shifts) % counts[site]]
         options = torch.cat([current[None], energy(others.reshape(-1, *shape))])
         # Where no value has a finite energy nothing is drawn but the first, the old.
         logits = (-options).where(options.isfinite(), -torch.inf)
-        drawn = _draw(logits, _noise(len(values), current)).long()
-        x[..., site] = _pick(values, (index + drawn) % len(values))  # (1)
+        drawn = _draw(logits, torch.rand_like(current)).long()
+        index[..., site] = (index[..., site] + drawn) % counts[site]
+        x[..., site] = values[index[..., site]]  # (1)
         current = options.gather(0, drawn[None])[0]
     return x.reshape(shape)
 
 
-def _noise(num_values: int, like: Tensor) -> Tensor:
-    """What :func:`_draw` needs for one draw at each entry of ``like``."""
-    if num_values == 2:
-        return torch.rand_like(like)
-    return like.new_empty(num_values, *like.shape).exponential_()
-
-
 def _draw(logits: Tensor, noise: Tensor) -> Tensor:
-    """Indices along the first axis, drawn with these logits."""
+    """Indices along the first axis, drawn with these logits by uniform numbers."""
     if len(logits) == 2:
         return noise < (logits[1] - logits[0]).sigmoid()
-    # The first of exponential clocks to ring; a value of no probability never does.
-    return (logits.softmax(0) / noise).argmax(0)
-
-
-def _pick(values: tuple[float, ...], index: Tensor) -> Tensor:
-    """The values at these indices; they are equally far from each other."""
-    step = values[1] - values[0] if len(values) > 1 else 1.0
-    return values[0] + step * index
+    terms = (logits - logits.amax(0)).exp_()
+    for low, high in zip(terms[:-1], terms[1:], strict=True):
+        high += low
+    # Short of the whole by more than rounding: the last may have no probability.
+    limit = noise * (1 - 4 * torch.finfo(noise.dtype).eps) * terms[-1]
+    index = torch.zeros_like(noise)
+    for term in terms[:-1]:
+        index += limit >= term
+    return index
 
 
 def _flip(logits: Tensor) -> Tensor:
     """Coins of these logits, as numbers 0 and 1."""
     return (torch.rand_like(logits) < logits.sigmoid()).to(logits)
+
+
+def checked_points(energy: Energy, x: Tensor) -> Tensor:
+    """Points of a finite support, in the dtype and on the device of an energy.
+
+    Args:
+        energy: Over a finite support.
+        x: Shape ``(*chains, *event)``.
+
+    Raises:
+        ValueError: If the support is not finite, or a point is outside of it.
+    """
+    _values(energy)
+    inside = energy.support.check(x)
+    if not inside.all():
+        raise ValueError(
+            f"x must lie in the support {energy.support} of the energy, and "
+            f"{int((~inside).sum())} of {inside.numel()} points do not. Start from "
+            "draws of pyro_ebm.energies.discrete.finite.FiniteUniform("
+            "energy.support, energy.event_shape)."
+        )
+    return x.detach().to(**energy.tensor_options(x))
 
 
 def _values(energy: Energy) -> tuple[float, ...]:

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.distributions import Transform
 
 from pyro_ebm.energies import Energy, PyroModelEnergy, unconstrained
-from pyro_ebm.energies.discrete.finite import FiniteUniform
 from pyro_ebm.energies.graphs.compiled import CompiledEnergy
 from pyro_ebm.energies.pyro_model.non_centred import NonCentring
 from pyro_ebm.energies.views.double import in_double
@@ -182,16 +180,14 @@ def _model_target(energy: PyroModelEnergy) -> ChainTarget:
 
 
 def _energy_target(energy: Energy, target: Any, kernel: ChainKernel) -> ChainTarget:
-    flat: Energy = energy
-    to_support: Transform = torch.distributions.transforms.identity_transform
-    if not energy.support.is_discrete:
-        flat, to_support = unconstrained(energy)
-    elif getattr(type(kernel), "init", None) is Kernel.init:
+    is_blind = getattr(type(kernel), "init", None) is Kernel.init
+    if energy.support.is_discrete and is_blind:
         raise ValueError(
             f"{type(kernel).__name__} moves through real space, and the support of the "
             f"target is discrete: {energy.support}. Take Gibbs(), or another kernel "
             "for discrete spaces."
         )
+    flat, to_support = unconstrained(energy)
 
     def start(num_chains: int) -> Tensor:
         return to_support.inv(_points(energy, target, num_chains))
@@ -202,8 +198,6 @@ def _energy_target(energy: Energy, target: Any, kernel: ChainKernel) -> ChainTar
 def _points(energy: Energy, target: Any, num_chains: int) -> Tensor:
     """Points of the target's sampler or base, else standard normal or uniform ones."""
     sampler, base = getattr(target, "sampler", None), getattr(target, "base", None)
-    if sampler is None and base is None and energy.support.is_discrete:
-        base = FiniteUniform(energy.support, energy.event_shape)
     if sampler is None:
         sampler = IndependentChains(base=base)
     return sampler.start(energy, num_chains)

@@ -2,9 +2,8 @@
 
 __all__ = ["IndependentChains"]
 
-import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import pyro.distributions as dist
@@ -17,8 +16,10 @@ from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.diagnostics.ranks import split_chains
 from pyro_ebm.diagnostics.rhat import ratio
 from pyro_ebm.energies import Energy, unconstrained
+from pyro_ebm.energies.discrete.finite import FiniteUniform
 from pyro_ebm.energies.views.pointwise import check_pointwise
 from pyro_ebm.mcmc.base import ChainState, Kernel, replace_nonfinite
+from pyro_ebm.mcmc.kernels.discrete_langevin import kernel_for
 from pyro_ebm.mcmc.kernels.hmc import HMC
 from pyro_ebm.mcmc.samplers.sampler import Draws, SamplingDiagnostics, warn_of
 from pyro_ebm.mcmc.warmup.adaptation import StepSizeAdaptation, find_step_size
@@ -53,8 +54,10 @@ class IndependentChains:
     in a tail. The common step size is always rejected there.
 
     Args:
-        base: Where the chains start; default: a standard normal in unconstrained space.
-        kernel: Any kernel of :mod:`pyro_ebm.mcmc`; default: :class:`HMC`.
+        base: Where the chains start; default: a standard normal in unconstrained space,
+            uniform on a finite support.
+        kernel: Any kernel of :mod:`pyro_ebm.mcmc`; default: :class:`HMC`, and on a
+            finite support :class:`Gibbs`.
         warmup_steps: Transitions in which the step size adapts.
         num_steps: Transitions after that.
         min_chains: At least so many chains are run, so that the step size of a single
@@ -76,7 +79,7 @@ class IndependentChains:
     """
 
     base: dist.TorchDistribution | None = None
-    kernel: Kernel = field(default_factory=HMC)
+    kernel: Kernel | None = None
     warmup_steps: int = 100
     num_steps: int = 100
     min_chains: int = 32
@@ -94,7 +97,7 @@ class IndependentChains:
         """Run the chains.
 
         Args:
-            energy: On any support that ``biject_to`` knows.
+            energy: On a finite support, or any that ``biject_to`` knows.
             num_draws: How many points are wanted.
 
         Returns:
@@ -116,7 +119,7 @@ class IndependentChains:
         """Run the chains, with a verdict instead of a warning.
 
         Args:
-            energy: On any support that ``biject_to`` knows.
+            energy: On a finite support, or any that ``biject_to`` knows.
             num_draws: How many points are wanted.
 
         Returns:
@@ -129,12 +132,13 @@ class IndependentChains:
         flat, to_support = unconstrained(energy)
         start = self.start(energy, max(num_draws, self.min_chains))
         check_pointwise(energy, start)
-        state = replace_nonfinite(self.kernel.init(flat, to_support.inv(start)))
+        kernel = kernel_for(energy, self.kernel or HMC())
+        state = replace_nonfinite(kernel.init(flat, to_support.inv(start)))
         with self._bar() as bar:
-            kernel, warm = self._warm_up(flat, state, bar)
+            kernel, warm = self._warm_up(kernel, flat, state, bar)
             state, num_accepted, path = self._move(flat, warm, kernel, bar)
         # Not by what was accepted: a step of no length always is.
-        if torch.equal(state.x, warm.x):
+        if kernel.has_step_size and torch.equal(state.x, warm.x):
             raise DivergenceError(
                 f"none of the {len(state.x)} chains moved in {self.num_steps} "
                 f"transitions after the warmup, with step size "
@@ -199,6 +203,10 @@ class IndependentChains:
         Raises:
             ValueError: If the base has another event shape than the energy.
         """
+        if self.base is None and energy.support.is_discrete:
+            like = torch.empty(0, **energy.tensor_options())
+            uniform = FiniteUniform(energy.support, energy.event_shape, like)
+            return uniform.sample((num_draws,))
         if self.base is None:
             flat, to_support = unconstrained(energy)
             shape = (num_draws, *flat.event_shape)
@@ -214,25 +222,26 @@ class IndependentChains:
         return draws.to(**energy.tensor_options(draws))
 
     def _warm_up(
-        self, energy: Energy, state: ChainState, bar: tqdm
+        self, kernel: Kernel, energy: Energy, state: ChainState, bar: tqdm
     ) -> tuple[Kernel, ChainState]:
         """Move the chains while the step size adapts; freeze it in the kernel."""
-        adaptation = StepSizeAdaptation(find_step_size(self.kernel, energy, state))
+        adaptation = StepSizeAdaptation(find_step_size(kernel, energy, state))
         for index in range(self.warmup_steps):
-            kernel = self._with_step_size(adaptation.step_size)
+            kernel = kernel.with_step_size(adaptation.step_size)
             if _is_small(index):
-                state, _ = self._small(kernel).step(energy, state)
+                state, _ = _small(kernel).step(energy, state)
             else:
                 state, info = kernel.step(energy, state)
-                adaptation.update(kernel, info)
+                if kernel.has_step_size:
+                    adaptation.update(kernel, info)
             bar.update()
-        return self._with_step_size(adaptation.averaged_step_size), state
+        return kernel.with_step_size(adaptation.averaged_step_size), state
 
     def _move(
         self, energy: Energy, state: ChainState, kernel: Kernel, bar: tqdm
     ) -> tuple[ChainState, Tensor, Tensor]:
         """Where the chains end, how many proposals each took, and where some were."""
-        small = self._small(kernel)
+        small = _small(kernel)
         num_accepted = torch.zeros_like(state.energy)
         path = []
         for index in range(self.num_steps):
@@ -242,15 +251,15 @@ class IndependentChains:
             bar.update()
         return state, num_accepted, torch.stack(path, 1)
 
-    def _with_step_size(self, step_size: Tensor) -> Kernel:
-        return dataclasses.replace(self.kernel, step_size=step_size)
 
-    def _small(self, kernel: Any) -> Kernel:
-        """The kernel with small steps, as many as before."""
-        changes = {"step_size": _SMALL * kernel.step_size}
-        if hasattr(kernel, "trajectory_length"):
-            changes["trajectory_length"] = _SMALL * kernel.trajectory_length
-        return dataclasses.replace(kernel, **changes)
+def _small(kernel: Any) -> Kernel:
+    """The kernel with small steps, as many as before."""
+    if not kernel.has_step_size:
+        return kernel
+    changes = {"step_size": _SMALL * kernel.step_size}
+    if hasattr(kernel, "trajectory_length"):
+        changes["trajectory_length"] = _SMALL * kernel.trajectory_length
+    return replace(kernel, **changes)
 
 
 def _is_small(index: int) -> bool:

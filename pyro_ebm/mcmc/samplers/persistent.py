@@ -11,7 +11,6 @@ References:
 
 __all__ = ["PersistentChains", "StatefulModule"]
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -75,6 +74,8 @@ class PersistentChains(StatefulModule):
         self.register_buffer("num_rejected_nonfinite", torch.tensor(0))
         self.register_buffer("num_stuck", torch.tensor(0))
         self.adaptation = StepSizeAdaptation(1.0)
+        #: What has moved the chains last.
+        self.kernel: Kernel | None = None
 
     @property
     def is_started(self) -> bool:
@@ -150,18 +151,22 @@ class PersistentChains(StatefulModule):
             raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
         if not self.is_started:
             raise RuntimeError("there are no chains yet: call start before advance.")
+        self.kernel = kernel
         flat, to_support = unconstrained(energy)
         u = self.u.to(**energy.tensor_options(self.u))
         start = replace_nonfinite(kernel.init(flat, u))
         state = start
         infos: list[StepInfo] = []
         for first in range(0, num_steps, self.ADAPT_EVERY):
-            adapted = dataclasses.replace(kernel, step_size=self.adaptation.step_size)
+            adapted = kernel.with_step_size(self.adaptation.step_size)
             for _ in range(first, min(first + self.ADAPT_EVERY, num_steps)):
                 state, info = adapted.step(flat, state)
                 infos.append(info)
-            self.adaptation.update(kernel, _stacked(infos[first:]))
+            if kernel.has_step_size:
+                self.adaptation.update(kernel, _stacked(infos[first:]))
         self._record(_stacked(infos), start, state)
+        if not kernel.has_step_size:  # what is drawn anew may be the same again
+            self.num_stuck.zero_()
         return to_support(state.x.clone())  # a buffer is not for the caller to change
 
     def follow(

@@ -29,6 +29,7 @@ from pyro_ebm.mcmc.base import (
     ChainState,
     Kernel,
     StepInfo,
+    evaluate,
     flat_event,
     replace_nonfinite,
 )
@@ -141,7 +142,8 @@ class GeometricPath(Energy):
                 "the energy to the base's support when building it."
             )
         flat, transform = unconstrained(energy)
-        super().__init__(flat.event_shape)
+        where = flat.support if flat.support.is_discrete else None
+        super().__init__(flat.event_shape, where)
         self.target, self.transform = flat, transform
         self.base, _ = unconstrained(base_energy)
         if is_double:
@@ -165,9 +167,9 @@ class GeometricPath(Energy):
 
     def evaluate(self, u: Tensor) -> PathState:
         """Evaluate both ends at ``u`` of shape ``(*chains, *event)``."""
-        base = self.base.value_and_grad(u)
+        base = evaluate(self.base, u)
         self.num_evaluations += base[0].numel()
-        return PathState(u.detach(), *base, *self.target.value_and_grad(u))
+        return PathState(u.detach(), *base, *evaluate(self.target, u))
 
     def sample_base(self, *shape: int) -> PathState:
         """Exact draws of the base, evaluated; ``shape`` is that of the chains."""

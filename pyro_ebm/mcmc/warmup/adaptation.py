@@ -18,7 +18,6 @@ __all__ = [
     "follow_acceptance",
 ]
 
-import dataclasses
 from abc import abstractmethod
 from typing import Any, Generic, TypeVar
 
@@ -149,8 +148,9 @@ def find_step_size(
         max_doublings: Where to give up.
 
     Returns:
-        A step size of shape ``()``. Costs a transition a doubling, of the kernel that
-        ``kernel.probe()`` returns where there is such a method.
+        A step size of shape ``()``, 1 for a kernel without one. Costs a transition a
+        doubling, of the kernel that ``kernel.probe()`` returns where there is such a
+        method.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
@@ -159,11 +159,13 @@ def find_step_size(
         >>> bool(find_step_size(kernel, energy, state) > 0.1)
         True
     """
+    if not kernel.has_step_size:
+        return torch.ones_like(state.energy[:0].sum())
     step_size = torch.as_tensor(kernel.step_size).to(state.energy)
     direction = 0
     kernel = getattr(kernel, "probe", lambda: kernel)()
     for _ in range(max_doublings):
-        trial = dataclasses.replace(kernel, step_size=step_size)
+        trial = kernel.with_step_size(step_size)
         accept_prob = trial.mean_acceptance(trial.step(energy, state)[1].accept_prob)
         above = 1 if accept_prob > kernel.target_accept_prob else -1
         if direction and above != direction:

@@ -47,9 +47,11 @@ from pyro_ebm.energies.discrete.finite import (
     AnnealingPath,
     FiniteUniform,
     finite_values,
+    num_states,
 )
-from pyro_ebm.energies.discrete.lattice import LatticeEnergy
+from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.discrete.rbm import RBMEnergy
+from pyro_ebm.energies.discrete.sites import SiteEnergy
 from pyro_ebm.energies.distribution import base_energy
 from pyro_ebm.mcmc.kernels.gibbs import Gibbs
 from pyro_ebm.partition.base import LogPartitionEstimate, student_t_quantile
@@ -67,6 +69,11 @@ _MIN_TEMPERATURES = 8
 _MAX_SPREAD = 0.5
 #: Half-width, in nats, below which all weights are equal.
 _ROUNDING = 1e-9
+#: How cold chains are made, in inverse temperatures of the target; how many at least of
+#: an island, and their part with larger weights than all others that is too much.
+_COLDEST, _COLD_CHAINS, _MAX_MISSED = 4.0, 8, 0.05
+#: The part of the others that counts as all of them.
+_TOP = 0.98
 
 
 @torch.no_grad()
@@ -86,8 +93,8 @@ def gibbs_annealing(
 
     Args:
         energy: Over a finite support.
-        base: A normalised distribution over the same support, to start from. A lattice
-            or a machine then moves site by site too, at many times the cost.
+        base: A normalised distribution over the same support, to start from. What is no
+            product over the sites moves site by site, at many times the cost.
         budget: Evaluations aimed at. A sweep by blocks, with its weight, counts as one.
             Default: 50,000, and enough for 10,000 sweeps site by site.
         num_islands: Independent sets of chains, at least 4.
@@ -117,13 +124,74 @@ def gibbs_annealing(
     sizes = _sizes(path, budget, num_islands)
     with _watched(path, sizes, is_shown=progress_bar) as under_bar:
         betas = _schedule(under_bar, sizes)
-        there, back = _there_and_back(under_bar, betas, num_islands, sizes.num_chains)
+        there, back, x = _there_and_back(
+            under_bar, betas, num_islands, sizes.num_chains
+        )
+        cold = _back_from_cold(under_bar, x, betas)
     num_evaluations = sizes.cost * (
-        _PILOT_CHAINS * sizes.num_pilot + 2 * there.numel() * sizes.num_temperatures
+        _PILOT_CHAINS * sizes.num_pilot
+        + 2 * there.numel() * sizes.num_temperatures
+        + cold.numel() * (sizes.num_temperatures + 2 * _num_cold(betas))
     )
     start = float(path.start.log_partition)
     name = f"Gibbs annealing there and back, {sizes.num_temperatures} temperatures"
-    return _judge(start, there, back, name, num_evaluations)
+    found = _judge(start, there, back, name, num_evaluations)
+    missed = _missed(there, back, cold)
+    if found.is_reliable and missed is not None:
+        return found._replace(status=status_of((missed,)), reasons=(missed,))
+    return found
+
+
+class Annealed(NamedTuple):
+    """A run of annealing to the target and back.
+
+    Attributes:
+        start: Log Z where it began.
+        there: Log-weights (1) upwards, shape ``(M, N)``.
+        back: Those downwards, shape ``(M, N)``.
+        x: Draws of the target in between, shape ``(M, N, *event)``.
+        num_evaluations: What it has cost.
+    """
+
+    start: float
+    there: Tensor
+    back: Tensor
+    x: Tensor
+    num_evaluations: int
+
+    def log_partition(self) -> Tensor:
+        """Log Z by each island, shape ``(M,)``."""
+        return self.start + solve(self.there, self.back.clamp(max=1e6))
+
+
+@torch.no_grad()
+def anneal(
+    energy: Energy,
+    base: dist.TorchDistribution | None = None,
+    *,
+    num_islands: int,
+    num_chains: int,
+    num_temperatures: int,
+) -> Annealed:
+    """Anneal to an energy over a finite support and back, see :func:`gibbs_annealing`.
+
+    Args:
+        energy: Over a finite support.
+        base: Where to start, unless the energy has a path of its own.
+        num_islands: Independent sets of chains.
+        num_chains: Chains of each.
+        num_temperatures: Steps in each direction.
+
+    Raises:
+        DivergenceError: If the energy is finite at no draw of the base.
+    """
+    path = _path(energy, base)
+    cost = _cost(path)
+    sizes = _Sizes(cost, num_temperatures, num_chains, num_temperatures)
+    betas = _schedule(path, sizes)
+    there, back, x = _there_and_back(path, betas, num_islands, num_chains)
+    spent = cost * num_temperatures * (_PILOT_CHAINS + 2 * there.numel())
+    return Annealed(float(path.start.log_partition), there, back, x, spent)
 
 
 @final
@@ -149,15 +217,68 @@ def _path(energy: Energy, base: dist.TorchDistribution | None) -> AnnealingPath:
             f"{energy.support}. On a continuous support use pyro_ebm.partition.estimate"
             "."
         )
-    if base is None and isinstance(energy, LatticeEnergy | RBMEnergy):
+    is_uniform = base is None or isinstance(base, FiniteUniform)
+    if is_uniform and isinstance(energy, SiteEnergy | RBMEnergy):
         return energy.annealing_path()
     if base is None:
         like = torch.empty(0, **energy.tensor_options())
         base = FiniteUniform(energy.support, energy.event_shape, like)
     first = cast(Energy, base_energy(base, energy))  # None only for no base
+    logits = _site_logits(base, energy)
+    if logits is not None and isinstance(energy, SiteEnergy):
+        start = ClosedForm(torch.zeros(()), base)
+        return AnnealingPath(start, lambda b: _BetweenSites(first, logits, energy, b))
+    if logits is not None and isinstance(energy, RBMEnergy):
+        return energy.annealing_path(logits[1] - logits[0])
     return AnnealingPath(
         ClosedForm(torch.zeros(()), base), lambda beta: _Between(first, energy, beta)
     )
+
+
+def _site_logits(base: Any, energy: Energy) -> Tensor | None:
+    """Log-probabilities of a product over sites, ``(q, *event)``, if it is one."""
+    values = torch.tensor(finite_values(energy.support), **energy.tensor_options())
+    if isinstance(base, IndependentSites):
+        return base.log_probs.to(values)
+    if not isinstance(base, torch.distributions.Independent) or base.batch_shape:
+        return None
+    one: Any = base.base_dist
+    while isinstance(one, torch.distributions.Independent):
+        one = one.base_dist
+    if one.event_shape or one.batch_shape != energy.event_shape:
+        return None
+    points = values.reshape(-1, *(1,) * energy.event_dim)
+    logits: Tensor = one.log_prob(points.expand(-1, *energy.event_shape))
+    return logits.to(values)
+
+
+@final
+class _BetweenSites(SiteEnergy):
+    """The geometric path from independent sites, which keeps the blocks."""
+
+    def __init__(
+        self, base: Energy, logits: Tensor, target: SiteEnergy, beta: float
+    ) -> None:
+        super().__init__(
+            target.event_shape, target.support, target.blocks, target.values
+        )
+        self.sites: SiteEnergy = target
+        self.logits, self.between = logits, _Between(base, target, beta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value: Tensor = self.between(x)
+        return value
+
+    def site_logits(self, x: Tensor) -> Tensor:
+        beta, shape = self.between.beta, (-1, *(1,) * (x.dim() - self.event_dim))
+        base = self.logits.reshape(*shape, *self.event_shape)
+        if beta == 0:  # where the target may be infinite
+            return base.expand(len(base), *x.shape)
+        target = self.sites.site_logits(x)
+        if beta == 1:
+            return target
+        mixed = torch.lerp(base, target, beta)
+        return mixed.where(target > -torch.inf, -torch.inf)
 
 
 class _Sizes(NamedTuple):
@@ -174,9 +295,7 @@ def _sizes(path: AnnealingPath, budget: int | None, num_islands: int) -> _Sizes:
         raise ValueError(
             f"num_islands must be at least 4 for an error bar, got {num_islands}."
         )
-    cost = Gibbs().num_evaluations(path.at(1.0))
-    if cost > 1:
-        cost += 2  # site by site a weight is two evaluations more, not a small part
+    cost = _cost(path)
     budget = max(50_000, 10_000 * cost) if budget is None else budget
     num_pilot = max(
         _MIN_TEMPERATURES, int(_PILOT_SHARE * budget / _PILOT_CHAINS / cost)
@@ -196,12 +315,19 @@ def _sizes(path: AnnealingPath, budget: int | None, num_islands: int) -> _Sizes:
     return _Sizes(cost, num_pilot, num_chains, num_temperatures)
 
 
+def _cost(path: AnnealingPath) -> int:
+    """Evaluations of a chain at a temperature."""
+    cost = Gibbs().num_evaluations(path.at(1.0))
+    # Site by site a weight is two evaluations more, not a small part.
+    return cost + 2 if cost > 1 else cost
+
+
 @contextmanager
 def _watched(
     path: AnnealingPath, sizes: _Sizes, *, is_shown: bool
 ) -> Iterator[AnnealingPath]:
     """The path, under a progress bar that counts the temperatures taken."""
-    total = sizes.num_pilot + 2 * sizes.num_temperatures + 4  # and each end
+    total = sizes.num_pilot + 3 * sizes.num_temperatures + 4  # and each end
     with tqdm(total=total, desc="log Z", **bar_settings(is_shown=is_shown)) as bar:
 
         def at(beta: float) -> Energy:
@@ -235,8 +361,8 @@ def _schedule(path: AnnealingPath, sizes: _Sizes) -> list[float]:
 
 def _there_and_back(
     path: AnnealingPath, betas: list[float], num_islands: int, num_chains: int
-) -> tuple[Tensor, Tensor]:
-    """The log-weights (1) of both directions, each of shape ``(M, N)``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-weights (1) of both directions, ``(M, N)``, and draws of the target."""
     x = path.start.distribution.sample(torch.Size((num_islands, num_chains)))
     x, increments = _travel(path, x, betas, Gibbs())
     there = increments.sum(0)
@@ -248,7 +374,62 @@ def _there_and_back(
         )
     x = x[systematic_resample(there.where(arrived, -torch.inf), num_chains)]
     x = Gibbs().sweep(path.at(1.0), x)
-    return there, -_back(path, x, betas)
+    return there, -_back(path, x, betas), x
+
+
+def _num_cold(betas: list[float]) -> int:
+    """Temperatures in which chains are cooled below the target, and warmed again."""
+    return max(_MIN_TEMPERATURES, len(betas) // 4)
+
+
+def _back_from_cold(path: AnnealingPath, x: Tensor, betas: list[float]) -> Tensor:
+    r"""Log-weights back to the base of chains that were colder than the target.
+
+    Where a transition of first order lies on the path, chains that come from the base
+    stay in the phase of high temperature, and so do those that go back. Those that are
+    cooled to four times :math:`\beta` and warmed again may have left it; the others
+    begin with the same value at all sites. Chains whose energy is none of the lowest
+    have found nothing: their weight is zero.
+    """
+    target = path.at(1.0)
+    usual = target(x).flatten()
+    x = x[:, : max(_COLD_CHAINS, x.shape[1] // 8)].clone()
+    half = x.shape[1] // 2
+    x[:, :half] = _constant(target, x[:, :half])
+    up = torch.linspace(1, _COLDEST, _num_cold(betas) + 1)[1:].tolist()
+    for beta in [*up, *reversed(up[:-1]), 1.0]:
+        x[:, half:] = Gibbs().sweep(path.at(beta), x[:, half:])
+        x[:, :half] = Gibbs().sweep(target, x[:, :half])
+    is_low = target(x) < usual.quantile(1 - _TOP)
+    return (-_back(path, x, betas)).where(is_low, -torch.inf)
+
+
+def _constant(energy: Energy, x: Tensor) -> Tensor:
+    """Points with the same value at all sites, where these have a finite energy."""
+    values = torch.tensor(finite_values(energy.support)).to(x)
+    index = torch.arange(x.shape[1], device=x.device) % len(values)
+    same = values[index].reshape(-1, *(1,) * energy.event_dim).expand_as(x)
+    if num_states(energy.support, energy.event_shape) is not None:
+        return x
+    is_finite = energy(same).isfinite()
+    is_finite = is_finite.reshape(*is_finite.shape, *(1,) * energy.event_dim)
+    return torch.where(is_finite, same, x)
+
+
+def _missed(there: Tensor, back: Tensor, cold: Tensor) -> Finding | None:
+    """Whether chains from the cold have found mass where the others were not."""
+    top = torch.maximum(there.flatten().quantile(_TOP), back.flatten().quantile(_TOP))
+    is_above = cold > top + 1
+    if is_above.double().mean() < _MAX_MISSED:
+        return None
+    more = (cold[is_above].median() - back.median()).item()
+    text = (
+        "chains that were cooled below the target and warmed again are in a phase that "
+        f"annealing has hardly entered; by them log Z would be up to {more:.2g} nats "
+        "larger: a transition of first order lies on the path. Give base=, a "
+        "distribution that reaches both phases"
+    )
+    return Finding(Reason.ROUTES_DISAGREE, text)
 
 
 def _back(path: AnnealingPath, x: Tensor, betas: list[float]) -> Tensor:
@@ -285,7 +466,12 @@ def _travel(
 
     start = _Sites(x.to(**at(betas[0]).tensor_options(x)), at)
     journey = travel(
-        start, move, inverse_temperatures=betas, moves_last=False, has_sums=False
+        start,
+        move,
+        inverse_temperatures=betas,
+        moves_last=False,
+        has_sums=False,
+        max_temperatures=len(betas),
     )
     sums.append(journey.log_weights)
     steps = torch.stack(sums).diff(dim=0).nan_to_num(0.0, torch.inf, -torch.inf)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.energies import DistributionEnergy, unconstrained
+from pyro_ebm.energies.discrete.finite import finite_values
 
 
 class KnownBase(nn.Module):
@@ -29,6 +30,11 @@ class KnownBase(nn.Module):
     def get_extra_state(self) -> Tensor:
         """Its energy at two points."""
         base, _ = unconstrained(self.energy)
+        values = finite_values(base.support)
+        if values is not None:
+            ends = torch.tensor([values[0], values[-1]], **base.tensor_options())
+            shape = (2, *base.event_shape)
+            return base(ends.reshape(2, *(1,) * base.event_dim).expand(shape))
         point = torch.arange(1.0, 1 + base.event_shape.numel()).reciprocal()
         point = point.reshape(base.event_shape).to(**base.tensor_options())
         return base(torch.stack([point, -point]))

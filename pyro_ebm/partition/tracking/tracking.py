@@ -44,6 +44,7 @@ __all__ = ["LogPartition"]
 
 import math
 from enum import IntEnum
+from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -52,12 +53,14 @@ from torch import Tensor
 from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.core.verdict import Finding, Reason, Status, sentence, status_of
 from pyro_ebm.energies import Energy, unconstrained
-from pyro_ebm.mcmc import HMC, ChainState
+from pyro_ebm.mcmc import HMC, ChainState, Gibbs, Kernel
+from pyro_ebm.mcmc.kernels.discrete_langevin import kernel_for
 from pyro_ebm.mcmc.samplers.persistent import StatefulModule
 from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
 from pyro_ebm.partition.exact.closed_form import closed_form
 from pyro_ebm.partition.normalizability import check_normalizability
-from pyro_ebm.partition.particles.smc import Islands, run_smc
+from pyro_ebm.partition.particles.gibbs_annealing import anneal
+from pyro_ebm.partition.particles.smc import run_smc
 from pyro_ebm.partition.progress import watched
 from pyro_ebm.partition.tracking.average import FollowedEnergy
 from pyro_ebm.partition.tracking.known_base import KnownBase
@@ -68,6 +71,14 @@ from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 _MAX_FACTOR = 8
 #: Draws of the base from which the rays of the test of normalisability start.
 _NUM_RAYS = 128
+#: Resamplings per island and update that are too many; by whether the support is
+#: finite, where a few sweeps make copies of a walker differ.
+_MAX_RESAMPLED = (0.01, 0.25)
+#: Sweeps of walkers at an update there.
+_SWEEPS = 3
+#: Temperatures of an annealing run from the base, on a finite support; and where the
+#: sites have to be drawn one by one.
+_TEMPERATURES = (100, 20)
 
 
 class _Code(IntEnum):
@@ -98,7 +109,7 @@ _FINDINGS = {
     ),
     _Code.RUNS_DISAGREE: Finding(
         Reason.ROUTES_DISAGREE,
-        "a fresh run of SMC from the base disagrees with the walkers",
+        "a fresh run from the base disagrees with the walkers",
     ),
     _Code.FAR_FROM_AVERAGE: Finding(
         Reason.FEW_EFFECTIVE,
@@ -186,7 +197,8 @@ class LogPartition(StatefulModule):
         self.interval, self.check_interval = interval, check_interval
         self.num_islands, self.num_walkers = num_islands, num_walkers
         self.followed = FollowedEnergy(energy)
-        self.walkers = Walkers(HMC(num_leapfrog=num_leapfrog))
+        kernel = kernel_for(energy, HMC(num_leapfrog=num_leapfrog))
+        self.walkers = Walkers(Gibbs(_SWEEPS) if isinstance(kernel, Gibbs) else kernel)
         options = energy.tensor_options()
         self.register_buffer("value", torch.tensor(math.nan, **options))
         self.register_buffer("std_error", torch.tensor(math.nan, **options))
@@ -331,11 +343,11 @@ class LogPartition(StatefulModule):
         self._begin_at(energy)
         if not self.is_closed_form:
             size = self._num_particles()
-            islands = self._run_smc(size, progress_bar=progress_bar)
+            islands = self._fresh(size, progress_bar=progress_bar)
             if islands is not None and self._num_particles() > size:
                 # The first has shown that more cost little.
                 size = self._num_particles()
-                islands = self._run_smc(size, progress_bar=progress_bar)
+                islands = self._fresh(size, progress_bar=progress_bar)
             if islands is not None:
                 self._adopt(islands)
         self.read(energy)
@@ -374,7 +386,7 @@ class LogPartition(StatefulModule):
         self.settled.zero_()
         if self.is_closed_form or self._draws:
             return
-        islands = self._run_smc(self._num_particles())
+        islands = self._fresh(self._num_particles())
         if islands is not None:
             self._adopt(islands)
             if was_settled:
@@ -438,7 +450,7 @@ class LogPartition(StatefulModule):
             return True
         agree, size = False, self._num_particles()
         for num_particles in (size, 4 * size):
-            fresh = self._run_smc(num_particles)
+            fresh = self._fresh(num_particles)
             if fresh is None:
                 return False
             if not self.walkers.is_started:
@@ -537,7 +549,8 @@ class LogPartition(StatefulModule):
             return _Code.NO_RUN_ARRIVES if has_failed else _Code.RUNS_DISAGREE
         if log_partitions.std() > 0.5:
             return _Code.ISLANDS_DISAGREE
-        is_often = self.walkers.resampling_rate() > 0.01
+        limit = _MAX_RESAMPLED[self.averaged_energy.support.is_discrete]
+        is_often = self.walkers.resampling_rate() > limit
         return _Code.RESAMPLED_TOO_OFTEN if is_often else _Code.NOTHING
 
     def _num_particles(self) -> int:
@@ -551,37 +564,84 @@ class LogPartition(StatefulModule):
         factors = [f for f in (1, 2, 4, _MAX_FACTOR) if f <= max(factor, 1.0)]
         return factors[-1] * self.num_walkers
 
-    def _run_smc(
+    def _fresh(
         self, num_particles: int, *, progress_bar: bool = False
-    ) -> Islands | None:
+    ) -> "_Fresh | None":
         """Fresh islands at the averaged parameters; ``None`` if they do not arrive."""
+        is_finite = self.averaged_energy.support.is_discrete
+        try:
+            run = self._annealed if is_finite else self._by_smc
+            fresh = run(num_particles, progress_bar=progress_bar)
+        except DivergenceError:
+            fresh = None
+        if fresh is None:
+            self.verdict.fill_(_Code.NO_RUN_ARRIVES)
+            return None
+        self.num_check_evaluations += fresh.num_evaluations
+        num_islands, count = fresh.chains.energy.shape
+        self.check_cost.fill_(fresh.num_evaluations / (num_islands * count))
+        return fresh
+
+    def _annealed(self, num_particles: int, *, progress_bar: bool) -> "_Fresh":
+        """By annealing there and back, on a finite support."""
+        with watched(self.averaged_energy, is_shown=progress_bar):
+            run = anneal(
+                self.averaged_energy,
+                self.base,
+                num_islands=self.num_islands,
+                num_chains=num_particles,
+                num_temperatures=_TEMPERATURES[_is_blind(self.averaged_energy)],
+            )
+        state = self.walkers.kernel.init(self.averaged_energy, run.x)
+        value = run.log_partition().to(state.energy)
+        return _Fresh(state, value, self.walkers.kernel, run.num_evaluations)
+
+    def _by_smc(self, num_particles: int, *, progress_bar: bool) -> "_Fresh | None":
         draws = self.base.sample((_NUM_RAYS,))
         rays = check_normalizability(self.averaged_energy, draws)
         self.num_check_evaluations += rays.num_evaluations
         if not rays.is_normalizable:
-            self.verdict.fill_(_Code.NO_RUN_ARRIVES)
             return None
-        try:
-            with watched(self.averaged_energy, is_shown=progress_bar) as energy:
-                islands = run_smc(
-                    energy,
-                    self.base,
-                    num_islands=self.num_islands,
-                    num_particles=num_particles,
-                    chain_length=8,
-                )
-        except DivergenceError:
-            self.verdict.fill_(_Code.NO_RUN_ARRIVES)
-            return None
-        self.num_check_evaluations += islands.num_evaluations
-        num_islands, count = islands.state.target.shape
-        self.check_cost.fill_(islands.num_evaluations / (num_islands * count))
-        return islands
+        with watched(self.averaged_energy, is_shown=progress_bar) as energy:
+            islands = run_smc(
+                energy,
+                self.base,
+                num_islands=self.num_islands,
+                num_particles=num_particles,
+                chain_length=8,
+            )
+        return _Fresh(
+            islands.state.chains(),
+            islands.log_partition,
+            islands.kernel,
+            islands.num_evaluations,
+        )
 
-    def _adopt(self, islands: Islands) -> None:
+    def _adopt(self, fresh: "_Fresh") -> None:
         # The last particles are the ends of chains from different ancestors.
-        chains = [part[:, -self.num_walkers :] for part in islands.state.chains()]
-        self.walkers.start(ChainState(*chains), islands.log_partition, islands.kernel)
+        chains = [part[:, -self.num_walkers :] for part in fresh.chains]
+        self.walkers.start(ChainState(*chains), fresh.log_partition, fresh.kernel)
+
+
+def _is_blind(energy: Energy) -> bool:
+    """Whether no blocks are known, so that a sweep costs many evaluations."""
+    return Gibbs().num_evaluations(energy) > 1
+
+
+class _Fresh(NamedTuple):
+    """Islands that have come from the base.
+
+    Attributes:
+        chains: Draws of the energy, chain shape ``(M, N)``.
+        log_partition: The estimate of each island, shape ``(M,)``.
+        kernel: As it suits the energy.
+        num_evaluations: Energy evaluations spent, a point each.
+    """
+
+    chains: ChainState
+    log_partition: Tensor
+    kernel: Kernel
+    num_evaluations: int
 
 
 def _pooled(

@@ -19,14 +19,15 @@ from torch import Tensor
 
 from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
 from pyro_ebm.energies import Energy
-from pyro_ebm.mcmc import HMC, ChainState
+from pyro_ebm.mcmc import HMC, ChainState, Kernel
+from pyro_ebm.mcmc.base import evaluate
 from pyro_ebm.mcmc.samplers.persistent import StatefulModule
 from pyro_ebm.mcmc.warmup.adaptation import StepSizeAdaptation
 from pyro_ebm.partition.particles.resampling import systematic_resample
 
 
 class Walkers(StatefulModule):
-    """Weighted walkers in unconstrained space, in islands.
+    """Weighted walkers in unconstrained space or on a finite support, in islands.
 
     Args:
         kernel: How they move; its step size and metric are replaced by adapted ones.
@@ -47,7 +48,7 @@ class Walkers(StatefulModule):
     #: Effective fraction of one change of the weights below which it is refused.
     ESS_INCREMENT = 0.8
 
-    def __init__(self, kernel: HMC) -> None:
+    def __init__(self, kernel: Kernel) -> None:
         super().__init__()
         self.kernel = kernel
         for name in ("u", "energy", "grad", "log_weights", "log_offset", "metric"):
@@ -61,7 +62,7 @@ class Walkers(StatefulModule):
         """Whether there are walkers."""
         return self.u.numel() > 0
 
-    def start(self, chains: ChainState, log_partition: Tensor, kernel: HMC) -> None:
+    def start(self, chains: ChainState, log_partition: Tensor, kernel: Kernel) -> None:
         """Place the walkers, with equal weights.
 
         Args:
@@ -72,9 +73,11 @@ class Walkers(StatefulModule):
         self.u, self.energy, self.grad = (part.clone() for part in chains)
         self.log_weights = torch.zeros_like(self.energy)
         self.log_offset = log_partition.to(self.log_weights, copy=True)
-        metric = kernel.scale if kernel.scale_tril is None else kernel.scale_tril
+        tril, scale = (getattr(kernel, n, None) for n in ("scale_tril", "scale"))
+        metric = scale if tril is None else tril
         self.metric = self.u.new_ones(self.u.shape[2:]) if metric is None else metric
-        self.adaptation.reset(kernel.step_size)
+        if kernel.has_step_size:
+            self.adaptation.reset(kernel.step_size)
         self.num_updates.zero_()
         self.num_resamplings.zero_()
 
@@ -118,7 +121,7 @@ class Walkers(StatefulModule):
         Returns:
             Whether it was taken over.
         """
-        value, grad = energy.value_and_grad(self.u)
+        value, grad = evaluate(energy, self.u)
         self.num_evaluations += value.numel()
         increment = self._increment(value)
         fraction = effective_sample_fraction(increment.flatten())
@@ -135,16 +138,21 @@ class Walkers(StatefulModule):
     def move(self, energy: Energy) -> None:
         """One transition of all walkers under the energy last taken over."""
         is_dense = self.metric.dim() > self.u.dim() - 2
-        kernel = dataclasses.replace(
-            self.kernel,
-            step_size=self.adaptation.step_size,
-            scale_tril=self.metric if is_dense else None,
-            scale=None if is_dense else self.metric,
-        )
+        kernel = self.kernel
+        if isinstance(kernel, HMC):
+            kernel = dataclasses.replace(
+                kernel,
+                step_size=self.adaptation.step_size,
+                scale_tril=self.metric if is_dense else None,
+                scale=None if is_dense else self.metric,
+            )
+        else:
+            kernel = kernel.with_step_size(self.adaptation.step_size)
         state = ChainState(self.u, self.energy, self.grad)
         state, info = kernel.step(energy, state)
         self.u, self.energy, self.grad = state
-        self.adaptation.update(kernel, info)
+        if kernel.has_step_size:
+            self.adaptation.update(kernel, info)
         self.num_evaluations += kernel.num_gradients * self.energy.numel()
 
     def log_ratio(self, energy: Energy) -> tuple[Tensor, float]:

@@ -169,7 +169,7 @@ def test_the_check_sees_a_mode_that_all_walkers_have_lost():
     assert lost.status == "ok"
     assert not tracker.check()
     assert tracker.averaged().status == tracker.status == "unreliable"
-    assert "fresh run of SMC" in tracker.averaged().reason
+    assert "fresh run" in tracker.averaged().reason
     # The fresh run, which has found more, is where the walkers go on.
     assert abs(tracker.averaged().value - exact) < 0.3
     assert tracker.check()

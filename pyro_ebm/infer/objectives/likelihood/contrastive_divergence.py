@@ -16,7 +16,7 @@ References:
 
 __all__ = ["ContrastiveDivergence"]
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, cast, final
 
 import torch
@@ -27,11 +27,13 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import (
     adapted_mover,
+    kernel_of,
     points_of_chains,
+    require_followed,
     require_kernel,
 )
 from pyro_ebm.infer.objectives.objective import Need, Objective, Surrogate, Terms
-from pyro_ebm.mcmc import MALA, Kernel, PersistentChains
+from pyro_ebm.mcmc import Kernel, PersistentChains
 from pyro_ebm.mcmc.base import bias_of
 
 
@@ -42,8 +44,9 @@ class ContrastiveDivergence(Objective):
 
     Args:
         num_steps: Moves :math:`k` of each chain.
-        kernel: A corrected kernel, default :class:`~pyro_ebm.mcmc.MALA`; its step size
-            is adapted on the way.
+        kernel: A corrected kernel, default :class:`~pyro_ebm.mcmc.MALA`, and on a
+            finite support :class:`~pyro_ebm.mcmc.Gibbs`; a step size is adapted on the
+            way.
 
     Raises:
         TypeError: If ``kernel`` is no kernel.
@@ -69,12 +72,17 @@ class ContrastiveDivergence(Objective):
     starts_at_data: ClassVar[bool] = True
 
     num_steps: int = 1
-    kernel: Kernel = field(default_factory=MALA)
+    kernel: Kernel | None = None
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
-        require_kernel(self.kernel)
+        if self.kernel is not None:
+            require_kernel(self.kernel)
+
+    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
+        """Refuse what chains cannot follow; see :meth:`Objective.check`."""
+        require_followed(distribution.energy, x, type(self).__name__)
 
     def make_state(self) -> PersistentChains:
         """Chains, of which only the step size lasts from step to step."""
@@ -97,7 +105,7 @@ class ContrastiveDivergence(Objective):
 
     def mover(self, energy: Energy, state: nn.Module) -> tuple[Kernel, int] | None:
         """See :meth:`Objective.mover`."""
-        return adapted_mover(cast(PersistentChains, state), self.kernel, self.num_steps)
+        return adapted_mover(cast(PersistentChains, state), self.num_steps)
 
     def chain_age(self, num_steps: int) -> float:
         """See :meth:`Objective.chain_age`."""
@@ -108,16 +116,17 @@ class ContrastiveDivergence(Objective):
     ) -> Surrogate:
         """See :meth:`Objective.surrogate`."""
         energy, chains = distribution.energy, cast(PersistentChains, state)
+        kernel = kernel_of(self.kernel, energy)
 
         def surrogate(x: Tensor) -> Terms:
             start = x.reshape(-1, *energy.event_shape)
             if not chains.is_started:
-                chains.start(energy, start, self.kernel)
+                chains.start(energy, start, kernel)
             else:
                 _, to_support = unconstrained(energy)
                 with torch.no_grad():
                     chains.u = to_support.inv(start).to(chains.u)
-            moved = chains.advance(energy, self.kernel, self.num_steps)
+            moved = chains.advance(energy, kernel, self.num_steps)
             data, model = energy(torch.stack([x, moved.reshape(x.shape)]))
             return Terms(model - data, data)  # (1)
 

@@ -6,7 +6,8 @@ r"""Maximum likelihood with an exact log Z, where the space is small enough.
     \partial \log Z &= -\sum_j w_j\, \partial f_\theta(x_j), \qquad
     w_j = v_j\, e^{-f_\theta(x_j)} / Z                                     \tag{2}
 
-Over a finite support the :math:`x_j` are all of its points, :math:`v_j = 1`. In up to
+Over a finite support the :math:`x_j` are all of its points, :math:`v_j = 1`, unless the
+energy knows its log Z in closed form. In up to
 three dimensions they are the nodes of the trapezoidal rule in unconstrained space, with
 :math:`u = m + s \sinh t` as in :mod:`pyro_ebm.partition.exact.grid`. The grid is
 shifted by a random part of a cell at each step, else the energy would be fitted at the
@@ -40,6 +41,8 @@ _CHUNK = 2**18
 _REACH = 5.0
 #: Nodes of less weight than this part of the heaviest have no part in (2).
 _NEGLIGIBLE = 1e-12
+#: So few states are listed even where log Z has a closed form.
+_FEW = 2**12
 
 
 class ExactGrid(StatefulModule):
@@ -122,7 +125,8 @@ class ExactMaximumLikelihood(Objective):
 
     def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
         """Refuse a space that is too large; see :meth:`Objective.check`."""
-        self._require_small(distribution.energy)
+        if _known(distribution.energy) is None:
+            self._require_small(distribution.energy)
 
     def loss(self, model: Any, x: Tensor, state: nn.Module | None = None) -> Tensor:
         """See :meth:`Objective.loss`; without a state the grid is placed by ``x``."""
@@ -133,12 +137,16 @@ class ExactMaximumLikelihood(Objective):
     ) -> Surrogate:
         """See :meth:`Objective.surrogate`."""
         energy, grid = distribution.energy, cast(ExactGrid, state)
-        self._require_small(energy)
+        if _known(energy) is None:
+            self._require_small(energy)
         found: list[Tensor] = []
 
         def surrogate(x: Tensor) -> Terms:
             if not found:
-                found.append(self._log_partition(energy, x, grid))
+                known = _known(energy)
+                found.append(
+                    self._log_partition(energy, x, grid) if known is None else known
+                )
             value = energy(x)
             return Terms(-value - found[0], value)  # (1)
 
@@ -207,6 +215,15 @@ class ExactMaximumLikelihood(Objective):
                 UnreliableWarning,
                 stacklevel=2,
             )
+
+
+def _known(energy: Energy) -> Tensor | None:
+    """Log Z with its gradient over a finite support, where the energy knows it."""
+    count = num_points(energy.support, energy.event_shape)
+    if not energy.support.is_discrete or (count is not None and count <= _FEW):
+        return None  # listing them takes less time
+    known = energy.closed_form()
+    return None if known is None else known.log_partition
 
 
 class _Nodes(NamedTuple):

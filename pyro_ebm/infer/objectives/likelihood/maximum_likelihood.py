@@ -11,11 +11,16 @@ References:
     Tieleman (2008), ICML.
 """
 
-__all__ = ["MaximumLikelihood", "likelihood_surrogate", "require_kernel"]
+__all__ = [
+    "MaximumLikelihood",
+    "kernel_of",
+    "likelihood_surrogate",
+    "require_followed",
+    "require_kernel",
+]
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast, final
 
 import torch
@@ -24,9 +29,17 @@ from torch import Tensor, nn
 from pyro_ebm.core.verdict import Finding
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Energy, unconstrained
-from pyro_ebm.infer.objectives.objective import Need, Objective, Surrogate, Terms
+from pyro_ebm.energies.views.unconstrained import is_finite_support
+from pyro_ebm.infer.objectives.objective import (
+    Need,
+    Objective,
+    Surrogate,
+    Terms,
+    require_differentiable,
+)
 from pyro_ebm.mcmc import MALA, IndependentChains, Kernel, PersistentChains
 from pyro_ebm.mcmc.base import bias_of
+from pyro_ebm.mcmc.kernels.discrete_langevin import kernel_for
 
 #: Moves of chains that begin in a later stage, before its first parameter step.
 _WARMUP_MOVES = 50
@@ -40,8 +53,9 @@ class MaximumLikelihood(Objective):
     Args:
         num_chains: Chains that estimate the expectation.
         num_steps: Transitions of each chain between two parameter steps.
-        kernel: A corrected kernel, default :class:`~pyro_ebm.mcmc.MALA`; its step size
-            is adapted on the way.
+        kernel: A corrected kernel, default :class:`~pyro_ebm.mcmc.MALA`, and on a
+            finite support :class:`~pyro_ebm.mcmc.Gibbs`; a step size is adapted on the
+            way.
         restart_fraction: Part of the chains that begin anew from the base at each step,
             so that a mode which no chain has visited is found before it grows. Fresh
             chains take a while to arrive and bias the gradient: keep it small.
@@ -70,7 +84,7 @@ class MaximumLikelihood(Objective):
 
     num_chains: int = 256
     num_steps: int = 10
-    kernel: Kernel = field(default_factory=MALA)
+    kernel: Kernel | None = None
     restart_fraction: float = 0.004
 
     def __post_init__(self) -> None:
@@ -79,11 +93,16 @@ class MaximumLikelihood(Objective):
                 raise ValueError(
                     f"{name} must be at least 1, got {getattr(self, name)}."
                 )
-        require_kernel(self.kernel)
+        if self.kernel is not None:
+            require_kernel(self.kernel)
         if not 0 <= self.restart_fraction < 1:
             raise ValueError(
                 f"restart_fraction must be in [0, 1), got {self.restart_fraction}."
             )
+
+    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
+        """Refuse what chains cannot follow; see :meth:`Objective.check`."""
+        require_followed(distribution.energy, x, type(self).__name__)
 
     def make_state(self) -> PersistentChains:
         """Chains that have not started."""
@@ -101,7 +120,7 @@ class MaximumLikelihood(Objective):
 
     def mover(self, energy: Energy, state: nn.Module) -> tuple[Kernel, int] | None:
         """See :meth:`Objective.mover`."""
-        return adapted_mover(cast(PersistentChains, state), self.kernel, self.num_steps)
+        return adapted_mover(cast(PersistentChains, state), self.num_steps)
 
     def chain_age(self, num_steps: int) -> float:
         """See :meth:`Objective.chain_age`."""
@@ -114,8 +133,9 @@ class MaximumLikelihood(Objective):
     ) -> None:
         """Start the chains and move them on; see :meth:`Objective.begin`."""
         chains = cast(PersistentChains, state)
-        chains.start(energy, draw(self.num_chains), self.kernel)
-        chains.advance(energy, self.kernel, _WARMUP_MOVES)
+        kernel = kernel_of(self.kernel, energy)
+        chains.start(energy, draw(self.num_chains), kernel)
+        chains.advance(energy, kernel, _WARMUP_MOVES)
 
     def second_term_covariance(
         self,
@@ -142,7 +162,7 @@ class MaximumLikelihood(Objective):
         x_model = chains.follow(
             energy,
             sampler,
-            self.kernel,
+            kernel_of(self.kernel, energy),
             self.num_chains,
             self.num_steps,
             self.restart_fraction,
@@ -186,20 +206,43 @@ def points_of_chains(energy: Energy, u: Tensor) -> Tensor | None:
 
 
 def adapted_mover(
-    chains: PersistentChains, kernel: Kernel, num_steps: int
+    chains: PersistentChains, num_steps: int
 ) -> tuple[Kernel, int] | None:
-    """A kernel with the step size that chains have found; ``None`` before they have.
+    """The kernel that has moved chains, with their step size; ``None`` before.
 
     Args:
         chains: Moved by it.
-        kernel: With the step size that it was given.
         num_steps: Moves a parameter step.
     """
-    if not chains.is_started:
+    if not chains.is_started or chains.kernel is None:
         return None
-    given: Any = kernel
-    adapted = dataclasses.replace(given, step_size=chains.adaptation.step_size)
-    return adapted, num_steps
+    return chains.kernel.with_step_size(chains.adaptation.step_size), num_steps
+
+
+def kernel_of(kernel: Kernel | None, energy: Energy) -> Kernel:
+    """The kernel that chains of an objective move by: the given one, or a default.
+
+    Args:
+        kernel: Of the objective.
+        energy: That they follow.
+    """
+    return kernel_for(energy, MALA()) if kernel is None else kernel
+
+
+def require_followed(energy: Energy, x: Tensor, objective: str) -> None:
+    """Refuse an energy without a gradient, unless its support is finite.
+
+    Args:
+        energy: That chains are to follow.
+        x: Some points of its support.
+        objective: Its name, for the message.
+
+    Raises:
+        NotImplementedError: If the support is discrete and not finite.
+        ValueError: If there is no gradient on a continuous one.
+    """
+    if not is_finite_support(energy.support):
+        require_differentiable(energy, x, objective)
 
 
 def require_kernel(kernel: Any) -> None:

@@ -1,0 +1,216 @@
+r"""Many flips at once, proposed by the gradient: for any energy over finite sites.
+
+With the difference :math:`d_{iv}` of the log density between the value :math:`v` of a
+site and its own, to first order or exact, every site makes a move of its own,
+
+.. math::
+    q_i(v) &= (1 - \epsilon)\, [v = x_i] +
+        \epsilon\, \frac{e^{d_{iv}}}{\sum_w e^{d_{iw}}}
+                                                                           \tag{1} \\
+    q_i(\text{flip}) &= \sigma(d_i)
+        \left(1 - e^{-2 t \cosh(d_i / 2)}\right)                          \tag{2} \\
+    \log\alpha &= f(x) - f(y) + \sum_i \log \frac{q_i^{(y)}(x_i)}{q_i^{(x)}(y_i)}
+                                                                           \tag{3}
+
+and all moves are accepted as one. Of two values (2) is a jump process of rates
+:math:`e^{\pm d_i / 2}` that runs for the time :math:`t`; of more, (1) draws a site anew
+from its conditional, the others frozen, with :math:`\epsilon = 1 - e^{-t}`. Each site
+moves or not for itself, so the number of flips is not fixed, nor even.
+
+References:
+    Zhang, Liu & Liu (2022), ICML (a discrete Langevin proposal). Sun, Dai, Dai, Zhou &
+    Schuurmans (2022), ICLR (the jump process). Grathwohl, Swersky, Hashemi, Duvenaud &
+    Maddison (2021), ICML (first-order differences).
+"""
+
+__all__ = ["DiscreteLangevin", "kernel_for"]
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import torch
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor
+
+from pyro_ebm.energies import Energy
+from pyro_ebm.energies.discrete.finite import finite_values, num_states
+from pyro_ebm.energies.discrete.rbm import RBMEnergy
+from pyro_ebm.energies.discrete.sites import SiteEnergy
+from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, accept
+from pyro_ebm.mcmc.kernels.gibbs import Gibbs, checked_points
+
+#: So few sites are drawn one by one.
+_FEW_SITES = 16
+
+
+@final
+@dataclass(frozen=True)
+class DiscreteLangevin(Kernel):
+    """Flip many sites at once by (1) or (2), and accept or reject the whole.
+
+    For energies of which no blocks are known: a network over bits or integers, at one
+    gradient a step however many sites there are. Where blocks are known
+    :class:`Gibbs` is the faster by far.
+
+    Args:
+        step_size: The time :math:`t`; above ``max_step`` it is taken for that.
+        target_accept_prob: Mean acceptance that adaptation aims at. Where the sites are
+            almost independent it cannot be got down to, and the step ends at its bound.
+        max_step: Bound of the step; at the default every site is drawn anew.
+
+    Raises:
+        ValueError: If a setting is out of range.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> bits = dist.constraints.independent(dist.constraints.boolean, 1)
+        >>> net = pyro_ebm.energies.FunctionEnergy(
+        ...     lambda x: (x.sum(-1) - 5).square() / 8, (20,), bits
+        ... )
+        >>> kernel = DiscreteLangevin(0.3)
+        >>> state = kernel.init(net, torch.zeros(100, 20))
+        >>> state, info = kernel.step(net, state)
+        >>> state.x.shape, bool(info.accept_prob.mean() > 0.2)
+        (torch.Size([100, 20]), True)
+    """
+
+    step_size: float | Tensor = 0.5
+    target_accept_prob: float = 0.574
+    max_step: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        self._check()
+        if not 0 < self.max_step < math.inf:
+            raise ValueError(
+                f"max_step must be positive and finite, got {self.max_step}."
+            )
+
+    @property
+    def num_gradients(self) -> int:
+        """One gradient a step."""
+        return 1
+
+    @torch.no_grad()
+    def init(self, energy: Energy, x: Tensor) -> ChainState:
+        """Evaluate energy and gradient at the chains' points, once.
+
+        Args:
+            energy: Over a finite support, differentiable in ``x`` unless it is a
+                :class:`~pyro_ebm.energies.SiteEnergy`.
+            x: Points of the support, shape ``(*chains, *event)``.
+
+        Raises:
+            ValueError: If the support is not finite, a point is outside of it, or there
+                is no gradient.
+        """
+        return self._evaluated(energy, checked_points(energy, x))
+
+    @torch.no_grad()
+    def step(self, energy: Energy, state: ChainState) -> tuple[ChainState, StepInfo]:
+        """Move every chain once; see :meth:`Kernel.step`."""
+        time = torch.as_tensor(self.step_size).to(state.energy).clamp(max=self.max_step)
+        there = _Moves.of(energy, state, time)
+        index = there.draw()
+        new = self._evaluated(energy, there.values[index])
+        back = _Moves.of(energy, new, time)
+        log_q = back.log_prob(there.own) - there.log_prob(index)
+        log_q = sum_rightmost(log_q, energy.event_dim)
+        return accept(state.energy - new.energy + log_q, state, new)  # (3)
+
+    def _evaluated(self, energy: Energy, x: Tensor) -> ChainState:
+        if isinstance(energy, SiteEnergy):
+            return ChainState(x, energy(x), torch.zeros_like(x))
+        return ChainState(x, *energy.value_and_grad(x))
+
+
+def kernel_for(energy: Energy, kernel: Kernel) -> Kernel:
+    """A kernel for real space, or one for a finite support.
+
+    There it is :class:`Gibbs` where blocks are known, where the sites are few, and
+    where there is no gradient; else :class:`DiscreteLangevin`.
+
+    Args:
+        energy: That it is to move on.
+        kernel: For real space.
+    """
+    if not energy.support.is_discrete:
+        return kernel
+    has_blocks = isinstance(energy, SiteEnergy | RBMEnergy)
+    if has_blocks or energy.event_shape.numel() <= _FEW_SITES:
+        return Gibbs()
+    low = (finite_values(energy.support) or (0.0,))[0]
+    first = torch.full((1, *energy.event_shape), low)
+    try:
+        energy.value_and_grad(first.to(**energy.tensor_options(first)))
+    except ValueError:
+        return Gibbs()
+    return DiscreteLangevin()
+
+
+class _Moves(NamedTuple):
+    """What each site may do.
+
+    Attributes:
+        log_probs: Of each value, shape ``(q, *chains, *event)``.
+        own: Index of the present value, shape ``(*chains, *event)``.
+        values: Shape ``(q,)``.
+    """
+
+    log_probs: Tensor
+    own: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, energy: Energy, state: ChainState, time: Tensor) -> "_Moves":
+        """The proposal (1) or (2) from a state."""
+        x = state.x
+        values = torch.tensor(finite_values(energy.support)).to(x)
+        own = torch.searchsorted(values, x.contiguous())
+        wide = values.reshape(-1, *(1,) * x.dim())
+        if isinstance(energy, SiteEnergy):
+            logits = energy.site_logits(x)
+            differences = logits - logits.gather(0, own[None])
+        else:
+            differences = (x - wide) * state.grad
+            states = num_states(energy.support, energy.event_shape)
+            if states is not None:
+                index = torch.arange(len(values), device=x.device).reshape(wide.shape)
+                lacking = index >= states.to(x.device)
+                differences = differences.masked_fill(lacking, -torch.inf)
+        # Steps of their own for the chains come with the shape of these.
+        time = time.reshape(time.shape + (1,) * (energy.event_dim if time.dim() else 0))
+        if len(values) == 2:
+            return cls(_jumps(differences, own, time), own, values)
+        return cls(_redraws(differences, own, time), own, values)
+
+    def draw(self) -> Tensor:
+        """Indices of new values, shape ``(*chains, *event)``."""
+        if len(self.values) == 2:
+            return (torch.rand_like(self.log_probs[1]) < self.log_probs[1].exp()).long()
+        noise = torch.empty_like(self.log_probs).exponential_()
+        return (self.log_probs.exp() / noise).argmax(0)
+
+    def log_prob(self, index: Tensor) -> Tensor:
+        """Log-probability of a move of each site, shape of ``index``."""
+        return self.log_probs.gather(0, index[None])[0]
+
+
+def _jumps(differences: Tensor, own: Tensor, time: Tensor) -> Tensor:
+    """Log-probabilities (2) of two values, one of them the own."""
+    d = differences.gather(0, 1 - own[None])[0]
+    rate = 2 * time * (d / 2).clamp(-80, 80).cosh()
+    flip = d.sigmoid() * -torch.expm1(-rate)
+    flip = torch.where(d == -torch.inf, 0.0, flip)
+    both = torch.stack([1 - flip, flip]).log()
+    return torch.where(own == 1, both.flip(0), both)  # (2)
+
+
+def _redraws(differences: Tensor, own: Tensor, time: Tensor) -> Tensor:
+    """Log-probabilities (1) of more than two values."""
+    epsilon = -torch.expm1(-time)
+    probs = epsilon * differences.softmax(0)
+    index = torch.arange(len(probs), device=own.device)
+    is_own = index.reshape(-1, *(1,) * own.dim()) == own
+    return (probs + is_own * (1 - epsilon)).log()  # (1)
