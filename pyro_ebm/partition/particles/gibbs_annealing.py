@@ -95,8 +95,9 @@ def gibbs_annealing(
         energy: Over a finite support.
         base: A normalised distribution over the same support, to start from. What is no
             product over the sites moves site by site, at many times the cost.
-        budget: Evaluations aimed at. A sweep by blocks, with its weight, counts as one.
-            Default: 50,000, and enough for 10,000 sweeps site by site.
+        budget: Evaluations aimed at by the two directions; chains from the cold cost up
+            to a third more. A sweep by blocks, with its weight, counts as one. Default:
+            50,000, and enough for 10,000 sweeps site by site.
         num_islands: Independent sets of chains, at least 4.
         progress_bar: Whether to show the temperatures, if it takes more than a second.
 
