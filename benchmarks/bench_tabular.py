@@ -162,15 +162,15 @@ def summary(rows):
 
 def main(names, splits, seconds, *, smoke_test=False):
     found = []
-    for name in names:
-        for seed in range(splits):
+    for seed in range(splits):
+        for name in names:
             found.append(run(name, seed, seconds))
             print(line(found[-1]), flush=True)
-    tables = {
-        "Mean log-likelihood of a test row, nats": summary(found),
-        "Runs": [flat(row) for row in found],
-    }
-    text = save("tabular", __doc__, tables, smoke_test=smoke_test)
+        tables = {
+            "Mean log-likelihood of a test row, nats": summary(found),
+            "Runs": [flat(row) for row in found],
+        }
+        text = save("tabular", __doc__, tables, smoke_test=smoke_test)
     print(text)
 
 

@@ -11,6 +11,7 @@ import pyro.distributions as dist
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
+from pyro_ebm.bases.committee import committee
 from pyro_ebm.bases.flow import flow
 from pyro_ebm.bases.kernels import independent, kernel_density
 from pyro_ebm.bases.mixture import gaussian_mixture, normal
@@ -30,8 +31,8 @@ class FittedBase(NamedTuple):
 
     Attributes:
         distribution: Normalised, over the event.
-        kind: ``"normal"``, ``"gaussian_mixture"``, ``"kernel_density"``,
-            ``"independent"``, ``"flow"``, or ``"stack"``, a mixture of them.
+        kind: ``"normal"``, ``"committee"``, ``"kernel_density"``, ``"independent"``,
+            ``"flow"``, ``"gaussian_mixture"``, or ``"stack"``, a mixture of them.
         log_likelihood: Nats a held-out row, of the fit to the other rows.
         std_error: Of that, from the number of held-out rows.
         compared: The same of all kinds that were tried; ``-inf`` where a fit failed.
@@ -69,10 +70,11 @@ def fit(
     Args:
         data: Shape ``(N, *event)``; of an integer type for a finite support, whose
             coordinates are then independent.
-        kind: ``"auto"`` compares a normal distribution, a mixture of them, kernel
-            densities of rows and of independent coordinates and, for 500 rows or more
-            and where zuko is installed, a spline flow, and mixes those that are worth
-            it; or the one to take.
+        kind: ``"auto"`` compares a normal distribution, a committee of mixtures of
+            them (:func:`~pyro_ebm.bases.committee`), kernel densities of rows and of
+            independent coordinates and, for 500 rows or more and where zuko is
+            installed, a spline flow, and mixes those that are worth it; or the one to
+            take.
         support: Of a row; default: all real numbers.
         held_out: Rows to compare by, shape ``(M, *event)``; the base is then fitted to
             ``data`` alone. Default: about a seventh of ``data``, and what was chosen is
@@ -97,7 +99,7 @@ def fit(
         >>> data = torch.cat([torch.randn(150, 2) - 4, torch.randn(150, 2) + 4])
         >>> found = fit(data, progress_bar=False)
         >>> found.kind, len(found.compared)
-        ('gaussian_mixture', 5)
+        ('committee', 5)
         >>> model = pyro_ebm.EnergyModel(
         ...     pyro_ebm.energies.NeuralEnergy((2,), (16,)), found.distribution
         ... )
@@ -177,7 +179,7 @@ def _fitted(
 def _worth_trying(num_rows: int) -> list[str]:
     kinds = ["normal", "kernel_density", "independent"]
     if find_spec("sklearn") is not None:
-        kinds.insert(1, "gaussian_mixture")
+        kinds.insert(1, "committee")
     if num_rows >= _ENOUGH_FOR_FLOW and find_spec("zuko") is not None:
         kinds.append("flow")
     return kinds
@@ -193,6 +195,9 @@ def _fitters(
         ),
         "kernel_density": lambda data, _: kernel_density(
             data, support=support, seed=seed
+        ),
+        "committee": lambda data, seconds: committee(
+            data, support=support, max_seconds=seconds / 2, seed=seed
         ),
         "independent": lambda data, _: independent(data, support=support, seed=seed),
         "flow": lambda data, seconds: flow(

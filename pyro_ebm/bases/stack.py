@@ -11,7 +11,7 @@ References:
     Smyth & Wolpert (1999), Machine Learning 36, 59-83.
 """
 
-__all__ = ["Stack", "stacked"]
+__all__ = ["Stack", "stacked", "stacking_weights"]
 
 from collections.abc import Sequence
 from typing import Any, final
@@ -81,11 +81,22 @@ def stacked(parts: Sequence[dist.TorchDistribution], held_out: Tensor) -> Stack:
         tensor([0.8000, 0.2000])
     """
     at_rows = torch.stack([part.log_prob(held_out) for part in parts])
-    at_rows = at_rows.nan_to_num(nan=-torch.inf)
-    at_rows = at_rows[:, at_rows.isfinite().any(0)]
-    probs = torch.full_like(at_rows[:, 0], 1 / len(parts))
-    for _ in range(_STEPS):
-        probs = (at_rows + probs.log()[:, None]).softmax(0).mean(1)
+    probs = stacking_weights(at_rows)
     kept = [part for part, share in zip(parts, probs, strict=True) if share >= _LEAST]
     probs = probs[probs >= _LEAST]
     return Stack(kept, probs / probs.sum())
+
+
+def stacking_weights(at_rows: Tensor) -> Tensor:
+    """The weights (1), shape ``(K,)``.
+
+    Args:
+        at_rows: Log densities of ``K`` parts at rows that they have not seen, shape
+            ``(K, N)``; rows that no part can have say nothing.
+    """
+    at_rows = at_rows.nan_to_num(nan=-torch.inf)
+    at_rows = at_rows[:, at_rows.isfinite().any(0)]
+    probs = torch.full_like(at_rows[:, 0], 1 / len(at_rows))
+    for _ in range(_STEPS):
+        probs = (at_rows + probs.log()[:, None]).softmax(0).mean(1)
+    return probs

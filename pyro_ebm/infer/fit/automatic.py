@@ -6,8 +6,8 @@ come from draws of a proposal, made once
 (:class:`~pyro_ebm.partition.tracking.weighted_draws.WeightedDraws`), as long as enough
 of them count; then from a proposal that is fitted to the draws by their weights; and
 from chains where that fails. The model of the record with the
-best held-out likelihood is kept, unless that is better than the start by less than its
-standard error.
+best held-out likelihood is kept, unless that is better than the start by less than two
+standard errors.
 """
 
 __all__ = [

@@ -91,7 +91,7 @@ def fit(
     maximum likelihood: a network without a base as a correction of that density, which
     starts as none. Log Z comes from draws of the base while enough of them count, then
     from chains (:mod:`~pyro_ebm.infer.fit.automatic`). The best record by the held-out
-    likelihood is kept, or the start, where the gain is less than its standard error:
+    likelihood is kept, or the start, where the gain is less than two standard errors:
     the model is never much worse than its base.
 
     The model is trained in place; at the end its parameters are the averaged ones, to
@@ -419,9 +419,12 @@ class _Fit:
         return last_good
 
     def _is_chance(self) -> bool:
-        """Whether held-out points like the best record no more than by chance."""
+        """Whether held-out points like the best record no more than by chance.
+
+        Two standard errors, as the same points have chosen the record.
+        """
         gains = self.best_values - self.start_values
-        return bool(gains.mean() < gains.std() / math.sqrt(len(gains)))
+        return bool(gains.mean() < 2 * gains.std() / math.sqrt(len(gains)))
 
     def _why_stop(self, steps: Any, record: FitRecord, *, is_late: bool) -> str | None:
         """Why a stage ends after a record, or ``None``."""
