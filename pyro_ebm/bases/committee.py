@@ -11,18 +11,26 @@ which gives each row a density by a fit that has not seen it. The committee is
 By Jensen's inequality it is at least as good as a member of it in the mean; and all
 rows serve both to fit and to choose.
 
+Missing entries are drawn, in turn with fits to the rows that are filled so: stochastic
+expectation maximisation, first of a small mixture, then of a committee, in the last of
+which each part :math:`f` is left out of draws of its own.
+
 References:
+    Celeux & Diebolt (1985), Computational Statistics Quarterly 2, 73-82.
     Smyth & Wolpert (1999), Machine Learning 36, 59-83.
     Ormoneit & Tresp (1998), IEEE Trans. Neural Networks 9, 639-650.
 """
 
 __all__ = ["committee"]
 
+from collections.abc import Sequence
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
+from pyro_ebm.bases.conditional import conditional_draws
 from pyro_ebm.bases.mixture import (
     NUMBERS,
     ROWS_EACH,
@@ -30,7 +38,7 @@ from pyro_ebm.bases.mixture import (
     fitted_mixture,
     joined_mixture,
 )
-from pyro_ebm.bases.rows import Rows
+from pyro_ebm.bases.rows import Rows, repetitions
 from pyro_ebm.bases.stack import stacking_weights
 from pyro_ebm.core.stopwatch import Stopwatch
 
@@ -39,21 +47,28 @@ from pyro_ebm.core.stopwatch import Stopwatch
 _PARTS, _FLOORS, _LEAST = 5, (1e-6, 1e-2, 1e-1), 0.02
 #: Rows that a member is fitted to, at most.
 _MAX_ROWS = 20_000
+#: Steps, components, and rows for each of these, of the small mixture that comes before
+#: the committees where entries are missing.
+_STEPS_OF_SMALL, _SMALL, _ROWS_OF_SMALL = 10, 2, 50
 
 
 def committee(
     data: Tensor,
     *,
     support: Constraint | None = None,
+    weights: Tensor | None = None,
     max_seconds: float = 20.0,
     seed: int = 0,
 ) -> dist.TorchDistribution:
     """The committee (1) of Gaussian mixtures of 1, 2, 4, ... 32 components.
 
     Args:
-        data: Shape ``(N, *event)``.
+        data: Shape ``(N, *event)``. Of vectors of real numbers, ``nan`` is an entry
+            that is missing, at random given the others of its row.
         support: Of a row; the mixtures are then in unconstrained space, pushed to the
             support. Default: all real numbers.
+        weights: Of the rows, shape ``(N,)``: in (1), and by repetitions of the rows
+            that a member is fitted to. Default: all equal.
         max_seconds: Seconds after which no larger mixtures are tried.
         seed: Of the parts, and of the first components.
 
@@ -75,39 +90,118 @@ def committee(
         >>> base.event_shape, len(base.loc) > 2
         (torch.Size([2]), True)
     """
+    missing = None
+    if isinstance(data, Tensor) and data.dim() == 2 and support is None:
+        missing = data.isnan() if bool(data.isnan().any()) else None
+        data = data if missing is None else _started(data, missing)
     rows = Rows.of(data, support)
-    if len(rows.u) < 3:
+    share = torch.ones(len(rows.u)) if weights is None else weights.cpu()
+    count = int((share > 0).sum())
+    if count < 3:
         raise ValueError(
-            f"data must have at least 3 rows for a committee, got {len(rows.u)}. Use "
+            f"data must have at least 3 rows for a committee, got {count}. Use "
             "pyro_ebm.bases.normal."
         )
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(rows.u), generator=generator)[:_MAX_ROWS]
-    parts = order.chunk(min(_PARTS, len(order)))
+    parts = _order(share, seed).chunk(_PARTS)
+    if missing is None:
+        return rows.distribution(
+            _assembled([rows.u] * _PARTS, parts, share, max_seconds, seed)
+        )
+    filled, gone = rows.u, missing.any(1)
+    found = _small(filled, missing, share)
+    for number in (1, _PARTS):
+        draws = conditional_draws(found, filled[gone], missing[gone], number)
+        versions = [filled.clone() for _ in range(_PARTS)]
+        for index, version in enumerate(versions):
+            version[gone] = draws[min(index, number - 1)]
+        found = _assembled(versions, parts, share, max_seconds / 2, seed)
+    return rows.distribution(found)
+
+
+def _started(data: Tensor, missing: Tensor) -> Tensor:
+    """Rows whose missing entries are draws of what was seen in their column.
+
+    Raises:
+        ValueError: If nothing was seen in a column.
+    """
+    filled = data.clone()
+    for column in range(data.shape[1]):
+        gone = missing[:, column]
+        if gone.all():
+            raise ValueError(
+                f"data has no entry at all in column {column}. Leave it out."
+            )
+        known = data[~gone, column]
+        filled[gone, column] = known[torch.randint(len(known), (int(gone.sum()),))]
+    return filled
+
+
+def _small(u: Tensor, missing: Tensor, share: Tensor) -> Mixture:
+    """A small mixture, from rows that it fills itself."""
+    number = max(1, min(_SMALL, int((share > 0).sum()) // _ROWS_OF_SMALL))
+    gone, index = missing.any(1), repetitions(share)
+    for _ in range(_STEPS_OF_SMALL):
+        found = fitted_mixture(u[index], number, 0)
+        u = u.clone()
+        u[gone] = conditional_draws(found, u[gone], missing[gone], 1)[0]
+    return found
+
+
+def _assembled(
+    versions: Sequence[Tensor],
+    parts: Sequence[Tensor],
+    share: Tensor,
+    max_seconds: float,
+    seed: int,
+) -> Mixture:
+    """The mixture (1), with fits to versions of the rows that leave out one part each.
+
+    Args:
+        versions: As many as parts, each of shape ``(N, D)``.
+        parts: Indices of rows.
+        share: Weights of the rows.
+        max_seconds: After which no larger mixtures are tried.
+        seed: Of the first components.
+    """
     watch, members, unseen = Stopwatch(), [], []
+    order = torch.cat(tuple(parts))
+    fewest = len(order) - max(map(len, parts))
     for number in NUMBERS:
-        fewest = len(order) - max(map(len, parts))
         is_late = watch.seconds > max_seconds
         if number > 1 and (is_late or number * ROWS_EACH > fewest):
             break
         for floor in _FLOORS:
-            fits, values = _fits(rows.u, parts, number, floor, seed)
+            fits, values = _fits(versions, parts, share, number, floor, seed)
             members.append(fits)
             unseen.append(values)
-    weights = stacking_weights(torch.stack(unseen))
-    kept = (weights >= _LEAST).nonzero().flatten().tolist()
-    shares = (weights[kept] / weights[kept].sum()).repeat_interleave(len(parts))
+    chances = stacking_weights(torch.stack(unseen), share[order])
+    kept = (chances >= _LEAST).nonzero().flatten().tolist()
+    shares = (chances[kept] / chances[kept].sum()).repeat_interleave(len(parts))
     chosen = [fit for index in kept for fit in members[index]]
-    return rows.distribution(joined_mixture(chosen, shares / len(parts)))
+    return joined_mixture(chosen, shares / len(parts))
+
+
+def _order(share: Tensor, seed: int) -> Tensor:
+    """Rows that count, shuffled; not too many."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(share), generator=generator)
+    return order[share[order] > 0][:_MAX_ROWS]
 
 
 def _fits(
-    u: Tensor, parts: tuple[Tensor, ...], number: int, floor: float, seed: int
+    versions: Sequence[Tensor],
+    parts: Sequence[Tensor],
+    share: Tensor,
+    number: int,
+    floor: float,
+    seed: int,
 ) -> tuple[list[Mixture], Tensor]:
     """A fit without each part, and its log density there; shape ``(N,)``."""
     fits, values = [], []
-    for part in parts:
+    for u, part in zip(versions, parts, strict=False):
         others = torch.cat([other for other in parts if other is not part])
+        if not bool((share[others] == 1).all()):
+            others = others[repetitions(share[others])]
         fits.append(fitted_mixture(u[others], number, seed, floor))
         values.append(fits[-1].log_prob(u[part]))
     return fits, torch.cat(values)

@@ -87,16 +87,21 @@ def stacked(parts: Sequence[dist.TorchDistribution], held_out: Tensor) -> Stack:
     return Stack(kept, probs / probs.sum())
 
 
-def stacking_weights(at_rows: Tensor) -> Tensor:
+def stacking_weights(at_rows: Tensor, row_weights: Tensor | None = None) -> Tensor:
     """The weights (1), shape ``(K,)``.
 
     Args:
         at_rows: Log densities of ``K`` parts at rows that they have not seen, shape
             ``(K, N)``; rows that no part can have say nothing.
+        row_weights: Of the rows in the sum, shape ``(N,)``; default: all equal.
     """
     at_rows = at_rows.nan_to_num(nan=-torch.inf)
-    at_rows = at_rows[:, at_rows.isfinite().any(0)]
+    counts = at_rows.isfinite().any(0)
+    at_rows = at_rows[:, counts]
+    if row_weights is None:
+        row_weights = torch.ones(len(counts), device=counts.device)
+    shares = row_weights[counts].to(at_rows) / row_weights[counts].sum()
     probs = torch.full_like(at_rows[:, 0], 1 / len(at_rows))
     for _ in range(_STEPS):
-        probs = (at_rows + probs.log()[:, None]).softmax(0).mean(1)
+        probs = (at_rows + probs.log()[:, None]).softmax(0) @ shares
     return probs

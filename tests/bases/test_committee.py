@@ -88,3 +88,37 @@ def test_few_rows(number):
             bases.committee(data)
     else:
         assert bases.committee(data).log_prob(data).isfinite().all()
+
+
+def test_weights_are_repetitions():
+    """Whole ones, exactly, in fits and in (1). Fault: they count in neither."""
+    data = torch.cat([torch.randn(60, 2) - 3, torch.randn(60, 2) + 3])
+    weights = torch.ones(120)
+    weights[60:] = 3.0
+    share = torch.tensor(0.75)
+    for scale in (1.0, 0.37):
+        base = bases.committee(data, weights=scale * weights)
+        right = (base.sample((20_000,))[:, 0] > 0).float().mean()
+        assert abs(right - share) < 0.02
+    dropped = bases.committee(data, weights=(data[:, 0] > 0).float())
+    assert (dropped.sample((1000,))[:, 0] > 0).float().mean() > 0.99
+    one = torch.zeros(120)
+    one[:2] = 1.0
+    with pytest.raises(ValueError, match="at least 3 rows for a committee, got 2"):
+        bases.committee(data, weights=one)
+
+
+def test_missing_entries_are_filled():
+    """The law of whole rows. Fault: what was not seen replaced by its column."""
+    x = torch.randn(400, 1)
+    data = torch.cat([x, x + 0.3 * torch.randn(400, 1), -x], 1)
+    data = data + 0.2 * torch.randn(400, 3)
+    gone = torch.rand(250, 3) < 0.2
+    base = bases.committee(data[:250].where(~gone, torch.nan))
+    whole, normal = bases.committee(data[:250]), bases.independent(data[:250])
+    scores = [b.log_prob(data[250:]).mean() for b in (normal, base, whole)]
+    assert scores[1] > scores[2] - 0.1 * (scores[2] - scores[0])
+    empty = data[:250].clone()
+    empty[:, 1] = torch.nan
+    with pytest.raises(ValueError, match="no entry at all in column 1. Leave it out"):
+        bases.committee(empty)
