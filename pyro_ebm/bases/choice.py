@@ -20,7 +20,8 @@ from pyro_ebm.bases.stack import Stack, stacked
 from pyro_ebm.core.stopwatch import Stopwatch
 
 _Fitter = Callable[[Tensor, float], dist.TorchDistribution]
-#: Rows from which on a flow is tried.
+#: Rows of which one can be held out; and from which on a flow is tried.
+_FEWEST = 3
 _ENOUGH_FOR_FLOW = 500
 #: Nats a row by which a simpler kind may be worse, and a mixture must be better.
 _EQUAL, _WORTH = 1e-3, 0.01
@@ -88,8 +89,8 @@ def fit(
 
     Raises:
         ImportError: If what ``kind`` needs is not installed.
-        ValueError: If ``kind`` is none of these, or the data do not fit, see
-            :class:`~pyro_ebm.bases.rows.Rows`.
+        ValueError: If ``kind`` is none of these, there are fewer than three rows, or
+            they do not fit, see :class:`~pyro_ebm.bases.rows.Rows`.
 
     Exactness: the held-out likelihood is *unbiased* for a kind that was asked for; of
     ``"auto"`` it is that of the best, and a little too good.
@@ -107,6 +108,11 @@ def fit(
     is_whole = isinstance(data, Tensor) and not data.is_floating_point()
     if not is_whole:
         Rows.of(data, support)
+    if held_out is None and len(data) < _FEWEST:
+        raise ValueError(
+            f"data must have at least {_FEWEST} rows to compare bases by, got "
+            f"{len(data)}. Build one yourself, pyro_ebm.bases.normal(data) say."
+        )
     fitters = _fitters(support, seed, progress_bar=progress_bar)
     if kind != "auto" and kind not in fitters:
         raise ValueError(f"kind must be 'auto' or one of {[*fitters]}, got {kind!r}.")

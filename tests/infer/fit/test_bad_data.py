@@ -75,7 +75,9 @@ def test_duplicates_are_rows_like_others():
     assert near.median() < 0.5
 
 
-def test_two_rows_are_the_fewest():
-    result = quick(network(), torch.randn(2, 2))
-    assert result.base.kind in ("normal", "kernel_density", "independent", "stack")
+def test_three_rows_are_the_fewest_for_a_base():
+    with pytest.raises(ValueError, match="at least 3 rows to compare bases by, got 2"):
+        quick(network(), torch.randn(2, 2))
+    result = quick(network(), torch.randn(3, 2))
     assert result.validation is None
+    assert result.log_partition.value == pytest.approx(0.0, abs=0.2)
