@@ -69,7 +69,8 @@ def committee(
             support. Default: all real numbers.
         weights: Of the rows, shape ``(N,)``: in (1), and by repetitions of the rows
             that a member is fitted to. Default: all equal.
-        max_seconds: Seconds after which no larger mixtures are tried.
+        max_seconds: Seconds that it may take; larger mixtures are tried only where
+            there is time for them.
         seed: Of the parts, and of the first components.
 
     Returns:
@@ -160,14 +161,16 @@ def _assembled(
         versions: As many as parts, each of shape ``(N, D)``.
         parts: Indices of rows.
         share: Weights of the rows.
-        max_seconds: After which no larger mixtures are tried.
+        max_seconds: That it may take.
         seed: Of the first components.
     """
-    watch, members, unseen = Stopwatch(), [], []
+    watch, began, members, unseen = Stopwatch(), 0.0, [], []
     order = torch.cat(tuple(parts))
     fewest = len(order) - max(map(len, parts))
     for number in NUMBERS:
-        is_late = watch.seconds > max_seconds
+        # The next takes about twice the time of the last.
+        is_late = 3 * watch.seconds - 2 * began > max_seconds
+        began = watch.seconds
         if number > 1 and (is_late or number * ROWS_EACH > fewest):
             break
         for floor in _FLOORS:

@@ -1,9 +1,9 @@
 """Normal distributions, and mixtures of them by scikit-learn."""
 
 __all__ = [
+    "Mixture",
     "NUMBERS",
     "ROWS_EACH",
-    "Mixture",
     "fitted_mixture",
     "gaussian_mixture",
     "joined_mixture",
