@@ -95,8 +95,17 @@ def test_the_density_is_that_of_the_general_mixture(monkeypatch):
 
 
 def test_draws_are_those_of_the_mixture():
-    base = gaussian_mixture(two_clusters(), 2)
+    """Correlated, too. Fault: a factor of the covariance that is transposed."""
+    data = two_clusters()
+    data[:, 1] += data[:, 0].sub(data[:, 0].mean()).mul(0.5) + 0.8 * data[:, 0].sin()
+    base = gaussian_mixture(data, 2)
     draws = base.sample((2, 10_000)).reshape(-1, 2)
+    wanted = torch.einsum(
+        "k,kij->ij",
+        base.mixture_distribution.probs,
+        base.component_distribution.covariance_matrix,
+    ) + base.loc.mT.cov(correction=0, aweights=base.mixture_distribution.probs)
+    torch.testing.assert_close(draws.mT.cov(), wanted, rtol=0.05, atol=0.1)
     torch.testing.assert_close(draws.mean(0), base.mean, atol=0.15, rtol=0)
     torch.testing.assert_close(draws.std(0), base.stddev, atol=0.1, rtol=0)
     left = (draws[:, 0] < 3).double()  # in no order
