@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.bases import FittedBase
+from pyro_ebm.core.html import columns_table, rows_table
 from pyro_ebm.core.verdict import Finding, Status, in_words
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.fit.diagnosis import FitDiagnostics
@@ -16,7 +17,6 @@ from pyro_ebm.infer.fit.fit_checks import require_counts
 from pyro_ebm.infer.fit.fit_record import FitRecord
 from pyro_ebm.infer.fit.missing import Imputed, imputed
 from pyro_ebm.infer.likelihood import LogLikelihood
-from pyro_ebm.mcmc.report.tables import columns_table, rows_table
 from pyro_ebm.partition import LogPartitionEstimate
 
 #: Characters in a printed line.

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from pyro_ebm.bases.conditional import as_mixture, conditional_draws
 from pyro_ebm.bases.rows import repetitions
 from pyro_ebm.distributions import EnergyModel
-from pyro_ebm.energies import is_unconstrained
+from pyro_ebm.energies.views.unconstrained import is_unconstrained
 from pyro_ebm.infer.fit.fit_checks import require_points, require_weights
 from pyro_ebm.infer.fit.missing import Candidates
 
