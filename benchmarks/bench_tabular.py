@@ -204,8 +204,9 @@ def main(names, splits, seconds, *, smoke_test=False):
         tables = {
             "Mean log-likelihood of a test row, nats": summary(found),
             "Runs": [flat(row) for row in found],
-            "Rows flagged by a fit to one digit, at a level of .06": flagged,
         }
+        if flagged:
+            tables["Rows flagged by a fit to one digit, at a level of .06"] = flagged
         text = save("tabular", __doc__, tables, smoke_test=smoke_test)
     print(text)
 
@@ -214,7 +215,9 @@ def flat(row):
     """A run as a row of plain values."""
     plain = {key: row[key] for key in ("table", "split")}
     for label in METHODS:
-        plain |= {f"{label}: {key}": str(value) for key, value in row[label].items()}
+        for key, value in row[label].items():
+            is_number = isinstance(value, float)
+            plain[f"{label}: {key}"] = f"{value:.3f}" if is_number else str(value)
     return plain
 
 
