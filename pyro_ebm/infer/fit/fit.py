@@ -254,7 +254,7 @@ class _Fit:
     def run(self, optim: Any, *, progress_bar: bool) -> FitResult:
         """Take all steps, and examine the fit."""
         self.model.train()
-        check_pointwise(self.model.energy, self.plan.train[:_NUM_CHECKED])
+        check_pointwise(self.model.energy, self.plan.train.rows[:_NUM_CHECKED])
         total = sum(stage.num_steps for stage in self.plan.stages)
         with tqdm(total=total, disable=not progress_bar, desc="fit") as bar:
             stopped = self.all_stages(self.plan.train, optim, bar)
