@@ -23,6 +23,8 @@ from torch.distributions.constraints import Constraint
 
 #: Steps of expectation maximisation, and the weight from which on a part is kept.
 _STEPS, _LEAST = 200, 0.02
+#: Rows that are evaluated at once: kernels take a thousand numbers for each.
+_ROWS = 2000
 
 
 @final
@@ -48,8 +50,14 @@ class Stack(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density (1) at ``(*batch, *event)``, shape ``(*batch,)``."""
-        parts = torch.stack([part.log_prob(value) for part in self.parts], -1)
-        return (parts + self.probs.log()).logsumexp(-1)
+        rows = value.reshape(-1, *self.event_shape)
+        found = [
+            torch.stack([part.log_prob(x) for part in self.parts], -1)
+            for x in rows.split(_ROWS)
+        ]
+        at_rows = torch.cat(found) + self.probs.log()
+        batch = value.shape[: value.dim() - len(self.event_shape)]
+        return at_rows.logsumexp(-1).reshape(batch)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws, shape ``(*sample, *event)``."""
