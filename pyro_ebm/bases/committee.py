@@ -34,7 +34,7 @@ from pyro_ebm.bases.conditional import conditional_draws
 from pyro_ebm.bases.mixture import (
     NUMBERS,
     ROWS_EACH,
-    Mixture,
+    NormalMixture,
     fitted_mixture,
     joined_mixture,
 )
@@ -137,7 +137,7 @@ def _started(data: Tensor, missing: Tensor) -> Tensor:
     return filled
 
 
-def _small(u: Tensor, missing: Tensor, share: Tensor) -> Mixture:
+def _small(u: Tensor, missing: Tensor, share: Tensor) -> NormalMixture:
     """A small mixture, from rows that it fills itself."""
     number = max(1, min(_SMALL, int((share > 0).sum()) // _ROWS_OF_SMALL))
     gone, index = missing.any(1), repetitions(share)
@@ -154,7 +154,7 @@ def _assembled(
     share: Tensor,
     max_seconds: float,
     seed: int,
-) -> Mixture:
+) -> NormalMixture:
     """The mixture (1), with fits to versions of the rows that leave out one part each.
 
     Args:
@@ -198,7 +198,7 @@ def _fits(
     number: int,
     floor: float,
     seed: int,
-) -> tuple[list[Mixture], Tensor]:
+) -> tuple[list[NormalMixture], Tensor]:
     """A fit without each part, and its log density there; shape ``(N,)``."""
     fits, values = [], []
     for u, part in zip(versions, parts, strict=False):

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.bases.kernels import Kernels
-from pyro_ebm.bases.mixture import Mixture, joined_mixture
+from pyro_ebm.bases.mixture import NormalMixture, joined_mixture
 from pyro_ebm.bases.stack import Stack
 
 
-def as_mixture(base: Any) -> Mixture:
+def as_mixture(base: Any) -> NormalMixture:
     """A base as a mixture of normals; of a stack, those of its parts that are one.
 
     Args:
@@ -49,16 +49,16 @@ def as_mixture(base: Any) -> Mixture:
     return found
 
 
-def _mixture(base: Any) -> Mixture | None:
-    if isinstance(base, Mixture):
+def _mixture(base: Any) -> NormalMixture | None:
+    if isinstance(base, NormalMixture):
         return base
     if isinstance(base, dist.MultivariateNormal):
         one = torch.ones_like(base.loc[:1])
-        return Mixture(one, base.loc[None], base.scale_tril[None])
+        return NormalMixture(one, base.loc[None], base.scale_tril[None])
     if isinstance(base, Kernels):
         parts: Any = base.component_distribution.base_dist
         probs = base.mixture_distribution.probs
-        return Mixture(probs, parts.loc, parts.scale.diag_embed())
+        return NormalMixture(probs, parts.loc, parts.scale.diag_embed())
     if isinstance(base, Stack):
         pairs = [
             (mixture, share)
@@ -73,7 +73,7 @@ def _mixture(base: Any) -> Mixture | None:
 
 @torch.no_grad()
 def conditional_draws(
-    mixture: Mixture, x: Tensor, missing: Tensor, number: int
+    mixture: NormalMixture, x: Tensor, missing: Tensor, number: int
 ) -> Tensor:
     """Rows whose missing entries are drawn by (1), the others as they are.
 
@@ -90,7 +90,7 @@ def conditional_draws(
 
     Example:
         >>> eye = torch.eye(2)
-        >>> mixture = Mixture(torch.ones(1), torch.zeros(1, 2), eye[None])
+        >>> mixture = NormalMixture(torch.ones(1), torch.zeros(1, 2), eye[None])
         >>> x = torch.tensor([[3.0, torch.nan]])
         >>> draws = conditional_draws(mixture, x, x.isnan(), 5)
         >>> draws.shape, bool((draws[..., 0] == 3).all())
@@ -113,7 +113,7 @@ def conditional_draws(
 
 
 def _drawn(
-    mixture: Mixture,
+    mixture: NormalMixture,
     covariance: Tensor,
     x: Tensor,
     seen: Tensor,

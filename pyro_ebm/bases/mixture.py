@@ -1,8 +1,8 @@
 """Normal distributions, and mixtures of them by scikit-learn."""
 
 __all__ = [
-    "Mixture",
     "NUMBERS",
+    "NormalMixture",
     "ROWS_EACH",
     "fitted_mixture",
     "gaussian_mixture",
@@ -118,7 +118,7 @@ def gaussian_mixture(
     return rows.distribution(fitted_mixture(rows.u, num_components, seed))
 
 
-class Mixture(dist.MixtureSameFamily):
+class NormalMixture(dist.MixtureSameFamily):
     """A mixture of normals whose density takes little memory.
 
     Args:
@@ -177,10 +177,11 @@ class Mixture(dist.MixtureSameFamily):
     def _squares(self, rows: Tensor) -> Tensor:
         """Squared distances of rows from all components, shape ``(n, K)``."""
         apart = rows - self.loc[:, None]  # (K, n, D)
-        return (apart @ self._whitening.mT).square().sum(-1).mT
+        # Of the wider type, if there are two.
+        return (apart @ self._whitening.mT.to(apart)).square().sum(-1).mT
 
 
-def joined_mixture(parts: Sequence[Mixture], weights: Tensor) -> Mixture:
+def joined_mixture(parts: Sequence[NormalMixture], weights: Tensor) -> NormalMixture:
     """A mixture of mixtures as one.
 
     Args:
@@ -189,7 +190,7 @@ def joined_mixture(parts: Sequence[Mixture], weights: Tensor) -> Mixture:
     """
     pairs = zip(parts, weights, strict=True)
     probs = [part.mixture_distribution.probs * weight for part, weight in pairs]
-    return Mixture(
+    return NormalMixture(
         torch.cat(probs),
         torch.cat([part.loc for part in parts]),
         torch.cat([part.scale_tril for part in parts]),
@@ -198,7 +199,7 @@ def joined_mixture(parts: Sequence[Mixture], weights: Tensor) -> Mixture:
 
 def fitted_mixture(
     u: Tensor, num_components: int, seed: int, floor: float = _FLOOR
-) -> Mixture:
+) -> NormalMixture:
     """A mixture of normals by expectation maximisation.
 
     Args:
@@ -226,4 +227,4 @@ def fitted_mixture(
         model.fit((x - loc) / scale)
     factors = np.linalg.cholesky(model.covariances_) * scale[:, None]
     parts = [model.weights_, loc + scale * model.means_, factors]
-    return Mixture(*(torch.as_tensor(part).to(u) for part in parts))
+    return NormalMixture(*(torch.as_tensor(part).to(u) for part in parts))

@@ -10,7 +10,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_ebm.bases.flow import Flow, new_flow
 from pyro_ebm.bases.kernels import Kernels
-from pyro_ebm.bases.mixture import Mixture
+from pyro_ebm.bases.mixture import NormalMixture
 from pyro_ebm.bases.rows import Rows
 from pyro_ebm.bases.stack import Stack
 
@@ -78,7 +78,7 @@ def _of_rows(base: Any) -> _State:
         return {"kind": "counts", "probs": inner.probs}
     if isinstance(inner, dist.MixtureSameFamily):
         probs, parts = inner.mixture_distribution.probs, inner.component_distribution
-        if isinstance(inner, Mixture):
+        if isinstance(inner, NormalMixture):
             state = {"loc": parts.loc, "scale_tril": parts.scale_tril}
             return {"kind": "gaussian_mixture", "probs": probs, **state}
         if isinstance(inner, Kernels):
@@ -103,7 +103,7 @@ def _over_rows(state: _State) -> dist.TorchDistribution:
             state["loc"], scale_tril=state["scale_tril"], validate_args=False
         )
     if kind == "gaussian_mixture":
-        return Mixture(state["probs"], state["loc"], state["scale_tril"])
+        return NormalMixture(state["probs"], state["loc"], state["scale_tril"])
     if kind == "kernel_density":
         return Kernels(state["probs"], state["loc"], state["scale"])
     weights = dist.Categorical(state["probs"], validate_args=False)

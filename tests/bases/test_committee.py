@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_ebm import bases
-from pyro_ebm.bases.mixture import Mixture, joined_mixture
+from pyro_ebm.bases.mixture import NormalMixture, joined_mixture
 
 pytest.importorskip("sklearn")
 # The function of the same name hides the module.
@@ -25,7 +25,7 @@ def test_each_row_is_scored_by_a_fit_that_has_not_seen_it(monkeypatch):
     """Fault: weights from rows that the members were fitted to."""
     scored = []
 
-    class Spy(Mixture):
+    class Spy(NormalMixture):
         def log_prob(self, value):
             scored.append(not {*map(tuple, value.tolist())} & self.seen)
             return super().log_prob(value)

@@ -6,7 +6,7 @@ import torch
 
 from pyro_ebm import bases
 from pyro_ebm.bases.conditional import as_mixture, conditional_draws
-from pyro_ebm.bases.mixture import Mixture
+from pyro_ebm.bases.mixture import NormalMixture
 from pyro_ebm.bases.stack import Stack
 
 SEED = torch.Generator().manual_seed(0)
@@ -16,7 +16,7 @@ def mixture(num_components, dim=3):
     factor = torch.randn(num_components, dim, dim, generator=SEED).tril()
     factor.diagonal(dim1=-2, dim2=-1).abs_().add_(0.5)
     loc = 2 * torch.randn(num_components, dim, generator=SEED)
-    return Mixture(torch.ones(num_components) / num_components, loc, factor)
+    return NormalMixture(torch.ones(num_components) / num_components, loc, factor)
 
 
 def test_of_a_normal_the_moments_are_in_closed_form():
