@@ -17,7 +17,7 @@ from pyro_ebm.core.html import columns_table, rows_table
 from pyro_ebm.distributions import MixtureOfExperts, ProductOfExperts
 from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy
 from pyro_ebm.infer import FitRecord, LogLikelihood
-from pyro_ebm.infer.fit.fit_table import fit_html
+from pyro_ebm.infer.fit.fit_result import FitResult
 from pyro_ebm.mcmc import HMC, MCMC, ReplicaExchange
 from pyro_ebm.partition import LogPartitionEstimate
 
@@ -240,7 +240,7 @@ def test_fit(num_records):
         verdict="not at equilibrium",
         reasons=("the chains <lag>",),
     )
-    page = read(fit_html(result))
+    page = read(FitResult._repr_html_(result))
     assert page["log Z"] == "1.2500 +- 0.1250 nats"
     assert page["log Z verdict"] == "unreliable: k-hat > 0.7 & more"
     assert page["ended"] == "early stopping after 900 steps"
@@ -259,7 +259,7 @@ def test_a_real_fit():
     data = torch.randn(50, 2)
     settings = {"num_steps": 4, "record_interval": 2, "progress_bar": False}
     result = pyro_ebm.fit(model, data, validation_data=data, **settings)
-    page = read(fit_html(result))
+    page = read(result._repr_html_())
     assert page["ended"] == "finished after 4 steps"
     assert "+-" in page["held-out log-likelihood"]
     assert f"{result.log_partition.value:.4f} +- " in page["log Z"]

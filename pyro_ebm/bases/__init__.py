@@ -2,6 +2,7 @@
 
 __all__ = [
     "FittedBase",
+    "committee",
     "fit",
     "flow",
     "gaussian_mixture",
@@ -11,6 +12,7 @@ __all__ = [
 ]
 
 from pyro_ebm.bases.choice import FittedBase, fit
+from pyro_ebm.bases.committee import committee
 from pyro_ebm.bases.flow import flow
 from pyro_ebm.bases.kernels import independent, kernel_density
 from pyro_ebm.bases.mixture import gaussian_mixture, normal

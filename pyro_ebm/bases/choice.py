@@ -11,6 +11,7 @@ import pyro.distributions as dist
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
+from pyro_ebm.bases.committee import committee
 from pyro_ebm.bases.flow import flow
 from pyro_ebm.bases.kernels import independent, kernel_density
 from pyro_ebm.bases.mixture import gaussian_mixture, normal
@@ -19,7 +20,8 @@ from pyro_ebm.bases.stack import Stack, stacked
 from pyro_ebm.core.stopwatch import Stopwatch
 
 _Fitter = Callable[[Tensor, float], dist.TorchDistribution]
-#: Rows from which on a flow is tried.
+#: Rows of which one can be held out; and from which on a flow is tried.
+_FEWEST = 3
 _ENOUGH_FOR_FLOW = 500
 #: Nats a row by which a simpler kind may be worse, and a mixture must be better.
 _EQUAL, _WORTH = 1e-3, 0.01
@@ -30,8 +32,8 @@ class FittedBase(NamedTuple):
 
     Attributes:
         distribution: Normalised, over the event.
-        kind: ``"normal"``, ``"gaussian_mixture"``, ``"kernel_density"``,
-            ``"independent"``, ``"flow"``, or ``"stack"``, a mixture of them.
+        kind: ``"normal"``, ``"committee"``, ``"kernel_density"``, ``"independent"``,
+            ``"flow"``, ``"gaussian_mixture"``, or ``"stack"``, a mixture of them.
         log_likelihood: Nats a held-out row, of the fit to the other rows.
         std_error: Of that, from the number of held-out rows.
         compared: The same of all kinds that were tried; ``-inf`` where a fit failed.
@@ -69,10 +71,11 @@ def fit(
     Args:
         data: Shape ``(N, *event)``; of an integer type for a finite support, whose
             coordinates are then independent.
-        kind: ``"auto"`` compares a normal distribution, a mixture of them, kernel
-            densities of rows and of independent coordinates and, for 500 rows or more
-            and where zuko is installed, a spline flow, and mixes those that are worth
-            it; or the one to take.
+        kind: ``"auto"`` compares a normal distribution, a committee of mixtures of
+            them (:func:`~pyro_ebm.bases.committee`), kernel densities of rows and of
+            independent coordinates and, for 500 rows or more and where zuko is
+            installed, a spline flow, and mixes those that are worth it; or the one to
+            take.
         support: Of a row; default: all real numbers.
         held_out: Rows to compare by, shape ``(M, *event)``; the base is then fitted to
             ``data`` alone. Default: about a seventh of ``data``, and what was chosen is
@@ -86,8 +89,8 @@ def fit(
 
     Raises:
         ImportError: If what ``kind`` needs is not installed.
-        ValueError: If ``kind`` is none of these, or the data do not fit, see
-            :class:`~pyro_ebm.bases.rows.Rows`.
+        ValueError: If ``kind`` is none of these, there are fewer than three rows, or
+            they do not fit, see :class:`~pyro_ebm.bases.rows.Rows`.
 
     Exactness: the held-out likelihood is *unbiased* for a kind that was asked for; of
     ``"auto"`` it is that of the best, and a little too good.
@@ -97,7 +100,7 @@ def fit(
         >>> data = torch.cat([torch.randn(150, 2) - 4, torch.randn(150, 2) + 4])
         >>> found = fit(data, progress_bar=False)
         >>> found.kind, len(found.compared)
-        ('gaussian_mixture', 5)
+        ('committee', 5)
         >>> model = pyro_ebm.EnergyModel(
         ...     pyro_ebm.energies.NeuralEnergy((2,), (16,)), found.distribution
         ... )
@@ -105,6 +108,11 @@ def fit(
     is_whole = isinstance(data, Tensor) and not data.is_floating_point()
     if not is_whole:
         Rows.of(data, support)
+    if held_out is None and len(data) < _FEWEST:
+        raise ValueError(
+            f"data must have at least {_FEWEST} rows to compare bases by, got "
+            f"{len(data)}. Build one yourself, pyro_ebm.bases.normal(data) say."
+        )
     fitters = _fitters(support, seed, progress_bar=progress_bar)
     if kind != "auto" and kind not in fitters:
         raise ValueError(f"kind must be 'auto' or one of {[*fitters]}, got {kind!r}.")
@@ -177,7 +185,7 @@ def _fitted(
 def _worth_trying(num_rows: int) -> list[str]:
     kinds = ["normal", "kernel_density", "independent"]
     if find_spec("sklearn") is not None:
-        kinds.insert(1, "gaussian_mixture")
+        kinds.insert(1, "committee")
     if num_rows >= _ENOUGH_FOR_FLOW and find_spec("zuko") is not None:
         kinds.append("flow")
     return kinds
@@ -193,6 +201,9 @@ def _fitters(
         ),
         "kernel_density": lambda data, _: kernel_density(
             data, support=support, seed=seed
+        ),
+        "committee": lambda data, seconds: committee(
+            data, support=support, max_seconds=seconds / 2, seed=seed
         ),
         "independent": lambda data, _: independent(data, support=support, seed=seed),
         "flow": lambda data, seconds: flow(

@@ -17,7 +17,7 @@ References:
     Krichevsky & Trofimov (1981), IEEE Trans. Information Theory 27, 199-207.
 """
 
-__all__ = ["independent", "kernel_density"]
+__all__ = ["Kernels", "independent", "kernel_density"]
 
 import math
 
@@ -30,6 +30,8 @@ from pyro_ebm.bases.rows import Rows
 
 #: Widths that are tried, in the data's standard deviations; and the most centres.
 _WIDTHS, _MAX_CENTRES = torch.logspace(-2, 0, 25), 1000
+#: Numbers that a density holds in memory at once.
+_CHUNK = 10_000_000
 
 
 def kernel_density(
@@ -59,14 +61,39 @@ def kernel_density(
     centres = rows.u[_chosen(len(rows.u), seed)]
     width = _width(centres)
     probs = torch.full_like(centres[:, 0], 1 / len(centres))
-    kernels = dist.Normal(centres, width.expand_as(centres), validate_args=False)
-    return rows.distribution(
-        dist.MixtureSameFamily(
+    return rows.distribution(Kernels(probs, centres, width.expand_as(centres)))
+
+
+class Kernels(dist.MixtureSameFamily):
+    """A mixture of normal kernels of one shape, whose density takes little memory.
+
+    Args:
+        probs: Weights of the centres, shape ``(n,)``.
+        loc: The centres, shape ``(n, D)``.
+        scale: Standard deviations, shape ``(n, D)``, with equal rows.
+    """
+
+    def __init__(self, probs: Tensor, loc: Tensor, scale: Tensor) -> None:
+        super().__init__(
             dist.Categorical(probs, validate_args=False),
-            kernels.to_event(1),
+            dist.Normal(loc, scale, validate_args=False).to_event(1),
             validate_args=False,
         )
-    )
+        self._centres, self._width = loc / scale[0], scale[0]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density (1) at ``(*batch, D)``, shape ``(*batch,)``."""
+        number, dim = self._centres.shape
+        rows = (value / self._width).reshape(-1, dim)
+        scale = self._width.log().sum() + dim / 2 * math.log(2 * math.pi)
+        constant = self.mixture_distribution.probs.log() - scale
+        exact = "donot_use_mm_for_euclid_dist"  # products would cancel
+        found = [
+            (constant - apart.square() / 2).logsumexp(-1)
+            for part in rows.split(max(1, _CHUNK // number))
+            for apart in [torch.cdist(part, self._centres, compute_mode=exact)]
+        ]
+        return torch.cat(found).reshape(value.shape[:-1])
 
 
 def independent(

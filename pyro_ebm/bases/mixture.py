@@ -1,11 +1,18 @@
 """Normal distributions, and mixtures of them by scikit-learn."""
 
-__all__ = ["NormalMixture", "gaussian_mixture", "normal"]
+__all__ = [
+    "NUMBERS",
+    "NormalMixture",
+    "ROWS_EACH",
+    "fitted_mixture",
+    "gaussian_mixture",
+    "joined_mixture",
+    "normal",
+]
 
 import math
 import warnings
 from collections.abc import Sequence
-from typing import final
 
 import numpy as np
 import pyro.distributions as dist
@@ -16,9 +23,11 @@ from torch.distributions.constraints import Constraint
 from pyro_ebm.bases.rows import Rows, split
 
 #: Numbers of components that are tried, and rows that each component needs.
-_NUMBERS, _ROWS_EACH = (1, 2, 4, 8, 16, 32), 4
+NUMBERS, ROWS_EACH = (1, 2, 4, 8, 16, 32), 4
 #: Added to variances, relative to those of the columns.
 _FLOOR = 1e-6
+#: Numbers that a density holds in memory at once.
+_CHUNK = 10_000_000
 
 
 def normal(
@@ -101,13 +110,107 @@ def gaussian_mixture(
         )
     if num_components is None:
         train, held_out = split(rows.u, seed)
-        wanted = [k for k in _NUMBERS if k == 1 or k * _ROWS_EACH <= len(train)]
-        scores = {k: _fitted(train, k, seed).log_prob(held_out).mean() for k in wanted}
-        num_components = max(scores, key=lambda k: scores[k].item())
-    return rows.distribution(_fitted(rows.u, num_components, seed))
+        wanted = [k for k in NUMBERS if k == 1 or k * ROWS_EACH <= len(train)]
+        fits = {k: fitted_mixture(train, k, seed) for k in wanted}
+        num_components = max(
+            wanted, key=lambda k: float(fits[k].log_prob(held_out).mean())
+        )
+    return rows.distribution(fitted_mixture(rows.u, num_components, seed))
 
 
-def _fitted(u: Tensor, num_components: int, seed: int) -> dist.TorchDistribution:
+class NormalMixture(dist.MixtureSameFamily):
+    """A mixture of normals whose density takes little memory.
+
+    Args:
+        probs: Weights of the components, shape ``(K,)``.
+        loc: Their means, shape ``(K, D)``.
+        scale_tril: Lower triangular factors of their covariances, ``(K, D, D)``.
+    """
+
+    def __init__(self, probs: Tensor, loc: Tensor, scale_tril: Tensor) -> None:
+        super().__init__(
+            dist.Categorical(probs, validate_args=False),
+            dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False),
+            validate_args=False,
+        )
+        eye = torch.eye(loc.shape[-1]).to(loc)
+        self._whitening = torch.linalg.solve_triangular(scale_tril, eye, upper=False)
+
+    @property
+    def loc(self) -> Tensor:
+        """Means of the components, shape ``(K, D)``."""
+        loc: Tensor = self.component_distribution.loc
+        return loc
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """Factors of their covariances, shape ``(K, D, D)``."""
+        scale_tril: Tensor = self.component_distribution.scale_tril
+        return scale_tril
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density at ``(*batch, D)``, shape ``(*batch,)``."""
+        count, dim = self.loc.shape
+        rows = value.reshape(-1, dim)
+        constant = self.mixture_distribution.probs.log() - dim / 2 * math.log(
+            2 * math.pi
+        )
+        constant = constant + self._whitening.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        size = max(1, _CHUNK // (count * dim))
+        found = [
+            (constant - self._squares(part) / 2).logsumexp(-1)
+            for part in rows.split(size)
+        ]
+        return torch.cat(found).reshape(value.shape[:-1])
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws, shape ``(*sample, D)``; none of a component that was not chosen."""
+        shape, dim = torch.Size(sample_shape), self.loc.shape[-1]
+        probs = self.mixture_distribution.probs
+        chosen = torch.multinomial(probs, shape.numel(), replacement=True)
+        draws = torch.randn(shape.numel(), dim).to(self.loc)
+        for k in chosen.unique().tolist():
+            rows = (chosen == k).nonzero()[:, 0]
+            draws[rows] = self.loc[k] + draws[rows] @ self.scale_tril[k].mT
+        return draws.reshape(*shape, dim)
+
+    def _squares(self, rows: Tensor) -> Tensor:
+        """Squared distances of rows from all components, shape ``(n, K)``."""
+        apart = rows - self.loc[:, None]  # (K, n, D)
+        # Of the wider type, if there are two.
+        return (apart @ self._whitening.mT.to(apart)).square().sum(-1).mT
+
+
+def joined_mixture(parts: Sequence[NormalMixture], weights: Tensor) -> NormalMixture:
+    """A mixture of mixtures as one.
+
+    Args:
+        parts: Over the same event.
+        weights: Shape ``(len(parts),)``, with sum 1.
+    """
+    pairs = zip(parts, weights, strict=True)
+    probs = [part.mixture_distribution.probs * weight for part, weight in pairs]
+    return NormalMixture(
+        torch.cat(probs),
+        torch.cat([part.loc for part in parts]),
+        torch.cat([part.scale_tril for part in parts]),
+    )
+
+
+def fitted_mixture(
+    u: Tensor, num_components: int, seed: int, floor: float = _FLOOR
+) -> NormalMixture:
+    """A mixture of normals by expectation maximisation.
+
+    Args:
+        u: Shape ``(N, D)``.
+        num_components: At most ``N``.
+        seed: Of the first components.
+        floor: Added to variances, relative to those of the columns.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+    """
     try:
         from sklearn.mixture import GaussianMixture
         from threadpoolctl import threadpool_limits  # comes with scikit-learn
@@ -117,69 +220,11 @@ def _fitted(u: Tensor, num_components: int, seed: int) -> dist.TorchDistribution
     x = u.double().cpu().numpy()
     loc, scale = x.mean(0), x.std(0)
     scale = np.where(scale > 0, scale, 1.0)
-    model = GaussianMixture(num_components, reg_covar=_FLOOR, random_state=seed)
+    model = GaussianMixture(num_components, reg_covar=floor, random_state=seed)
     # So small a problem takes several threads seven times as long as one.
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore")  # 100 steps are enough for a base
         model.fit((x - loc) / scale)
     factors = np.linalg.cholesky(model.covariances_) * scale[:, None]
     parts = [model.weights_, loc + scale * model.means_, factors]
-    probs, locs, scale_tril = (torch.as_tensor(part).to(u) for part in parts)
-    return NormalMixture(probs, locs, scale_tril)
-
-
-@final
-class NormalMixture(dist.MixtureSameFamily):
-    """A mixture of normal distributions that draws from one component a draw.
-
-    Its parent draws from all of them, and solves a system for each at each point:
-    together ten times the work.
-
-    Args:
-        probs: Weights of the components, shape ``(K,)``.
-        loc: Their means, shape ``(K, D)``.
-        scale_tril: Cholesky factors of their covariances, shape ``(K, D, D)``.
-
-    Example:
-        >>> loc = torch.tensor([[-3.0, 0.0], [3.0, 0.0]])
-        >>> q = NormalMixture(torch.ones(2) / 2, loc, torch.eye(2).expand(2, 2, 2))
-        >>> q.log_prob(loc)
-        tensor([-2.5310, -2.5310])
-    """
-
-    def __init__(self, probs: Tensor, loc: Tensor, scale_tril: Tensor) -> None:
-        super().__init__(
-            dist.Categorical(probs, validate_args=False),
-            dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False),
-            validate_args=False,
-        )
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density at ``(*batch, D)``, shape ``(*batch,)``."""
-        parts = self.component_distribution
-        loc, factors = parts.loc, parts.scale_tril
-        number, dim = loc.shape
-        identity = torch.eye(dim).to(loc)
-        inverse = torch.linalg.solve_triangular(factors, identity, upper=False)
-        # About the mean of all, lest the difference of two large products cancels.
-        centre = loc.mean(0)
-        offset = (inverse @ (loc - centre)[..., None])[..., 0]
-        centred = value - centre  # of the wider type, if there are two
-        z = centred @ inverse.flatten(0, 1).mT.to(centred)
-        z = z.reshape(*value.shape[:-1], number, dim) - offset
-        log_det = factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        log_probs = self.mixture_distribution.probs.log()
-        constant = log_probs - log_det - dim / 2 * math.log(2 * math.pi)
-        return (constant - z.square().sum(-1) / 2).logsumexp(-1)
-
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws, shape ``(*sample, D)``."""
-        shape, parts = torch.Size(sample_shape), self.component_distribution
-        probs = self.mixture_distribution.probs
-        chosen = torch.multinomial(probs, shape.numel(), replacement=True)
-        noise = torch.randn(shape.numel(), self.event_shape[0]).to(parts.loc)
-        draws = parts.loc[chosen]
-        for k in chosen.unique().tolist():  # a gather of all factors would not fit
-            own = chosen == k
-            draws[own] += noise[own] @ parts.scale_tril[k].mT
-        return draws.reshape(shape + self.event_shape)
+    return NormalMixture(*(torch.as_tensor(part).to(u) for part in parts))

@@ -1,6 +1,6 @@
 """Data as rows of numbers in unconstrained space."""
 
-__all__ = ["Rows", "split"]
+__all__ = ["Rows", "repetitions", "split", "split_indices"]
 
 from typing import NamedTuple
 
@@ -99,7 +99,31 @@ def split(data: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         data: Shape ``(N, *event)``.
         seed: Of the choice of rows, which leaves torch's own stream as it is.
     """
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    number = max(1, round(_HELD_OUT * len(data)))
-    order = order.to(data.device)
-    return data[order[number:]], data[order[:number]]
+    train, apart = split_indices(len(data), seed)
+    return data[train.to(data.device)], data[apart.to(data.device)]
+
+
+def split_indices(number: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Of the rows of :func:`split`, those to fit to and those held out."""
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
+    apart = max(1, round(_HELD_OUT * number))
+    return order[apart:], order[:apart]
+
+
+def repetitions(weights: Tensor, offset: float = 0.5) -> Tensor:
+    """Indices of rows, each as often as its weight says (systematic resampling).
+
+    Args:
+        weights: Shape ``(N,)``, nonnegative, not all 0. Where they are whole numbers of
+            a sum up to ``10 N`` each row comes exactly so many times; otherwise there
+            are ``N`` indices, and a row comes as often as its share, up or down.
+        offset: From 0 to 1, uniform for counts that are right in the mean.
+    """
+    weights = weights.double()
+    total, number = float(weights.sum()), len(weights)
+    if bool((weights == weights.round()).all()) and total <= 10 * number:
+        number = round(total)
+    edges = (weights.cumsum(0) * (number / total) + offset).floor().long()
+    edges[-1] = number
+    counts = edges.diff(prepend=torch.zeros_like(edges[:1]))
+    return torch.arange(len(weights), device=weights.device).repeat_interleave(counts)

@@ -9,6 +9,7 @@ import torch
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.bases.flow import Flow, new_flow
+from pyro_ebm.bases.kernels import Kernels
 from pyro_ebm.bases.mixture import NormalMixture
 from pyro_ebm.bases.rows import Rows
 from pyro_ebm.bases.stack import Stack
@@ -77,13 +78,11 @@ def _of_rows(base: Any) -> _State:
         return {"kind": "counts", "probs": inner.probs}
     if isinstance(inner, dist.MixtureSameFamily):
         probs, parts = inner.mixture_distribution.probs, inner.component_distribution
-        if isinstance(parts, dist.MultivariateNormal):
+        if isinstance(inner, NormalMixture):
             state = {"loc": parts.loc, "scale_tril": parts.scale_tril}
             return {"kind": "gaussian_mixture", "probs": probs, **state}
-        if isinstance(parts, dist.Independent) and isinstance(
-            parts.base_dist, dist.Normal
-        ):
-            kernels = parts.base_dist
+        if isinstance(inner, Kernels):
+            kernels: Any = parts.base_dist
             state = {"loc": kernels.loc, "scale": kernels.scale}
             return {"kind": "kernel_density", "probs": probs, **state}
         if isinstance(parts, dist.Normal):
@@ -105,9 +104,9 @@ def _over_rows(state: _State) -> dist.TorchDistribution:
         )
     if kind == "gaussian_mixture":
         return NormalMixture(state["probs"], state["loc"], state["scale_tril"])
+    if kind == "kernel_density":
+        return Kernels(state["probs"], state["loc"], state["scale"])
     weights = dist.Categorical(state["probs"], validate_args=False)
     kernels = dist.Normal(state["loc"], state["scale"], validate_args=False)
-    if kind == "kernel_density":
-        return dist.MixtureSameFamily(weights, kernels.to_event(1), validate_args=False)
     mixture = dist.MixtureSameFamily(weights, kernels, validate_args=False)
     return mixture.to_event(1)

@@ -11,7 +11,7 @@ References:
     Smyth & Wolpert (1999), Machine Learning 36, 59-83.
 """
 
-__all__ = ["Stack", "stacked"]
+__all__ = ["Stack", "stacked", "stacking_weights"]
 
 from collections.abc import Sequence
 from typing import Any, final
@@ -23,6 +23,8 @@ from torch.distributions.constraints import Constraint
 
 #: Steps of expectation maximisation, and the weight from which on a part is kept.
 _STEPS, _LEAST = 200, 0.02
+#: Rows that are evaluated at once: kernels take a thousand numbers for each.
+_ROWS = 2000
 
 
 @final
@@ -48,8 +50,14 @@ class Stack(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density (1) at ``(*batch, *event)``, shape ``(*batch,)``."""
-        parts = torch.stack([part.log_prob(value) for part in self.parts], -1)
-        return (parts + self.probs.log()).logsumexp(-1)
+        rows = value.reshape(-1, *self.event_shape)
+        found = [
+            torch.stack([part.log_prob(x) for part in self.parts], -1)
+            for x in rows.split(_ROWS)
+        ]
+        at_rows = torch.cat(found) + self.probs.log()
+        batch = value.shape[: value.dim() - len(self.event_shape)]
+        return at_rows.logsumexp(-1).reshape(batch)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws, shape ``(*sample, *event)``."""
@@ -81,11 +89,27 @@ def stacked(parts: Sequence[dist.TorchDistribution], held_out: Tensor) -> Stack:
         tensor([0.8000, 0.2000])
     """
     at_rows = torch.stack([part.log_prob(held_out) for part in parts])
-    at_rows = at_rows.nan_to_num(nan=-torch.inf)
-    at_rows = at_rows[:, at_rows.isfinite().any(0)]
-    probs = torch.full_like(at_rows[:, 0], 1 / len(parts))
-    for _ in range(_STEPS):
-        probs = (at_rows + probs.log()[:, None]).softmax(0).mean(1)
+    probs = stacking_weights(at_rows)
     kept = [part for part, share in zip(parts, probs, strict=True) if share >= _LEAST]
     probs = probs[probs >= _LEAST]
     return Stack(kept, probs / probs.sum())
+
+
+def stacking_weights(at_rows: Tensor, row_weights: Tensor | None = None) -> Tensor:
+    """The weights (1), shape ``(K,)``.
+
+    Args:
+        at_rows: Log densities of ``K`` parts at rows that they have not seen, shape
+            ``(K, N)``; rows that no part can have say nothing.
+        row_weights: Of the rows in the sum, shape ``(N,)``; default: all equal.
+    """
+    at_rows = at_rows.nan_to_num(nan=-torch.inf)
+    counts = at_rows.isfinite().any(0)
+    at_rows = at_rows[:, counts]
+    if row_weights is None:
+        row_weights = torch.ones(len(counts), device=counts.device)
+    shares = row_weights[counts].to(at_rows) / row_weights[counts].sum()
+    probs = torch.full_like(at_rows[:, 0], 1 / len(at_rows))
+    for _ in range(_STEPS):
+        probs = (at_rows + probs.log()[:, None]).softmax(0) @ shares
+    return probs

@@ -20,6 +20,7 @@ __all__ = [
     "FitTimings",
     "FlowContrastive",
     "ImportanceSampledLikelihood",
+    "Imputed",
     "Learn",
     "LogLikelihood",
     "MaximumLikelihood",
@@ -45,6 +46,7 @@ from pyro_ebm.infer.fit.diagnosis import EnergyDifference, FitDiagnostics
 from pyro_ebm.infer.fit.fit import fit
 from pyro_ebm.infer.fit.fit_record import FitRecord
 from pyro_ebm.infer.fit.fit_result import Anomaly, FitResult, FitTimings
+from pyro_ebm.infer.fit.missing import Imputed
 from pyro_ebm.infer.fit.stages import Stage
 from pyro_ebm.infer.handler import Learn
 from pyro_ebm.infer.likelihood import (

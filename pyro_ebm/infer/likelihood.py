@@ -8,7 +8,12 @@ r"""The held-out log-likelihood of a model, with its error.
 after eq. (1.11), a point: the finite test set and :math:`\log Z` each bring an error.
 """
 
-__all__ = ["LogLikelihood", "log_likelihood", "log_likelihood_difference"]
+__all__ = [
+    "LogLikelihood",
+    "log_likelihood",
+    "log_likelihood_difference",
+    "mean_and_error",
+]
 
 import math
 from typing import NamedTuple
@@ -48,12 +53,15 @@ class LogLikelihood(NamedTuple):
 
 
 @torch.no_grad()
-def log_likelihood(distribution: EnergyDistribution, x: Tensor) -> LogLikelihood:
+def log_likelihood(
+    distribution: EnergyDistribution, x: Tensor, weights: Tensor | None = None
+) -> LogLikelihood:
     """Mean log-likelihood (1) of points that the model was not fitted to.
 
     Args:
         distribution: With its log Z, for instance ``model.averaged()``.
         x: Points of shape ``(N, *event)``, at least two.
+        weights: Of the points in the mean, shape ``(N,)``; default: all equal.
 
     Returns:
         Nats a point.
@@ -72,14 +80,16 @@ def log_likelihood(distribution: EnergyDistribution, x: Tensor) -> LogLikelihood
         -1.4189 +- 0.0000
     """
     values = _values(distribution, x)
-    return _with_error(
-        values, float(distribution.log_partition_std_error), distribution.is_normalized
-    )
+    error = float(distribution.log_partition_std_error)
+    return _with_error(values, error, distribution.is_normalized, weights)
 
 
 @torch.no_grad()
 def log_likelihood_difference(
-    first: EnergyDistribution, second: EnergyDistribution, x: Tensor
+    first: EnergyDistribution,
+    second: EnergyDistribution,
+    x: Tensor,
+    weights: Tensor | None = None,
 ) -> LogLikelihood:
     r"""How much better the first model is on held-out points, with the error of that.
 
@@ -91,6 +101,7 @@ def log_likelihood_difference(
         second: The same, of another model; their errors of log Z are taken for
             independent.
         x: Points of shape ``(N, *event)``, at least two, that neither was fitted to.
+        weights: Of the points in the mean, shape ``(N,)``; default: all equal.
 
     Returns:
         Nats a point, positive where the first model is the better one.
@@ -114,6 +125,7 @@ def log_likelihood_difference(
             float(first.log_partition_std_error), float(second.log_partition_std_error)
         ),
         first.is_normalized and second.is_normalized,
+        weights,
     )
 
 
@@ -136,12 +148,34 @@ def _with_error(
     values: Tensor,
     error_log_partition: float,
     is_normalized: bool,  # noqa: FBT001
+    weights: Tensor | None,
 ) -> LogLikelihood:
-    error_data = values.std().item() / math.sqrt(values.numel())
+    value, error_data = mean_and_error(values, weights)
     return LogLikelihood(
-        values.mean().item(),
+        value,
         math.hypot(error_data, error_log_partition),
         error_data,
         error_log_partition,
         is_normalized,
     )
+
+
+def mean_and_error(
+    values: Tensor, weights: Tensor | None = None
+) -> tuple[float, float]:
+    r"""A mean :math:`\bar v = \sum w_i v_i / \sum w_i`, and its standard error.
+
+    Args:
+        values: Shape ``(N,)``.
+        weights: Shape ``(N,)``; default: all equal. The error is then
+            :math:`\sqrt{\sum w_i^2 (v_i - \bar v)^2} / \sum w_i`.
+
+    Example:
+        >>> mean_and_error(torch.tensor([1.0, 3.0]), torch.tensor([3.0, 1.0]))[0]
+        1.5
+    """
+    if weights is None:
+        return values.mean().item(), values.std().item() / math.sqrt(values.numel())
+    shares = (weights / weights.sum()).to(values)
+    mean = shares @ values
+    return mean.item(), (shares @ (shares * (values - mean).square())).sqrt().item()

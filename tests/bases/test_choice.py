@@ -16,10 +16,10 @@ pytest.importorskip("sklearn")
 def test_the_best_of_held_out_rows_is_taken():
     clusters = torch.cat([torch.randn(200, 4) - 5, torch.randn(200, 4) + 5])
     found = bases.fit(clusters)
-    assert found.kind == "gaussian_mixture"
+    assert found.kind == "committee"
     assert found.compared[found.kind] >= max(found.compared.values()) - 0.05
     assert found.log_likelihood == found.compared[found.kind]
-    assert str(found).startswith(f"gaussian_mixture: {found.log_likelihood:.3f} +- ")
+    assert str(found).startswith(f"committee: {found.log_likelihood:.3f} +- ")
     correlated = torch.randn(300, 4) @ torch.ones(4, 4).tril()
     assert bases.fit(correlated).kind == "normal"
     signs = torch.randn(400, 8).sign()  # 256 clusters, or two a coordinate

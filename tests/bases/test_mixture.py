@@ -82,6 +82,37 @@ def test_columns_may_be_constant_or_equal(fitter):
     assert base.sample((10,)).isfinite().all()
 
 
+def test_the_density_is_that_of_the_general_mixture(monkeypatch):
+    """In one piece or many. Fault: pieces that are put together wrongly."""
+    base = gaussian_mixture(two_clusters(200), 4)
+    general = dist.MixtureSameFamily(
+        base.mixture_distribution, base.component_distribution
+    )
+    x = base.sample((3, 7))
+    torch.testing.assert_close(base.log_prob(x), general.log_prob(x))
+    monkeypatch.setattr("pyro_ebm.bases.mixture._CHUNK", 16)
+    torch.testing.assert_close(base.log_prob(x), general.log_prob(x))
+
+
+def test_draws_are_those_of_the_mixture():
+    """Correlated, too. Fault: a factor of the covariance that is transposed."""
+    data = two_clusters()
+    data[:, 1] += data[:, 0].sub(data[:, 0].mean()).mul(0.5) + 0.8 * data[:, 0].sin()
+    base = gaussian_mixture(data, 2)
+    draws = base.sample((2, 10_000)).reshape(-1, 2)
+    wanted = torch.einsum(
+        "k,kij->ij",
+        base.mixture_distribution.probs,
+        base.component_distribution.covariance_matrix,
+    ) + base.loc.mT.cov(correction=0, aweights=base.mixture_distribution.probs)
+    torch.testing.assert_close(draws.mT.cov(), wanted, rtol=0.05, atol=0.1)
+    torch.testing.assert_close(draws.mean(0), base.mean, atol=0.15, rtol=0)
+    torch.testing.assert_close(draws.std(0), base.stddev, atol=0.1, rtol=0)
+    left = (draws[:, 0] < 3).double()  # in no order
+    assert abs(left[:10_000].mean() - left[10_000:].mean()) < 0.03
+    assert abs(left.mean() - 2 / 3) < 0.02
+
+
 def test_torch_keeps_its_stream():
     data = two_clusters(200)
     before = torch.get_rng_state()

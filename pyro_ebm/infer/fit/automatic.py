@@ -6,8 +6,8 @@ come from draws of a proposal, made once
 (:class:`~pyro_ebm.partition.tracking.weighted_draws.WeightedDraws`), as long as enough
 of them count; then from a proposal that is fitted to the draws by their weights; and
 from chains where that fails. The model of the record with the
-best held-out likelihood is kept, unless that is better than the start by less than its
-standard error.
+best held-out likelihood is kept, unless that is better than the start by less than two
+standard errors.
 """
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "given_plan",
 ]
 
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm import bases
-from pyro_ebm.bases.rows import split
+from pyro_ebm.bases.rows import split_indices
 from pyro_ebm.bases.stack import Stack
 from pyro_ebm.core.stopwatch import Stopwatch
 from pyro_ebm.distributions import EnergyModel
@@ -37,8 +38,11 @@ from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.energies.discrete.finite import num_points
 from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.views.unconstrained import is_finite_support, is_unconstrained
+from pyro_ebm.infer.fit.fit_checks import require_cover
 from pyro_ebm.infer.fit.optimiser import FitOptim
+from pyro_ebm.infer.fit.points import Points
 from pyro_ebm.infer.fit.stages import Stage
+from pyro_ebm.infer.likelihood import mean_and_error
 from pyro_ebm.infer.objectives.likelihood.exact_likelihood import (
     ExactMaximumLikelihood,
 )
@@ -49,6 +53,7 @@ from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikel
 from pyro_ebm.infer.objectives.objective import Objective
 from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 
+_LOG = logging.getLogger(__name__)
 #: Rows below which none is held out.
 _FEWEST = 20
 #: Draws made once, and those of a step.
@@ -76,8 +81,9 @@ class Plan(NamedTuple):
 
     Attributes:
         stages: Estimators with their steps.
-        train: Rows to learn from, shape ``(N, *event)``.
+        train: Rows to learn from.
         held_out: Rows to choose by, or ``None``.
+        held_out_weights: Theirs, shape ``(M,)``, or ``None``.
         base: What was fitted to the rows, or ``None``.
         proposal: Where weighted draws come from; ``None`` where log Z comes otherwise.
         watch: Of the fit, since before its base.
@@ -86,8 +92,9 @@ class Plan(NamedTuple):
     """
 
     stages: list[Stage]
-    train: Tensor
+    train: Points
     held_out: Tensor | None
+    held_out_weights: Tensor | None
     base: bases.FittedBase | None
     proposal: Any
     watch: Stopwatch
@@ -118,7 +125,7 @@ class Plan(NamedTuple):
 
 def automatic_plan(
     model: EnergyModel,
-    rows: Tensor,
+    points: Points,
     held_out: Tensor | None,
     num_steps: int | None,
     max_seconds: float,
@@ -129,35 +136,82 @@ def automatic_plan(
 
     Args:
         model: What is fitted; it gets its base here, if it has none.
-        rows: The data, shape ``(N, *event)``.
-        held_out: Rows to choose by; default: a part of ``rows``.
+        points: The data.
+        held_out: Rows to choose by; default: a part of the data.
         num_steps: Parameter steps; default: as many as are worth it.
         max_seconds: For the base and the steps, wall-clock.
         progress_bar: Whether to show the fit of the base.
+
+    Raises:
+        ValueError: If a base was given that does not cover the data, or with rows that
+            have missing entries.
     """
     watch = Stopwatch()
-    train = rows
-    if held_out is None and len(rows) >= _FEWEST:
-        train, held_out = split(rows, seed=0)
+    train, weights = points, None
+    if held_out is None:
+        train, held_out, weights = _held_out(points)
     if is_finite_support(model.energy.support):
-        stage = _finite_stage(model, train, num_steps)
-        return Plan(
-            [stage], train, held_out, None, None, watch, max_seconds, _FINITE_RATE
-        )
+        stages = [_finite_stage(model, train.counted(), num_steps)]
+        limits = watch, max_seconds, _FINITE_RATE
+        return Plan(stages, train, held_out, weights, None, None, *limits)
     base = None
     if model.awaits_base:
-        base = fit_base(
+        base, train = fit_base(
             model,
             train,
             held_out,
             max_seconds * _FOR_BASE,
+            held_out_weights=weights,
             progress_bar=progress_bar,
         )
-    proposal = model.base if base is not None else _towards(model, train)
+    elif points.missing is not None and bool(points.missing.any()):
+        raise ValueError(
+            "data with missing entries need a model without a base, whose base is then "
+            "fitted to what is there: EnergyModel(energy). Or drop the rows with nan."
+        )
+    else:
+        require_cover(model.base, train.rows, awaits_base=False)
+    proposal = model.base if base is not None else _towards(model, train.counted())
     objective = ImportanceSampledLikelihood(proposal, _DRAWS)
     steps = _STEPS if num_steps is None else num_steps
     stages = [Stage(objective, steps)]
-    return Plan(stages, train, held_out, base, proposal, watch, max_seconds)
+    return Plan(stages, train, held_out, weights, base, proposal, watch, max_seconds)
+
+
+def _held_out(points: Points) -> tuple[Points, Tensor | None, Tensor | None]:
+    """Rows to learn from, rows that are held out, and their weights.
+
+    Of rows of which some have missing entries only complete ones are held out, at most
+    half of them.
+    """
+    number = len(points.rows)
+    if points.missing is None:
+        if number < _FEWEST:
+            return points, None, None
+        train, apart = split_indices(number, seed=0)
+    else:
+        whole = (~points.missing.any(1)).nonzero()[:, 0].cpu()
+        if len(whole) < _FEWEST:
+            _LOG.warning(
+                "data: %d rows are complete, too few to hold out; the last step of the "
+                "fit is taken",
+                len(whole),
+            )
+            return points, None, None
+        _, order = split_indices(len(whole), seed=0)
+        share = len(split_indices(number, seed=0)[1]) / len(whole)
+        if share > len(order) / len(whole):
+            generator = torch.Generator().manual_seed(0)
+            shuffled = torch.randperm(len(whole), generator=generator)
+            order = shuffled[: round(min(share, 0.5) * len(whole))]
+        apart = whole[order]
+        is_apart = torch.zeros(number, dtype=torch.bool)
+        is_apart[apart] = True
+        train = (~is_apart).nonzero()[:, 0]
+    chosen = points.at(apart)
+    if chosen.weights is not None and int((chosen.weights > 0).sum()) < 2:
+        return points, None, None
+    return points.at(train), chosen.rows, chosen.weights
 
 
 def _finite_stage(model: EnergyModel, train: Tensor, num_steps: int | None) -> Stage:
@@ -193,7 +247,7 @@ def _is_exact_cheap(energy: Energy) -> bool:
 
 def given_plan(
     model: EnergyModel,
-    rows: Tensor,
+    points: Points,
     held_out: Tensor | None,
     stages: list[Stage],
     max_seconds: float | None,
@@ -202,33 +256,73 @@ def given_plan(
 
     Args:
         model: What is fitted.
-        rows: The data, shape ``(N, *event)``.
+        points: The data.
         held_out: Rows whose likelihood is recorded.
         stages: Estimators with their steps.
         max_seconds: Default: no limit.
+
+    Raises:
+        ValueError: If the base does not cover the data.
     """
+    require_cover(model.base, points.rows, awaits_base=model.awaits_base)
     limit = math.inf if max_seconds is None else max_seconds
-    return Plan(stages, rows, held_out, None, None, Stopwatch(), limit)
+    return Plan(stages, points, held_out, None, None, None, Stopwatch(), limit)
 
 
 def fit_base(
     model: EnergyModel,
-    train: Tensor,
+    train: Points,
     held_out: Tensor | None,
     max_seconds: float,
     *,
+    held_out_weights: Tensor | None = None,
     progress_bar: bool,
+) -> tuple[bases.FittedBase, Points]:
+    """Fit the base that a model awaits, and give it to the model.
+
+    Args:
+        model: What awaits it.
+        train: Rows to fit to; with weights or missing entries, the base is a committee
+            of mixtures of normals.
+        held_out: Rows to choose by.
+        max_seconds: That it may take.
+        held_out_weights: Theirs.
+        progress_bar: Whether to show the fit.
+
+    Returns:
+        The base, and the rows with candidates for what is missing.
+    """
+    support = _real_or(model.energy.support)
+    if train.weights is None and train.missing is None:
+        found = bases.fit(
+            train.rows,
+            support=support,
+            held_out=held_out,
+            max_seconds=max_seconds,
+            progress_bar=progress_bar,
+        )
+    else:
+        found = _committee(train, held_out, support, max_seconds, held_out_weights)
+    train = train.filled_by(found.distribution)
+    model.use_base(found.distribution, train.counted())
+    return found, train.with_candidates(model)
+
+
+def _committee(
+    train: Points,
+    held_out: Tensor | None,
+    support: Constraint | None,
+    max_seconds: float,
+    weights: Tensor | None,
 ) -> bases.FittedBase:
-    """Fit the base that a model awaits, and give it to the model."""
-    found = bases.fit(
-        train,
-        support=_real_or(model.energy.support),
-        held_out=held_out,
-        max_seconds=max_seconds,
-        progress_bar=progress_bar,
+    base = bases.committee(
+        train.rows, support=support, weights=train.weights, max_seconds=max_seconds
     )
-    model.use_base(found.distribution, train)
-    return found
+    rows, weights = (
+        (train.rows, train.weights) if held_out is None else (held_out, weights)
+    )
+    value, error = mean_and_error(base.log_prob(rows), weights)
+    return bases.FittedBase(base, "committee", value, error, {"committee": value})
 
 
 def _real_or(support: Constraint) -> Constraint | None:

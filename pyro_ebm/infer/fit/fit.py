@@ -53,6 +53,7 @@ from pyro_ebm.infer.likelihood import (
     LogLikelihood,
     log_likelihood,
     log_likelihood_difference,
+    mean_and_error,
 )
 from pyro_ebm.infer.loss import state_for
 from pyro_ebm.infer.objectives.objective import Objective
@@ -73,6 +74,7 @@ def fit(
     data: Any,
     objective: Objective | Sequence[Stage] | Literal["auto"] = "auto",
     *,
+    weights: Any = None,
     num_steps: int | None = None,
     max_seconds: float | None = None,
     batch_size: int = 256,
@@ -91,7 +93,7 @@ def fit(
     maximum likelihood: a network without a base as a correction of that density, which
     starts as none. Log Z comes from draws of the base while enough of them count, then
     from chains (:mod:`~pyro_ebm.infer.fit.automatic`). The best record by the held-out
-    likelihood is kept, or the start, where the gain is less than its standard error:
+    likelihood is kept, or the start, where the gain is less than two standard errors:
     the model is never much worse than its base.
 
     The model is trained in place; at the end its parameters are the averaged ones, to
@@ -107,8 +109,13 @@ def fit(
         energy_model: What is fitted.
         data: Points of shape ``(N, *event)``: a tensor, an array, a table of pandas, a
             ``Dataset``, or a ``DataLoader``, of which a batch at a time is in memory.
+            Entries of vectors that are ``nan`` are missing (at random, given the
+            others): they are drawn from the model's conditional while it learns.
         objective: The estimator; default: the likelihood, as said above. Or a list of
             :class:`~pyro_ebm.infer.Stage`, each an objective with its steps.
+        weights: Of the rows of the data, shape ``(N,)`` and nonnegative: in learning,
+            in the fit of the base, and in the likelihoods that are reported. A weight
+            of 2 counts as the row twice. Default: all equal.
         num_steps: Parameter steps, at most; default 4,000, and 2,000 with an estimator
             given; stages have their own.
         max_seconds: Seconds, by the clock or by the processor where others share it, in
@@ -137,8 +144,9 @@ def fit(
     Raises:
         TypeError: If an argument is of another type.
         ValueError: If the data are not finite, have another event shape or dtype, are
-            outside the support, if ``patience`` is given without validation data,
-            ``num_steps`` with stages, or if a count is not positive.
+            outside the support, if the weights do not fit them, if the base that
+            the model was given does not cover them, if ``patience`` is given without
+            validation data, ``num_steps`` with stages, or if a count is not positive.
         DivergenceError: If no chain can move any more; the model is then left as it
             was at the last record.
 
@@ -162,7 +170,7 @@ def fit(
     require_counts(batch_size=batch_size, record_interval=record_interval)
     require_counts(patience=patience, num_steps=num_steps)
     require_callbacks(callbacks, max_grad_norm)
-    points = as_points("data", data, energy_model)
+    points = as_points("data", data, energy_model, weights, may_miss=is_automatic)
     held_out = validation_data
     if held_out is not None:
         held_out = as_points("validation_data", held_out, energy_model).rows
@@ -170,19 +178,19 @@ def fit(
         require_no_patience(patience)
     began = time.perf_counter(), time.process_time()
     limits = num_steps, max_seconds
-    plan = _plan(energy_model, points.rows, held_out, stages, *limits, bar=progress_bar)
+    plan = _plan(energy_model, points, held_out, stages, *limits, bar=progress_bar)
     run = _Fit(energy_model, plan, patience, is_automatic=is_automatic)
     run.began = began
     run.batch_size, run.record_interval = batch_size, record_interval
     run.callbacks = callbacks
     if max_grad_norm is not None or not is_automatic:
         run.max_grad_norm = max_grad_norm
-    return run.run(points, optim, progress_bar=progress_bar)
+    return run.run(optim, progress_bar=progress_bar)
 
 
 def _plan(
     model: EnergyModel,
-    rows: Tensor,
+    points: Points,
     held_out: Tensor | None,
     stages: list[Stage],
     num_steps: int | None,
@@ -192,9 +200,9 @@ def _plan(
 ) -> Plan:
     """How the fit is to go; without stages that is chosen."""
     if stages:
-        return given_plan(model, rows, held_out, stages, max_seconds)
+        return given_plan(model, points, held_out, stages, max_seconds)
     seconds = _SECONDS if max_seconds is None else max_seconds
-    return automatic_plan(model, rows, held_out, num_steps, seconds, progress_bar=bar)
+    return automatic_plan(model, points, held_out, num_steps, seconds, progress_bar=bar)
 
 
 class _Saved(NamedTuple):
@@ -221,10 +229,10 @@ class _Fit:
         is_automatic: bool,
     ) -> None:
         self.model, self.plan = model, plan
-        self.validation_data = plan.held_out
+        self.validation_data, self.weights = plan.held_out, plan.held_out_weights
         self.is_automatic = is_automatic
         # The training curve is read off at most 2,000 points, always the same.
-        self.train_data = plan.train[torch.randperm(len(plan.train))[:2000]]
+        self.train_data = plan.train.some(2000)
         default = PATIENCE if is_automatic else math.inf
         self.patience = default if patience is None else patience
         self.stages, self.proposal = list(plan.stages), plan.proposal
@@ -243,14 +251,13 @@ class _Fit:
         """Parameter steps so far."""
         return sum(self.steps_of_stages)
 
-    def run(self, points: Points, optim: Any, *, progress_bar: bool) -> FitResult:
+    def run(self, optim: Any, *, progress_bar: bool) -> FitResult:
         """Take all steps, and examine the fit."""
         self.model.train()
-        check_pointwise(self.model.energy, self.plan.train[:_NUM_CHECKED])
+        check_pointwise(self.model.energy, self.plan.train.rows[:_NUM_CHECKED])
         total = sum(stage.num_steps for stage in self.plan.stages)
-        train = points if points.loader is not None else Points(self.plan.train)
         with tqdm(total=total, disable=not progress_bar, desc="fit") as bar:
-            stopped = self.all_stages(train, optim, bar)
+            stopped = self.all_stages(self.plan.train, optim, bar)
         self.model.eval()  # from here on log Z is a number
         return self.result(stopped)
 
@@ -337,7 +344,7 @@ class _Fit:
             stopped,
             copy.deepcopy(self.state),
             log_likelihood(distribution, self.train_data),
-            None if held_out is None else log_likelihood(distribution, held_out),
+            None if held_out is None else self._likelihood(distribution, held_out),
             tuple((s.name, n) for s, n in zip(self.stages, taken, strict=False)),
             self._timings(),
             found,
@@ -357,7 +364,10 @@ class _Fit:
 
     def _gain(self, learned: EnergyDistribution, held_out: Tensor) -> LogLikelihood:
         base = EnergyDistribution(DistributionEnergy(self.model.base))
-        return log_likelihood_difference(learned, base, held_out)
+        return log_likelihood_difference(learned, base, held_out, self.weights)
+
+    def _likelihood(self, learned: EnergyDistribution, x: Tensor) -> LogLikelihood:
+        return log_likelihood(learned, x, self.weights)
 
     def _diagnosed(self, objective: Objective) -> FitDiagnostics:
         steps = self.steps_of_stages[-1]
@@ -419,9 +429,13 @@ class _Fit:
         return last_good
 
     def _is_chance(self) -> bool:
-        """Whether held-out points like the best record no more than by chance."""
+        """Whether held-out points like the best record no more than by chance.
+
+        Two standard errors, as the same points have chosen the record.
+        """
         gains = self.best_values - self.start_values
-        return bool(gains.mean() < gains.std() / math.sqrt(len(gains)))
+        gain, error = mean_and_error(gains, self.weights)
+        return gain < 2 * error
 
     def _why_stop(self, steps: Any, record: FitRecord, *, is_late: bool) -> str | None:
         """Why a stage ends after a record, or ``None``."""
@@ -475,7 +489,7 @@ class _Fit:
         train = log_likelihood(averaged, self.train_data)
         shown, validation = train, None
         if self.validation_data is not None:
-            shown = validation = log_likelihood(averaged, self.validation_data)
+            shown = validation = self._likelihood(averaged, self.validation_data)
             self.num_worse += 1
             counts = validation.is_normalized or not self.is_automatic
             if counts and validation.value > self.best_value:

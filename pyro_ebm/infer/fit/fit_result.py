@@ -3,17 +3,19 @@
 __all__ = ["Anomaly", "FitResult", "FitTimings"]
 
 import textwrap
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyro_ebm.bases import FittedBase
-from pyro_ebm.core.verdict import Finding, Status
+from pyro_ebm.core.html import columns_table, rows_table
+from pyro_ebm.core.verdict import Finding, Status, in_words
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.fit.diagnosis import FitDiagnostics
+from pyro_ebm.infer.fit.fit_checks import require_counts
 from pyro_ebm.infer.fit.fit_record import FitRecord
-from pyro_ebm.infer.fit.fit_table import fit_html
+from pyro_ebm.infer.fit.missing import Imputed, imputed
 from pyro_ebm.infer.likelihood import LogLikelihood
 from pyro_ebm.partition import LogPartitionEstimate
 
@@ -21,6 +23,9 @@ from pyro_ebm.partition import LogPartitionEstimate
 _WIDTH = 88
 #: A space at which no line is broken.
 _TIE = "\N{NO-BREAK SPACE}"
+#: Records of the history in the table: the last ones, and the first.
+_MAX_RECORDS = 6
+_HEADER = ("step", "loss", "train", "held out", "log Z", "verdict")
 
 
 class FitTimings(NamedTuple):
@@ -158,6 +163,48 @@ class FitResult(NamedTuple):
         p_value = (1.0 + len(known) - rank) / (1 + len(known))
         return Anomaly(score, p_value)
 
+    def impute(
+        self, x: Tensor, num_samples: int = 1, num_candidates: int = 256
+    ) -> Imputed:
+        r"""Draw the missing entries of rows, given the others.
+
+        Candidates come from the conditional of the mixture of normals in the base, and
+        are chosen by the weights that make of them draws of the model's.
+
+        Args:
+            x: Shape ``(N, D)``, with ``nan`` where an entry is missing.
+            num_samples: Draws of each row, with repetitions.
+            num_candidates: Of each row.
+
+        Returns:
+            Draws, means, and how many of the candidates counted.
+
+        Raises:
+            TypeError: If the base is of another kind, or over another space.
+            ValueError: If ``x`` has another shape, or a count is not positive.
+
+        Exactness: *consistent* in ``num_candidates``; ``effective`` says how many of
+        them counted for a row.
+
+        Example:
+            >>> data = torch.randn(200, 1) + 0.1 * torch.randn(200, 2)
+            >>> model = pyro_ebm.EnergyModel(pyro_ebm.energies.NeuralEnergy((2,), (8,)))
+            >>> result = pyro_ebm.fit(model, data, num_steps=20, progress_bar=False)
+            >>> found = result.impute(torch.tensor([[1.0, torch.nan]]))
+            >>> bool((found.mean[0, 1] - 1).abs() < 0.3)
+            True
+        """
+        shape = self.distribution.event_shape
+        if len(shape) != 1 or x.dim() != 2 or x.shape[1:] != shape:
+            raise ValueError(
+                f"x must have shape (N, *event) with an event of one dimension; the "
+                f"event_shape is {tuple(shape)}, got {tuple(x.shape)}."
+            )
+        require_counts(num_samples=num_samples, num_candidates=num_candidates)
+        base = None if self.base is None else self.base.distribution
+        energy = self.distribution.energy
+        return imputed(base, energy, x, num_samples, num_candidates)
+
     @property
     def is_reliable(self) -> bool:
         """Whether the status is ``"ok"``."""
@@ -178,7 +225,7 @@ class FitResult(NamedTuple):
         return str(self.reasons[0].reason if self.reasons else self.status)
 
     def _repr_html_(self) -> str:
-        return fit_html(self)
+        return _html(self)
 
     def __str__(self) -> str:
         energy = self.distribution.energy
@@ -239,3 +286,43 @@ def _described(found: FitDiagnostics) -> str:
 
 def _number(value: float | None, spec: str) -> str | None:
     return None if value is None else format(value, spec)
+
+
+def _html(result: Any) -> str:
+    """How a fit ended, its log Z with the verdict, and how it went."""
+    estimate = result.log_partition
+    held_out = result.validation
+    summary = {
+        "model": repr(result.distribution),
+        "ended": f"{result.stopped} after {result.num_steps:,} steps",
+        "log Z": f"{estimate.value:.4f} +- {estimate.std_error:.4f} nats",
+        "log Z verdict": in_words(estimate.status, estimate.reasons),
+        "train log-likelihood": f"{result.train} nats a point",
+        "held-out log-likelihood": f"{held_out} nats a point" if held_out else "",
+        "verdict": ": ".join([result.verdict, *map(str, result.reasons)]),
+    }
+    table = rows_table("Fit", summary)
+    if not result.history:
+        return table
+    rows = [_cells(record) for record in _shown(result.history)]
+    note = f"{len(result.history):,} records, in nats; +- is one standard error"
+    return table + columns_table(_HEADER, rows, note)
+
+
+def _shown(history: Any) -> list[Any]:
+    records = list(history)
+    if len(records) <= _MAX_RECORDS:
+        return records
+    return [records[0], *records[-_MAX_RECORDS + 1 :]]
+
+
+def _cells(record: Any) -> list[str]:
+    held_out, estimate = record.validation, record.log_partition
+    return [
+        f"{record.step:,}",
+        f"{record.loss:.4f}",
+        str(record.train),
+        "" if held_out is None else str(held_out),
+        f"{estimate.value:.4f} +- {estimate.std_error:.4f}",
+        str(estimate.status),
+    ]

@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from pyro_ebm.bases.conditional import as_mixture, conditional_draws
+from pyro_ebm.bases.rows import repetitions
 from pyro_ebm.distributions import EnergyModel
-from pyro_ebm.infer.fit.fit_checks import require_points
+from pyro_ebm.energies.views.unconstrained import is_unconstrained
+from pyro_ebm.infer.fit.fit_checks import require_points, require_weights
+from pyro_ebm.infer.fit.missing import Candidates
 
 _LOG = logging.getLogger(__name__)
 #: Rows of a stream that are kept, for the base and for the training curve.
 _KEPT = 10_000
+#: Steps after which the candidates for missing entries are weighed again.
+_WEIGH_EVERY = 50
 
 
 class Points(NamedTuple):
@@ -24,30 +30,93 @@ class Points(NamedTuple):
     Attributes:
         rows: All of them, or the first of a stream; shape ``(N, *event)``.
         loader: Where the batches come from, if they are a stream.
+        weights: Of the rows, shape ``(N,)``; ``None`` where all count the same.
+        missing: Which entries are missing, shape ``(N, D)``, or ``None``.
+        candidates: For these, once there is a base.
     """
 
     rows: Tensor
     loader: Any = None
+    weights: Tensor | None = None
+    missing: Tensor | None = None
+    candidates: Candidates | None = None
 
     def batches(self, batch_size: int, model: EnergyModel) -> Iterator[Tensor]:
         """Batches without end, shape ``(B, *event)``; of a stream as it gives them.
 
         Args:
-            batch_size: Of rows that are drawn without replacement within an epoch.
+            batch_size: Of rows that are drawn without replacement within an epoch, in
+                which each comes as often as its weight says; missing entries are drawn
+                anew each time.
             model: What is fitted to them.
         """
         if self.loader is not None:
             while True:
                 for batch in self.loader:
                     yield _of_batch(batch, model)
+        count = 0
         while True:
-            order = torch.randperm(len(self.rows), device=self.rows.device)
-            whole = len(self.rows) // batch_size * batch_size
-            for index in order[:whole].split(batch_size):
-                yield self.rows[index]
+            order = self._epoch()
+            size = min(batch_size, len(order))
+            whole = len(order) // size * size
+            for index in order[:whole].split(size):
+                rows = self.rows[index]
+                if self.candidates is not None:
+                    if count % _WEIGH_EVERY == 0:
+                        self.candidates.weigh(model.energy)
+                    rows = self.candidates.fill(rows, index)
+                    count += 1
+                yield rows
+
+    def _epoch(self) -> Tensor:
+        """Indices of rows in a random order."""
+        if self.weights is None:
+            return torch.randperm(len(self.rows), device=self.rows.device)
+        index = repetitions(self.weights, float(torch.rand(())))
+        return index[torch.randperm(len(index), device=index.device)]
+
+    def counted(self) -> Tensor:
+        """The rows, each as often as its weight says."""
+        if self.weights is None:
+            return self.rows
+        return self.rows[repetitions(self.weights)]
+
+    def some(self, number: int) -> Tensor:
+        """Rows that stand for all of them, each as often as its weight says."""
+        return self.rows[self._epoch()[:number]]
+
+    def at(self, index: Tensor) -> "Points":
+        """Some of the rows, with their weights."""
+        index = index.to(self.rows.device)
+        weights = None if self.weights is None else self.weights[index]
+        missing = None if self.missing is None else self.missing[index]
+        return Points(self.rows[index], self.loader, weights, missing)
+
+    def filled_by(self, base: Any) -> "Points":
+        """With missing entries drawn from the conditional of a base."""
+        if self.missing is None or not self.missing.any():
+            return self
+        mixture = as_mixture(base)
+        return self._replace(
+            rows=conditional_draws(mixture, self.rows, self.missing, 1)[0]
+        )
+
+    def with_candidates(self, model: EnergyModel) -> "Points":
+        """With candidates for missing entries, drawn from the base of a model."""
+        if self.missing is None or not self.missing.any():
+            return self
+        found = Candidates(model.base, model.energy, self.rows, self.missing)
+        return self._replace(candidates=found)
 
 
-def as_points(name: str, data: Any, model: EnergyModel) -> Points:
+def as_points(
+    name: str,
+    data: Any,
+    model: EnergyModel,
+    weights: Any = None,
+    *,
+    may_miss: bool = False,
+) -> Points:
     """Data as tensors, checked.
 
     Args:
@@ -56,20 +125,22 @@ def as_points(name: str, data: Any, model: EnergyModel) -> Points:
             whose batches may be lists with the points first.
         model: What is to be fitted to them; numbers of another type are converted to
             its dtype, which a line of the log says.
+        weights: Of the rows, ``(N,)``.
+        may_miss: Whether ``nan`` is an entry that is missing. Rows of nothing else are
+            dropped, which a line of the log says.
 
     Raises:
         TypeError: If it is none of these.
-        ValueError: If there are no rows, or they do not fit the model.
+        ValueError: If there are no rows, or they do not fit the model, or their
+            weights do not fit them.
     """
     if isinstance(data, DataLoader):
-        kept: list[Tensor] = []
-        for batch in data:
-            kept.append(_of_batch(batch, model))
-            if sum(map(len, kept)) >= _KEPT:
-                break
-        if not kept:
-            raise ValueError(f"{name} must have batches, and the DataLoader has none.")
-        rows = torch.cat(kept)[:_KEPT]
+        if weights is not None:
+            raise ValueError(
+                "weights must be left out with a DataLoader, whose rows are not known "
+                "beforehand: give it torch.utils.data.WeightedRandomSampler(weights)."
+            )
+        rows = _first_rows(name, data, model)
         require_points(name, rows, model)
         return Points(rows, data)
     if isinstance(data, Dataset):
@@ -81,8 +152,50 @@ def as_points(name: str, data: Any, model: EnergyModel) -> Points:
         items = [data[index] for index in range(len(data))]  # type: ignore[arg-type]
         data = torch.stack([_first(item) for item in items])
     rows = _as_tensor(name, data, model)
-    require_points(name, rows, model)
-    return Points(rows)
+    if weights is not None:
+        weights = require_weights(weights, len(rows)).to(rows.device)
+    points = Points(rows, None, weights)
+    if may_miss and rows.dim() and bool(rows.isnan().any()):
+        points = _incomplete(name, points, model)
+    filled = points.rows
+    if points.missing is not None:
+        filled = filled.where(~points.missing, 0.0)
+    require_points(name, filled, model)
+    return points
+
+
+def _incomplete(name: str, points: Points, model: EnergyModel) -> Points:
+    """Rows with their missing entries marked, without those that have no others."""
+    rows, missing = points.rows, points.rows.isnan()
+    event = model.energy.event_shape
+    is_vector = len(event) == 1 and is_unconstrained(model.energy.support)
+    if not is_vector or rows.shape[1:] != event:
+        require_points(name, rows, model)  # which says what else is wrong
+    empty = missing.all(0)
+    if bool(empty.any()):
+        raise ValueError(
+            f"{name} has no entry at all in column(s) "
+            f"{empty.nonzero().flatten().tolist()}. Leave them out."
+        )
+    nothing = missing.all(1)
+    if bool(nothing.any()):
+        _LOG.warning(
+            "%s: %d rows without any entry are dropped", name, int(nothing.sum())
+        )
+    points = points._replace(missing=missing).at((~nothing).nonzero()[:, 0])
+    _LOG.info("%s: %d entries of %d rows are missing", name, missing.sum(), len(rows))
+    return points
+
+
+def _first_rows(name: str, loader: Any, model: EnergyModel) -> Tensor:
+    kept: list[Tensor] = []
+    for batch in loader:
+        kept.append(_of_batch(batch, model))
+        if sum(map(len, kept)) >= _KEPT:
+            break
+    if not kept:
+        raise ValueError(f"{name} must have batches, and the DataLoader has none.")
+    return torch.cat(kept)[:_KEPT]
 
 
 def _of_batch(batch: Any, model: EnergyModel) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
+from scipy import stats
 
 import pyro_ebm
 from pyro_ebm import EnergyModel, bases, fit
@@ -79,6 +80,9 @@ def test_anomalies_are_calibrated(quick_bases):
     for level in (0.05, 0.2, 0.5, 0.8):
         share = (found.p_value <= level).double().mean()
         assert abs(share - level) < 0.05
+    new = -result.anomaly(rows(4000)).score
+    alike = stats.ks_2samp(new.numpy(), result.held_out_log_prob.numpy())
+    assert alike.pvalue > 0.01
     middle = result.anomaly(torch.zeros(1, 2))  # of the ring
     assert middle.p_value < 0.02
     assert torch.equal(middle.score, -result.distribution.log_prob(torch.zeros(1, 2)))

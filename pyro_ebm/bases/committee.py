@@ -1,0 +1,210 @@
+r"""A committee: many mixtures of normals as one, weighted by rows they have not seen.
+
+The rows are cut into :math:`F` parts. Each setting :math:`s`, a number of components
+and a floor of the variances, is fitted :math:`F` times, without part :math:`f` in turn,
+which gives each row a density by a fit that has not seen it. The committee is
+
+.. math::
+    p(x) = \sum_s w_s \frac1F \sum_f p_{s, -f}(x), \qquad
+    w = \arg\max_w \sum_i \log \sum_s w_s\, p_{s, -f(i)}(x_i)                \tag{1}
+
+By Jensen's inequality it is at least as good as a member of it in the mean; and all
+rows serve both to fit and to choose.
+
+Missing entries are drawn, in turn with fits to the rows that are filled so: stochastic
+expectation maximisation, first of a small mixture, then of a committee, in the last of
+which each part :math:`f` is left out of draws of its own.
+
+References:
+    Celeux & Diebolt (1985), Computational Statistics Quarterly 2, 73-82.
+    Smyth & Wolpert (1999), Machine Learning 36, 59-83.
+    Ormoneit & Tresp (1998), IEEE Trans. Neural Networks 9, 639-650.
+"""
+
+__all__ = ["committee"]
+
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+from pyro_ebm.bases.conditional import conditional_draws
+from pyro_ebm.bases.mixture import (
+    NUMBERS,
+    ROWS_EACH,
+    NormalMixture,
+    fitted_mixture,
+    joined_mixture,
+)
+from pyro_ebm.bases.rows import Rows, repetitions
+from pyro_ebm.bases.stack import stacking_weights
+from pyro_ebm.core.stopwatch import Stopwatch
+
+#: Parts of the rows, floors of the variances relative to the columns', and the weight
+#: from which on a setting is kept.
+_PARTS, _FLOORS, _LEAST = 5, (1e-6, 1e-2, 1e-1), 0.02
+#: Rows that a member is fitted to, at most.
+_MAX_ROWS = 20_000
+#: Steps, components, and rows for each of these, of the small mixture that comes before
+#: the committees where entries are missing.
+_STEPS_OF_SMALL, _SMALL, _ROWS_OF_SMALL = 10, 2, 50
+
+
+def committee(
+    data: Tensor,
+    *,
+    support: Constraint | None = None,
+    weights: Tensor | None = None,
+    max_seconds: float = 20.0,
+    seed: int = 0,
+) -> dist.TorchDistribution:
+    """The committee (1) of Gaussian mixtures of 1, 2, 4, ... 32 components.
+
+    Args:
+        data: Shape ``(N, *event)``. Of vectors of real numbers, ``nan`` is an entry
+            that is missing, at random given the others of its row.
+        support: Of a row; the mixtures are then in unconstrained space, pushed to the
+            support. Default: all real numbers.
+        weights: Of the rows, shape ``(N,)``: in (1), and by repetitions of the rows
+            that a member is fitted to. Default: all equal.
+        max_seconds: Seconds that it may take; larger mixtures are tried only where
+            there is time for them.
+        seed: Of the parts, and of the first components.
+
+    Returns:
+        A normalised Pyro distribution over the event: one mixture, of a few hundred
+        components.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+        ValueError: If there are fewer than three rows, or the data do not fit, see
+            :class:`~pyro_ebm.bases.rows.Rows`.
+
+    Exactness: each member is a *local maximum* of its likelihood.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> data = torch.cat([torch.randn(150, 2) - 4, torch.randn(150, 2) + 4])
+        >>> base = committee(data)
+        >>> base.event_shape, len(base.loc) > 2
+        (torch.Size([2]), True)
+    """
+    missing = None
+    if isinstance(data, Tensor) and data.dim() == 2 and support is None:
+        missing = data.isnan() if bool(data.isnan().any()) else None
+        data = data if missing is None else _started(data, missing)
+    rows = Rows.of(data, support)
+    share = torch.ones(len(rows.u)) if weights is None else weights.cpu()
+    count = int((share > 0).sum())
+    if count < 3:
+        raise ValueError(
+            f"data must have at least 3 rows for a committee, got {count}. Use "
+            "pyro_ebm.bases.normal."
+        )
+    parts = _order(share, seed).chunk(_PARTS)
+    if missing is None:
+        return rows.distribution(
+            _assembled([rows.u] * _PARTS, parts, share, max_seconds, seed)
+        )
+    filled, gone = rows.u, missing.any(1)
+    found = _small(filled, missing, share)
+    for number in (1, _PARTS):
+        draws = conditional_draws(found, filled[gone], missing[gone], number)
+        versions = [filled.clone() for _ in range(_PARTS)]
+        for index, version in enumerate(versions):
+            version[gone] = draws[min(index, number - 1)]
+        found = _assembled(versions, parts, share, max_seconds / 2, seed)
+    return rows.distribution(found)
+
+
+def _started(data: Tensor, missing: Tensor) -> Tensor:
+    """Rows whose missing entries are draws of what was seen in their column.
+
+    Raises:
+        ValueError: If nothing was seen in a column.
+    """
+    filled = data.clone()
+    for column in range(data.shape[1]):
+        gone = missing[:, column]
+        if gone.all():
+            raise ValueError(
+                f"data has no entry at all in column {column}. Leave it out."
+            )
+        known = data[~gone, column]
+        filled[gone, column] = known[torch.randint(len(known), (int(gone.sum()),))]
+    return filled
+
+
+def _small(u: Tensor, missing: Tensor, share: Tensor) -> NormalMixture:
+    """A small mixture, from rows that it fills itself."""
+    number = max(1, min(_SMALL, int((share > 0).sum()) // _ROWS_OF_SMALL))
+    gone, index = missing.any(1), repetitions(share)
+    for _ in range(_STEPS_OF_SMALL):
+        found = fitted_mixture(u[index], number, 0)
+        u = u.clone()
+        u[gone] = conditional_draws(found, u[gone], missing[gone], 1)[0]
+    return found
+
+
+def _assembled(
+    versions: Sequence[Tensor],
+    parts: Sequence[Tensor],
+    share: Tensor,
+    max_seconds: float,
+    seed: int,
+) -> NormalMixture:
+    """The mixture (1), with fits to versions of the rows that leave out one part each.
+
+    Args:
+        versions: As many as parts, each of shape ``(N, D)``.
+        parts: Indices of rows.
+        share: Weights of the rows.
+        max_seconds: That it may take.
+        seed: Of the first components.
+    """
+    watch, began, members, unseen = Stopwatch(), 0.0, [], []
+    order = torch.cat(tuple(parts))
+    fewest = len(order) - max(map(len, parts))
+    for number in NUMBERS:
+        # The next takes about twice the time of the last.
+        is_late = 3 * watch.seconds - 2 * began > max_seconds
+        began = watch.seconds
+        if number > 1 and (is_late or number * ROWS_EACH > fewest):
+            break
+        for floor in _FLOORS:
+            fits, values = _fits(versions, parts, share, number, floor, seed)
+            members.append(fits)
+            unseen.append(values)
+    chances = stacking_weights(torch.stack(unseen), share[order])
+    kept = (chances >= _LEAST).nonzero().flatten().tolist()
+    shares = (chances[kept] / chances[kept].sum()).repeat_interleave(len(parts))
+    chosen = [fit for index in kept for fit in members[index]]
+    return joined_mixture(chosen, shares / len(parts))
+
+
+def _order(share: Tensor, seed: int) -> Tensor:
+    """Rows that count, shuffled; not too many."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(share), generator=generator)
+    return order[share[order] > 0][:_MAX_ROWS]
+
+
+def _fits(
+    versions: Sequence[Tensor],
+    parts: Sequence[Tensor],
+    share: Tensor,
+    number: int,
+    floor: float,
+    seed: int,
+) -> tuple[list[NormalMixture], Tensor]:
+    """A fit without each part, and its log density there; shape ``(N,)``."""
+    fits, values = [], []
+    for u, part in zip(versions, parts, strict=False):
+        others = torch.cat([other for other in parts if other is not part])
+        if not bool((share[others] == 1).all()):
+            others = others[repetitions(share[others])]
+        fits.append(fitted_mixture(u[others], number, seed, floor))
+        values.append(fits[-1].log_prob(u[part]))
+    return fits, torch.cat(values)

@@ -1,0 +1,83 @@
+"""Data that nothing, or little, can be learned from: refused, or as documented."""
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_ebm import EnergyModel, fit
+from pyro_ebm.energies import NeuralEnergy
+from pyro_ebm.infer import MaximumLikelihood
+from pyro_ebm.partition import importance_sampling
+
+pytest.importorskip("sklearn")
+
+
+def network(base=None):
+    energy = NeuralEnergy((2,), (8,), base=base)
+    return EnergyModel(energy) if base is None else EnergyModel(energy, base)
+
+
+def quick(model, data, *given, **settings):
+    settings = {"num_steps": 30, "progress_bar": False} | settings
+    return fit(model, data, *given, **settings)
+
+
+def test_a_base_that_does_not_cover_the_data_is_refused():
+    """Data at a million under a standard normal. Fault: a verdict of ok."""
+    far = 1e6 + torch.randn(100, 2)
+    standard = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    with pytest.raises(ValueError, match="not cover the data.*without a base: fit"):
+        quick(network(standard), far)
+    with pytest.raises(ValueError, match="not cover.*Leave objective at 'auto'"):
+        quick(network(), far, MaximumLikelihood())
+    quick(network(standard), 5 + torch.randn(100, 2))  # far, but not hopeless
+
+
+def test_a_base_that_is_fitted_covers_it():
+    result = quick(network(), 1e6 + 1e3 * torch.randn(150, 2))
+    assert result.status == "ok"
+    assert abs(result.validation.value + 2 * 8.33) < 0.5  # entropy of the normal
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (torch.randn(50, 3), r"\(N, \*event\), event_shape \(2,\), got \(50, 3\)"),
+        (torch.randn(50), r"event_shape \(2,\), got \(50,\)"),
+        (torch.empty(0, 2), "at least two points, got 0"),
+        (torch.randn(1, 2), "at least two points, got 1"),
+        (torch.full((50, 2), torch.inf), "50 points with 100 nan or infinite"),
+    ],
+)
+def test_what_is_refused(data, match):
+    with pytest.raises(ValueError, match=match):
+        quick(network(), data)
+
+
+def test_a_constant_column_is_nearly_constant_in_the_model():
+    """Of a spread of a thousandth, for want of any scale."""
+    data = torch.cat([torch.randn(100, 1), torch.full((100, 1), 7.0)], 1)
+    result = quick(network(), data)
+    draws = result.distribution.sample((500,))
+    assert result.status == "ok"
+    assert (draws[:, 1] - 7).abs().max() < 2
+    assert abs(draws[:, 0].std() / data[:, 0].std() - 1) < 0.3
+
+
+def test_duplicates_are_rows_like_others():
+    """Log Z is right, though most of the mass is on three points."""
+    data = torch.tensor([[0.0, 0.0], [1.0, 2.0], [-1.0, 1.0]]).repeat(40, 1)
+    result = quick(network(), data)
+    energy = result.distribution.energy
+    found = importance_sampling(energy, result.base.distribution, num_samples=20_000)
+    assert abs(found.value - result.log_partition.value) < 0.02
+    near = torch.cdist(result.distribution.sample((200,)), data[:3]).amin(1)
+    assert near.median() < 0.5
+
+
+def test_three_rows_are_the_fewest_for_a_base():
+    with pytest.raises(ValueError, match="at least 3 rows to compare bases by, got 2"):
+        quick(network(), torch.randn(2, 2))
+    result = quick(network(), torch.randn(3, 2))
+    assert result.validation is None
+    assert result.log_partition.value == pytest.approx(0.0, abs=0.2)
