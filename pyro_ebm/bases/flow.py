@@ -111,6 +111,8 @@ def _train(
     with tqdm(desc="flow", delay=1, disable=not is_shown) as bar:
         while watch.seconds < max_seconds and waited < _PATIENCE:
             for _ in range(_EVERY):
+                if watch.seconds > max_seconds:  # a step of many columns takes long
+                    break
                 batch = train[torch.randint(len(train), (_BATCH,))]
                 loss = -module().log_prob(batch).mean()
                 optimiser.zero_grad()

@@ -15,9 +15,10 @@ __all__ = ["BoltzmannEnergy"]
 
 from typing import final
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_ebm.energies.base import live_or_parameter, require_precision
 from pyro_ebm.energies.discrete.exact.distribution import ExactClosedForm
@@ -27,6 +28,7 @@ from pyro_ebm.energies.discrete.exact.elimination import (
     exact_closed_form,
 )
 from pyro_ebm.energies.discrete.finite import spins
+from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.discrete.sites import SiteEnergy
 
 #: Under a name that the argument of the constructor does not hide.
@@ -93,6 +95,14 @@ class BoltzmannEnergy(SiteEnergy):
         """Logits of the two values of each unit, shape ``(2, *batch, D)``."""
         field = self.bias + x @ self.symmetric_weight
         return torch.stack([value * field for value in self.values])
+
+    @torch.no_grad()
+    def correct(self, base: dist.TorchDistribution, x: Tensor) -> None:
+        """Turn the units on as often as the base does, if none has a bias yet."""
+        is_free = isinstance(self.bias, nn.Parameter) and not self.bias.any()
+        if is_free and isinstance(base, IndependentSites):
+            logits = base.log_probs[1] - base.log_probs[0]
+            self.bias.copy_(logits / (self.values[1] - self.values[0]))
 
     def closed_form(self) -> ExactClosedForm | None:
         r""":math:`\log Z` and the distribution of up to about 20 units.

@@ -35,7 +35,7 @@ from typing import final
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_ebm.energies.base import ClosedForm, Energy, live_or_parameter
@@ -44,6 +44,7 @@ from pyro_ebm.energies.discrete.exact.distribution import (
     ExactDistribution,
 )
 from pyro_ebm.energies.discrete.finite import AnnealingPath
+from pyro_ebm.energies.discrete.independent import IndependentSites
 
 #: Damped steps to the mean field. It is only a base: it need not have converged.
 _NUM_STEPS = 50
@@ -108,6 +109,17 @@ class RBMEnergy(Energy):
     def visible_logits(self, hidden: Tensor) -> Tensor:
         """Logits (2) of the visible units, shape ``(*batch, V)``."""
         return self.visible_bias + hidden @ self.weight.mT
+
+    @torch.no_grad()
+    def correct(self, base: dist.TorchDistribution, x: Tensor) -> None:
+        """Turn the visible units on as often as the base does, if none has a bias yet.
+
+        Without weights the machine then is the base.
+        """
+        bias = self.visible_bias
+        is_free = isinstance(bias, nn.Parameter) and not bias.any()
+        if is_free and isinstance(base, IndependentSites):
+            bias.copy_(base.log_probs[1] - base.log_probs[0])
 
     def transposed(self) -> "RBMEnergy":
         """The free energy over the hidden units, of the same partition function."""

@@ -308,7 +308,10 @@ class _Fit:
         """The fit, examined; from its start where it has made the model worse."""
         found = self._examined(stopped)
         gain = found.gain
-        if self.is_automatic and gain is not None and gain.value < -gain.std_error:
+        if not self.is_automatic or gain is None or found.validation is None:
+            return found
+        start, _ = mean_and_error(self.start_values, self.weights)
+        if start > found.validation.value + gain.std_error:
             self._go_back(self.start)
             self.proposal = self.plan.proposal
             found = self._examined(stopped)
