@@ -44,7 +44,7 @@ from pyro_ebm.diagnostics import effective_sample_fraction
 from pyro_ebm.energies import Energy
 from pyro_ebm.energies.views.unconstrained import is_unconstrained
 from pyro_ebm.mcmc.samplers.resampling import weighted_draws
-from pyro_ebm.mcmc.tempering.path import GeometricPath
+from pyro_ebm.mcmc.tempering.path import real_path
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.importance.importance import (
     check_proposal,
@@ -205,7 +205,7 @@ class _Rounds:
 
     def __init__(self, energy: Energy, base: dist.TorchDistribution) -> None:
         self.energy, self.base = energy, base
-        self.path = GeometricPath(energy, base)
+        self.path = real_path(energy, base)
         self.move = AdaptiveHMC(self.path, _MOVES, keeps_all=False)
         self.u, self.log_weights = torch.empty(0), torch.empty(0)
 

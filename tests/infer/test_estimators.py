@@ -128,8 +128,8 @@ def test_spaces_that_are_too_large_for_exact_likelihood():
     objective = ExactMaximumLikelihood()
     with pytest.raises(ValueError, match=r"at most 3 dimensions.*\(4,\)"):
         objective.loss(QuadraticEnergy(torch.zeros(4)), torch.zeros(2, 4))
-    # Its hidden units are few, but it is the visible ones that are enumerated.
-    machine = RBMEnergy(torch.randn(30, 5), torch.randn(30), torch.randn(5))
+    # Where neither of its layers is few: a smaller one is summed exactly.
+    machine = RBMEnergy(torch.randn(30, 20), torch.randn(30), torch.randn(20))
     with pytest.raises(ValueError, match=r"states, more than max_states = 1,048,576"):
         objective.loss(machine, torch.zeros(2, 30))
 

@@ -15,8 +15,8 @@ from pyro_ebm.energies import FunctionEnergy, IsingEnergy
 from pyro_ebm.partition.progress import CountedEnergy, watched
 
 BASE = dist.Normal(torch.zeros(2).double(), 1.5).to_event(1)
-#: They take no time.
-WITHOUT = {"check_normalizability", "closed_form"}
+#: They take no time, or show a bar for each of their stages.
+WITHOUT = {"check_normalizability", "closed_form", "fit_generator"}
 MODULES = (
     "progress",
     "exact.budget",

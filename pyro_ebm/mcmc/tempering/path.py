@@ -6,7 +6,14 @@ r"""The geometric path from a base distribution to an energy.
 with inverse temperature :math:`\beta`: 0 is the base, 1 is the model.
 """
 
-__all__ = ["GeometricPath", "PathState", "advance", "joined", "require_rising"]
+__all__ = [
+    "GeometricPath",
+    "PathState",
+    "advance",
+    "joined",
+    "real_path",
+    "require_rising",
+]
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, final
@@ -223,6 +230,30 @@ class GeometricPath(Energy):
             state: Chain shape ``(*chains,)``.
         """
         return advance(kernel, self, state, self.evaluate, self.at_temperature)
+
+
+def real_path(
+    energy: Energy, base: dist.TorchDistribution, *, is_double: bool = False
+) -> GeometricPath:
+    """The path of :class:`GeometricPath`, for kernels that move through real space.
+
+    Args:
+        energy: The target.
+        base: As for :class:`GeometricPath`.
+        is_double: Alike.
+
+    Raises:
+        NotImplementedError: If the support is discrete.
+        ValueError: If the base does not fit.
+    """
+    if energy.support.is_discrete:
+        raise NotImplementedError(
+            "energy must have a continuous support for chains that follow a gradient, "
+            f"got the discrete {energy.support}. Over finite supports chains move by "
+            "pyro_ebm.mcmc.Gibbs or DiscreteLangevin, and log Z comes from "
+            "pyro_ebm.partition.estimate or gibbs_annealing."
+        )
+    return GeometricPath(energy, base, is_double=is_double)
 
 
 def joined(states: Iterable[PathState]) -> PathState:

@@ -34,7 +34,12 @@ from pyro_ebm.mcmc.tempering.ladder import (
     first_temperatures,
     require_hmc,
 )
-from pyro_ebm.mcmc.tempering.path import GeometricPath, PathState, require_rising
+from pyro_ebm.mcmc.tempering.path import (
+    GeometricPath,
+    PathState,
+    real_path,
+    require_rising,
+)
 from pyro_ebm.mcmc.tempering.tempered_draws import LadderSums, TemperedDraws
 
 
@@ -142,7 +147,7 @@ class ReplicaExchange:
         for name, count in {**counts, "thinning": thinning}.items():
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}.")
-        run = _Run(self, GeometricPath(energy, self.base), num_chains, initial)
+        run = _Run(self, real_path(energy, self.base), num_chains, initial)
         total = self.warmup_steps + num_samples * thinning
         with tqdm(
             total=total, desc="tempering", disable=not progress_bar, delay=1

@@ -58,7 +58,12 @@ from pyro_ebm.diagnostics import log_mean_exp
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc import Kernel
 from pyro_ebm.mcmc.base import bias_of
-from pyro_ebm.mcmc.tempering.path import GeometricPath, PathState, require_rising
+from pyro_ebm.mcmc.tempering.path import (
+    GeometricPath,
+    PathState,
+    real_path,
+    require_rising,
+)
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.bridge.bennett import bennett
 from pyro_ebm.partition.importance.importance import estimate_from_weights
@@ -321,7 +326,7 @@ class _Annealing:
             )
         if not 0 < delta < 1:
             raise ValueError(f"delta must be between 0 and 1, got {delta}.")
-        self.path = GeometricPath(energy, base)
+        self.path = real_path(energy, base)
         self.energy, self.num_chains = energy, num_chains
 
     def plan(self, *settings: Any) -> None:

@@ -132,7 +132,8 @@ def gibbs_annealing(
     num_evaluations = sizes.cost * (
         _PILOT_CHAINS * sizes.num_pilot
         + 2 * there.numel() * sizes.num_temperatures
-        + cold.numel() * (sizes.num_temperatures + 2 * _num_cold(betas))
+        + cold.numel()
+        * (sizes.num_temperatures + 2 * _num_cold(sizes.num_temperatures))
     )
     start = float(path.start.log_partition)
     name = f"Gibbs annealing there and back, {sizes.num_temperatures} temperatures"
@@ -328,7 +329,8 @@ def _watched(
     path: AnnealingPath, sizes: _Sizes, *, is_shown: bool
 ) -> Iterator[AnnealingPath]:
     """The path, under a progress bar that counts the temperatures taken."""
-    total = sizes.num_pilot + 3 * sizes.num_temperatures + 4  # and each end
+    number = sizes.num_temperatures
+    total = sizes.num_pilot + 3 * number + 2 * _num_cold(number) + 6  # and ends
     with tqdm(total=total, desc="log Z", **bar_settings(is_shown=is_shown)) as bar:
 
         def at(beta: float) -> Energy:
@@ -378,9 +380,9 @@ def _there_and_back(
     return there, -_back(path, x, betas), x
 
 
-def _num_cold(betas: list[float]) -> int:
+def _num_cold(num_temperatures: int) -> int:
     """Temperatures in which chains are cooled below the target, and warmed again."""
-    return max(_MIN_TEMPERATURES, len(betas) // 4)
+    return max(_MIN_TEMPERATURES, num_temperatures // 4)
 
 
 def _back_from_cold(path: AnnealingPath, x: Tensor, betas: list[float]) -> Tensor:
@@ -397,7 +399,7 @@ def _back_from_cold(path: AnnealingPath, x: Tensor, betas: list[float]) -> Tenso
     x = x[:, : max(_COLD_CHAINS, x.shape[1] // 8)].clone()
     half = x.shape[1] // 2
     x[:, :half] = _constant(target, x[:, :half])
-    up = torch.linspace(1, _COLDEST, _num_cold(betas) + 1)[1:].tolist()
+    up = torch.linspace(1, _COLDEST, _num_cold(len(betas) - 1) + 1)[1:].tolist()
     for beta in [*up, *reversed(up[:-1]), 1.0]:
         x[:, half:] = Gibbs().sweep(path.at(beta), x[:, half:])
         x[:, :half] = Gibbs().sweep(target, x[:, :half])

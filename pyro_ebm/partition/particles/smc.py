@@ -30,7 +30,7 @@ from torch import Tensor
 from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc import HMC
-from pyro_ebm.mcmc.tempering.path import GeometricPath, PathState
+from pyro_ebm.mcmc.tempering.path import PathState, real_path
 from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
 from pyro_ebm.partition.particles.engine import travel
 from pyro_ebm.partition.particles.movers import AdaptiveHMC
@@ -161,7 +161,7 @@ def run_smc(
             "num_islands must be at least 2 and chain_length, at least 2, must divide "
             f"num_particles; got {num_islands}, {chain_length} and {num_particles}."
         )
-    path = GeometricPath(energy, base)
+    path = real_path(energy, base)
     curve = _Curve()
     move = AdaptiveHMC(path, chain_length - 1)
     journey = travel(

@@ -46,7 +46,7 @@ from pyro_ebm.mcmc.tempering.ladder import (
     first_temperatures,
     require_hmc,
 )
-from pyro_ebm.mcmc.tempering.path import GeometricPath
+from pyro_ebm.mcmc.tempering.path import GeometricPath, real_path
 from pyro_ebm.mcmc.warmup.adaptation import follow_acceptance
 
 
@@ -202,7 +202,7 @@ class TemperedMaximumLikelihood(Objective):
         """
         chains = cast(TemperedChains, state)
         base = noise_of(self.base, distribution, "base")
-        path = GeometricPath(distribution.energy, base)
+        path = real_path(distribution.energy, base)
         betas = first_temperatures(self.num_temperatures)
         if not chains.u.numel():
             chains.start(path, (self.num_chains, self.num_temperatures), self.kernel)
