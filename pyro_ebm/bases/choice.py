@@ -3,7 +3,7 @@
 __all__ = ["FittedBase", "fit"]
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -108,14 +108,8 @@ def fit(
     is_whole = isinstance(data, Tensor) and not data.is_floating_point()
     if not is_whole:
         Rows.of(data, support)
-    if held_out is None and len(data) < _FEWEST:
-        raise ValueError(
-            f"data must have at least {_FEWEST} rows to compare bases by, got "
-            f"{len(data)}. Build one yourself, pyro_ebm.bases.normal(data) say."
-        )
     fitters = _fitters(support, seed, progress_bar=progress_bar)
-    if kind != "auto" and kind not in fitters:
-        raise ValueError(f"kind must be 'auto' or one of {[*fitters]}, got {kind!r}.")
+    _check(data, held_out, kind, fitters)
     wanted = [kind]
     if kind == "auto":
         wanted = ["independent"] if is_whole else _worth_trying(len(data))
@@ -138,9 +132,25 @@ def fit(
     if held_out is None:
         again = _fitted(fitters, names, data, seconds, skip=False)
         chosen = again[best] if best != "stack" else _mixed(again, mixture.probs)
-    values = scores[best]
-    std_error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return FittedBase(chosen, best, compared[best], std_error, compared)
+    error = _error(scores[best])
+    return FittedBase(chosen, best, compared[best], error, compared)
+
+
+def _error(values: Tensor) -> float:
+    number = len(values)
+    return values.std().item() / math.sqrt(number) if number > 1 else 0.0
+
+
+def _check(
+    data: Tensor, held_out: Tensor | None, kind: str, kinds: Collection[str]
+) -> None:
+    if kind != "auto" and kind not in kinds:
+        raise ValueError(f"kind must be 'auto' or one of {[*kinds]}, got {kind!r}.")
+    if held_out is None and len(data) < _FEWEST:
+        raise ValueError(
+            f"data must have at least {_FEWEST} rows to compare bases by, got "
+            f"{len(data)}. Build one yourself, pyro_ebm.bases.normal(data) say."
+        )
 
 
 def _is_better(gains: Tensor) -> bool:
