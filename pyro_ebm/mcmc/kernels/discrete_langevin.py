@@ -98,7 +98,7 @@ class DiscreteLangevin(Kernel):
 
         Args:
             energy: Over a finite support, differentiable in ``x`` unless it is a
-                :class:`~pyro_ebm.energies.SiteEnergy`.
+                ``SiteEnergy``, which knows the conditionals of its sites.
             x: Points of the support, shape ``(*chains, *event)``.
 
         Raises:
