@@ -180,7 +180,13 @@ class ExactDistribution(dist.TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Independent draws, shape ``(*sample, *batch, *event)``."""
+        """Independent draws, shape ``(*sample, *batch, *event)``.
+
+        Raises:
+            ValueError: If no state has a positive probability, or log Z is ``nan``; so
+                do ``marginals``, ``mode`` and ``condition``.
+        """
+        self._require_states()
         shape = self._extended_shape(torch.Size(sample_shape))
         count = shape.numel() // self.event_shape.numel()
         index = self._solver.sample(count // self._own_batch.numel())
@@ -188,6 +194,7 @@ class ExactDistribution(dist.TorchDistribution):
 
     def marginals(self) -> Tensor:
         """Probability (3) of each value at each site, shape ``(*batch, *event, q)``."""
+        self._require_states()
         probs = self._solver.marginals()
         if self._free is not None:
             probs = probs[..., self._free, :]
@@ -209,6 +216,7 @@ class ExactDistribution(dist.TorchDistribution):
     @property
     def mode(self) -> Tensor:
         """A most probable state, shape ``(*batch, *event)``."""
+        self._require_states()
         with torch.no_grad():
             x = self._points(self._solver.mode())
         x = x.reshape(*self._own_batch, *self.event_shape)
@@ -225,6 +233,7 @@ class ExactDistribution(dist.TorchDistribution):
             ValueError: If a site is not in the event, a value is none of its states, or
                 no site is left.
         """
+        self._require_states()
         places = torch.arange(self.event_shape.numel()).reshape(self.event_shape)
         try:
             sites = {int(places[site]): value for site, value in observed.items()}
@@ -299,6 +308,25 @@ class ExactDistribution(dist.TorchDistribution):
         for site, index in self._observed.items():
             columns[site] = values[index].to(x).expand(batch)
         return torch.stack(columns, -1).reshape(*batch, *self.energy.event_shape)
+
+    @torch.no_grad()
+    def _require_states(self) -> None:
+        """Refuse what is no distribution: there would be draws of it all the same."""
+        value = self.log_partition
+        if value.isfinite().all():
+            return
+        given = " that agrees with what is observed" if self._observed else ""
+        if value.isnan().any() or (value > 0).any():
+            raise ValueError(
+                "the potentials of an exact distribution must be finite, or -inf for "
+                f"what is forbidden, got log Z = {value.tolist()}. Look for an "
+                "overflow in what they are computed from."
+            )
+        raise ValueError(
+            f"no state{given} has a positive probability: log Z must be finite, got "
+            f"{value.tolist()}. Allow a state, by potentials above -inf, or observe "
+            "values that can occur together."
+        )
 
     def _batch_of(self, x: Tensor) -> torch.Size:
         return x.shape[: x.dim() - len(self.event_shape)]
