@@ -29,6 +29,7 @@ References:
 
 __all__ = ["ChainEnergy"]
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -56,9 +57,9 @@ class ChainEnergy(SiteEnergy):
 
     Tensors that carry a graph (the output of a network, a latent variable,
     ``pyro.param``) stay live, a ``nn.Parameter`` is shared, any other tensor becomes a
-    parameter. ``closed_form()`` has :math:`\log Z` with its gradient and a
-    distribution with exact draws, ``marginals()``, ``mode()`` and ``condition()``, at
-    which a conditional random field is learned by plain ``SVI``.
+    parameter; arrays and integers are converted. ``closed_form()`` has :math:`\log Z`
+    with its gradient and a distribution with exact draws, ``marginals()``, ``mode`` and
+    ``condition()``, at which a conditional random field is learned by plain ``SVI``.
 
     Args:
         unary: :math:`u_t(k)`, larger where a state is favoured; shape ``(T, K)``, or
@@ -70,6 +71,7 @@ class ChainEnergy(SiteEnergy):
             there hold the state 0.
 
     Raises:
+        TypeError: If a potential is no array of real numbers.
         ValueError: If a shape does not fit, a potential is ``nan`` or ``+inf``, or the
             mask has gaps.
 
@@ -83,9 +85,10 @@ class ChainEnergy(SiteEnergy):
     transition: Tensor
     mask: Tensor | None
 
-    def __init__(
-        self, unary: Tensor, transition: Tensor, mask: Tensor | None = None
-    ) -> None:
+    def __init__(self, unary: Any, transition: Any, mask: Any = None) -> None:
+        unary = _floating(unary, "unary")
+        transition = _floating(transition, "transition", unary.dtype)
+        mask = None if mask is None else torch.as_tensor(mask)
         _require_potentials(unary, transition)
         length, num_states = unary.shape[-2:]
         states = constraints.integer_interval(0, num_states - 1)
@@ -338,6 +341,8 @@ class _Scaled:
         cls, unary: Tensor, transition: Tensor, mask: Tensor | None
     ) -> "_Scaled | None":
         """``None`` where potentials differ by too much, or some are infinite."""
+        if not transition.numel():
+            return None
         low, high = unary.aminmax(dim=-1, keepdim=True)
         least, most = transition.aminmax()
         span = ((high - low).max() + most - least).item()
@@ -503,6 +508,21 @@ def _logsumexp(x: Tensor, dim: int) -> Tensor:
         return x.logsumexp(dim)
     value = x.where(~is_nothing, 0.0).logsumexp(dim)
     return value.where(~is_nothing.squeeze(dim), -torch.inf)
+
+
+def _floating(numbers: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of floating point; what is of it already stays as it is."""
+    found: Tensor | None = None
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        found = torch.as_tensor(numbers)
+    if found is None or found.is_complex():
+        raise TypeError(
+            f"{name} must be a tensor or an array of real numbers, got "
+            f"{type(numbers).__name__}. Convert it by torch.as_tensor."
+        )
+    if found.is_floating_point():
+        return found
+    return found.to(dtype or torch.get_default_dtype())
 
 
 def _require_potentials(unary: Tensor, transition: Tensor) -> None:

@@ -100,7 +100,9 @@ def test_long_chain_in_single_precision(scale, forbid):
         ChainEnergy(unary.to(dtype), transition.to(dtype)).closed_form().distribution
         for dtype in (torch.float64, torch.float32)
     )
-    expected, one = exact.marginals().float(), torch.ones(5000).float()
+    one = torch.ones(5000).float()
+    with torch.no_grad():
+        expected = exact.marginals().float()
     found = single.log_partition
     assert found.item() == pytest.approx(exact.log_partition.item(), rel=1e-6)
     (grad,) = torch.autograd.grad(found, single.energy.unary)
@@ -307,6 +309,26 @@ def test_wrong_arguments():
         exact.condition({4: 0.0})
     with pytest.raises(ValueError, match="observed holds all sites"):
         exact.condition(dict.fromkeys(range(4), 0.0))
+
+
+def test_arrays_integers_and_lists():
+    numpy = pytest.importorskip("numpy")
+    unary, mask = [[0, 1], [2, 0], [1, 1]], [True, True, False]
+    expected = ChainEnergy(torch.tensor(unary).double(), torch.eye(2), mask)
+    for convert in (torch.tensor, numpy.array, list):
+        energy = ChainEnergy(convert(unary), torch.eye(2).long(), mask)
+        assert energy.transition.dtype == torch.float64
+        torch.testing.assert_close(
+            energy.closed_form().log_partition, expected.closed_form().log_partition
+        )
+    for wrong in ("text", [[1, 2], [3]], torch.zeros(3, 2, dtype=torch.complex64)):
+        with pytest.raises(TypeError, match="unary must be a tensor or an array of re"):
+            ChainEnergy(wrong, torch.eye(2))
+    exact = energy.closed_form().distribution
+    with pytest.raises(
+        ValueError, match=r"site 0 must be a number .* got shape \(2,\)"
+    ):
+        exact.condition({0: torch.tensor([0.0, 1.0])})
 
 
 def test_enumerate_support():
