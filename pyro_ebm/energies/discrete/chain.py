@@ -29,6 +29,7 @@ References:
 
 __all__ = ["ChainEnergy"]
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -56,9 +57,9 @@ class ChainEnergy(SiteEnergy):
 
     Tensors that carry a graph (the output of a network, a latent variable,
     ``pyro.param``) stay live, a ``nn.Parameter`` is shared, any other tensor becomes a
-    parameter. ``closed_form()`` has :math:`\log Z` with its gradient and a
-    distribution with exact draws, ``marginals()``, ``mode()`` and ``condition()``, at
-    which a conditional random field is learned by plain ``SVI``.
+    parameter; arrays and integers are converted. ``closed_form()`` has :math:`\log Z`
+    with its gradient and a distribution with exact draws, ``marginals()``, ``mode`` and
+    ``condition()``, at which a conditional random field is learned by plain ``SVI``.
 
     Args:
         unary: :math:`u_t(k)`, larger where a state is favoured; shape ``(T, K)``, or
@@ -70,6 +71,7 @@ class ChainEnergy(SiteEnergy):
             there hold the state 0.
 
     Raises:
+        TypeError: If a potential is no array of real numbers.
         ValueError: If a shape does not fit, a potential is ``nan`` or ``+inf``, or the
             mask has gaps.
 
@@ -83,9 +85,10 @@ class ChainEnergy(SiteEnergy):
     transition: Tensor
     mask: Tensor | None
 
-    def __init__(
-        self, unary: Tensor, transition: Tensor, mask: Tensor | None = None
-    ) -> None:
+    def __init__(self, unary: Any, transition: Any, mask: Any = None) -> None:
+        unary = _floating(unary, "unary")
+        transition = _floating(transition, "transition", unary.dtype)
+        mask = None if mask is None else torch.as_tensor(mask)
         _require_potentials(unary, transition)
         length, num_states = unary.shape[-2:]
         states = constraints.integer_interval(0, num_states - 1)
@@ -208,19 +211,25 @@ class _Chain:
         return value.reshape(self.batch_shape)
 
     def marginals(self) -> Tensor:
-        """Probabilities (4), by the gradient of log Z."""
-        wants_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            unary = self.unary.clone()
-            unary = unary if unary.requires_grad else unary.requires_grad_()
-            value: Any = _LogPartition.apply(unary, self.transition, self.mask)
-            is_live = self.unary.requires_grad or self.transition.requires_grad
-            (probs,) = torch.autograd.grad(
-                value.sum(), unary, create_graph=wants_graph and is_live
-            )
+        """Probabilities (4)."""
+        is_live = self.unary.requires_grad or self.transition.requires_grad
+        if torch.is_grad_enabled() and is_live:
+            left, _ = _log_messages(self.unary, self.transition, self.mask)
+            right = _log_behind(self.unary, self.transition, self.mask)
+            probs = (torch.stack(left) + torch.stack(right)).softmax(-1)  # (4)
+        else:
+            probs = self._plain_marginals()
         if self.mask is not None:
             probs = probs.where(self.mask[..., None], _only_first(probs).exp())
         return self._batch_first(probs)
+
+    def _plain_marginals(self) -> Tensor:
+        """Those without a graph, by the gradient of log Z."""
+        unary = self.unary.detach().requires_grad_()
+        with torch.enable_grad():
+            value: Any = _LogPartition.apply(unary, self.transition.detach(), self.mask)
+            (probs,) = torch.autograd.grad(value.sum(), unary)
+        return probs
 
     def mode(self) -> Tensor:
         best, back = self.unary[0], []
@@ -240,7 +249,7 @@ class _Chain:
 
     def sample(self, num_draws: int) -> Tensor:
         unary, transition = self.unary.detach(), self.transition.detach()
-        filtered = _log_messages(unary, transition, self.mask)
+        filtered, _ = _log_messages(unary, transition, self.mask)
         last = filtered[-1].expand(num_draws, *filtered[-1].shape)
         states = [categorical(last)]
         for t in range(len(unary) - 1, 0, -1):
@@ -294,21 +303,16 @@ class _LogPartition(torch.autograd.Function):
         if scaled is not None:
             value, ctx.messages = scaled.forward()
             return value
-        ctx.messages = _log_messages(unary, transition, mask)
-        return ctx.messages[-1].logsumexp(-1)
+        ctx.messages, value = _log_messages(unary, transition, mask)
+        return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         unary, transition, mask = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative may follow
-            value = _log_messages(unary, transition, mask)[-1].logsumexp(-1)
-            wanted = [t for t in (unary, transition) if t.requires_grad]
-            found = iter(torch.autograd.grad(value, wanted, grad, create_graph=True))
-            parts = [
-                next(found) if t.requires_grad else None for t in (unary, transition)
-            ]
-            return (*parts, None)
+            left, _ = _log_messages(unary, transition, mask)
+            return (*_log_gradients(left, unary, transition, mask, grad), None)
         if ctx.scaled is not None:
             return (*ctx.scaled.gradients(ctx.messages, grad), None)
         return (*_log_gradients(ctx.messages, unary, transition, mask, grad), None)
@@ -322,7 +326,7 @@ class _Scaled:
         sites: The exponential of the unary potentials, the largest of a site at 1.
         steps: That of the transitions, the largest of all at 1.
         mask: Of the sites that are there.
-        shift: Log of what was divided out, shape ``(B,)``.
+        shift: Log of what was divided out, shape ``(B,)``, in double precision.
         every: Steps between two rescalings of the messages.
     """
 
@@ -337,6 +341,8 @@ class _Scaled:
         cls, unary: Tensor, transition: Tensor, mask: Tensor | None
     ) -> "_Scaled | None":
         """``None`` where potentials differ by too much, or some are infinite."""
+        if not transition.numel():
+            return None
         low, high = unary.aminmax(dim=-1, keepdim=True)
         least, most = transition.aminmax()
         span = ((high - low).max() + most - least).item()
@@ -352,7 +358,7 @@ class _Scaled:
             torch.sub(unary, high).contiguous().exp_(),
             torch.sub(transition, most).exp_(),
             mask,
-            shift.sum(0) + high[0, :, 0],
+            shift.sum(0, dtype=torch.float64) + high[0, :, 0],
             int(every),
         )
 
@@ -371,7 +377,8 @@ class _Scaled:
                 totals.append(rows[t].sum(-1, keepdim=True))
                 rows[t].div_(totals[-1])
         totals.append(rows[-1].sum(-1, keepdim=True))
-        return torch.cat(totals, -1).log_().sum(-1).add_(self.shift), messages
+        logs = torch.cat(totals, -1).log_().sum(-1, dtype=torch.float64)
+        return logs.add_(self.shift).to(messages), messages
 
     def gradients(self, left: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Those in the unary potentials and in the transitions."""
@@ -421,18 +428,45 @@ class _Scaled:
 
 def _log_messages(
     unary: Tensor, transition: Tensor, mask: Tensor | None
-) -> list[Tensor]:
-    """The logarithms of the messages (2), each of shape ``(B, K)``."""
-    message = unary[0]
-    messages = [message]
+) -> tuple[list[Tensor], Tensor]:
+    """The logarithms of the messages (2), each of shape ``(B, K)``, and log Z.
+
+    The largest of a message is 0: what was taken off is added up in double precision.
+    """
+    message, scale = _from_largest(unary[0])
+    messages, scales = [message], [scale]
     for t in range(1, len(unary)):
         steps = transition if transition.dim() == 2 else transition[t - 1]
         ahead = _logsumexp(message[..., None] + steps, -2) + unary[t]  # (2)
+        ahead, scale = _from_largest(ahead)
         if mask is not None:
             ahead = ahead.where(mask[t, :, None], message)
+            scale = scale.where(mask[t], 0.0)
         message = ahead
         messages.append(message)
-    return messages
+        scales.append(scale)
+    total = torch.stack(scales).sum(0, dtype=torch.float64)
+    return messages, (total + message.logsumexp(-1)).to(unary)
+
+
+def _from_largest(logs: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithms with their largest at 0, and what was taken off, a constant."""
+    scale = logs.detach().amax(-1)
+    scale = scale.where(scale != -torch.inf, 0.0)
+    return logs - scale[..., None], scale
+
+
+def _log_behind(unary: Tensor, transition: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """The logarithms of the messages (3), the largest of each at 0."""
+    message = torch.zeros_like(unary[0])
+    messages = [message]
+    for t in range(len(unary) - 1, 0, -1):
+        steps = transition if transition.dim() == 2 else transition[t - 1]
+        joint = steps + (unary[t] + message)[..., None, :]
+        behind, _ = _from_largest(_logsumexp(joint, -1))  # (3)
+        message = behind if mask is None else behind.where(mask[t, :, None], message)
+        messages.append(message)
+    return messages[::-1]
 
 
 def _log_gradients(
@@ -442,27 +476,29 @@ def _log_gradients(
     mask: Tensor | None,
     grad: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Those of log Z from (4) and (5), by log-sums."""
-    right = torch.zeros_like(unary[0])
-    log_partition = left[-1].logsumexp(-1)[:, None]
-    in_steps = torch.zeros_like(transition)
-    in_unary = [(left[-1] - log_partition).exp() * grad[:, None]]
-    for t in range(len(unary) - 1, 0, -1):
+    """Those of log Z from (4) and (5), by log-sums; themselves differentiable."""
+    right = _log_behind(unary, transition, mask)
+    in_unary = (torch.stack(left) + torch.stack(right)).softmax(-1)  # (4)
+    in_unary = in_unary * grad[:, None]
+    if mask is not None:
+        in_unary = in_unary.where(mask[..., None], 0.0)
+    in_steps = [torch.zeros_like(transition)] if transition.dim() == 2 else []
+    for t in range(1, len(unary)):
         steps = transition if transition.dim() == 2 else transition[t - 1]
-        behind = unary[t] + right
-        joint = steps + behind[..., None, :]
-        pairs = (left[t - 1][..., None] + joint - log_partition[..., None]).exp()
-        pairs = pairs * grad[:, None, None]  # (5)
-        back = joint.logsumexp(-1)  # (3)
+        joint = left[t - 1][..., None] + steps + (unary[t] + right[t])[..., None, :]
+        pairs = joint.flatten(-2).softmax(-1).reshape(joint.shape)  # (5)
+        pairs = pairs * grad[:, None, None]
         if mask is not None:
-            in_unary[-1] = in_unary[-1].where(mask[t, :, None], 0.0)
             pairs = pairs.where(mask[t, :, None, None], 0.0)
-            back = back.where(mask[t, :, None], right)
-        target = in_steps if transition.dim() == 2 else in_steps[t - 1]
-        target += pairs if target.dim() == 3 else pairs.sum(0)
-        right = back
-        in_unary.append((left[t - 1] + right - log_partition).exp() * grad[:, None])
-    return torch.stack(in_unary[::-1]), in_steps  # (4)
+        if transition.dim() == 2:
+            in_steps[0] = in_steps[0] + pairs.sum(0)
+        else:
+            in_steps.append(pairs if transition.dim() == 4 else pairs.sum(0))
+    if transition.dim() == 2:
+        return in_unary, in_steps[0]
+    if not in_steps:
+        return in_unary, torch.zeros_like(transition)
+    return in_unary, torch.stack(in_steps)
 
 
 def _logsumexp(x: Tensor, dim: int) -> Tensor:
@@ -472,6 +508,21 @@ def _logsumexp(x: Tensor, dim: int) -> Tensor:
         return x.logsumexp(dim)
     value = x.where(~is_nothing, 0.0).logsumexp(dim)
     return value.where(~is_nothing.squeeze(dim), -torch.inf)
+
+
+def _floating(numbers: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of floating point; what is of it already stays as it is."""
+    found: Tensor | None = None
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        found = torch.as_tensor(numbers)
+    if found is None or found.is_complex():
+        raise TypeError(
+            f"{name} must be a tensor or an array of real numbers, got "
+            f"{type(numbers).__name__}. Convert it by torch.as_tensor."
+        )
+    if found.is_floating_point():
+        return found
+    return found.to(dtype or torch.get_default_dtype())
 
 
 def _require_potentials(unary: Tensor, transition: Tensor) -> None:

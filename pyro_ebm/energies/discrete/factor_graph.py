@@ -60,7 +60,7 @@ class FactorGraphEnergy(SiteEnergy):
 
     Points are vectors of states, written as floating-point numbers. Tensors that carry
     a graph stay live, a ``nn.Parameter`` is shared, and any other tensor becomes a
-    parameter.
+    parameter. Of single and double precision together the sums are of double.
 
     Where messages along a tree or elimination are cheap, ``closed_form()`` has
     :math:`\log Z` with its gradient, and a distribution with exact draws,
@@ -116,7 +116,7 @@ class FactorGraphEnergy(SiteEnergy):
             (len(self_states),),
             constraints.independent(_support(self_states, spins=spins), 1),
             colouring(len(self_states), scopes),
-            next(_tensors(groups), torch.empty(0)).detach(),
+            _like(groups),
         )
         self.names, self._num_states = names, self_states
         self._groups = [group._replace(table=None) for group in groups]
@@ -134,6 +134,8 @@ class FactorGraphEnergy(SiteEnergy):
         graph: Any,
         coupling: float | Tensor,
         field: float | Tensor | None = None,
+        *,
+        num_sites: int | None = None,
     ) -> "FactorGraphEnergy":
         r"""Spins on any graph: :math:`-\sum_{ij} J_{ij} s_i s_j - \sum_i h_i s_i`.
 
@@ -142,17 +144,20 @@ class FactorGraphEnergy(SiteEnergy):
                 scipy, or a graph of networkx; see :func:`grid_edges`.
             coupling: :math:`J`, a number or shape ``(E,)``.
             field: :math:`h`, a number or shape ``(D,)``; default: none.
+            num_sites: :math:`D`, where the last sites have no edge; default: as many
+                as ``graph`` has.
 
         Raises:
             TypeError: If ``graph`` is none of these.
-            ValueError: If an edge is a loop or there twice, or a shape does not fit.
+            ValueError: If an edge is a loop, there twice or has a direction, there is
+                no edge, or a shape does not fit.
 
         Example:
             >>> ring = FactorGraphEnergy.ising([(0, 1), (1, 2), (2, 0)], 0.5)
             >>> ring(torch.ones(3)).item()
             -1.5
         """
-        edges, number = edges_from(graph)
+        edges, number = edges_from(graph, num_sites)
         factors: list[tuple[Any, Any]] = [
             (edges, _Scaled(coupling, "coupling", len(edges), _product))
         ]
@@ -163,7 +168,12 @@ class FactorGraphEnergy(SiteEnergy):
 
     @classmethod
     def potts(
-        cls, graph: Any, num_categories: int, coupling: float | Tensor
+        cls,
+        graph: Any,
+        num_categories: int,
+        coupling: float | Tensor,
+        *,
+        num_sites: int | None = None,
     ) -> "FactorGraphEnergy":
         r"""Categories on any graph: :math:`-\sum_{ij} J_{ij} [x_i = x_j]`.
 
@@ -171,12 +181,13 @@ class FactorGraphEnergy(SiteEnergy):
             graph: See :meth:`ising`.
             num_categories: :math:`q`.
             coupling: :math:`J`, a number or shape ``(E,)``.
+            num_sites: See :meth:`ising`.
 
         Raises:
             TypeError: If ``graph`` is no graph.
-            ValueError: If an edge is a loop or there twice, or a shape does not fit.
+            ValueError: As of :meth:`ising`.
         """
-        edges, number = edges_from(graph)
+        edges, number = edges_from(graph, num_sites)
         table = _Scaled(coupling, "coupling", len(edges), _equal)
         return cls([num_categories] * number, [(edges, table)])
 
@@ -259,6 +270,7 @@ class FactorGraphEnergy(SiteEnergy):
             sites = getattr(self, f"sites_{number}")
             if not isinstance(table, Tensor):
                 table = self._evaluate(table, group)
+            table = table.to(self.values)  # of the highest precision among them
             if table.dim() == len(group.states):
                 table = table[None]
             found.append(_Group(sites, group.states, table.contiguous()))
@@ -272,6 +284,12 @@ class FactorGraphEnergy(SiteEnergy):
             for k, size in enumerate(group.states)
         ]
         table = function(*axes)
+        if not isinstance(table, Tensor):
+            raise TypeError(
+                f"the potential of the sites {_few(group.sites.tolist())} must give a "
+                f"tensor, got {type(table).__name__}. Compute it of the states, which "
+                "are tensors, or give a table."
+            )
         wanted = (group.states, (len(group.sites), *group.states))
         if table.dim() <= arity:
             table = table.expand(group.states)
@@ -280,7 +298,7 @@ class FactorGraphEnergy(SiteEnergy):
                 f"the potential of the sites {group.sites.tolist()} must give a tensor "
                 f"of shape {wanted[0]} or {wanted[1]}, got {tuple(table.shape)}."
             )
-        return table.to(self.values)
+        return table
 
     def _index(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of the states, and at which points there is no such state."""
@@ -343,6 +361,15 @@ def _tensors(groups: Sequence[_Group]) -> Iterator[Tensor]:
         elif isinstance(group.table, nn.Module):
             yield from group.table.parameters()
             yield from group.table.buffers()
+
+
+def _like(groups: Sequence[_Group]) -> Tensor:
+    """A tensor of the highest precision among the potentials, on their device."""
+    tensors = [t for t in _tensors(groups) if t.is_floating_point()]
+    if not tensors:
+        return torch.empty(0)
+    dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
+    return torch.empty(0, dtype=dtype, device=tensors[0].device)
 
 
 def _flat_index(table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

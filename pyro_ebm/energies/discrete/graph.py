@@ -66,21 +66,24 @@ def lattice_edges(shape: Sequence[int], *, periodic: bool) -> Tensor:
     return torch.cat(ends)
 
 
-def edges_from(graph: Any) -> tuple[Tensor, int]:
-    """The edges of a graph, each once.
+def edges_from(graph: Any, num_sites: int | None = None) -> tuple[Tensor, int]:
+    """The edges of a graph, each once, of which there must be one.
 
     Args:
         graph: Pairs of sites, as a tensor of shape ``(E, 2)`` or a list; a sparse
             matrix of scipy, symmetric or with one triangle, of which the entries that
             are not zero are edges; or an undirected graph of networkx, whose nodes are
             numbered in their order.
+        num_sites: At least as many as ``graph`` has; further ones have no edge.
+            Default: those of ``graph``, of pairs the largest number and one more.
 
     Returns:
         Integers of shape ``(E, 2)``, and the number of sites.
 
     Raises:
         TypeError: If it is none of these.
-        ValueError: If an edge joins a site to itself, or is there twice.
+        ValueError: If an edge joins a site to itself or is there twice, there is none,
+            it has a direction, or ``num_sites`` is too small.
 
     Example:
         >>> edges_from([(0, 1), (1, 2)])
@@ -90,19 +93,33 @@ def edges_from(graph: Any) -> tuple[Tensor, int]:
     if hasattr(graph, "tocoo"):
         edges, number = _of_matrix(graph.tocoo())
     elif hasattr(graph, "nodes") and hasattr(graph, "edges"):
+        _require_undirected(graph)
         place = {node: i for i, node in enumerate(graph.nodes)}
         pairs = [(place[a], place[b]) for a, b, *_ in graph.edges]
         edges, number = torch.tensor(pairs).reshape(-1, 2), len(place)
     elif isinstance(graph, Tensor | Iterable):
-        edges = torch.as_tensor(graph if isinstance(graph, Tensor) else list(graph))
+        is_array = isinstance(graph, Tensor) or hasattr(graph, "__array__")
+        edges = torch.as_tensor(graph if is_array else list(graph))
         number = int(edges.max()) + 1 if edges.numel() else 0
     else:
         raise TypeError(
             "graph must be pairs of sites, a sparse matrix of scipy or a graph of "
             f"networkx, got {type(graph).__name__}."
         )
+    if not edges.numel():
+        raise ValueError(
+            "graph must have at least one edge, got none. Sites without edges are "
+            "independent: a FactorGraphEnergy of one potential for each."
+        )
     _require_simple(edges)
-    return edges, number
+    if num_sites is None:
+        return edges, number
+    if num_sites < number:
+        raise ValueError(
+            f"num_sites must be at least {number}, as many as graph has, got "
+            f"{num_sites}."
+        )
+    return edges, num_sites
 
 
 def colouring(num_sites: int, scopes: Iterable[Sequence[int]]) -> Tensor:
@@ -151,11 +168,21 @@ def _of_matrix(matrix: Any) -> tuple[Tensor, int]:
     return torch.tensor(pairs).reshape(-1, 2), matrix.shape[0]
 
 
+def _require_undirected(graph: Any) -> None:
+    is_directed = getattr(graph, "is_directed", None)
+    if is_directed is not None and is_directed():
+        raise ValueError(
+            "graph must be undirected, as a potential of two sites has no direction; "
+            f"got {type(graph).__name__}. Take graph.to_undirected()."
+        )
+
+
 def _require_simple(edges: Tensor) -> None:
     if edges.dim() != 2 or edges.shape[1] != 2 or edges.is_floating_point():
         raise ValueError(
             f"edges must be pairs of integers, shape (E, 2), got {edges.dtype} of "
-            f"shape {tuple(edges.shape)}."
+            f"shape {tuple(edges.shape)}. A matrix of neighbours comes as "
+            "scipy.sparse.csr_array(matrix)."
         )
     if (edges < 0).any():
         raise ValueError(

@@ -37,7 +37,10 @@ from pyro_ebm.energies.closed_form.gaussian import (
     gaussian_form,
 )
 from pyro_ebm.energies.closed_form.marginal import independent_marginal
-from pyro_ebm.energies.discrete.exact.distribution import ExactClosedForm
+from pyro_ebm.energies.discrete.exact.distribution import (
+    ExactClosedForm,
+    site_number,
+)
 from pyro_ebm.energies.discrete.finite import finite_values
 
 #: What chooses coordinates of an event, as in ``x[index]``.
@@ -56,7 +59,8 @@ class ClampedEnergy(Energy):
         energy: The energy :math:`f` of the whole event; its support must be the same
             kind of interval, or all real numbers, in each coordinate.
         observed: Pairs of an index and its value, or a mapping. An index is what
-            ``x[index]`` takes: a number, a slice, a tuple of these, or a boolean mask.
+            ``x[index]`` takes: a number, a slice, a tuple of these, or a boolean mask;
+            or the name of a site of a factor graph.
             The value has the shape of ``x[index]``, or is one number for all of it.
             (Slices are hashable, as keys must be, from Python 3.12 on.)
 
@@ -229,6 +233,7 @@ def _flatten_observed(
     numbers = torch.arange(shape.numel(), device=options["device"]).reshape(shape)
     fixed, values = [], []
     for index, value in pairs:
+        index = site_number(getattr(energy, "names", None), index)
         chosen = _choose(numbers, index)
         value = torch.as_tensor(value).to(**options)
         if value.shape not in (chosen.shape, torch.Size()):

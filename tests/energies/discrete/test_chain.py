@@ -90,6 +90,29 @@ def test_long_chain_is_the_loop():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("scale", "forbid"), [(1.0, False), (10.0, True)])
+def test_long_chain_in_single_precision(scale, forbid):
+    """Planted fault: log messages that grow along the chain, and lose their digits."""
+    unary, transition = (scale * torch.randn(n, 4).float() for n in (5000, 4))
+    if forbid:
+        transition[0, 3] = -torch.inf
+    exact, single = (
+        ChainEnergy(unary.to(dtype), transition.to(dtype)).closed_form().distribution
+        for dtype in (torch.float64, torch.float32)
+    )
+    one = torch.ones(5000).float()
+    with torch.no_grad():
+        expected = exact.marginals().float()
+    found = single.log_partition
+    assert found.item() == pytest.approx(exact.log_partition.item(), rel=1e-6)
+    (grad,) = torch.autograd.grad(found, single.energy.unary)
+    with torch.no_grad():
+        plain = single.marginals()
+    for probs in (single.marginals(), plain, grad):
+        torch.testing.assert_close(probs.sum(-1), one, rtol=0, atol=1e-5)
+        torch.testing.assert_close(probs, expected, rtol=0, atol=1e-5)
+
+
 def test_second_derivative(energy):
     def log_partition(unary, transition):
         inner = ChainEnergy(unary, transition, energy.mask)
@@ -109,7 +132,10 @@ def test_extreme_and_forbidden():
     assert known.log_partition.item() == pytest.approx(3e3)
     expected = torch.tensor([[1.0, 0], [0, 1], [1, 0]])
     torch.testing.assert_close(grad, expected)
-    torch.testing.assert_close(known.distribution.marginals(), expected)
+    marginals = known.distribution.marginals()
+    torch.testing.assert_close(marginals, expected)
+    (grad,) = torch.autograd.grad(marginals[0, 0], energy.transition)
+    assert grad.eq(0).all()
     assert known.distribution.sample((50,)).eq(torch.tensor([0.0, 1, 0])).all()
     assert known.distribution.mode.tolist() == [0, 1, 0]
     nothing = ChainEnergy(torch.zeros(2, 2), torch.full((2, 2), -torch.inf))
@@ -190,6 +216,16 @@ def test_one_site_and_one_state():
     expected = math.log(math.e + math.e**2)
     assert energy.closed_form().log_partition.item() == pytest.approx(expected)
     assert enumeration(energy).value == pytest.approx(expected)
+    exact = energy.closed_form().distribution
+    torch.testing.assert_close(exact.marginals(), energy.unary.softmax(-1))
+    (grad,) = torch.autograd.grad(exact.mean.sum(), energy.unary)
+    share = math.e / (1 + math.e) ** 2
+    torch.testing.assert_close(grad, torch.tensor([[-share, share]]))
+    assert exact.sample().shape == (1,)
+    steps = ChainEnergy(torch.zeros(1, 2), torch.zeros(0, 2, 2))
+    log_partition = steps.closed_form().log_partition
+    parts = torch.autograd.grad(log_partition, [*steps.parameters()], create_graph=True)
+    assert parts[1].shape == (0, 2, 2)
     single = ChainEnergy(torch.ones(3, 1), torch.zeros(1, 1))
     assert single.closed_form().log_partition.item() == pytest.approx(3)
 
@@ -273,6 +309,26 @@ def test_wrong_arguments():
         exact.condition({4: 0.0})
     with pytest.raises(ValueError, match="observed holds all sites"):
         exact.condition(dict.fromkeys(range(4), 0.0))
+
+
+def test_arrays_integers_and_lists():
+    numpy = pytest.importorskip("numpy")
+    unary, mask = [[0, 1], [2, 0], [1, 1]], [True, True, False]
+    expected = ChainEnergy(torch.tensor(unary).double(), torch.eye(2), mask)
+    for convert in (torch.tensor, numpy.array, list):
+        energy = ChainEnergy(convert(unary), torch.eye(2).long(), mask)
+        assert energy.transition.dtype == torch.float64
+        torch.testing.assert_close(
+            energy.closed_form().log_partition, expected.closed_form().log_partition
+        )
+    for wrong in ("text", [[1, 2], [3]], torch.zeros(3, 2, dtype=torch.complex64)):
+        with pytest.raises(TypeError, match="unary must be a tensor or an array of re"):
+            ChainEnergy(wrong, torch.eye(2))
+    exact = energy.closed_form().distribution
+    with pytest.raises(
+        ValueError, match=r"site 0 must be a number .* got shape \(2,\)"
+    ):
+        exact.condition({0: torch.tensor([0.0, 1.0])})
 
 
 def test_enumerate_support():

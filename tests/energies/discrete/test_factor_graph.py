@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_ebm.energies import FactorGraphEnergy, IsingEnergy, PottsEnergy, torus_edges
+from pyro_ebm.energies import (
+    ClampedEnergy,
+    FactorGraphEnergy,
+    IsingEnergy,
+    PottsEnergy,
+    torus_edges,
+)
 from pyro_ebm.energies.discrete.finite import finite_points, num_points
 from pyro_ebm.partition import enumeration, estimate
 from tests.energies.discrete.test_chain import chi_square
@@ -281,6 +287,48 @@ def test_the_dtype_is_that_of_the_potentials():
     assert energy.exact().log_partition.item() == pytest.approx(expected, abs=1e-12)
 
 
+def test_condition_by_name():
+    sizes = {"a": 2, (0, 1): 3, 5: 2}
+    energy = FactorGraphEnergy(
+        sizes, [(("a", (0, 1)), torch.randn(2, 3)), (((0, 1), 5), torch.randn(3, 2))]
+    )
+    exact = energy.closed_form().distribution
+    expected = exact.condition({0: 1.0, 1: 2.0}).log_partition
+    by_name = exact.condition({"a": 1.0, (0, 1): 2.0})
+    torch.testing.assert_close(by_name.log_partition, expected)
+    step = exact.condition({"a": 1.0}).condition({(0, 1): 2.0})
+    torch.testing.assert_close(step.log_partition, expected)
+    clamped = ClampedEnergy(energy, {"a": 1.0, (0, 1): 2.0})
+    torch.testing.assert_close(clamped.closed_form().log_partition, expected)
+    with pytest.raises(ValueError, match=r"name of a site in \['a', .*got \['b'\]"):
+        exact.condition({"b": 1.0})
+    with pytest.raises(ValueError, match=r"site 0 must be a number .*shape \(2,\)"):
+        exact.condition({"a": torch.tensor([0.0, 1.0])})
+
+
+def test_single_and_double_precision_together():
+    single, double = torch.randn(2, 2).float(), torch.randn(2, 2)
+    tables = [((0, 1), single), ((1, 2), nn.Parameter(double)), ((2, 0), double)]
+    for factors in (tables, tables[:2], tables[::-1]):
+        energy = FactorGraphEnergy([2] * 3, factors)
+        found = energy.closed_form().log_partition
+        assert found.dtype == energy(torch.zeros(3)).dtype == torch.float64
+        torch.testing.assert_close(found, states(energy)[1].logsumexp(0))
+
+
+def test_sites_without_an_edge():
+    chain = FactorGraphEnergy.ising([(0, 1)], 0.5, torch.zeros(4), num_sites=4)
+    assert chain.event_shape == (4,)
+    expected = 4 * math.log(2) + math.log(math.cosh(0.5))
+    assert chain.closed_form().log_partition.item() == pytest.approx(expected)
+    potts = FactorGraphEnergy.potts([(0, 1)], 3, 0.5, num_sites=3)
+    assert potts.closed_form().log_partition.item() == pytest.approx(
+        math.log(3 * (3 * math.exp(0.5) + 6))
+    )
+    with pytest.raises(ValueError, match="num_sites must be at least 2"):
+        FactorGraphEnergy.ising([(0, 1)], 0.5, num_sites=1)
+
+
 def test_wrong_arguments():
     pair = torch.zeros(2, 2)
     cases = [
@@ -302,11 +350,21 @@ def test_wrong_arguments():
     energy = FactorGraphEnergy([2, 2], [((0, 1), lambda x, y: torch.zeros(7, 2, 2))])
     with pytest.raises(ValueError, match=r"must give a tensor of shape \(2, 2\)"):
         energy(torch.zeros(2))
+    energy = FactorGraphEnergy([2, 2], [((0, 1), lambda x, y: 0.0)])
+    with pytest.raises(TypeError, match="must give a tensor, got float"):
+        energy.closed_form()
     for edges, message in [
         ([(0, 0)], "a loop at site 0"),
         ([(0, 1), (1, 0)], r"\(0, 1\) is there more than once"),
         ([(0.5, 1.0)], "pairs of integers"),
         ([(-1, 1)], "numbers from 0 on"),
+        ([], "at least one edge, got none"),
+        (SimpleNamespace(nodes=[0, 1, 2], edges=[]), "at least one edge, got none"),
+        (torch.ones(3, 3), r"scipy\.sparse\.csr_array"),
+        (
+            SimpleNamespace(nodes=[0, 1], edges=[(0, 1)], is_directed=lambda: True),
+            r"must be undirected.*to_undirected",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             FactorGraphEnergy.ising(edges, 1.0)

@@ -19,6 +19,7 @@ __all__ = [
     "can_be_enumerated",
     "categorical",
     "enumerated",
+    "site_number",
 ]
 
 from collections.abc import Mapping, Sequence
@@ -180,7 +181,13 @@ class ExactDistribution(dist.TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Independent draws, shape ``(*sample, *batch, *event)``."""
+        """Independent draws, shape ``(*sample, *batch, *event)``.
+
+        Raises:
+            ValueError: If no state has a positive probability, or log Z is ``nan``; so
+                do ``marginals``, ``mode`` and ``condition``.
+        """
+        self._require_states()
         shape = self._extended_shape(torch.Size(sample_shape))
         count = shape.numel() // self.event_shape.numel()
         index = self._solver.sample(count // self._own_batch.numel())
@@ -188,6 +195,7 @@ class ExactDistribution(dist.TorchDistribution):
 
     def marginals(self) -> Tensor:
         """Probability (3) of each value at each site, shape ``(*batch, *event, q)``."""
+        self._require_states()
         probs = self._solver.marginals()
         if self._free is not None:
             probs = probs[..., self._free, :]
@@ -209,6 +217,7 @@ class ExactDistribution(dist.TorchDistribution):
     @property
     def mode(self) -> Tensor:
         """A most probable state, shape ``(*batch, *event)``."""
+        self._require_states()
         with torch.no_grad():
             x = self._points(self._solver.mode())
         x = x.reshape(*self._own_batch, *self.event_shape)
@@ -218,23 +227,18 @@ class ExactDistribution(dist.TorchDistribution):
         """The distribution (2) of the other sites, as one vector in their order.
 
         Args:
-            observed: Values by site: a number, or a tuple of numbers in an event of
-                several dimensions. A value is a number or has the shape of the batch.
+            observed: Values by site: a number, a tuple of numbers in an event of
+                several dimensions, or a name where the energy has names of sites. A
+                value is a number or has the shape of the batch.
 
         Raises:
             ValueError: If a site is not in the event, a value is none of its states, or
                 no site is left.
         """
-        places = torch.arange(self.event_shape.numel()).reshape(self.event_shape)
-        try:
-            sites = {int(places[site]): value for site, value in observed.items()}
-        except (IndexError, ValueError, RuntimeError):
-            raise ValueError(
-                f"observed must name sites of an event of shape "
-                f"{tuple(self.event_shape)}, by a number or a tuple of numbers; got "
-                f"{list(observed)}."
-            ) from None
+        if self._found is not None:  # what is new says so when it is used
+            self._require_states()
         own = self._free or range(self.energy.event_shape.numel())
+        sites = self._numbered(observed, own)
         states = {
             own[site]: self._index(own[site], value) for site, value in sites.items()
         }
@@ -247,6 +251,26 @@ class ExactDistribution(dist.TorchDistribution):
         solver = self._solver.given(states)
         observed = {**self._observed, **states}
         return ExactDistribution(self.energy, solver, self._own_batch, free, observed)
+
+    def _numbered(
+        self, observed: Mapping[Any, Any], own: Sequence[int]
+    ) -> dict[int, Any]:
+        """Values by the number of a site, among those that are left."""
+        names = getattr(self.energy, "names", None)
+        own_names = None if names is None else [names[site] for site in own]
+        places = torch.arange(self.event_shape.numel()).reshape(self.event_shape)
+        try:
+            return {
+                int(places[site_number(own_names, site)]): value
+                for site, value in observed.items()
+            }
+        except (IndexError, ValueError, RuntimeError, TypeError):
+            raise ValueError(
+                f"observed must name sites of an event of shape "
+                f"{tuple(self.event_shape)}, by a number, a tuple of numbers or the "
+                f"name of a site{'' if own_names is None else f' in {own_names}'}; got "
+                f"{list(observed)}."
+            ) from None
 
     @property
     def has_enumerate_support(self) -> bool:  # type: ignore[override]
@@ -277,6 +301,12 @@ class ExactDistribution(dist.TorchDistribution):
         """Which state of a site a value is."""
         values = self._values(torch.empty(0))
         value = torch.as_tensor(value).to(values)
+        if not _fits(value.shape, self._own_batch):
+            raise ValueError(
+                f"the observed value of site {site} must be a number or fit the batch "
+                f"of shape {tuple(self._own_batch)}, got shape {tuple(value.shape)}. "
+                "Condition once for each value."
+            )
         states = num_states(self.energy.support, self.energy.event_shape)
         count = len(values) if states is None else int(states.flatten()[site])
         same = value[..., None] == values[:count]
@@ -300,8 +330,47 @@ class ExactDistribution(dist.TorchDistribution):
             columns[site] = values[index].to(x).expand(batch)
         return torch.stack(columns, -1).reshape(*batch, *self.energy.event_shape)
 
+    @torch.no_grad()
+    def _require_states(self) -> None:
+        """Refuse what is no distribution: there would be draws of it all the same."""
+        value = self.log_partition
+        if value.isfinite().all():
+            return
+        given = " that agrees with what is observed" if self._observed else ""
+        if value.isnan().any() or (value > 0).any():
+            raise ValueError(
+                "the potentials of an exact distribution must be finite, or -inf for "
+                f"what is forbidden, got log Z = {value.tolist()}. Look for an "
+                "overflow in what they are computed from."
+            )
+        raise ValueError(
+            f"no state{given} has a positive probability: log Z must be finite, got "
+            f"{value.tolist()}. Allow a state, by potentials above -inf, or observe "
+            "values that can occur together."
+        )
+
     def _batch_of(self, x: Tensor) -> torch.Size:
         return x.shape[: x.dim() - len(self.event_shape)]
+
+
+def site_number(names: Sequence[Any] | None, site: Any) -> Any:
+    """The number of a site that is given by its name; what is no name stays.
+
+    Args:
+        names: In the order of the sites; ``None`` if they have none.
+        site: A name, or any index.
+    """
+    if names is None or isinstance(site, Tensor) or site not in names:
+        return site
+    return names.index(site)
+
+
+def _fits(shape: torch.Size, batch: torch.Size) -> bool:
+    """Whether a shape expands to that of a batch."""
+    return len(shape) <= len(batch) and all(
+        own in (1, wanted)
+        for own, wanted in zip(reversed(shape), reversed(batch), strict=False)
+    )
 
 
 def can_be_enumerated(distribution: Any) -> bool:

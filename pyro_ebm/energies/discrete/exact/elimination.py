@@ -41,7 +41,13 @@ from pyro_ebm.energies.discrete.exact.distribution import (
     Solver,
     categorical,
 )
-from pyro_ebm.energies.discrete.exact.tree import FORBIDDEN, Forest, edges_of, is_forest
+from pyro_ebm.energies.discrete.exact.tree import (
+    FORBIDDEN,
+    Forest,
+    edges_of,
+    is_forest,
+    where_allowed,
+)
 
 #: Terms of all sums up to which elimination is cheap: tenths of a second.
 MAX_COST = 2**25
@@ -183,7 +189,7 @@ class _Elimination:
 
     def log_partition(self) -> Tensor:
         value, _ = self._eliminate(self.tables, torch.logsumexp)
-        return value.where(value > FORBIDDEN / 2, -torch.inf)
+        return where_allowed(value)
 
     def marginals(self) -> Tensor:
         most, like = max(self.states), self.tables[0]

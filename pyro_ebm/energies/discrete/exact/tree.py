@@ -15,7 +15,7 @@ References:
     Pearl (1982), Reverend Bayes on inference engines, AAAI.
 """
 
-__all__ = ["FORBIDDEN", "Forest", "edges_of", "is_forest"]
+__all__ = ["FORBIDDEN", "Forest", "edges_of", "is_forest", "where_allowed"]
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +29,16 @@ from pyro_ebm.energies.discrete.exact.distribution import categorical
 
 #: The log potential of what is forbidden: minus infinity has no gradient.
 FORBIDDEN = -1e30
+
+
+def where_allowed(log_partition: Tensor) -> Tensor:
+    """Minus infinity in place of a log Z of forbidden states alone; ``nan`` stays.
+
+    Args:
+        log_partition: From potentials with :data:`FORBIDDEN` in them.
+    """
+    is_nothing = log_partition.detach() <= FORBIDDEN / 2
+    return log_partition.masked_fill(is_nothing, -torch.inf)
 
 
 class _Shape(NamedTuple):
@@ -155,7 +165,7 @@ class Forest:
         """See ``Solver`` in the module of the distribution, as for what follows."""
         beliefs = self._upward(self.sites, torch.logsumexp)
         value = beliefs[self.roots].logsumexp(-1).sum()
-        return value.where(value > FORBIDDEN / 2, -torch.inf)
+        return where_allowed(value)
 
     def marginals(self) -> Tensor:
         """By the gradient of log Z."""

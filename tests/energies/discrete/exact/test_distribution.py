@@ -14,7 +14,13 @@ from pyro.infer import (
 from torch import nn
 
 from pyro_ebm import EnergyDistribution
-from pyro_ebm.energies import FunctionEnergy, IsingEnergy, RBMEnergy
+from pyro_ebm.energies import (
+    ChainEnergy,
+    FactorGraphEnergy,
+    FunctionEnergy,
+    IsingEnergy,
+    RBMEnergy,
+)
 from pyro_ebm.energies.discrete.finite import finite_points
 
 DATA = torch.tensor([0.9, -1.2, 0.3, 1.1, 0.7, -0.4, 0.2, 1.5, -2.0]).reshape(3, 3)
@@ -125,3 +131,32 @@ def test_any_finite_energy_can_be_listed():
     assert not real.has_enumerate_support
     with pytest.raises(NotImplementedError, match="infinitely many"):
         real.enumerate_support()
+
+
+def impossible():
+    """Three colours for four sites that all differ, and steps back."""
+    differ = torch.zeros(3, 3).fill_diagonal_(-torch.inf)
+    pairs = torch.combinations(torch.arange(4))
+    yield FactorGraphEnergy([3] * 4, [(pairs, differ)]).closed_form().distribution
+    path = torch.tensor([[0, 1], [1, 2]])
+    none = torch.full((2, 2), -torch.inf)
+    yield FactorGraphEnergy([2] * 3, [(path, none)]).closed_form().distribution
+    upward = torch.tensor([[0.0, 0.0], [-torch.inf, 0.0]])
+    chain = ChainEnergy(torch.zeros(4, 2), upward).closed_form().distribution
+    yield chain.condition({0: 1, 2: 0})
+    graph = FactorGraphEnergy([2] * 4, [(torch.tensor([[0, 1], [1, 2]]), upward)])
+    yield graph.closed_form().distribution.condition({0: 1, 2: 0})
+
+
+def test_where_nothing_is_allowed_there_is_no_distribution():
+    """Planted fault: draws of forbidden states, and marginals above 1."""
+    for exact in impossible():
+        assert exact.log_partition == -torch.inf
+        for use in (
+            exact.sample,
+            exact.marginals,
+            lambda exact=exact: exact.mode,
+            lambda exact=exact: exact.condition({0: 0.0}),
+        ):
+            with pytest.raises(ValueError, match=r"no state.* positive probability"):
+                use()
