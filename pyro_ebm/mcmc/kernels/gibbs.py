@@ -207,17 +207,20 @@ def _flip(logits: Tensor) -> Tensor:
     return (torch.rand_like(logits) < logits.sigmoid()).to(logits)
 
 
-def checked_points(energy: Energy, x: Tensor) -> Tensor:
+def checked_points(energy: Energy, x: Tensor, kernel: str = "Gibbs") -> Tensor:
     """Points of a finite support, in the dtype and on the device of an energy.
 
     Args:
         energy: Over a finite support.
         x: Shape ``(*chains, *event)``.
+        kernel: Its name, for the message.
 
     Raises:
-        ValueError: If the support is not finite, or a point is outside of it.
+        ValueError: If the support is not finite, the event has another shape, or a
+            point is outside of the support.
     """
-    _values(energy)
+    _values(energy, kernel)
+    energy.batch_shape_of(x)
     inside = energy.support.check(x)
     if not inside.all():
         raise ValueError(
@@ -229,11 +232,11 @@ def checked_points(energy: Energy, x: Tensor) -> Tensor:
     return x.detach().to(**energy.tensor_options(x))
 
 
-def _values(energy: Energy) -> tuple[float, ...]:
+def _values(energy: Energy, kernel: str = "Gibbs") -> tuple[float, ...]:
     values = finite_values(energy.support)
     if values is None:
         raise ValueError(
-            f"energy must have a finite support for Gibbs sampling, got "
+            f"energy must have a finite support for {kernel}, got "
             f"{energy.support}. independent(boolean, n), "
             "independent(integer_interval(a, b), n) and independent(spins, n) are "
             "finite; on a continuous support use pyro_ebm.mcmc.HMC."

@@ -272,3 +272,5 @@ def test_wrong_arguments():
     x[1, 0, 0], x[2, 1, 1], x[3, 0, 1] = 0, 2, torch.nan
     with pytest.raises(ValueError, match=r"3 of 4 points do not.*FiniteUniform"):
         Gibbs().init(ENERGIES["ising"](), x)
+    with pytest.raises(ValueError, match=r"shape \(\*batch, 2, 4\).*got \(5, 2, 3\)"):
+        Gibbs().init(ENERGIES["ising"](), torch.ones(5, 2, 3))
