@@ -31,6 +31,9 @@ from pyro_ebm.energies.discrete.rbm import RBMEnergy
 from pyro_ebm.energies.discrete.sites import SiteEnergy
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, evaluate
 
+#: Steps of a path along which chains at forbidden points get to allowed ones.
+_NUM_RELAXED = 100
+
 
 @final
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ class Gibbs(Kernel):
     def init(self, energy: Energy, x: Tensor) -> ChainState:
         """Evaluate the energy at the chains' points, once.
 
+        If all are forbidden, and the energy knows its blocks, the chains first sweep
+        along its path from uniform sites, on which nothing is forbidden.
+
         Args:
             energy: Over a finite support.
             x: Points of the support, shape ``(*chains, *event)``.
@@ -83,6 +89,10 @@ class Gibbs(Kernel):
             ValueError: If the support is not finite, or a point is outside of it.
         """
         x = checked_points(energy, x)
+        if isinstance(energy, SiteEnergy) and energy(x).isposinf().all():
+            path = energy.annealing_path()
+            for beta in torch.linspace(0, 1, _NUM_RELAXED + 1)[1:].tolist():
+                x = self.sweep(path.at(beta), x)
         return ChainState(x, *evaluate(energy, x))
 
     @torch.no_grad()
