@@ -34,6 +34,7 @@ from pyro_ebm.distributions.representation import distribution_html, log_partiti
 from pyro_ebm.energies import ClosedForm, Energy, PyroModelEnergy
 from pyro_ebm.energies.base import expands_to
 from pyro_ebm.energies.discrete.exact.distribution import can_be_enumerated, enumerated
+from pyro_ebm.energies.discrete.finite import require_inside
 from pyro_ebm.energies.pyro_modules import name_pyro_modules
 from pyro_ebm.energies.views.batch import JointEnergy
 from pyro_ebm.mcmc import IndependentChains, Sampler, SamplingDiagnostics
@@ -515,20 +516,7 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         return x.expand(torch.Size(shape) + self.event_shape)
 
     def _validate_sample(self, value: Tensor) -> None:
-        if value.is_floating_point() and value.isnan().any():
-            raise ValueError(
-                f"x must not contain nan, got {int(value.isnan().sum())} nan in "
-                f"{value.numel()} numbers. Drop the rows, or mask them with "
-                "poutine.mask after filling them with any point of the support."
-            )
-        inside = self.support.check(value)
-        if not inside.all():
-            outside = value[~inside][:1] if inside.dim() else value
-            raise ValueError(
-                f"x must lie in the support {self.support}; {int((~inside).sum())} of "
-                f"{inside.numel()} points do not, the first is {outside.tolist()}. "
-                "Give the energy the support of the data, or transform the data."
-            )
+        require_inside(self.support, value)
 
     def _formula(self) -> str:
         return type(self.energy).__name__

@@ -37,6 +37,8 @@ from pyro_ebm.energies import Energy
 from pyro_ebm.energies.views.unconstrained import is_unconstrained
 
 _K = TypeVar("_K", bound="Kernel")
+#: Numbers of a point that a message shows.
+_MAX_SHOWN = 8
 
 
 class ChainState(NamedTuple):
@@ -291,12 +293,20 @@ def replace_nonfinite(state: ChainState) -> ChainState:
     if not is_finite.any():
         raise DivergenceError(
             f"energy and gradient must be finite somewhere, and are not at any of the "
-            f"{len(is_finite)} chains; the first is at {state.x[0].tolist()}, with "
+            f"{len(is_finite)} chains; the first is at {_shown(state.x[0])}, with "
             f"energy {state.energy[0].item()}. Start the chains from a base that "
-            "overlaps the support, check the energy there, or lower the learning rate "
-            "if the chains were well before."
+            "overlaps the support, or at points where the energy is finite, check the "
+            "energy there, or lower the learning rate if the chains were well before."
         )
     return move_to_others(state, ~is_finite)
+
+
+def _shown(x: Tensor) -> str:
+    """A point, or the beginning of a long one."""
+    if x.numel() <= _MAX_SHOWN:
+        return str(x.tolist())
+    first = ", ".join(f"{number:g}" for number in x.flatten()[:_MAX_SHOWN].tolist())
+    return f"[{first}, ... {x.numel() - _MAX_SHOWN:,} more]"
 
 
 def far_limit(size: int) -> float:

@@ -89,11 +89,12 @@ class BoltzmannEnergy(SiteEnergy):
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate (1) at ``x`` of shape ``(*batch, D)``."""
+        x = x.to(self.weight.dtype)
         return -((x @ self.weight.triu(1)) * x).sum(-1) - x @ self.bias  # (1)
 
     def site_logits(self, x: Tensor) -> Tensor:
         """Logits of the two values of each unit, shape ``(2, *batch, D)``."""
-        field = self.bias + x @ self.symmetric_weight
+        field = self.bias + x.to(self.weight.dtype) @ self.symmetric_weight
         return torch.stack([value * field for value in self.values])
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ from pyro_ebm.energies.discrete.exact.elimination import (
     elimination_cost,
     exact_sums,
 )
-from pyro_ebm.energies.discrete.finite import spins
+from pyro_ebm.energies.discrete.finite import AnnealingPath, spins
 from pyro_ebm.energies.discrete.graph import colouring, edges_from
 from pyro_ebm.energies.discrete.sites import SiteEnergy
 
@@ -262,6 +262,27 @@ class FactorGraphEnergy(SiteEnergy):
             return None
         return ExactClosedForm.of(self.exact())
 
+    def annealing_path(self) -> AnnealingPath:
+        """From uniform sites to this energy, by scaling it.
+
+        What is forbidden is only unlikely until the end, so that draws of uniform sites
+        lead there.
+        """
+        path = super().annealing_path()
+        factors = [
+            (sites, table.detach().expand(len(sites), *size))
+            for sites, size, table in self._tables()
+        ]
+        if not any(table.isneginf().any() for _, table in factors):
+            return path
+        soft = FactorGraphEnergy(
+            self._num_states,
+            [(sites, _softened(table)) for sites, table in factors],
+            spins=bool(self.values[0] < 0),
+        )
+        at = soft.annealing_path().at
+        return path._replace(at=lambda beta: at(beta) if beta < 1 else path.at(beta))
+
     def _tables(self) -> list[_Group]:
         """The potentials as they are now, ``(F, *states)`` or ``(1, *states)``."""
         found = []
@@ -309,6 +330,15 @@ class FactorGraphEnergy(SiteEnergy):
         states = torch.tensor(self._num_states, device=x.device)
         index = index.minimum(states - 1)
         return index, (self.values[index] != x).any(-1)
+
+
+def _softened(table: Tensor) -> Tensor:
+    """Potentials with a finite penalty where a state is forbidden."""
+    finite = table[table.isfinite()]
+    if not len(finite):
+        return torch.zeros_like(table)
+    low, high = finite.aminmax()
+    return table.where(table > -torch.inf, 2 * low - high - _PENALTY)
 
 
 class _Scaled(nn.Module):
@@ -394,6 +424,8 @@ def _support(states: tuple[int, ...], *, spins: bool) -> Any:
 
 #: Under a name that the argument of the constructor does not hide.
 _SPINS = spins
+#: Nats below all that is allowed where what is forbidden is not yet so.
+_PENALTY = 30.0
 
 
 def _read(

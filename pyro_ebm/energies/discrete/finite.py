@@ -23,6 +23,7 @@ __all__ = [
     "log_two_cosh",
     "num_points",
     "num_states",
+    "require_inside",
     "spins",
 ]
 
@@ -45,7 +46,7 @@ class _Spins(Constraint):
     is_discrete = True
 
     def check(self, value: Tensor) -> Tensor:
-        return value.abs() == 1
+        return (value == 1) | (value == -1)  # of booleans there is no abs
 
 
 #: The support of a spin, -1 and +1.
@@ -168,6 +169,32 @@ def finite_points(
     place = torch.cat([states.new_ones(1), states.cumprod(0)])[:size]
     digits = number.to(like.device)[:, None] // place % states
     return values[digits].reshape(-1, *event_shape)
+
+
+def require_inside(support: Constraint, x: Tensor) -> None:
+    """Check that points lie in a support, finite or not.
+
+    Args:
+        support: Of an energy or a distribution.
+        x: Points of shape ``(*batch, *event)``.
+
+    Raises:
+        ValueError: If one does not, or is no number.
+    """
+    if x.is_floating_point() and x.isnan().any():
+        raise ValueError(
+            f"x must not contain nan, got {int(x.isnan().sum())} nan in {x.numel()} "
+            "numbers. Drop the rows, or mask them with poutine.mask after filling them "
+            "with any point of the support."
+        )
+    inside = support.check(x)
+    if not inside.all():
+        outside = x[~inside][:1] if inside.dim() else x
+        raise ValueError(
+            f"x must lie in the support {support}; {int((~inside).sum())} of "
+            f"{inside.numel()} points do not, the first is {outside.tolist()}. "
+            "Give the energy the support of the data, or transform the data."
+        )
 
 
 class FiniteUniform(dist.TorchDistribution):

@@ -100,11 +100,12 @@ class RBMEnergy(Energy):
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate (1) at ``x`` of shape ``(*batch, V)``."""
+        x = x.to(self.weight.dtype)
         return -(x @ self.visible_bias) - softplus(self.hidden_logits(x)).sum(-1)  # (1)
 
     def hidden_logits(self, x: Tensor) -> Tensor:
         """Logits (2) of the hidden units, shape ``(*batch, H)``."""
-        return self.hidden_bias + x @ self.weight
+        return self.hidden_bias + x.to(self.weight.dtype) @ self.weight
 
     def visible_logits(self, hidden: Tensor) -> Tensor:
         """Logits (2) of the visible units, shape ``(*batch, V)``."""

@@ -2,6 +2,7 @@
 
 __all__ = ["Points", "as_points"]
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -210,6 +211,9 @@ def _first(item: Any) -> Any:
 def _as_tensor(name: str, data: Any, model: EnergyModel) -> Tensor:
     if hasattr(data, "to_numpy"):  # of pandas
         data = data.to_numpy()
+        if data.dtype == object:  # columns of several types, such as flags and counts
+            with contextlib.suppress(TypeError, ValueError):
+                data = data.astype(float)
     if not isinstance(data, Tensor):
         try:
             data = torch.tensor(data)  # a copy: an array may be read-only

@@ -24,6 +24,8 @@ from pyro_ebm.core.verdict import Finding
 from pyro_ebm.distributions import EnergyDistribution, EnergyModel
 from pyro_ebm.distributions.learning import an_objective_learns
 from pyro_ebm.energies import Energy
+from pyro_ebm.energies.discrete.finite import require_inside
+from pyro_ebm.energies.views.unconstrained import is_finite_support
 from pyro_ebm.mcmc import Kernel
 
 #: What an objective may ask of an energy, or of whoever uses it.
@@ -256,7 +258,9 @@ class Objective(ABC):
             A scalar.
 
         Raises:
-            ValueError: If the objective needs a state and there is none.
+            NotImplementedError: If a gradient is needed and the support is discrete.
+            ValueError: If the objective needs a state and there is none, or data are
+                outside a finite support.
         """
         if state is None:
             state = self.make_state()
@@ -266,7 +270,13 @@ class Objective(ABC):
                     "make state = objective.make_state() once, give it to each call, "
                     "and its parameters to the optimiser. ObjectiveLoss does so."
                 )
-        terms = self.surrogate(as_distribution(model), state)(x.detach())
+        distribution = as_distribution(model)
+        energy = distribution.energy
+        if "gradient" in self.needs:
+            _require_continuous(energy, type(self).__name__)
+        if is_finite_support(energy.support):  # the energy would not notice
+            require_inside(energy.support, x)
+        terms = self.surrogate(distribution, state)(x.detach())
         return -terms.objective.mean()
 
 
@@ -298,12 +308,7 @@ def require_differentiable(energy: Energy, x: Tensor, objective: str) -> None:
         NotImplementedError: If the support is discrete.
         ValueError: If the energy does not depend on ``x`` by differentiable operations.
     """
-    if energy.support.is_discrete:
-        raise NotImplementedError(
-            f"{objective} differentiates the energy in x, and the support "
-            f"{energy.support} is discrete. Take NoiseContrastive with noise on that "
-            "support, or ExactMaximumLikelihood if it has few points."
-        )
+    _require_continuous(energy, objective)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         value = energy(x).sum()
@@ -315,4 +320,13 @@ def require_differentiable(energy: Energy, x: Tensor, objective: str) -> None:
             f"{objective} needs the gradient of the energy in x, and "
             f"{type(energy).__name__} has none: it detaches x, or compares or rounds "
             "it. Build it from differentiable operations."
+        )
+
+
+def _require_continuous(energy: Energy, objective: str) -> None:
+    if energy.support.is_discrete:
+        raise NotImplementedError(
+            f"{objective} differentiates the energy in x, and the support "
+            f"{energy.support} is discrete. Take NoiseContrastive with noise on that "
+            "support, or ExactMaximumLikelihood if it has few points."
         )

@@ -105,7 +105,7 @@ class DiscreteLangevin(Kernel):
             ValueError: If the support is not finite, a point is outside of it, or there
                 is no gradient.
         """
-        return self._evaluated(energy, checked_points(energy, x))
+        return self._evaluated(energy, checked_points(energy, x, type(self).__name__))
 
     @torch.no_grad()
     def step(self, energy: Energy, state: ChainState) -> tuple[ChainState, StepInfo]:

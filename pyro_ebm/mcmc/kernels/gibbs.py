@@ -31,6 +31,9 @@ from pyro_ebm.energies.discrete.rbm import RBMEnergy
 from pyro_ebm.energies.discrete.sites import SiteEnergy
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, evaluate
 
+#: Steps of a path along which chains at forbidden points get to allowed ones.
+_NUM_RELAXED = 100
+
 
 @final
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ class Gibbs(Kernel):
     def init(self, energy: Energy, x: Tensor) -> ChainState:
         """Evaluate the energy at the chains' points, once.
 
+        If all are forbidden, and the energy knows its blocks, the chains first sweep
+        along its path from uniform sites, on which nothing is forbidden.
+
         Args:
             energy: Over a finite support.
             x: Points of the support, shape ``(*chains, *event)``.
@@ -83,6 +89,10 @@ class Gibbs(Kernel):
             ValueError: If the support is not finite, or a point is outside of it.
         """
         x = checked_points(energy, x)
+        if isinstance(energy, SiteEnergy) and energy(x).isposinf().all():
+            path = energy.annealing_path()
+            for beta in torch.linspace(0, 1, _NUM_RELAXED + 1)[1:].tolist():
+                x = self.sweep(path.at(beta), x)
         return ChainState(x, *evaluate(energy, x))
 
     @torch.no_grad()
@@ -207,17 +217,20 @@ def _flip(logits: Tensor) -> Tensor:
     return (torch.rand_like(logits) < logits.sigmoid()).to(logits)
 
 
-def checked_points(energy: Energy, x: Tensor) -> Tensor:
+def checked_points(energy: Energy, x: Tensor, kernel: str = "Gibbs") -> Tensor:
     """Points of a finite support, in the dtype and on the device of an energy.
 
     Args:
         energy: Over a finite support.
         x: Shape ``(*chains, *event)``.
+        kernel: Its name, for the message.
 
     Raises:
-        ValueError: If the support is not finite, or a point is outside of it.
+        ValueError: If the support is not finite, the event has another shape, or a
+            point is outside of the support.
     """
-    _values(energy)
+    _values(energy, kernel)
+    energy.batch_shape_of(x)
     inside = energy.support.check(x)
     if not inside.all():
         raise ValueError(
@@ -229,11 +242,11 @@ def checked_points(energy: Energy, x: Tensor) -> Tensor:
     return x.detach().to(**energy.tensor_options(x))
 
 
-def _values(energy: Energy) -> tuple[float, ...]:
+def _values(energy: Energy, kernel: str = "Gibbs") -> tuple[float, ...]:
     values = finite_values(energy.support)
     if values is None:
         raise ValueError(
-            f"energy must have a finite support for Gibbs sampling, got "
+            f"energy must have a finite support for {kernel}, got "
             f"{energy.support}. independent(boolean, n), "
             "independent(integer_interval(a, b), n) and independent(spins, n) are "
             "finite; on a continuous support use pyro_ebm.mcmc.HMC."

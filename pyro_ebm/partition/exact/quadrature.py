@@ -111,7 +111,8 @@ def quadrature(
         for that, see :func:`check_normalizability`.
 
     Raises:
-        ValueError: If the event has more than three numbers.
+        ValueError: If the event has more than three numbers, or the support is
+            discrete.
 
     Exactness: *exact* up to the error bar where the status says so: the last change on
     refining the grid, the difference of two grids, and the rounding of the energy. It
@@ -122,6 +123,12 @@ def quadrature(
         >>> quadrature(f).status, round(quadrature(f).value, 5)
         ('exact', 0.91894)
     """
+    if energy.support.is_discrete:
+        raise ValueError(
+            f"energy must have a continuous support for quadrature, got "
+            f"{energy.support}, over which log Z is a sum: take "
+            "pyro_ebm.partition.enumeration, or pyro_ebm.partition.estimate."
+        )
     flat, _ = unconstrained(energy)
     dim = flat.event_shape.numel()
     if dim > 3:

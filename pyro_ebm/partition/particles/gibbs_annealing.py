@@ -72,6 +72,11 @@ _ROUNDING = 1e-9
 #: How cold chains are made, in inverse temperatures of the target; how many at least of
 #: an island, and their part with larger weights than all others that is too much.
 _COLDEST, _COLD_CHAINS, _MAX_MISSED = 4.0, 8, 0.05
+#: Where hardly any point is allowed.
+_WAY_OUT = (
+    "Give a base whose draws fall where the energy is finite, or write what is "
+    "forbidden as -inf in the potentials of a FactorGraphEnergy: its path leads there."
+)
 #: The part of the others that counts as all of them.
 _TOP = 0.98
 
@@ -88,7 +93,8 @@ def gibbs_annealing(
     r"""Estimate :math:`\log Z` over a finite support by (1).
 
     Lattices start from uniform sites and restricted Boltzmann machines from independent
-    units at their mean field; both move by blocks. Any other energy starts from
+    units at their mean field; both move by blocks. What a factor graph forbids is only
+    unlikely on the way, and forbidden at the end. Any other energy starts from
     ``base``, or uniform sites, and moves site by site.
 
     Args:
@@ -348,8 +354,7 @@ def _schedule(path: AnnealingPath, sizes: _Sizes) -> list[float]:
     is_finite = increments.isfinite()
     if not is_finite.all(0).any():
         raise DivergenceError(
-            f"energy is finite at none of {_PILOT_CHAINS} draws of the base. Give a "
-            "base whose draws fall where the energy is finite."
+            f"energy is finite at none of {_PILOT_CHAINS} draws of the base. {_WAY_OUT}"
         )
     spread = increments[:, is_finite.all(0)].std(-1, correction=0).cpu()
     # A spread of a few chains may be nil by chance: no part of the path is left out.
@@ -373,7 +378,7 @@ def _there_and_back(
     if not arrived.any(-1).all():
         raise DivergenceError(
             f"energy is finite at none of the {num_chains} draws of the base of an "
-            "island. Give a base whose draws fall where the energy is finite."
+            f"island. {_WAY_OUT}"
         )
     x = x[systematic_resample(there.where(arrived, -torch.inf), num_chains)]
     x = Gibbs().sweep(path.at(1.0), x)

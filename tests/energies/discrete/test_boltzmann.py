@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_ebm.energies import BoltzmannEnergy
+from pyro_ebm.energies import BoltzmannEnergy, RBMEnergy
 from pyro_ebm.partition import enumeration, estimate
 
 
@@ -49,3 +49,14 @@ def test_wrong_arguments():
         BoltzmannEnergy(torch.tensor([[0.0, 1], [2, 0]]))
     with pytest.raises(ValueError, match=r"bias must have shape \(2,\)"):
         BoltzmannEnergy(torch.zeros(2, 2), torch.zeros(3))
+
+
+@pytest.mark.parametrize("of_points", [torch.long, torch.bool, torch.float64])
+@pytest.mark.parametrize("kind", [BoltzmannEnergy, RBMEnergy])
+def test_points_of_any_dtype(kind, of_points):
+    energy = kind(torch.ones(3, 3).triu(1))
+    x = torch.tensor([[1, 0, 1], [1, 1, 1]])
+    own = x.to(energy.weight)
+    assert torch.equal(energy(x.to(of_points)), energy(own))
+    exact = energy.closed_form().distribution
+    assert torch.equal(exact.log_prob(x.to(of_points)), exact.log_prob(own))

@@ -40,6 +40,11 @@ def test_a_table_of_pandas():
     table = pandas.DataFrame(ROWS.numpy(), columns=["a", "b"])
     found = as_points("data", table, model()).rows
     assert torch.allclose(found, ROWS.to(found))
+    mixed = pandas.DataFrame({"a": [True, False], "b": [3, 4]})
+    assert as_points("data", mixed, model()).rows.tolist() == [[1, 3], [0, 4]]
+    words = pandas.DataFrame({"a": ["x", "y"], "b": [3, 4]})
+    with pytest.raises(TypeError, match="data must be a tensor, an array or a table"):
+        as_points("data", words, model())
 
 
 def test_a_conversion_is_said_once(caplog):

@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from pyro_ebm import EnergyModel, fit
-from pyro_ebm.energies import QuadraticEnergy
+from pyro_ebm.energies import IsingEnergy, QuadraticEnergy
 from pyro_ebm.infer import (
     ContrastiveDivergence,
+    DenoisingScoreMatching,
     EnergyPenalty,
     MaximumLikelihood,
     NoiseContrastive,
     Objective,
+    ScoreMatching,
+    SlicedScoreMatching,
     TemperedMaximumLikelihood,
 )
 from pyro_ebm.mcmc import ULA
@@ -91,3 +94,11 @@ def test_the_second_term_is_as_good_as_the_number_of_chains(kind):
     assert torch.equal(
         EnergyPenalty(objective).second_term_covariance(None, None, covariance), found
     )
+
+
+@pytest.mark.parametrize(
+    "objective", [ScoreMatching(), SlicedScoreMatching(), DenoisingScoreMatching(0.1)]
+)
+def test_a_loss_refuses_what_has_no_slope(objective):
+    with pytest.raises(NotImplementedError, match="support .* is discrete"):
+        objective.loss(IsingEnergy((3,), 0.3), torch.ones(2, 3))

@@ -7,7 +7,12 @@ import torch
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import FunctionEnergy, IsingEnergy, PottsEnergy, RBMEnergy
-from pyro_ebm.infer import ObjectiveLoss, Pseudolikelihood, RatioMatching
+from pyro_ebm.infer import (
+    ExactMaximumLikelihood,
+    ObjectiveLoss,
+    Pseudolikelihood,
+    RatioMatching,
+)
 from pyro_ebm.infer.objectives.score import site_conditionals as module
 
 RAGGED = dist.constraints.independent(
@@ -105,3 +110,19 @@ def test_wrong_arguments():
     real = FunctionEnergy(lambda x: x.square().sum(-1), (2,))
     with pytest.raises(ValueError, match="finite support for RatioMatching"):
         ObjectiveLoss(real, RatioMatching())(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="finite support for Pseudolikelihood"):
+        Pseudolikelihood().loss(real, torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+@pytest.mark.parametrize(
+    "objective", [Pseudolikelihood(), RatioMatching(), ExactMaximumLikelihood()]
+)
+def test_data_off_the_support_are_refused(objective, value):
+    """Planted fault: the nearest state in their place."""
+    energy = IsingEnergy((3,), 0.3)
+    x = torch.tensor([[1.0, -1.0, 1.0], [1.0, value, 1.0]])
+    with pytest.raises(ValueError, match=f"1 of 2 points .* first is .*{value}"):
+        ObjectiveLoss(energy, objective)(x)
+    with pytest.raises(ValueError, match="must lie in the support"):
+        objective.loss(energy, x)

@@ -156,7 +156,7 @@ def test_adapted_in_a_run():
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="max_step must be positive and finite, got 0"):
         DiscreteLangevin(max_step=0)
-    with pytest.raises(ValueError, match=r"finite support.*mcmc\.HMC"):
+    with pytest.raises(ValueError, match=r"support for DiscreteLang.*mcmc\.HMC"):
         DiscreteLangevin().init(QuadraticEnergy(torch.zeros(2)), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="1 of 2 points do not"):
         DiscreteLangevin().init(

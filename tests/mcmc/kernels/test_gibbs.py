@@ -11,15 +11,18 @@ import pytest
 import torch
 from pyro.distributions import constraints
 
+from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import (
+    FactorGraphEnergy,
     FunctionEnergy,
     IsingEnergy,
     PottsEnergy,
     RBMEnergy,
+    torus_edges,
 )
 from pyro_ebm.energies.discrete.finite import finite_values
 from pyro_ebm.energies.discrete.lattice import LatticeEnergy
-from pyro_ebm.mcmc import Gibbs
+from pyro_ebm.mcmc import Gibbs, IndependentChains
 from pyro_ebm.mcmc.kernels import gibbs as module
 from pyro_ebm.testing import CountingEnergy, assert_moments
 
@@ -272,3 +275,17 @@ def test_wrong_arguments():
     x[1, 0, 0], x[2, 1, 1], x[3, 0, 1] = 0, 2, torch.nan
     with pytest.raises(ValueError, match=r"3 of 4 points do not.*FiniteUniform"):
         Gibbs().init(ENERGIES["ising"](), x)
+    with pytest.raises(ValueError, match=r"shape \(\*batch, 2, 4\).*got \(5, 2, 3\)"):
+        Gibbs().init(ENERGIES["ising"](), torch.ones(5, 2, 3))
+
+
+def test_chains_at_forbidden_points_find_allowed_ones():
+    """Three colours on a torus; planted fault: no way but from where they are."""
+    equal = torch.zeros(3, 3).fill_diagonal_(-torch.inf)
+    energy = FactorGraphEnergy([3] * 100, [(torus_edges((10, 10)), equal)])
+    x = torch.zeros(20, 100)
+    assert energy(x).isposinf().all()
+    assert Gibbs().init(energy, x).energy.isfinite().any()
+    chains = IndependentChains(num_steps=50, min_chains=8, progress_bar=False)
+    draws = EnergyDistribution(energy, sampler=chains).sample((4,))
+    assert energy(draws).eq(0).all()

@@ -13,6 +13,7 @@ from pyro_ebm.core.verdict import Reason
 from pyro_ebm.energies import (
     DistributionEnergy,
     FunctionEnergy,
+    IsingEnergy,
     MixtureEnergy,
     NeuralEnergy,
     PyroModelEnergy,
@@ -428,3 +429,8 @@ def test_a_hundred_needles(dim):
     found = quadrature(energy)
     assert found.status == "exact"
     assert abs(found.value) < 1e-5
+
+
+def test_a_sum_is_no_integral():
+    with pytest.raises(ValueError, match=r"continuous support.*partition\.enumeration"):
+        quadrature(IsingEnergy((3,), 0.3))

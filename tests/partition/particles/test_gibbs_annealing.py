@@ -10,7 +10,14 @@ import torch
 from pyro.distributions import constraints
 
 from pyro_ebm.core.errors import DivergenceError, UnreliableWarning
-from pyro_ebm.energies import FunctionEnergy, IsingEnergy, RBMEnergy, spins
+from pyro_ebm.energies import (
+    FactorGraphEnergy,
+    FunctionEnergy,
+    IsingEnergy,
+    RBMEnergy,
+    spins,
+    torus_edges,
+)
 from pyro_ebm.mcmc import Gibbs
 from pyro_ebm.partition import enumeration, estimate, gibbs_annealing
 from pyro_ebm.testing import CountingEnergy, finite_targets
@@ -350,3 +357,24 @@ def test_a_transition_of_second_order_is_none():
     found = gibbs_annealing(energy, budget=200_000, progress_bar=False)
     assert found.is_reliable
     assert abs(found.value - exact) < 4 * found.std_error + 0.01
+
+
+def test_what_is_forbidden_is_only_unlikely_on_the_way():
+    """Of hard squares on a torus no draw of uniform sites is allowed.
+
+    Planted fault: the path that multiplies infinity by the inverse temperature.
+    """
+    pyro.set_rng_seed(0)
+    hard = torch.tensor([[0.0, 0.0], [0.0, -torch.inf]])
+    small = FactorGraphEnergy([2] * 36, [(torus_edges((6, 6)), hard)])
+    estimate_ = gibbs_annealing(small, budget=10_000, progress_bar=False)
+    exact = small.exact().log_partition.item()
+    assert estimate_.status == "ok"
+    assert estimate_.value == pytest.approx(exact, abs=4 * estimate_.std_error)
+    large = FactorGraphEnergy([2] * 196, [(torus_edges((14, 14)), hard)])
+    uniform = large.annealing_path().start.distribution
+    assert not large(uniform.sample((1000,))).isfinite().any()
+    # The entropy of hard squares, Baxter, Enting & Tsang (1980): 1.50304808 a site.
+    expected = 196 * math.log(1.50304808)
+    estimate_ = gibbs_annealing(large, budget=10_000, progress_bar=False)
+    assert estimate_.value == pytest.approx(expected, abs=1)

@@ -22,6 +22,7 @@ __all__ = [
     "site_number",
 ]
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, final
 
@@ -37,6 +38,7 @@ from pyro_ebm.energies.discrete.finite import (
     finite_values,
     num_points,
     num_states,
+    require_inside,
 )
 
 #: Points that are worth listing, for Pyro's sums over a discrete site.
@@ -129,7 +131,7 @@ class ExactDistribution(dist.TorchDistribution):
         event = energy.event_shape if free is None else torch.Size([len(free)])
         self._own_batch = torch.Size(batch_shape)
         self._found: Tensor | None = None
-        super().__init__(self._own_batch, event, validate_args=False)
+        super().__init__(self._own_batch, event)
 
     @property
     def support(self) -> Constraint:
@@ -174,10 +176,22 @@ class ExactDistribution(dist.TorchDistribution):
         return new
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Evaluate (1) in nats, shape ``(*sample, *batch)``."""
+        """Evaluate (1) in nats, shape ``(*sample, *batch)``; ``-inf`` outside.
+
+        Raises:
+            ValueError: If a point is outside the support, while Pyro validates.
+        """
+        if self._validate_args:
+            self._validate_sample(x)
         shape = torch.broadcast_shapes(self._batch_of(x), self.batch_shape)
         x = x.expand(*shape, *self.event_shape)
-        return -self.energy(self._whole(x)) - self.log_partition  # (1)
+        log_prob = -self.energy(self._whole(x)) - self.log_partition  # (1)
+        if self._validate_args:
+            return log_prob
+        return log_prob.where(self.support.check(x), -torch.inf)
+
+    def _validate_sample(self, value: Tensor) -> None:
+        require_inside(self.support, value)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -397,7 +411,7 @@ def enumerated(distribution: Any, like: Tensor, *, expand: bool) -> Tensor:
     event, batch = distribution.event_shape, distribution.batch_shape
     count = num_points(distribution.support, event)
     if count is None or count > _MAX_LISTED:
-        number = "infinitely many" if count is None else f"{count:,}"
+        number = "infinitely many" if count is None else f"2^{math.log2(count):.4g}"
         raise NotImplementedError(
             f"{type(distribution).__name__} must have at most {_MAX_LISTED:,} states "
             f"for its support to be enumerated, got {number}. Sample it, or split the "

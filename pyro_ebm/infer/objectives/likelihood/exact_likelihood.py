@@ -158,7 +158,7 @@ class ExactMaximumLikelihood(Objective):
         count = num_points(energy.support, energy.event_shape)
         if count is not None and count > self.max_states:
             raise ValueError(
-                f"energy has {count:,} states, more than max_states = "
+                f"energy has 2^{math.log2(count):.4g} states, more than max_states = "
                 f"{self.max_states:,}. Take NoiseContrastive, or raise max_states."
             )
         if count is None and energy.event_shape.numel() > 3:

@@ -74,6 +74,7 @@ class Pseudolikelihood(Objective):
         self, distribution: EnergyDistribution, state: nn.Module
     ) -> Surrogate:
         """See :meth:`Objective.surrogate`."""
+        _require_finite(distribution.energy, type(self).__name__)
         return _surrogate(distribution.energy, self.num_sites, _log_score)
 
 
@@ -115,6 +116,7 @@ class RatioMatching(Objective):
         self, distribution: EnergyDistribution, state: nn.Module
     ) -> Surrogate:
         """See :meth:`Objective.surrogate`."""
+        _require_finite(distribution.energy, type(self).__name__)
         return _surrogate(distribution.energy, self.num_sites, _ratio_score)
 
 

@@ -15,10 +15,12 @@ from torch import nn
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import (
+    BoltzmannEnergy,
     ChainEnergy,
     FactorGraphEnergy,
     FunctionEnergy,
     IsingEnergy,
+    PottsEnergy,
     RBMEnergy,
 )
 from pyro_ebm.energies.discrete.finite import finite_points
@@ -129,6 +131,9 @@ def test_any_finite_energy_can_be_listed():
     assert small.expand((3,)).enumerate_support(expand=False).shape == (16, 1, 4)
     real = EnergyDistribution(FunctionEnergy(lambda x: x.sum(-1) ** 2, (4,)))
     assert not real.has_enumerate_support
+    wide = EnergyDistribution(IsingEnergy((16, 16), 0.3))
+    with pytest.raises(NotImplementedError, match=r"got 2\^256\."):
+        wide.enumerate_support()
     with pytest.raises(NotImplementedError, match="infinitely many"):
         real.enumerate_support()
 
@@ -160,3 +165,29 @@ def test_where_nothing_is_allowed_there_is_no_distribution():
         ):
             with pytest.raises(ValueError, match=r"no state.* positive probability"):
                 use()
+
+
+@pytest.mark.parametrize(
+    ("energy", "value"),
+    [
+        (IsingEnergy((3,), 0.3), 0.0),
+        (BoltzmannEnergy(torch.zeros(3, 3)), 5.0),
+        (PottsEnergy((3,), 3, 0.3), 3.0),
+        (RBMEnergy(torch.zeros(3, 2)), -1.0),
+    ],
+)
+def test_points_off_the_support_have_no_probability(energy, value):
+    """Planted fault: the density of whatever the energy makes of them."""
+    exact = energy.closed_form().distribution
+    x = torch.ones(2, 3).index_fill(1, torch.tensor(1), value)
+    with pytest.raises(ValueError, match=f"support .* first is .*{value}"):
+        exact.log_prob(x)
+    trace = pyro.poutine.trace(lambda: pyro.sample("x", exact, obs=x)).get_trace()
+    with pytest.raises(ValueError, match="x must lie in"):
+        trace.compute_log_prob()
+    with dist.validation_enabled(is_validate=False):
+        x[0] = 1.0
+        log_prob = energy.closed_form().distribution.log_prob(x)
+    assert log_prob[0] == exact.log_prob(x[0])
+    assert log_prob[1] == -torch.inf
+    assert exact.expand((2,)).log_prob(x[:1]).shape == (2,)
