@@ -316,6 +316,28 @@ def test_single_and_double_precision_together():
         torch.testing.assert_close(found, states(energy)[1].logsumexp(0))
 
 
+def test_deep_tree_in_single_precision():
+    """Planted fault: messages that grow on the way to the root."""
+    number = torch.arange(2000)
+    edges = torch.stack([number[:-1], number[1:]], -1)
+    pair, own = (10 * torch.randn(shape).float() for shape in [(3, 3), (2000, 3)])
+    single, exact = (
+        FactorGraphEnergy(
+            [3] * 2000, [(edges, pair.to(dtype)), (number[:, None], own.to(dtype))]
+        )
+        .closed_form()
+        .distribution
+        for dtype in (torch.float32, torch.float64)
+    )
+    found, expected = single.log_partition, exact.log_partition.item()
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+    (grad,) = torch.autograd.grad(found, single.energy.table_1)
+    marginals, one = exact.marginals().float(), torch.ones(2000).float()
+    for probs, atol in ((single.marginals(), 1e-5), (grad, 1e-4)):
+        torch.testing.assert_close(probs.sum(-1), one, rtol=0, atol=atol)
+        torch.testing.assert_close(probs, marginals, rtol=0, atol=atol)
+
+
 def test_sites_without_an_edge():
     chain = FactorGraphEnergy.ising([(0, 1)], 0.5, torch.zeros(4), num_sites=4)
     assert chain.event_shape == (4,)

@@ -8,8 +8,11 @@ Of a forest with log potentials :math:`u_i` of sites and :math:`t_{ij}` of edges
         + \sum_{k \in \mathrm{children}(j)} m_k(x_j)\Big)                  \tag{1}
 
 All sites at the same depth send at once. :math:`\log Z` is the log-sum at the roots,
-added up; its gradient in :math:`u` has the marginals; and draws go from the roots down,
-each site from the distribution of which (1) is the normaliser.
+added up. Draws go from the roots down, each site from the distribution
+:math:`p(x_j \mid x_i)` of which (1) is the normaliser; and so do the marginals:
+
+.. math::
+    p(x_j) = \sum_{x_i} p(x_j \mid x_i)\, p(x_i)                          \tag{2}
 
 References:
     Pearl (1982), Reverend Bayes on inference engines, AAAI.
@@ -163,20 +166,20 @@ class Forest:
 
     def log_partition(self) -> Tensor:
         """See ``Solver`` in the module of the distribution, as for what follows."""
-        beliefs = self._upward(self.sites, torch.logsumexp)
-        value = beliefs[self.roots].logsumexp(-1).sum()
-        return where_allowed(value)
+        beliefs, scale = self._upward(torch.logsumexp)
+        value = beliefs[self.roots].logsumexp(-1).sum() + scale
+        return where_allowed(value.to(beliefs))
 
     def marginals(self) -> Tensor:
-        """By the gradient of log Z."""
-        is_live = self.sites.requires_grad or self.edges.requires_grad
-        wants_graph = torch.is_grad_enabled() and is_live
-        with torch.enable_grad():
-            sites = self.sites.clone()
-            sites = sites if sites.requires_grad else sites.requires_grad_()
-            beliefs = self._upward(sites, torch.logsumexp)
-            value = beliefs[self.roots].logsumexp(-1).sum()
-            (probs,) = torch.autograd.grad(value, sites, create_graph=wants_graph)
+        """By (2), from the roots down."""
+        beliefs, _ = self._upward(torch.logsumexp)
+        probs = beliefs.softmax(-1)
+        for level in self.levels:
+            given = (self.edges[level] + beliefs[level].unsqueeze(-1)).softmax(-2)
+            own = (given @ probs[self.parent[level]].unsqueeze(-1)).squeeze(-1)  # (2)
+            # What rounding adds on a long way is taken off at each step.
+            own = own / own.sum(-1, keepdim=True)
+            probs = probs.index_copy(0, level, own)
         return probs
 
     def mode(self) -> Tensor:
@@ -195,14 +198,21 @@ class Forest:
             sites[site] = sites[site].where(states == int(state), FORBIDDEN)
         return replace(self, sites=sites)
 
-    def _upward(self, sites: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """Potentials of the sites with the messages of their children."""
-        beliefs = sites
+    def _upward(self, reduce: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:
+        """Potentials of the sites with the messages of their children.
+
+        The largest of a message is 0; what was taken off is the second, the sum of it
+        in double precision.
+        """
+        beliefs = self.sites
+        total = torch.zeros((), dtype=torch.float64, device=beliefs.device)
         for level in reversed(self.levels):
             joint = self.edges[level] + beliefs[level].unsqueeze(-1)
             message = reduce(joint, -2)  # (1)
-            beliefs = beliefs.index_add(0, self.parent[level], message)
-        return beliefs
+            scale = message.detach().amax(-1, keepdim=True)
+            total = total + scale.sum(dtype=torch.float64)
+            beliefs = beliefs.index_add(0, self.parent[level], message - scale)
+        return beliefs, total
 
     @torch.no_grad()
     def _downward(
@@ -212,7 +222,7 @@ class Forest:
         number: int,
     ) -> Tensor:
         """States of all sites, parents first."""
-        beliefs = self._upward(self.sites, reduce)
+        beliefs, _ = self._upward(reduce)
         shape = (number, len(beliefs))
         x = torch.zeros(shape, dtype=torch.long, device=beliefs.device)
         x[:, self.roots] = choose(beliefs[self.roots].expand(number, -1, -1))
