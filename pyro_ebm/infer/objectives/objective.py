@@ -272,7 +272,7 @@ class Objective(ABC):
                 )
         distribution = as_distribution(model)
         energy = distribution.energy
-        if "gradient" in self.needs:
+        if "gradient" in self.needs and "chains" not in self.needs:
             _require_continuous(energy, type(self).__name__)
         if is_finite_support(energy.support):  # the energy would not notice
             require_inside(energy.support, x)
