@@ -11,7 +11,7 @@ __all__ = ["DistributionEnergy", "base_energy", "require_single"]
 
 import math
 from collections.abc import Callable
-from typing import Any, final
+from typing import final
 
 import pyro.distributions as dist
 import torch
@@ -82,7 +82,7 @@ class DistributionEnergy(Energy):
         """The closed form (1) for normals, a model's own graph, else by autograd."""
         if isinstance(self.distribution, ModelPrior):
             return self.distribution.energy.value_and_grad(x)
-        normal: Any = without_independent(self.distribution)
+        normal: dist.TorchDistribution = without_independent(self.distribution)
         self.batch_shape_of(x)
         if isinstance(normal, torch.distributions.Normal):
             return self._normal(x, normal.loc, normal.scale)
