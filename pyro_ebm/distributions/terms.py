@@ -23,6 +23,7 @@ from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.mixture import MixtureOfExperts
 from pyro_ebm.distributions.model import EnergyModel
 from pyro_ebm.energies import DistributionEnergy, Energy, PyroModelEnergy, SumEnergy
+from pyro_ebm.energies.corrections import without_independent
 from pyro_ebm.energies.distribution import require_single
 from pyro_ebm.partition.default_base import standard_base
 
@@ -60,8 +61,7 @@ class Term(NamedTuple):
         expert = self.expert
         if isinstance(expert, EnergyDistribution | EnergyModel):
             return f"{type(expert).__name__}({type(expert.energy).__name__})"
-        while isinstance(expert, torch.distributions.Independent):
-            expert = expert.base_dist
+        expert = without_independent(expert)
         full = "" if isinstance(expert, Energy) else repr(expert)
         is_short = 0 < len(full) <= _MAX_NAME and "\n" not in full
         return full if is_short else f"{type(expert).__name__}(...)"

@@ -59,7 +59,7 @@ from pyro_ebm.energies.memory.vector_memory import VectorMemoryEnergy
 from pyro_ebm.energies.mixture import MixtureEnergy
 from pyro_ebm.energies.neural.convolutional import ConvolutionalEnergy
 from pyro_ebm.energies.neural.neural import NeuralEnergy
-from pyro_ebm.energies.pyro_model.pyro_model import PyroModelEnergy
+from pyro_ebm.energies.pyro_model.energy import PyroModelEnergy
 from pyro_ebm.energies.quadratic import QuadraticEnergy
 from pyro_ebm.energies.views.batch import select
 from pyro_ebm.energies.views.clamped import ClampedEnergy

@@ -19,7 +19,6 @@ __all__ = [
     "require_precision",
 ]
 
-import copy
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -36,6 +35,8 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
+
+from pyro_ebm.energies.corrections import shared_support
 
 
 class ClosedForm(NamedTuple):
@@ -133,7 +134,7 @@ class Energy(nn.Module):
                 f"event_dim {support.event_dim}. Wrap it: "
                 f"constraints.independent(support, {event_dim - support.event_dim})."
             )
-        self.support = _unwrap_mixture(support)
+        self.support = shared_support(support)
         if _PYRO_STACK:
             self.built_after = _latents_without_gradient()
 
@@ -469,46 +470,6 @@ def _require_methods(kind: type) -> None:
             "forward(self, x) gives the energies, shape (*batch,), of points x of "
             "shape (*batch, *event)."
         )
-
-
-def _unwrap_mixture(support: Constraint) -> Constraint:
-    """The support that all components of a mixture have, which torch wraps."""
-    if isinstance(support, constraints.independent):
-        inner = _unwrap_mixture(support.base_constraint)
-        if inner is support.base_constraint:
-            return support
-        return constraints.independent(inner, support.reinterpreted_batch_ndims)
-    # The class is newer than the oldest torch supported, hence its name.
-    if type(support).__name__ != "MixtureSameFamilyConstraint":
-        return support
-    wrapped: Any = support
-    shared = _of_any_component(wrapped.base_constraint)
-    return support if shared is None else shared
-
-
-def _of_any_component(support: Constraint, num_dims: int = 0) -> Constraint | None:
-    """A support without its last batch dimension, or ``None`` where that matters.
-
-    Args:
-        support: Of the components of a mixture.
-        num_dims: Event dimensions that wrap it.
-    """
-    if isinstance(support, constraints.independent):
-        number = support.reinterpreted_batch_ndims
-        inner = _of_any_component(support.base_constraint, num_dims + number)
-        return None if inner is None else constraints.independent(inner, number)
-    axis = -1 - num_dims
-    bounds = {
-        name: value
-        for name, value in vars(support).items()
-        if isinstance(value, Tensor) and value.dim() > num_dims
-    }
-    firsts = {name: value.select(axis, 0) for name, value in bounds.items()}
-    if any((v != firsts[name].unsqueeze(axis)).any() for name, v in bounds.items()):
-        return None  # components that differ in their bounds share no support
-    clone = copy.copy(support)
-    vars(clone).update(firsts)
-    return clone
 
 
 def _join(shape: torch.Size) -> str:

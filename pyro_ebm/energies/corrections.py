@@ -16,7 +16,13 @@ References:
     Lewandowski, Kurowicka & Joe (2009), J. Multivariate Analysis 100, 1989-2001.
 """
 
-__all__ = ["corrected", "map_tensors", "support_of"]
+__all__ = [
+    "corrected",
+    "map_tensors",
+    "shared_support",
+    "support_of",
+    "without_independent",
+]
 
 import copy
 import math
@@ -30,8 +36,6 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import _InverseTransform
-
-from pyro_ebm.energies.base import _unwrap_mixture
 
 _CIRCLE = constraints.interval(-math.pi, math.pi)
 _TORUS = constraints.independent(_CIRCLE, 1)
@@ -99,7 +103,54 @@ def support_of(distribution: Any) -> Constraint:
     Args:
         distribution: Of torch or Pyro; a mixture has the support of its components.
     """
-    return _unwrap_mixture(corrected(distribution).support)
+    return shared_support(corrected(distribution).support)
+
+
+def shared_support(support: Constraint) -> Constraint:
+    """The support that all components of a mixture have, which torch wraps."""
+    if isinstance(support, constraints.independent):
+        inner = shared_support(support.base_constraint)
+        if inner is support.base_constraint:
+            return support
+        return constraints.independent(inner, support.reinterpreted_batch_ndims)
+    # The class is newer than the oldest torch supported, hence its name.
+    if type(support).__name__ != "MixtureSameFamilyConstraint":
+        return support
+    wrapped: Any = support
+    shared = _of_any_component(wrapped.base_constraint)
+    return support if shared is None else shared
+
+
+def _of_any_component(support: Constraint, num_dims: int = 0) -> Constraint | None:
+    """A support without its last batch dimension, or ``None`` where that matters.
+
+    Args:
+        support: Of the components of a mixture.
+        num_dims: Event dimensions that wrap it.
+    """
+    if isinstance(support, constraints.independent):
+        number = support.reinterpreted_batch_ndims
+        inner = _of_any_component(support.base_constraint, num_dims + number)
+        return None if inner is None else constraints.independent(inner, number)
+    axis = -1 - num_dims
+    bounds = {
+        name: value
+        for name, value in vars(support).items()
+        if isinstance(value, Tensor) and value.dim() > num_dims
+    }
+    firsts = {name: value.select(axis, 0) for name, value in bounds.items()}
+    if any((v != firsts[name].unsqueeze(axis)).any() for name, v in bounds.items()):
+        return None  # components that differ in their bounds share no support
+    clone = copy.copy(support)
+    vars(clone).update(firsts)
+    return clone
+
+
+def without_independent(distribution: Any) -> Any:
+    """What ``.to_event()`` was called on, however often; any other as it is."""
+    while isinstance(distribution, torch.distributions.Independent):
+        distribution = distribution.base_dist
+    return distribution
 
 
 def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:

@@ -25,9 +25,9 @@ from pyro_ebm.energies.base import (
     require_no_batch,
     require_precision,
 )
-from pyro_ebm.energies.corrections import corrected, map_tensors
+from pyro_ebm.energies.corrections import corrected, map_tensors, without_independent
 from pyro_ebm.energies.normalization import require_normalized
-from pyro_ebm.energies.pyro_model.model_prior import ModelPrior
+from pyro_ebm.energies.pyro_model.prior import ModelPrior
 from pyro_ebm.energies.views.unconstrained import same_support
 
 
@@ -82,9 +82,7 @@ class DistributionEnergy(Energy):
         """The closed form (1) for normals, a model's own graph, else by autograd."""
         if isinstance(self.distribution, ModelPrior):
             return self.distribution.energy.value_and_grad(x)
-        normal = self.distribution
-        while isinstance(normal, torch.distributions.Independent):
-            normal = normal.base_dist
+        normal: dist.TorchDistribution = without_independent(self.distribution)
         self.batch_shape_of(x)
         if isinstance(normal, torch.distributions.Normal):
             return self._normal(x, normal.loc, normal.scale)

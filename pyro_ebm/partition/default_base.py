@@ -17,6 +17,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.energies import Energy, unconstrained
+from pyro_ebm.energies.corrections import without_independent
 from pyro_ebm.energies.discrete.finite import FiniteUniform, finite_values
 
 
@@ -98,9 +99,7 @@ def describe(base: dist.TorchDistribution) -> str:
         >>> describe(dist.Gamma(2.0, 1.0))
         'Gamma'
     """
-    scalar: Any = base
-    while isinstance(scalar, torch.distributions.Independent):
-        scalar = scalar.base_dist
+    scalar = without_independent(base)
     if isinstance(scalar, _UniformOnBox):
         return "uniform on the box"
     if isinstance(scalar, FiniteUniform):

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.corrections import without_independent
 from pyro_ebm.energies.quadratic import QuadraticEnergy
 
 #: Numbers in all precision matrices together, beyond which there is no closed form.
@@ -284,8 +285,7 @@ def _unnormalised_form_of(distribution: Any) -> GaussianForm | None:
         dim = distribution.event_shape[0]
         precision = distribution.precision_matrix.double().expand(*shape, dim, dim)
         return _from_moments(distribution.loc.double().expand(*shape, dim), precision)
-    while isinstance(distribution, torch.distributions.Independent):
-        distribution = distribution.base_dist
+    distribution = without_independent(distribution)
     if not isinstance(distribution, torch.distributions.Normal):
         return None
     loc = distribution.loc.double().reshape(*shape, -1)

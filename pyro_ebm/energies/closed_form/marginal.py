@@ -8,6 +8,8 @@ import pyro.distributions as dist
 import torch.distributions as torch_dist
 from torch import Tensor
 
+from pyro_ebm.energies.corrections import without_independent
+
 #: Families of one number that are built from just their ``arg_constraints``.
 _UNIVARIATE = (
     torch_dist.Beta,
@@ -55,8 +57,7 @@ def independent_marginal(
     if distribution.batch_shape:
         return None
     event_shape = distribution.event_shape
-    while isinstance(distribution, torch_dist.Independent):
-        distribution = distribution.base_dist
+    distribution = without_independent(distribution)
     if not isinstance(distribution, _UNIVARIATE):
         return None
     parameters = {

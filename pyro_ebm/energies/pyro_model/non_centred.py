@@ -30,11 +30,12 @@ import torch
 from pyro.infer.reparam import LocScaleReparam
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Independent, Normal
+from torch.distributions import Normal
 
-from pyro_ebm.energies.pyro_model.model_outputs import has_whole_plates
-from pyro_ebm.energies.pyro_model.model_runs import WithoutValidation, samples
-from pyro_ebm.energies.pyro_model.pyro_model import PyroModelEnergy
+from pyro_ebm.energies.corrections import without_independent
+from pyro_ebm.energies.pyro_model.energy import PyroModelEnergy
+from pyro_ebm.energies.pyro_model.full_data import has_whole_plates
+from pyro_ebm.energies.pyro_model.runs import WithoutValidation, samples
 
 #: Points that are mapped at a time.
 _CHUNK = 4096
@@ -65,8 +66,7 @@ def sites_to_standardise(energy: PyroModelEnergy) -> tuple[str, ...]:
 
 
 def _normal(fn: Any) -> Normal | None:
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
+    fn = without_independent(fn)
     return fn if isinstance(fn, Normal) else None
 
 

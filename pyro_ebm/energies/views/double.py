@@ -26,11 +26,15 @@ from torch.distributions import Distribution, Transform, biject_to
 from pyro_ebm.energies.base import ClosedForm, Energy, require_no_batch
 from pyro_ebm.energies.corrections import map_tensors
 from pyro_ebm.energies.discrete.finite import FiniteUniform, finite_values
+from pyro_ebm.energies.graphs.batching import (
+    CastFunction,
+    PointFunction,
+    TracedFunction,
+)
 from pyro_ebm.energies.graphs.compiled import CompiledEnergy
-from pyro_ebm.energies.graphs.graph_precision import is_rounded, wide
-from pyro_ebm.energies.graphs.tracing import CastFunction, PointFunction, TracedFunction
-from pyro_ebm.energies.pyro_model.model_prior import ModelPrior
-from pyro_ebm.energies.pyro_model.pyro_model import PyroModelEnergy
+from pyro_ebm.energies.graphs.precision import is_rounded, wide
+from pyro_ebm.energies.pyro_model.energy import PyroModelEnergy
+from pyro_ebm.energies.pyro_model.prior import ModelPrior
 from pyro_ebm.energies.pyro_modules import apart_from_store
 
 #: Points at which the precisions are compared.

@@ -27,9 +27,9 @@ from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
 from pyro_ebm.energies.base import require_no_batch
 from pyro_ebm.energies.corrections import corrected, map_tensors
 from pyro_ebm.energies.distribution import require_single
-from pyro_ebm.energies.graphs.graph_precision import wide
+from pyro_ebm.energies.graphs.precision import wide
 from pyro_ebm.energies.normalization import require_normalized
-from pyro_ebm.energies.pyro_model.model_prior import ModelPrior
+from pyro_ebm.energies.pyro_model.prior import ModelPrior
 from pyro_ebm.energies.views.double import in_double
 from pyro_ebm.energies.views.unconstrained import same_support
 from pyro_ebm.mcmc.base import (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energies import Energy
-from pyro_ebm.energies.graphs.tracing import CastFunction
+from pyro_ebm.energies.graphs.batching import CastFunction
 from pyro_ebm.energies.views.double import DoubleEnergy, in_double
 
 #: Points at which it is seen whether an energy computes in double precision.

@@ -29,9 +29,9 @@ from pyro_ebm.core.errors import CompilationWarning, UnreliableWarning
 from pyro_ebm.core.verdict import Finding, Reason, Status
 from pyro_ebm.diagnostics.pareto import pareto_std_error
 from pyro_ebm.energies import PyroModelEnergy
-from pyro_ebm.energies.graphs.graph_recording import first_line
-from pyro_ebm.energies.pyro_model.model_prior import ModelPrior
-from pyro_ebm.energies.pyro_model.model_runs import retried
+from pyro_ebm.energies.graphs.recording import first_line
+from pyro_ebm.energies.pyro_model.prior import ModelPrior
+from pyro_ebm.energies.pyro_model.runs import retried
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.base_check import check_draws
 from pyro_ebm.partition.default_base import default_base, describe

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_ebm.energies import PyroModelEnergy
-from pyro_ebm.energies.pyro_model.model_runs import WithoutValidation, samples
+from pyro_ebm.energies.pyro_model.runs import WithoutValidation, samples
 from pyro_ebm.partition.importance.guide_runs import (
     is_auxiliary,
     latent_sites,

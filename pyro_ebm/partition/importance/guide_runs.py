@@ -27,9 +27,10 @@ from pyro.infer.importance import vectorized_importance_weights
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from pyro_ebm.energies.graphs.graph_recording import LinAlgError
-from pyro_ebm.energies.pyro_model.model_checks import check_log_partitions
-from pyro_ebm.energies.pyro_model.model_runs import retried
+from pyro_ebm.energies.corrections import without_independent
+from pyro_ebm.energies.graphs.recording import LinAlgError
+from pyro_ebm.energies.pyro_model.checks import check_log_partitions
+from pyro_ebm.energies.pyro_model.runs import retried
 
 #: Draws of the vectorised run that are done again one by one.
 _NUM_CHECKED = 4
@@ -211,9 +212,7 @@ def check_guide(guide: Any, trace: Trace) -> None:
 
 
 def _is_point(fn: Any) -> bool:
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
+    return isinstance(without_independent(fn), dist.Delta)
 
 
 def _check_sites(traces: _Traces) -> None:

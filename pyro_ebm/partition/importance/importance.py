@@ -39,8 +39,8 @@ from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
 from pyro_ebm.diagnostics.pareto import pareto_k, pareto_std_error
 from pyro_ebm.energies import Energy
+from pyro_ebm.energies.corrections import shared_support
 from pyro_ebm.energies.normalization import require_normalized
-from pyro_ebm.energies.pyro_model.model_runs import unwrapped
 from pyro_ebm.energies.views.unconstrained import is_unconstrained, same_support
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.progress import watched
@@ -260,7 +260,7 @@ def support_of(proposal: dist.TorchDistribution) -> Constraint | None:
         return None
     if support is None or support is constraints.dependent:
         return None
-    return unwrapped(support)
+    return shared_support(support)
 
 
 def chunks(total: int, size: int) -> list[int]:

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ebm.core.errors import CompilationWarning
 from pyro_ebm.energies import CompiledEnergy, FunctionEnergy, QuadraticEnergy
-from pyro_ebm.energies.graphs.products import PRODUCTS
+from pyro_ebm.energies.graphs.inductor import _PRODUCTS
 from pyro_ebm.mcmc import HMC, MALA
 from pyro_ebm.mcmc.kernels.metric import LowRank
 
@@ -279,7 +279,7 @@ def test_products_are_those_of_torch(num_rows, num_columns, dtype, transposed):
     def product(x, y, bias):
         return x @ y, torch.addmm(bias, x, y), torch.addmm(bias, x, y, alpha=2.0)
 
-    graph = make_fx(product, decomposition_table=PRODUCTS)(x, y, bias)
+    graph = make_fx(product, decomposition_table=_PRODUCTS)(x, y, bias)
     torch.testing.assert_close(graph(x, y, bias), product(x, y, bias))
     targets = {node.target for node in graph.graph.nodes}
     is_large = (num_rows, num_columns, dtype) == (128, 128, torch.float32)

@@ -27,7 +27,7 @@ from pyro_ebm.energies import (
     QuadraticEnergy,
     unconstrained,
 )
-from pyro_ebm.energies.graphs.tracing import CastFunction, TracedFunction
+from pyro_ebm.energies.graphs.batching import CastFunction, TracedFunction
 from pyro_ebm.energies.views.double import DoubleEnergy, in_double
 
 SINGLE = pytest.mark.parametrize("dtype", [torch.float32])

@@ -12,7 +12,7 @@ import torch
 
 from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.energies import PyroModelEnergy, QuadraticEnergy
-from pyro_ebm.energies.pyro_model.model_outputs import model_outputs
+from pyro_ebm.energies.pyro_model.outputs import model_outputs
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.report import export
 
@@ -142,7 +142,7 @@ def check_outputs(run, y, values, log_prob):
 @pytest.mark.parametrize("chunk", [2**20, 12])
 def test_outputs_are_the_models(chunk, monkeypatch):
     """Planted: scales of plates in the log-likelihood; a chunk left out."""
-    monkeypatch.setattr("pyro_ebm.energies.pyro_model.model_outputs._CHUNK", chunk)
+    monkeypatch.setattr("pyro_ebm.energies.pyro_model.outputs._CHUNK", chunk)
     values = points()
     total = values["scale"].sum(-1)
     normal = dist.Normal(values["loc"][:, None], total[:, None])

@@ -31,19 +31,19 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.corrections import map_tensors
-from pyro_ebm.energies.graphs.graph_precision import wide
-from pyro_ebm.energies.graphs.graph_recording import LinAlgError
+from pyro_ebm.energies.graphs.precision import wide
+from pyro_ebm.energies.graphs.recording import LinAlgError
 from pyro_ebm.energies.normalization import unnormalized_part
-from pyro_ebm.energies.pyro_model.missing_data import with_missing_data
-from pyro_ebm.energies.pyro_model.model_checks import is_masked
-from pyro_ebm.energies.pyro_model.model_runs import (
+from pyro_ebm.energies.pyro_model.full_data import with_missing_data
+from pyro_ebm.energies.pyro_model.runs import (
     FailuresAreNan,
     Model,
     WithoutValidation,
+    is_masked,
     run_until,
     samples,
 )
-from pyro_ebm.energies.pyro_model.model_sites import ModelSites
+from pyro_ebm.energies.pyro_model.sites import ModelSites
 
 #: Runs that may all fail before that is an error of the model.
 _MAX_FAILURES = 20

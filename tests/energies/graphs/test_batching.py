@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import fx, nn
 
-from pyro_ebm.energies.graphs.graph_cleaning import clean
-from pyro_ebm.energies.graphs.graph_recording import UntraceableError, record
-from pyro_ebm.energies.graphs.tracing import LoopedFunction, TracedFunction
+from pyro_ebm.energies.graphs.batching import LoopedFunction, TracedFunction
+from pyro_ebm.energies.graphs.recording import UntraceableError, record
+from pyro_ebm.energies.graphs.simplification import clean
 
 MATRIX = torch.tensor([[2.0, 0.3, 0.1], [0.3, 1.5, 0.2], [0.1, 0.2, 1.0]])
 

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from pyro_ebm.energies import PyroModelEnergy
-from pyro_ebm.energies.graphs import tracing as module
-from pyro_ebm.energies.graphs.graph_cleaning import clean
-from pyro_ebm.energies.graphs.graph_grouping import grouped
-from pyro_ebm.energies.graphs.graph_recording import record
+from pyro_ebm.energies.graphs import batching as module
+from pyro_ebm.energies.graphs.recording import record
+from pyro_ebm.energies.graphs.simplification import clean, grouped
 
 N = 40
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(0)).double()

@@ -6,7 +6,6 @@ __all__ = [
     "check_site",
     "check_sums",
     "check_supports",
-    "is_masked",
 ]
 
 from typing import Any
@@ -16,23 +15,10 @@ import torch
 from pyro.poutine import Trace
 
 from pyro_ebm.energies.base import require_precision
-from pyro_ebm.energies.corrections import support_of
+from pyro_ebm.energies.corrections import support_of, without_independent
 from pyro_ebm.energies.normalization import require_normalized, unnormalized_part
-from pyro_ebm.energies.pyro_model.model_runs import samples
+from pyro_ebm.energies.pyro_model.runs import is_masked, samples
 from pyro_ebm.energies.views.unconstrained import same_support
-
-
-def is_masked(site: Any) -> bool:
-    """Whether a mask hides a part of a site's density."""
-    mask = site["mask"]
-    is_hidden = mask is not None and not torch.as_tensor(mask).all()
-    return is_hidden or isinstance(_stripped(site["fn"]), dist.MaskedDistribution)
-
-
-def _stripped(fn: Any) -> Any:
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return fn
 
 
 def check_log_partitions(trace: Trace) -> None:
@@ -108,7 +94,7 @@ def check_site(name: str, site: Any) -> None:
 def _num_nan(site: Any) -> int:
     """How many numbers of an observed value are nan, and not hidden by a mask."""
     is_nan = site["value"].isnan()
-    if isinstance(_stripped(site["fn"]), dist.MaskedDistribution):
+    if isinstance(without_independent(site["fn"]), dist.MaskedDistribution):
         return 0
     if site["mask"] is not None:
         mask = torch.as_tensor(site["mask"], device=is_nan.device)

@@ -1,20 +1,34 @@
-r"""Run a model that subsamples its plates so that it sees all of their rows.
+r"""Run a Pyro model on all of its data: missing data filled in, and plates whole.
 
-A plate that subsamples :math:`B` of :math:`N` rows scales what is inside by
+**Missing data**, ``pyro.sample(name, fn, obs=y, obs_mask=mask)``. Pyro makes two sites
+of it: ``name_observed`` counts where the mask is true, the latent ``name_unobserved``
+where it is false. The latent site has a coordinate for every row, and those of observed
+rows have no density at all: they wander, and there is no evidence.
+
+Nothing depends on them. Here they count too, with the density that the missing rows
+have: it integrates to one whatever the other sites are, so the posterior of what is
+used stays as it is, and the evidence is that of the observed rows:
+
+.. math::
+    p(y_{obs}) = \int p(z)\, p(y_{obs} \mid z)\, p(y_{mis} \mid z)\,
+    p(u_{obs} \mid z)\; dz\, dy_{mis}\, du_{obs}                            \tag{1}
+
+Classes that are summed out then sum to one there, too.
+
+**Plates that subsample**. One of :math:`B` of :math:`N` rows scales what is inside by
 :math:`N / B`, an unbiased guess at the sum over all rows. The energy is that sum:
 
 .. math::
     f(z) = -\log p(z) - \sum_{k=1}^{\lceil N / B \rceil} \sum_{i \in I_k}
-        \log p(y_i \mid z)                                                \tag{1}
+        \log p(y_i \mid z)                                                \tag{2}
 
-over parts :math:`I_k` of :math:`B` rows each, the last of those that are left.
-
-Pyro fixes the number of rows in a plate before a handler hears of it, but leaves open
-which they are. So the model is run once for each :math:`I_k`; what is outside of the
-plate is sampled in the first of these runs and given to the others.
+over parts :math:`I_k` of :math:`B` rows each, the last of those that are left. Pyro
+fixes the number of rows in a plate before a handler hears of it, but leaves open which
+they are. So the model is run once for each :math:`I_k`; what is outside of the plate is
+sampled in the first of these runs and given to the others.
 """
 
-__all__ = ["check_rows", "whole_plates"]
+__all__ = ["check_rows", "has_whole_plates", "whole_plates", "with_missing_data"]
 
 import itertools
 import math
@@ -30,7 +44,56 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_ebm.core.errors import UnreliableWarning
-from pyro_ebm.energies.pyro_model.model_runs import Model, samples
+from pyro_ebm.energies.pyro_model.runs import Model, samples
+
+_OBSERVED, _UNOBSERVED = "_observed", "_unobserved"
+
+
+def with_missing_data(model: Model) -> Model:
+    """A model with the density (1), in which observed rows may also hold ``nan``.
+
+    Args:
+        model: A Pyro model. Where it has no missing data, it stays as it is.
+    """
+    wrapped: Model = _MissingData()(model)
+    return wrapped
+
+
+class _MissingData(Messenger):
+    """Takes the mask off the latent half of a site with missing data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._masks: dict[str, Any] = {}  # of the observed halves, by name
+
+    def __enter__(self) -> Any:
+        self._masks.clear()
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, mask = msg["name"], msg["mask"]
+        if mask is None:
+            return
+        if msg["is_observed"] and name.endswith(_OBSERVED):
+            self._masks[name.removesuffix(_OBSERVED)] = mask
+            msg["value"] = _without_nan(msg["value"], mask, msg["fn"].event_dim)
+        elif name.endswith(_UNOBSERVED):
+            rest = self._masks.get(name.removesuffix(_UNOBSERVED))
+            if rest is not None:  # what is left is the mask around both
+                msg["mask"] = mask | rest
+
+
+def _without_nan(value: Tensor, mask: Any, event_dim: int) -> Tensor:
+    """Another row in place of what is nan and hidden, which has no gradient."""
+    if not value.is_floating_point():
+        return value
+    rows = value.isnan().reshape(value.shape[: value.dim() - event_dim] + (-1,)).any(-1)
+    hidden = rows & ~torch.as_tensor(mask, device=value.device)
+    if not hidden.any() or rows.all():
+        return value
+    filler = value[~rows][0]
+    return torch.where(hidden.reshape(hidden.shape + (1,) * event_dim), filler, value)
+
 
 #: Most runs of a model in one.
 _MAX_RUNS = 1000
@@ -39,7 +102,7 @@ _KEY = "_pyro_ebm_site"
 
 
 def whole_plates(model: Model) -> Model:
-    """A model with the density (1), in which no plate is subsampled.
+    """A model with the density (2), in which no plate is subsampled.
 
     Sites in such a plate come once for each of its parts, as ``name[0]``, ``name[1]``;
     the others come once. With several such plates there is a run for each combination
@@ -64,6 +127,16 @@ def whole_plates(model: Model) -> Model:
         return result
 
     return whole
+
+
+def has_whole_plates(trace: Trace) -> bool:
+    """Whether no plate of a run subsamples."""
+    plates = [
+        site["fn"]
+        for site in trace.nodes.values()
+        if site["type"] == "sample" and isinstance(site["fn"], _Subsample)
+    ]
+    return all((p.subsample_size or p.size) == p.size for p in plates)
 
 
 def check_rows(trace: Trace) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from pyro_ebm.energies.graphs.graph_recording import Recording
+from pyro_ebm.energies.graphs.recording import Recording
 
 _DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 

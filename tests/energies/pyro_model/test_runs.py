@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pyro_ebm.energies import DistributionEnergy, PyroModelEnergy, unconstrained
-from pyro_ebm.energies.pyro_model.edge_draws import edge_draw
+from pyro_ebm.energies.pyro_model.runs import _edge_draw
 from pyro_ebm.energies.views.double import in_double
 from pyro_ebm.partition.base_check import check_draws
 
@@ -30,7 +30,7 @@ DISTRIBUTIONS = {
 def test_their_law(name):
     """By one and each coordinate, weighed by a proposal: in double precision."""
     one = DISTRIBUTIONS[name]()
-    u = edge_draw(one.expand([40_000])).reshape(40_000, -1)
+    u = _edge_draw(one.expand([40_000])).reshape(40_000, -1)
     flat, transform = unconstrained(DistributionEnergy(one))
     draws = transform(u.reshape(-1, *flat.event_shape))
     if name in ("gamma", "chi2", "dirichlet"):
@@ -69,5 +69,5 @@ def test_priors_with_little_concentration(dtype):
 
 
 def test_other_distributions_are_not_drawn():
-    assert edge_draw(dist.Normal(0.0, 1.0)) is None
-    assert edge_draw(dist.LKJCholesky(3, 1.0)) is None
+    assert _edge_draw(dist.Normal(0.0, 1.0)) is None
+    assert _edge_draw(dist.LKJCholesky(3, 1.0)) is None

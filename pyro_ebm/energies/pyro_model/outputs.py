@@ -4,7 +4,7 @@ For a draw :math:`z` of all of them, the deterministic sites :math:`g(z)`, and o
 observed site :math:`\log p(y_i \mid z)`, an observation a number.
 """
 
-__all__ = ["ModelOutputs", "has_whole_plates", "model_outputs"]
+__all__ = ["ModelOutputs", "model_outputs"]
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from pyro_ebm.energies.pyro_model.missing_data import with_missing_data
-from pyro_ebm.energies.pyro_model.model_runs import (
+from pyro_ebm.energies.pyro_model.full_data import has_whole_plates, with_missing_data
+from pyro_ebm.energies.pyro_model.runs import (
     FailuresAreNan,
     Model,
     WithoutValidation,
@@ -154,13 +153,3 @@ def _is_determined(trace: poutine.Trace, values: Mapping[str, Tensor]) -> bool:
     """Whether the values are those of all latent sites, and plates are whole."""
     latent = {name for name, site in samples(trace) if not site["is_observed"]}
     return latent <= values.keys() and has_whole_plates(trace)
-
-
-def has_whole_plates(trace: poutine.Trace) -> bool:
-    """Whether no plate of a run subsamples."""
-    plates = [
-        site["fn"]
-        for site in trace.nodes.values()
-        if site["type"] == "sample" and isinstance(site["fn"], _Subsample)
-    ]
-    return all((p.subsample_size or p.size) == p.size for p in plates)

@@ -5,7 +5,7 @@ its tensors. Here the model runs once; the operators that it applies to the poin
 kept as a graph, which is then batched and differentiated:
 
 #. the value at one point is recorded, parameters being inputs of the graph, and
-   cleaned: see :mod:`pyro_ebm.energies.graphs.graph_cleaning`;
+   cleaned: see :mod:`pyro_ebm.energies.graphs.simplification`;
 #. that graph under ``vmap`` and ``autograd.grad`` is recorded and cleaned again: the
    graph of value and gradient for a number of points, with no autograd left.
 """
@@ -27,19 +27,18 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from pyro_ebm.core.errors import CompilationWarning
-from pyro_ebm.energies.graphs.graph_cleaning import clean
-from pyro_ebm.energies.graphs.graph_grouping import grouped
-from pyro_ebm.energies.graphs.graph_precision import (
+from pyro_ebm.energies.graphs.precision import (
     in_double_precision,
     is_single_precision,
 )
-from pyro_ebm.energies.graphs.graph_recording import (
+from pyro_ebm.energies.graphs.recording import (
     Recording,
     UntraceableError,
     first_line,
     is_random,
     record,
 )
+from pyro_ebm.energies.graphs.simplification import clean, grouped
 
 #: Numbers of points for which a graph is kept.
 _MAX_SIZES = 24

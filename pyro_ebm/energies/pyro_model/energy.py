@@ -28,20 +28,20 @@ from torch.utils._pytree import tree_map_only
 
 from pyro_ebm.core.errors import CompilationWarning, DivergenceError
 from pyro_ebm.energies.base import Energy
-from pyro_ebm.energies.graphs.graph_precision import is_rounded
-from pyro_ebm.energies.graphs.graph_recording import UntraceableError, first_line
-from pyro_ebm.energies.graphs.tracing import (
+from pyro_ebm.energies.graphs.batching import (
     CastFunction,
     LoopedFunction,
     PointFunction,
     TracedFunction,
 )
-from pyro_ebm.energies.pyro_model.missing_data import with_missing_data
-from pyro_ebm.energies.pyro_model.model_checks import check_log_partitions, check_sums
-from pyro_ebm.energies.pyro_model.model_outputs import ModelOutputs, model_outputs
-from pyro_ebm.energies.pyro_model.model_prior import ModelPrior, prior_model
-from pyro_ebm.energies.pyro_model.model_runs import run_model, samples
-from pyro_ebm.energies.pyro_model.model_sites import ModelSites, find_sites
+from pyro_ebm.energies.graphs.precision import is_rounded
+from pyro_ebm.energies.graphs.recording import UntraceableError, first_line
+from pyro_ebm.energies.pyro_model.checks import check_log_partitions, check_sums
+from pyro_ebm.energies.pyro_model.full_data import with_missing_data
+from pyro_ebm.energies.pyro_model.outputs import ModelOutputs, model_outputs
+from pyro_ebm.energies.pyro_model.prior import ModelPrior, prior_model
+from pyro_ebm.energies.pyro_model.runs import run_model, samples
+from pyro_ebm.energies.pyro_model.sites import ModelSites, find_sites
 
 #: Points at which the traced energy is compared with Pyro's.
 _NUM_CHECKED = 3

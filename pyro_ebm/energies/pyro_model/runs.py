@@ -1,4 +1,17 @@
-"""Runs of a Pyro model, for what its sites are."""
+r"""Runs of a Pyro model: at given values, until a site, and with corrected draws.
+
+Gammas, betas and Dirichlets are drawn in unconstrained space. With a small
+concentration most of their mass lies nearer to an edge of the support than a
+floating-point number can: of ``Gamma(0.01, 1.0)`` two fifths are below
+:math:`10^{-38}`, and torch gives the smallest number for all of them. Their logarithms
+are no trouble. With :math:`g \sim \mathrm{Gamma}(a)`,
+
+.. math::
+    \log g = \log g' + \log(U) / a, \qquad g' \sim \mathrm{Gamma}(a + 1)     \tag{1}
+
+the logit of a beta is the difference of two of them, and the stick-breaking coordinates
+of a Dirichlet are :math:`\log g_k - \log \sum_{j > k} g_j`, up to a constant.
+"""
 
 __all__ = [
     "CorrectedDraws",
@@ -6,11 +19,11 @@ __all__ = [
     "Model",
     "WithoutValidation",
     "initial_value",
+    "is_masked",
     "retried",
     "run_model",
     "run_until",
     "samples",
-    "unwrapped",
 ]
 
 import contextlib
@@ -30,10 +43,8 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to, transform_to
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_ebm.energies.base import _unwrap_mixture as unwrapped
-from pyro_ebm.energies.corrections import corrected, support_of
-from pyro_ebm.energies.graphs.graph_recording import LinAlgError
-from pyro_ebm.energies.pyro_model.edge_draws import edge_draw
+from pyro_ebm.energies.corrections import corrected, support_of, without_independent
+from pyro_ebm.energies.graphs.recording import LinAlgError
 
 aten = torch.ops.aten
 Model = Callable[..., Any]
@@ -100,6 +111,13 @@ def samples(trace: Trace) -> list[tuple[str, Any]]:
     ]
 
 
+def is_masked(site: Any) -> bool:
+    """Whether a mask hides a part of a site's density."""
+    mask, fn = site["mask"], without_independent(site["fn"])
+    is_hidden = mask is not None and not torch.as_tensor(mask).all()
+    return is_hidden or isinstance(fn, dist.MaskedDistribution)
+
+
 @torch.no_grad()
 def initial_value(site: dict[str, Any]) -> Tensor:
     """A value of a site, uniform in (-2, 2) in unconstrained space if continuous.
@@ -143,7 +161,7 @@ class CorrectedDraws(Messenger):
         fn = site["fn"] = corrected(site["fn"])
         if site["value"] is not None or site["is_observed"] or not _is_continuous(fn):
             return
-        u = edge_draw(fn)
+        u = _edge_draw(fn)
         if u is not None:
             self.flat[site["name"]] = u
             value = biject_to(fn.support)(u.to(fn.mean.dtype))
@@ -216,3 +234,38 @@ def _unvalidated(fn: Any) -> Any:
     clone = copy.copy(fn)
     vars(clone).update(parts, _validate_args=False)
     return clone
+
+
+def _edge_draw(distribution: Any) -> Tensor | None:
+    """A draw in the unconstrained space of the support, in double precision.
+
+    Args:
+        distribution: Of any kind.
+
+    Returns:
+        What ``biject_to(distribution.support)`` maps to a draw, or ``None`` where the
+        distribution is no gamma, inverse gamma, beta or Dirichlet.
+    """
+    distribution = without_independent(distribution)
+    if isinstance(distribution, torch.distributions.Gamma):
+        return _log_gamma(distribution.concentration) - distribution.rate.double().log()
+    if isinstance(distribution, torch.distributions.Beta):
+        first = _log_gamma(distribution.concentration1)
+        return first - _log_gamma(distribution.concentration0)
+    if isinstance(distribution, torch.distributions.Dirichlet):
+        return _sticks(_log_gamma(distribution.concentration))
+    if isinstance(distribution, dist.InverseGamma):
+        log_rate = distribution.rate.double().log()
+        return log_rate - _log_gamma(distribution.concentration)
+    return None
+
+
+def _log_gamma(concentration: Tensor) -> Tensor:
+    a = concentration.double()
+    return torch._standard_gamma(a + 1).log() + torch.rand_like(a).log() / a  # (1)
+
+
+def _sticks(log_g: Tensor) -> Tensor:
+    rest = log_g.flip(-1).logcumsumexp(-1).flip(-1)[..., 1:]
+    left = torch.arange(log_g.shape[-1] - 1, 0, -1).to(log_g)  # sticks after each
+    return log_g[..., :-1] - rest + left.log()
