@@ -1,4 +1,4 @@
-r"""A mixture of experts: "or", where a product is "and".
+r"""Mixture of experts: a weighted mean of normalised densities.
 
 .. math::
     q(x) = \sum_{k=1}^K w_k\, q_k(x), \qquad q_k(x) = e^{-f_k(x)} / Z_k     \tag{1}
@@ -40,7 +40,7 @@ from pyro_ebm.mcmc.samplers.sampler import Draws
 
 @final
 class MixtureOfExperts(EnergyDistribution):
-    r"""The mixture (1) of normalised distributions: what one expert or another allows.
+    r"""Mixture (1) of normalised distributions.
 
     A draw picks an expert by the weights, and is a draw of it. Under
     :class:`pyro_ebm.infer.Learn` each expert learns with chains of its own,
@@ -270,7 +270,7 @@ def _refuse(_: Tensor) -> None:
 
 @final
 class ExpertDraws:
-    """The sampler of a mixture: each draw is one of an expert's own.
+    """Sampler of a mixture: picks an expert by its weight and draws from it.
 
     Args:
         energy: Of the mixture.

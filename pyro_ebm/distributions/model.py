@@ -59,7 +59,7 @@ _POOL, _DRAWS = 20_000, 1024
 
 
 class EnergyModel(Factor, nn.Module):
-    r"""An energy that is learned, with all that learning leaves behind.
+    r"""Learnable energy with its base, its chains and its estimate of :math:`\log Z`.
 
     Calling it gives the distribution of the current parameters, to be used at a
     ``pyro.sample`` site. In ``train()``, as it is built, ``log_prob`` has the gradient
@@ -413,7 +413,7 @@ _BY_OBJECTIVE: ContextVar[bool] = ContextVar("by_objective", default=False)
 
 @contextlib.contextmanager
 def an_objective_learns() -> Iterator[None]:
-    """Within it models give log Z as a number: an objective has the gradients."""
+    """Context in which models give log Z without gradient: an objective supplies it."""
     token = _BY_OBJECTIVE.set(True)
     try:
         yield

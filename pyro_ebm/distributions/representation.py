@@ -1,4 +1,4 @@
-r"""How distributions and models are shown: in text and in a notebook."""
+r"""Text and HTML of distributions and models."""
 
 __all__ = ["distribution_html", "log_partition_text", "with_error"]
 
@@ -32,7 +32,7 @@ def log_partition_text(distribution: Any) -> str:
 
 
 def distribution_html(distribution: Any, formula: str, problem: str = "") -> str:
-    r"""The table of a distribution.
+    r"""HTML table of a distribution.
 
     Args:
         distribution: An ``EnergyDistribution``.

@@ -40,7 +40,7 @@ __all__ = [
 
 from pyro_ebm.energies.algebra import ExpEnergy, SumEnergy
 from pyro_ebm.energies.base import ClosedForm, Energy
-from pyro_ebm.energies.closed_form.conjugate import register_product
+from pyro_ebm.energies.closed_form.products import register_product
 from pyro_ebm.energies.discrete.boltzmann import BoltzmannEnergy
 from pyro_ebm.energies.discrete.chain import ChainEnergy
 from pyro_ebm.energies.discrete.factor_graph import FactorGraphEnergy

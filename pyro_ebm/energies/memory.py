@@ -77,7 +77,7 @@ from pyro_ebm.energies.discrete.finite import Spin, log_two_cosh, spins
 
 
 class Retrieval(NamedTuple):
-    """What a memory made of a cue.
+    """Result of a retrieval: where the descent from a cue has ended.
 
     Attributes:
         state: Where the descent ended, in the shape of the cue.

@@ -298,7 +298,7 @@ def _build_activation(activation: Callable[[], nn.Module]) -> nn.Module:
 def small_output(
     width: int, linear: Callable[[int, int], nn.Linear] = nn.Linear
 ) -> nn.Linear:
-    """Linear layer to one number, which starts close to zero."""
+    """Linear layer with one output that starts close to zero."""
     layer = linear(width, 1)
     nn.init.normal_(layer.weight, std=0.01 / width**0.5)
     nn.init.zeros_(layer.bias)
