@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pyro_ebm
-from pyro_ebm.energies.closed_form import conjugate
+from pyro_ebm.energies.closed_form import products
 
 
 def pytest_addoption(parser):
@@ -47,8 +47,8 @@ def dtype(request):
 @pytest.fixture(autouse=True)
 def fresh_state(dtype, monkeypatch):
     """Give each test the same random numbers, and nothing that another left behind."""
-    rules = list(conjugate._RULES)  # to which a test or an example may add
-    monkeypatch.setattr(conjugate, "_RULES", rules)
+    rules = list(products._RULES)  # to which a test or an example may add
+    monkeypatch.setattr(products, "_RULES", rules)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     torch.set_num_threads(1)

@@ -582,7 +582,7 @@ class _IndependentEnergies(dist.Independent):
 
 
 def leaves(value: Tensor, x: Tensor) -> list[Tensor]:
-    """All leaves that a value depends on other than through ``x``, no leaf itself."""
+    """Leaf tensors that a value depends on, other than through ``x``."""
     seen: set[Any] = {x.grad_fn}
     found, stack = [], [value.grad_fn]
     while stack:

@@ -1,20 +1,35 @@
-r"""The module that owns an energy, its chains and its :math:`\log Z`."""
+r"""The module that owns an energy, its chains and its :math:`\log Z`.
 
-__all__ = ["EnergyModel"]
+While the energy is learned, :math:`\log Z` has a gradient in the parameters,
 
+.. math::
+    \partial_\theta \log Z = -\mathbb{E}_{x \sim q_\theta}[\partial_\theta f_\theta(x)]
+                                                                            \tag{1}
+
+With it ``log_prob`` has the gradient of the likelihood (1.16), and ``SVI`` learns an
+energy as any other distribution. It is found by the first backward pass of each set of
+parameters, from persistent chains or from weighted draws of the base, and kept.
+"""
+
+__all__ = ["EnergyModel", "an_objective_learns"]
+
+import contextlib
 import math
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_ebm.bases.saving import from_state, to_state
+from pyro_ebm.core.html import rows_table
+from pyro_ebm.core.verdict import in_words
 from pyro_ebm.distributions.energy import EnergyDistribution
-from pyro_ebm.distributions.learning import gradient_is_wanted, with_gradient
 from pyro_ebm.distributions.operators import Factor
-from pyro_ebm.distributions.representation import model_html, tracked_text
+from pyro_ebm.distributions.representation import with_error
 from pyro_ebm.energies import DistributionEnergy, Energy
 from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.views.unconstrained import is_unconstrained
@@ -44,7 +59,7 @@ _POOL, _DRAWS = 20_000, 1024
 
 
 class EnergyModel(Factor, nn.Module):
-    r"""An energy that is learned, with all that learning leaves behind.
+    r"""Learnable energy with its base, its chains and its estimate of :math:`\log Z`.
 
     Calling it gives the distribution of the current parameters, to be used at a
     ``pyro.sample`` site. In ``train()``, as it is built, ``log_prob`` has the gradient
@@ -250,7 +265,7 @@ class EnergyModel(Factor, nn.Module):
         distribution = self._distribution(self.energy, value)
         distribution.is_normalized = tracked.status.is_reliable
         distribution.log_partition_std_error = tracked.std_error
-        if gradient_is_wanted(self) and self._learned():
+        if _gradient_is_wanted(self) and self._learned():
             distribution._gradient = self._log_partition_gradient
         return distribution
 
@@ -314,7 +329,7 @@ class EnergyModel(Factor, nn.Module):
                 "the first step. Use the ELBO without Jit in its name, or "
                 "energy_model.eval() where nothing is learned."
             )
-        return with_gradient(self._gradients, self._learned())
+        return _with_gradient(self._gradients, self._learned())
 
     def _gradients(self) -> list[torch.Tensor]:
         """Of log Z in each parameter; found anew when one has moved."""
@@ -376,17 +391,106 @@ class EnergyModel(Factor, nn.Module):
         return distribution
 
     def __repr__(self) -> str:
-        log_partition, verdict = tracked_text(self)
+        log_partition, verdict = _tracked_text(self)
         return (
             f"{type(self).__name__}(\n  energy: {self.energy}\n  base: {self.base}\n"
             f"  log Z: {log_partition} [{verdict}]\n)"
         )
 
     def _repr_html_(self) -> str:
-        return model_html(self)
+        return _model_html(self)
 
 
 def _to_state(base: dist.TorchDistribution) -> dict[str, Any]:
     if isinstance(base, IndependentSites):
         return {"kind": "sites", "log_probs": base.log_probs}
     return to_state(base)
+
+
+#: Whether an objective supplies the gradients, so that a model does not.
+_BY_OBJECTIVE: ContextVar[bool] = ContextVar("by_objective", default=False)
+
+
+@contextlib.contextmanager
+def an_objective_learns() -> Iterator[None]:
+    """Context in which models give log Z without gradient: an objective supplies it."""
+    token = _BY_OBJECTIVE.set(True)
+    try:
+        yield
+    finally:
+        _BY_OBJECTIVE.reset(token)
+
+
+def _gradient_is_wanted(model: nn.Module) -> bool:
+    """Whether log Z of a model is to have a gradient: in ``train()``.
+
+    Args:
+        model: An energy model.
+    """
+    return model.training and not _BY_OBJECTIVE.get()
+
+
+def _with_gradient(
+    find: Callable[[], Sequence[Tensor]], parameters: Sequence[nn.Parameter]
+) -> Tensor:
+    """A tensor of value zero whose gradient is found when it is asked for.
+
+    So what is only evaluated, or differentiated in other things, costs nothing and
+    changes nothing.
+
+    Args:
+        find: Gives the gradient in each parameter.
+        parameters: Of which there is at least one.
+
+    Returns:
+        Shape ``()``.
+    """
+    zero: Tensor = _Found.apply(find, *parameters)
+    return zero
+
+
+class _Found(torch.autograd.Function):
+    """Zero, with a gradient that a function finds."""
+
+    @staticmethod
+    def forward(ctx: Any, find: Any, *parameters: Tensor) -> Tensor:
+        ctx.find = find
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (None, *[grad * part for part in ctx.find()])
+
+
+def _tracked_text(model: Any) -> tuple[str, str]:
+    r""":math:`\log Z` of an ``EnergyModel`` with its error, and the verdict.
+
+    Args:
+        model: The model; of an energy with a closed form the exact value is shown.
+    """
+    known = model.energy.closed_form()
+    if known is not None:
+        return with_error(known.log_partition.detach().item(), 0.0), "exact"
+    tracked = model.log_partition
+    value, error = tracked.value.item(), tracked.std_error.item()
+    shown = with_error(value, error) if math.isfinite(value) else "unknown"
+    return shown, in_words(tracked.status, tracked.reasons)
+
+
+def _model_html(model: Any) -> str:
+    r"""The table of an ``EnergyModel``, with the tracked :math:`\log Z`.
+
+    Args:
+        model: The model.
+    """
+    log_partition, verdict = _tracked_text(model)
+    rows = {
+        "energy": type(model.energy).__name__,
+        "event shape": str(tuple(model.energy.event_shape)),
+        "support": str(model.energy.support),
+        "base": str(model.base),
+        "parameters": f"{sum(p.numel() for p in model.energy.parameters()):,}",
+        "log Z": log_partition + (" nats" if log_partition != "unknown" else ""),
+        "verdict": verdict,
+    }
+    return rows_table(type(model).__name__, rows)

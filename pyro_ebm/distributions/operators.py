@@ -1,4 +1,4 @@
-"""The operators of what can be multiplied."""
+"""Operators ``*``, ``/`` and ``**`` of distributions and energy models."""
 
 __all__ = ["Factor"]
 

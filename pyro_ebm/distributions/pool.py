@@ -1,4 +1,4 @@
-"""Draws of an energy, made once and handed out one by one.
+"""Cache of draws from an energy, each of which is handed out once.
 
 A few dozen chains cost little more than one, and a sampler runs that many whatever is
 wanted. What is left over is kept for later calls, as long as the energy stands.
@@ -28,7 +28,7 @@ _POOLS: "WeakKeyDictionary[Energy, Pool]" = WeakKeyDictionary()
 
 
 def draw(energy: Energy, sampler: Sampler, num_draws: int) -> Tensor:
-    """Independent draws that nobody has had before, shape ``(num_draws, *event)``.
+    """Independent draws that were not returned before, shape ``(num_draws, *event)``.
 
     Fewer than the sampler runs chains at least come from a pool. It is dropped when a
     parameter or buffer of the energy is written to, when the energy has changed at some
@@ -50,7 +50,7 @@ def draw(energy: Energy, sampler: Sampler, num_draws: int) -> Tensor:
 
 
 def last_diagnostics(energy: Energy, sampler: Sampler) -> SamplingDiagnostics | None:
-    """What was said of the last draws, if the energy has not changed since."""
+    """Diagnostics of the last draws, if the energy has not changed since."""
     pool = _POOLS.get(energy)
     if pool is None or not pool.is_of(energy, sampler):
         return None

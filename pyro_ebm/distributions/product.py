@@ -1,4 +1,4 @@
-r"""A product of experts: "and", where a mixture is "or".
+r"""Product of experts: the normalised product of powers of densities.
 
 The energies add up (eq. (1.3) to (1.6)):
 
@@ -69,7 +69,7 @@ _MIN_PILOT = 500
 
 @final
 class ProductOfExperts(EnergyDistribution):
-    r"""The product (1) of distributions and energies: what all experts allow.
+    r"""Product (1) of distributions and energies.
 
     Usually written with operators: ``p * q``, ``p / q``, ``p ** beta``, where one of
     the two may be any Pyro distribution: ``dist.Normal(0, 1) * p``. Products of

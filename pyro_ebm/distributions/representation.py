@@ -1,14 +1,12 @@
-r"""How distributions and models are shown: in text and in a notebook."""
+r"""Text and HTML of distributions and models."""
 
-__all__ = ["distribution_html", "log_partition_text", "model_html", "tracked_text"]
+__all__ = ["distribution_html", "log_partition_text", "with_error"]
 
-import math
 from typing import Any
 
 import torch
 
 from pyro_ebm.core.html import rows_table
-from pyro_ebm.core.verdict import in_words
 
 
 def log_partition_text(distribution: Any) -> str:
@@ -27,14 +25,14 @@ def log_partition_text(distribution: Any) -> str:
             distribution.log_partition_std_error,
         )
     )
-    shown = _with_error(value, error)
+    shown = with_error(value, error)
     if distribution.is_normalized:
         return shown
     return f"unknown ({shown} is unreliable)" if error > 0 else "unknown"
 
 
 def distribution_html(distribution: Any, formula: str, problem: str = "") -> str:
-    r"""The table of a distribution.
+    r"""HTML table of a distribution.
 
     Args:
         distribution: An ``EnergyDistribution``.
@@ -58,39 +56,6 @@ def distribution_html(distribution: Any, formula: str, problem: str = "") -> str
     return rows_table(type(distribution).__name__, rows)
 
 
-def tracked_text(model: Any) -> tuple[str, str]:
-    r""":math:`\log Z` of an ``EnergyModel`` with its error, and the verdict.
-
-    Args:
-        model: The model; of an energy with a closed form the exact value is shown.
-    """
-    known = model.energy.closed_form()
-    if known is not None:
-        return _with_error(known.log_partition.detach().item(), 0.0), "exact"
-    tracked = model.log_partition
-    value, error = tracked.value.item(), tracked.std_error.item()
-    shown = _with_error(value, error) if math.isfinite(value) else "unknown"
-    return shown, in_words(tracked.status, tracked.reasons)
-
-
-def model_html(model: Any) -> str:
-    r"""The table of an ``EnergyModel``, with the tracked :math:`\log Z`.
-
-    Args:
-        model: The model.
-    """
-    log_partition, verdict = tracked_text(model)
-    rows = {
-        "energy": type(model.energy).__name__,
-        "event shape": str(tuple(model.energy.event_shape)),
-        "support": str(model.energy.support),
-        "base": str(model.base),
-        "parameters": f"{sum(p.numel() for p in model.energy.parameters()):,}",
-        "log Z": log_partition + (" nats" if log_partition != "unknown" else ""),
-        "verdict": verdict,
-    }
-    return rows_table(type(model).__name__, rows)
-
-
-def _with_error(value: float, error: float) -> str:
+def with_error(value: float, error: float) -> str:
+    """A value with its error, which is left out where it is 0."""
     return f"{value:.4f}" + (f" +- {error:.4f}" if error else "")

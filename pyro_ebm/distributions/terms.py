@@ -1,4 +1,4 @@
-r"""The factors of a product: what each stands for, and how they simplify.
+r"""Factors of a product of experts, collected and simplified.
 
 .. math::
     \prod_k e^{-w_k f_k(x)}                                                \tag{1}

@@ -40,7 +40,7 @@ __all__ = [
 
 from pyro_ebm.energies.algebra import ExpEnergy, SumEnergy
 from pyro_ebm.energies.base import ClosedForm, Energy
-from pyro_ebm.energies.closed_form.conjugate import register_product
+from pyro_ebm.energies.closed_form.products import register_product
 from pyro_ebm.energies.discrete.boltzmann import BoltzmannEnergy
 from pyro_ebm.energies.discrete.chain import ChainEnergy
 from pyro_ebm.energies.discrete.factor_graph import FactorGraphEnergy
@@ -51,14 +51,13 @@ from pyro_ebm.energies.discrete.rbm import RBMEnergy
 from pyro_ebm.energies.distribution import DistributionEnergy
 from pyro_ebm.energies.function import FunctionEnergy
 from pyro_ebm.energies.graphs.compiled import CompiledEnergy
-from pyro_ebm.energies.memory.associative_memory import (
+from pyro_ebm.energies.memory import (
     HopfieldEnergy,
     SpinMemoryEnergy,
+    VectorMemoryEnergy,
 )
-from pyro_ebm.energies.memory.vector_memory import VectorMemoryEnergy
 from pyro_ebm.energies.mixture import MixtureEnergy
-from pyro_ebm.energies.neural.convolutional import ConvolutionalEnergy
-from pyro_ebm.energies.neural.neural import NeuralEnergy
+from pyro_ebm.energies.neural import ConvolutionalEnergy, NeuralEnergy
 from pyro_ebm.energies.pyro_model.energy import PyroModelEnergy
 from pyro_ebm.energies.quadratic import QuadraticEnergy
 from pyro_ebm.energies.views.batch import select

@@ -9,7 +9,7 @@ A sum of energies is a product of distributions, up to a constant (eq. (1.3) to 
 The constant, the partition function of the product, is not the product of the
 constants. Of Gaussian and of conjugate parts it is known
 (:mod:`pyro_ebm.energies.closed_form.gaussian`,
-:mod:`pyro_ebm.energies.closed_form.conjugate`); otherwise :mod:`pyro_ebm.partition`
+:mod:`pyro_ebm.energies.closed_form.products`); otherwise :mod:`pyro_ebm.partition`
 estimates it.
 """
 
@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_ebm.energies.base import ClosedForm, Energy
-from pyro_ebm.energies.closed_form.conjugate import product_closed_form
 from pyro_ebm.energies.closed_form.gaussian import (
     GaussianForm,
     ImproperProductError,
     gaussian_form,
     product_form,
 )
+from pyro_ebm.energies.closed_form.products import product_closed_form
 from pyro_ebm.energies.views.unconstrained import same_support
 
 

@@ -1,4 +1,4 @@
-r"""The contract of an energy.
+r"""Base class of all energies.
 
 An energy :math:`f: \mathcal{X} \to \mathbb{R}`, in nats, is half of a distribution
 
@@ -40,7 +40,7 @@ from pyro_ebm.energies.corrections import shared_support
 
 
 class ClosedForm(NamedTuple):
-    r"""What is known of an energy without sampling.
+    r"""Distribution and :math:`\log Z` of an energy, known without sampling.
 
     Attributes:
         log_partition: :math:`\log Z` in nats, of the energy's batch shape,

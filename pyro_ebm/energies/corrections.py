@@ -1,4 +1,4 @@
-r"""Distributions of torch and Pyro that are not what they say, put right.
+r"""Corrections of distributions whose draws or support are not those of their density.
 
 * ``LKJCholesky.sample`` draws from another law than that of ``log_prob`` for three and
   more dimensions. The squared length of row :math:`i` below the diagonal,
@@ -147,7 +147,7 @@ def _of_any_component(support: Constraint, num_dims: int = 0) -> Constraint | No
 
 
 def without_independent(distribution: Any) -> Any:
-    """What ``.to_event()`` was called on, however often; any other as it is."""
+    """The distribution inside all ``Independent`` wrappers; any other as it is."""
     while isinstance(distribution, torch.distributions.Independent):
         distribution = distribution.base_dist
     return distribution

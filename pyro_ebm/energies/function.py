@@ -88,7 +88,7 @@ class FunctionEnergy(Energy):
 
 @final
 class GivenEnergy(Energy):
-    """The energy (1) as one of ``x``, in a batch of contexts.
+    """The energy (1) at fixed contexts, as a function of ``x``.
 
     Built by :meth:`FunctionEnergy.given`.
 

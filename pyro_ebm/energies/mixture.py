@@ -1,4 +1,4 @@
-r"""A mixture of energies: "or", where a sum is "and".
+r"""Mixture of energies: minus the log of a weighted sum of densities.
 
 .. math::
     f(x) &= -\log \sum_{k=1}^K \exp(\ell_k - f_k(x))                        \tag{1} \\

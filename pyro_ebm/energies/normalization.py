@@ -1,4 +1,4 @@
-"""Distributions whose density does not integrate to one, or not for sure.
+"""Checks that the density of a distribution integrates to one.
 
 A base, a proposal, noise, a prior: wherever log Z is measured against a density, that
 density has to be normalised, or the result is off by a constant that nothing shows.

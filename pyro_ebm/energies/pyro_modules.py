@@ -1,4 +1,4 @@
-"""Modules of Pyro inside an energy: the names of their parameters, and their copies.
+"""Names and copies of Pyro modules inside an energy.
 
 A ``PyroModule`` finds its parameters in Pyro's store by name, and one that is handed to
 an energy, with no module of Pyro around it, has no name. Two of them would share one
@@ -50,7 +50,7 @@ def name_pyro_modules(module: nn.Module) -> None:
 
 
 def apart_from_store(module: Any) -> Any:
-    """Let a copy of an energy keep its parameters to itself.
+    """Separate a copy of an energy from Pyro's parameter store.
 
     Args:
         module: Is changed. A Pyro model with ``PyroSample`` sites needs its handlers,

@@ -20,7 +20,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution, MixtureOfExperts
-from pyro_ebm.distributions.learning import an_objective_learns
+from pyro_ebm.distributions.model import an_objective_learns
 from pyro_ebm.energies.normalization import inner_distributions
 from pyro_ebm.infer.checks import require_learnable, require_objective
 from pyro_ebm.infer.objectives.objective import Objective, Surrogate

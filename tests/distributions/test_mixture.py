@@ -377,7 +377,7 @@ def parameters_of(energies, logits):
     return [logits, *(p for f in energies for p in f.parameters())]
 
 
-def stochastic_gradients(energies, logits, count=15):
+def stochastic_gradients(energies, logits, count=8):
     """Of the loss of maximum likelihood, each with new chains."""
     modules = nn.ModuleList(energies)
     bases = [dist.Normal(torch.tensor(m), 0.6) for m in (-3.2, 0.6)]
@@ -394,7 +394,7 @@ def stochastic_gradients(energies, logits, count=15):
 
     grads = []
     for _ in range(count):
-        learned = Learn(model, MaximumLikelihood(num_chains=200, num_steps=40))
+        learned = Learn(model, MaximumLikelihood(num_chains=200, num_steps=25))
         loss = Trace_ELBO().differentiable_loss(learned, lambda: None)
         parameters = parameters_of(energies, logits)
         grads.append(torch.stack(torch.autograd.grad(-loss, parameters[1:])))

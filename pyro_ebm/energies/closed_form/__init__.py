@@ -1,3 +1,3 @@
-"""Energies whose normaliser is known, and the products that keep it known."""
+"""Closed forms of log Z: Gaussians, products within a family, and marginals."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-r"""Gaussians, and mixtures of them, in the form in which products are sums.
+r"""Gaussians and their mixtures in information form, in which products are sums.
 
 .. math::
     e^{-f(x)} &= \sum_{k=1}^K \exp\big(c_k + \eta_k^\top x

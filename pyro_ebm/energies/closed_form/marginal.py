@@ -1,4 +1,4 @@
-"""Distributions of some coordinates of an event, where they are known."""
+"""Marginal distributions of some coordinates of an event, in closed form."""
 
 __all__ = ["independent_marginal", "marginal"]
 
@@ -53,7 +53,7 @@ def marginal(distribution: Any, numbers: Tensor) -> dist.TorchDistribution | Non
 def independent_marginal(
     distribution: Any, numbers: Tensor
 ) -> dist.TorchDistribution | None:
-    """The same of independent coordinates alone."""
+    """The same for independent coordinates only."""
     if distribution.batch_shape:
         return None
     event_shape = distribution.event_shape

@@ -1,4 +1,4 @@
-r"""A function of one point, traced once and evaluated at many.
+r"""Functions of one point, recorded once and evaluated at many.
 
 Running a Pyro model costs some milliseconds in effect handlers, whatever the size of
 its tensors. Here the model runs once; the operators that it applies to the point are

@@ -1,4 +1,4 @@
-"""Repeat recorded operators in double precision.
+"""Replay recorded operators in double precision.
 
 Constants and live tensors of single precision are converted first, so that what follows
 from them, such as the normalising constant of a prior, is rounded to double only. Types

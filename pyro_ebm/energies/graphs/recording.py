@@ -44,7 +44,7 @@ class UntraceableError(RuntimeError):
 
 
 class Recording(NamedTuple):
-    """What a function did.
+    """The operators of a function as a graph, with its constants.
 
     Attributes:
         graph: Its operators; the placeholders are inputs and constants.

@@ -1,4 +1,4 @@
-"""Which Pyro models have a density that an energy can hold."""
+"""Checks that a Pyro model has a density that an energy can represent."""
 
 __all__ = [
     "check_log_partitions",

@@ -1,4 +1,4 @@
-r"""Run a Pyro model on all of its data: missing data filled in, and plates whole.
+r"""Run a Pyro model on all its data: missing rows latent, and no plate subsampled.
 
 **Missing data**, ``pyro.sample(name, fn, obs=y, obs_mask=mask)``. Pyro makes two sites
 of it: ``name_observed`` counts where the mask is true, the latent ``name_unobserved``
@@ -140,7 +140,7 @@ def has_whole_plates(trace: Trace) -> bool:
 
 
 def check_rows(trace: Trace) -> None:
-    """Check that other rows of a plate brought other data.
+    """Check that each part of a subsampled plate observes its own rows.
 
     Args:
         trace: Of a model that :func:`whole_plates` returned.

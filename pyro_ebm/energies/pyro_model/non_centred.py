@@ -1,4 +1,4 @@
-r"""Normal sites whose scale is latent, seen in their standardised values.
+r"""Non-centred parametrisation of normal sites whose scale is latent.
 
 The values :math:`x` of a group with a common scale, :math:`x_i \sim
 \mathcal{N}(\mu, \tau)`, are pressed together where :math:`\tau` is small: a funnel, in

@@ -1,4 +1,4 @@
-r"""What a Pyro model computes at draws of its latent sites.
+r"""Deterministic values and log-likelihoods of a Pyro model at draws of its sites.
 
 For a draw :math:`z` of all of them, the deterministic sites :math:`g(z)`, and of each
 observed site :math:`\log p(y_i \mid z)`, an observation a number.
@@ -28,7 +28,7 @@ _CHUNK = 2**20
 
 
 class ModelOutputs(NamedTuple):
-    """Values at ``N`` draws.
+    """Deterministic values and log-likelihoods at ``N`` draws.
 
     Attributes:
         deterministic: Of each deterministic site, shape ``(N, *site)``.

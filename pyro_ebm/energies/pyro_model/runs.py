@@ -147,7 +147,7 @@ def initial_value(site: dict[str, Any]) -> Tensor:
 
 
 class CorrectedDraws(Messenger):
-    """Lets a model draw from the densities of its sites, where torch does not.
+    """Handler that draws from a site's density where torch's own sampler does not.
 
     Attributes:
         flat: Values in unconstrained space, of sites that were drawn there.
@@ -182,7 +182,7 @@ _FACTORS = {
 
 
 class FailuresAreNan(TorchDispatchMode):
-    """Lets a factorisation give nan where it fails, instead of raising an error."""
+    """Dispatch mode in which a factorisation that fails gives nan, and no error."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -203,7 +203,7 @@ class FailuresAreNan(TorchDispatchMode):
 
 
 class WithoutValidation(Messenger):
-    """Lets a value outside of the support have a density of zero, or nan, unchecked.
+    """Handler that switches off the validation of all distributions of a model.
 
     Checks look into values, which tracing cannot, and would end a run whose chains
     stray. Pyro's switch does not reach distributions that were expanded before.

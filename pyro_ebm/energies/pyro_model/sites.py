@@ -1,4 +1,4 @@
-r"""The latent sites of a Pyro model, laid end to end in unconstrained space.
+r"""Latent sites of a Pyro model as one unconstrained vector, and their potential.
 
 Discrete sites are summed out. Pyro eliminates them one after the other. Where they are
 a chain, as under ``pyro.markov``, with log-factors :math:`M_t` between neighbours, the
@@ -129,7 +129,7 @@ class ModelSites(NamedTuple):
 def find_sites(
     model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ModelSites:
-    """Run the model a few times, and check that it is one that an energy can hold.
+    """Find the latent sites by a few runs of the model, and check them.
 
     Raises:
         ValueError: If there is no continuous latent site, the sites differ from run to

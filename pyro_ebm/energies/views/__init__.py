@@ -1,3 +1,3 @@
-"""Energies that show another energy differently: parts, conditions, coordinates."""
+"""Views of an energy: parts, conditionals, other coordinates, other precision."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-r"""A batch of energies as one: a member of it, and all of them together.
+r"""Members of a batch of energies, and the sum of all of them.
 
 .. math::
     f_b(x), \quad b \in B, \qquad f(x_1, \dots, x_{|B|}) = \sum_b f_b(x_b)  \tag{1}

@@ -1,4 +1,4 @@
-r"""Energies in double precision, whatever they were written in.
+r"""Evaluate energies in double precision.
 
 Single precision loses what an estimate of :math:`\log Z` needs: an energy of a million
 nats is rounded to a tenth of one, and a bijection saturates at seven digits. On a CPU

@@ -1,4 +1,4 @@
-"""Whether an energy is a function of one point.
+"""Check that an energy is a function of one point.
 
 Chains and estimators evaluate many points at once, in batches of any size, and again.
 Batch norm and dropout in training mode, a spectral norm that improves at each call, or

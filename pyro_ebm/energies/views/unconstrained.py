@@ -1,4 +1,4 @@
-r"""An energy on a constrained support, seen from unconstrained space.
+r"""Change of variables from the support of an energy to unconstrained space.
 
 With :math:`T = \mathrm{biject\_to}(\mathcal{X})` and :math:`x = T(u)`,
 
@@ -85,7 +85,7 @@ class UnconstrainedEnergy(Energy):
 
 
 def unconstrained(energy: Energy) -> tuple[Energy, torch.distributions.Transform]:
-    """An energy where its chains move, and the map from there to its own space.
+    """The energy over unconstrained space, and the map from there to its support.
 
     Args:
         energy: On a finite support, or any continuous one that ``biject_to`` knows.

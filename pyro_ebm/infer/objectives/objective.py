@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pyro_ebm.core.verdict import Finding
 from pyro_ebm.distributions import EnergyDistribution, EnergyModel
-from pyro_ebm.distributions.learning import an_objective_learns
+from pyro_ebm.distributions.model import an_objective_learns
 from pyro_ebm.energies import Energy
 from pyro_ebm.energies.discrete.finite import require_inside
 from pyro_ebm.energies.views.unconstrained import is_finite_support

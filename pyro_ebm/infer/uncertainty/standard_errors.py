@@ -20,8 +20,11 @@ from pyro_ebm.infer.checks import require_objective
 from pyro_ebm.infer.objectives.contrast.noise import LearnedLogPartition
 from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikelihood
 from pyro_ebm.infer.objectives.objective import Objective, as_distribution
-from pyro_ebm.infer.uncertainty.estimating_equations import Equation, objective_equation
-from pyro_ebm.infer.uncertainty.likelihood_equation import likelihood_equation
+from pyro_ebm.infer.uncertainty.estimating_equations import (
+    Equation,
+    likelihood_equation,
+    objective_equation,
+)
 from pyro_ebm.infer.uncertainty.sandwich import ParameterErrors, Solved
 
 #: Above this number of parameters their covariance is neither affordable nor of use.

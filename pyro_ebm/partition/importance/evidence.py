@@ -36,13 +36,14 @@ from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.base_check import check_draws
 from pyro_ebm.partition.default_base import default_base, describe
 from pyro_ebm.partition.estimate import Method, estimate
-from pyro_ebm.partition.importance.guide_proposal import (
+from pyro_ebm.partition.importance.guide import (
+    GuideRuns,
     as_distribution,
+    check_guide,
     log_weights,
     proposal_of,
     returned_distribution,
 )
-from pyro_ebm.partition.importance.guide_runs import GuideRuns, check_guide
 from pyro_ebm.partition.importance.importance import (
     estimate_from_weights,
     judge_weights,

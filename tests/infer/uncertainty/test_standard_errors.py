@@ -31,7 +31,7 @@ from pyro_ebm.infer import (
     parameter_errors,
 )
 from pyro_ebm.infer.uncertainty.estimating_equations import (
-    derivatives,
+    _derivatives,
     objective_equation,
 )
 from pyro_ebm.mcmc import MALA, ULA
@@ -62,7 +62,7 @@ def test_derivatives_are_those_of_torch():
         return (values @ a).exp() * b + (values @ a).square().sum(-1, keepdim=True)
 
     a, b = torch.randn(3, requires_grad=True), torch.randn((), requires_grad=True)
-    found = derivatives(numbers(a, b), [a, b], weights)
+    found = _derivatives(numbers(a, b), [a, b], weights)
     rows = torch.autograd.functional.jacobian(numbers, (a, b))
     torch.testing.assert_close(found.rows, torch.cat([rows[0], rows[1][:, None]], -1))
     (aa, ab), (ba, bb) = torch.autograd.functional.hessian(

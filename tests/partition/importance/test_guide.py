@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal, AutoStructured, init_to_value
 
-from pyro_ebm.partition.importance.guide_runs import GuideRuns
+from pyro_ebm.partition.importance.guide import GuideRuns
 
 DATA = torch.tensor([0.3, -0.2, 1.1, 0.8, 0.4], dtype=torch.float64)
 

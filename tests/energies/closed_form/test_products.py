@@ -15,7 +15,7 @@ from pyro_ebm.energies import (
     SumEnergy,
     register_product,
 )
-from pyro_ebm.energies.closed_form import conjugate
+from pyro_ebm.energies.closed_form import products as conjugate
 from pyro_ebm.energies.closed_form.gaussian import ImproperProductError, gaussian_form
 from pyro_ebm.partition import quadrature
 

@@ -1,4 +1,4 @@
-r"""Products of distributions that stay in their family.
+r"""Closed forms of products of distributions that stay in one exponential family.
 
 Of experts :math:`q_k(x) = e^{\eta_k^\top T(x) - A(\eta_k)}` of one exponential family,
 with :math:`h = 1`, the product of powers is

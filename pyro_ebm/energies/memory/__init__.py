@@ -1,3 +1,0 @@
-"""Associative memories."""
-
-__all__: list[str] = []
