@@ -246,22 +246,12 @@ class RBMEnergy(Energy):
             keeps = not own_scale.requires_grad
             self.register_buffer("scale", own_scale, persistent=keeps)
 
-    def _layers(self) -> "_Layers":
-        """Both layers as they are now."""
-        return _Layers(
-            _units(self.visible, self.weight.shape, self.scale),
-            _SPIN if self.visible == "spin" else _BINARY,
-            self.weight,
-            self.visible_bias,
-            self.hidden_bias,
-        )
-
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate (1) at ``x`` of shape ``(*batch, V)``; infinite off the categories.
 
         What lies between two binary values or spins has the mean field's energy.
         """
-        value = -self._layers().log_visible(x.to(self.weight.dtype))  # (1)
+        value = -_layers(self).log_visible(x.to(self.weight.dtype))  # (1)
         if self.visible != "categorical":
             return value
         # Nothing flows back but zeros: there is no slope between categories.
@@ -273,7 +263,7 @@ class RBMEnergy(Energy):
         Args:
             x: Visible units, shape ``(*batch, V)``.
         """
-        return self._layers().hidden_field(x.to(self.weight.dtype))
+        return _layers(self).hidden_field(x.to(self.weight.dtype))
 
     def visible_field(self, hidden: Tensor) -> Tensor:
         """Fields (3) of the visible units, shape ``(*batch, V)`` or ``(*batch, V, q)``.
@@ -281,15 +271,15 @@ class RBMEnergy(Energy):
         Args:
             hidden: Shape ``(*batch, H)``.
         """
-        return self._layers().visible_field(hidden)
+        return _layers(self).visible_field(hidden)
 
     def draw_hidden(self, x: Tensor) -> Tensor:
         """Hidden units given visible ones ``x``, shape ``(*batch, H)``."""
-        return self._layers().hidden_units.draw(self.hidden_field(x))
+        return _layers(self).hidden_units.draw(self.hidden_field(x))
 
     def draw_visible(self, hidden: Tensor) -> Tensor:
         """Visible units given hidden ones, shape ``(*batch, V)``."""
-        drawn: Tensor = self._layers().units.draw(self.visible_field(hidden))
+        drawn: Tensor = _layers(self).units.draw(self.visible_field(hidden))
         return drawn
 
     @torch.no_grad()
@@ -302,7 +292,7 @@ class RBMEnergy(Energy):
         if not isinstance(bias, nn.Parameter) or bias.any():
             return
         if isinstance(base, IndependentSites):
-            units = self._layers().units
+            units = _layers(self).units
             bias.copy_(units.field_of(base.log_probs))
         elif self.visible == "gaussian":
             bias.copy_(x.mean(0))
@@ -319,7 +309,7 @@ class RBMEnergy(Energy):
 
         Exactness: *exact* where it is not ``None``.
         """
-        solver = self._layers()
+        solver = _layers(self)
         if solver.cost > _MAX_COST:
             return None
         if self.visible == "gaussian":
@@ -337,7 +327,7 @@ class RBMEnergy(Energy):
                 the fields :math:`a`, so that each unit is on about as often at the
                 start as at the end.
         """
-        layers = self._layers()
+        layers = _layers(self)
         units, bias = layers.units, self.visible_bias.detach()
         if log_probs is not None and not isinstance(units, _Normals):
             bias = units.field_of(log_probs)
@@ -372,14 +362,23 @@ class RBMEnergy(Energy):
 class _OverHidden(Energy):
     """The terms of (4) over the hidden units, visible ones summed out."""
 
+    weight: Tensor
+
     def __init__(self, machine: RBMEnergy) -> None:
-        support = machine._layers().hidden_units.support
+        support = _layers(machine).hidden_units.support
         shape = machine.hidden_bias.shape
         super().__init__(shape, constraints.independent(support, 1))
-        self.machine = machine
+        # Its tensors, not itself: that is what a copy in double precision converts.
+        self.visible = machine.visible
+        for name in ("weight", "visible_bias", "hidden_bias", "scale"):
+            value = getattr(machine, name)
+            if isinstance(value, nn.Parameter) or not isinstance(value, Tensor):
+                setattr(self, name, value)
+            else:
+                self.register_buffer(name, value, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return -self.machine._layers().log_hidden(x.to(self.machine.weight.dtype))
+        return -_layers(self).log_hidden(x.to(self.weight.dtype))
 
 
 @dataclass(frozen=True)
@@ -609,6 +608,17 @@ class _NormalMixture(dist.TorchDistribution):
             self._validate_sample(x)
         shape = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
         return -self.energy(x.expand(*shape, -1)) - self.log_partition
+
+
+def _layers(machine: Any) -> _Layers:
+    """Both layers of a machine as they are now."""
+    return _Layers(
+        _units(machine.visible, machine.weight.shape, machine.scale),
+        _SPIN if machine.visible == "spin" else _BINARY,
+        machine.weight,
+        machine.visible_bias,
+        machine.hidden_bias,
+    )
 
 
 def _units(visible: str, shape: Sequence[int], scale: Any) -> Any:
