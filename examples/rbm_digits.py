@@ -51,8 +51,8 @@ def inpainted(image: torch.Tensor, num_draws: int = 64) -> torch.Tensor:
     """Draws of the lower half given the upper, beside it; shape (num_draws, 64)."""
     x = image.repeat(num_draws, 1)
     for _ in range(200):
-        hidden = torch.bernoulli(energy.hidden_logits(x).sigmoid())
-        drawn = torch.bernoulli(energy.visible_logits(hidden).sigmoid())
+        hidden = energy.draw_hidden(x)
+        drawn = energy.draw_visible(hidden)
         x = torch.cat([x[:, :32], drawn[:, 32:]], 1)
     return x
 

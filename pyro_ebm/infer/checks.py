@@ -15,7 +15,8 @@ from torch import Tensor
 from pyro_ebm.core.errors import UnregisteredParameterWarning
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.energy import leaves
-from pyro_ebm.energies.discrete.finite import FiniteUniform, finite_values
+from pyro_ebm.energies.discrete.finite import finite_values
+from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.infer.objectives.objective import Objective
 from pyro_ebm.mcmc import IndependentChains
 
@@ -46,7 +47,7 @@ def points_of(distribution: EnergyDistribution, count: int = 64) -> Iterator[Ten
     with torch.enable_grad(), torch.random.fork_rng(devices):
         if finite_values(energy.support) is not None:
             like = torch.empty(0, **energy.tensor_options())
-            uniform = FiniteUniform(energy.support, energy.event_shape, like)
+            uniform = IndependentSites.uniform(energy.support, energy.event_shape, like)
             yield uniform.sample(torch.Size((count,)))
         else:
             sampler = distribution.sampler or IndependentChains()

@@ -18,7 +18,8 @@ from torch.distributions.constraints import Constraint
 
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.energies.corrections import without_independent
-from pyro_ebm.energies.discrete.finite import FiniteUniform, finite_values
+from pyro_ebm.energies.discrete.finite import finite_values
+from pyro_ebm.energies.discrete.independent import IndependentSites
 
 
 def default_base(energy: Energy) -> dist.TorchDistribution:
@@ -51,7 +52,7 @@ def default_base(energy: Energy) -> dist.TorchDistribution:
     options = energy.tensor_options()
     if finite_values(energy.support) is not None:
         like = torch.empty(0, **options)
-        return FiniteUniform(energy.support, energy.event_shape, like)
+        return IndependentSites.uniform(energy.support, energy.event_shape, like)
     ends = _finite_ends(energy, options)
     if ends is not None:
         box = _UniformOnBox(*ends, energy.support)
@@ -102,7 +103,7 @@ def describe(base: dist.TorchDistribution) -> str:
     scalar = without_independent(base)
     if isinstance(scalar, _UniformOnBox):
         return "uniform on the box"
-    if isinstance(scalar, FiniteUniform):
+    if isinstance(scalar, IndependentSites) and scalar.is_uniform:
         return "uniform on the finite support"
     if isinstance(scalar, _NormalOnSupport):
         return "standard normal in unconstrained space"

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_ebm.energies import IsingEnergy, PottsEnergy, RBMEnergy
-from pyro_ebm.energies.discrete.finite import FiniteUniform
+from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.testing.targets import Target
 
 #: Inverse temperatures at which infinite square lattices of unit coupling are critical.
@@ -43,7 +43,7 @@ def ising(side: int = 8, coupling: float = ISING_CRITICAL) -> Target:
         "ising",
         energy,
         kaufman(side, side, coupling),
-        FiniteUniform(energy.support, energy.event_shape),
+        IndependentSites.uniform(energy.support, energy.event_shape),
         mean=torch.zeros(side, side),
         variance=torch.ones(side, side),
     )
@@ -65,7 +65,7 @@ def potts(
         "potts",
         energy,
         transfer_matrix(side, side, coupling * torch.eye(num_categories).double()),
-        FiniteUniform(energy.support, energy.event_shape),
+        IndependentSites.uniform(energy.support, energy.event_shape),
         mean=torch.full((side, side), (num_categories - 1) / 2),
         variance=torch.full((side, side), (num_categories**2 - 1) / 12),
     )

@@ -13,7 +13,7 @@ from torch.distributions import biject_to
 
 from pyro_ebm import energies
 from pyro_ebm.energies import Energy
-from pyro_ebm.energies.discrete.finite import FiniteUniform
+from pyro_ebm.energies.discrete.independent import IndependentSites
 
 
 class Ring(nn.Module):
@@ -163,7 +163,7 @@ def energy(request):
 def draw(energy, *batch, dtype=None):
     """Points inside the support, shape ``(*batch, *event)``."""
     if energy.support.is_discrete:
-        uniform = FiniteUniform(energy.support, energy.event_shape)
+        uniform = IndependentSites.uniform(energy.support, energy.event_shape)
         return uniform.sample(batch).to(dtype or torch.get_default_dtype())
     to_support = biject_to(energy.support)
     return to_support(

@@ -12,7 +12,7 @@ import torch
 from pyro_ebm.core.verdict import Reason
 from pyro_ebm.energies import PyroModelEnergy, spins
 from pyro_ebm.energies.corrections import corrected
-from pyro_ebm.energies.discrete.finite import FiniteUniform
+from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.partition.base_check import check_draws
 
 NUMBER = torch.tensor
@@ -82,7 +82,7 @@ SOUND = {
     "lkj": lambda: corrected(dist.LKJCholesky(4, NUMBER(1.0))),
     "funnel": lambda: PyroModelEnergy(funnel).prior,
     "covariance": lambda: PyroModelEnergy(covariance).prior,
-    "finite": lambda: FiniteUniform(spins, ()),
+    "finite": lambda: IndependentSites.uniform(spins, ()),
 }
 
 

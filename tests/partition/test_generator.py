@@ -14,7 +14,7 @@ from pyro_ebm.energies import (
     IsingEnergy,
     QuadraticEnergy,
 )
-from pyro_ebm.energies.discrete.finite import FiniteUniform
+from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.mcmc import ImportanceResampling
 from pyro_ebm.mcmc.samplers.resampling import weighted_draws
 from pyro_ebm.partition import fit_generator
@@ -120,4 +120,4 @@ def test_what_it_refuses():
         fit_generator(energy, dist.Normal(0.0, 1.0))
     spins = IsingEnergy((2, 2), 0.3)
     with pytest.raises(NotImplementedError, match=r"continuous support"):
-        fit_generator(spins, FiniteUniform(spins.support, (2, 2)))
+        fit_generator(spins, IndependentSites.uniform(spins.support, (2, 2)))

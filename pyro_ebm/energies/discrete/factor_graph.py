@@ -17,6 +17,7 @@ References:
 __all__ = ["FactorGraphEnergy"]
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
@@ -31,6 +32,7 @@ from pyro_ebm.energies.discrete.exact.distribution import (
 )
 from pyro_ebm.energies.discrete.exact.elimination import (
     MAX_COST,
+    Factors,
     elimination_cost,
     exact_sums,
 )
@@ -45,13 +47,17 @@ class _Group(NamedTuple):
     Attributes:
         sites: Shape ``(F, k)``.
         states: How many states the ``k`` sites have.
-        table: Shape ``(F, *states)``, or ``(1, *states)`` if all have the same; or a
-            function that gives it.
+        table: Shape ``(*batch, F, *states)``, or ``(*batch, 1, *states)`` if all have
+            the same; or a function that gives it.
+        batch_shape: Of the table.
+        is_many: Whether the table, as it was given, has an axis for the factors.
     """
 
     sites: Tensor
     states: tuple[int, ...]
     table: Any
+    batch_shape: torch.Size
+    is_many: bool
 
 
 @final
@@ -74,7 +80,9 @@ class FactorGraphEnergy(SiteEnergy):
             potentials of ``k`` sites. The potential is a tensor of shape ``(*states)``,
             or ``(F, *states)``, or a function of the states of the sites: it is called
             with tensors that broadcast to ``(*states)``. A module is learned. ``-inf``
-            forbids states.
+            forbids states. A batch of graphs, say one for each row of data, has
+            tensors of shape ``(*batch, *states)`` for a tuple of sites and ``(*batch,
+            F, *states)`` for integers of shape ``(F, k)``; batches broadcast.
         spins: Whether sites have the two states -1 and +1.
 
     Raises:
@@ -117,6 +125,7 @@ class FactorGraphEnergy(SiteEnergy):
             constraints.independent(_support(self_states, spins=spins), 1),
             colouring(len(self_states), scopes),
             _like(groups),
+            _batch_shape(groups),
         )
         self.names, self._num_states = names, self_states
         self._groups = [group._replace(table=None) for group in groups]
@@ -142,8 +151,8 @@ class FactorGraphEnergy(SiteEnergy):
         Args:
             graph: Edges of shape ``(E, 2)`` or a list of pairs, a sparse matrix of
                 scipy, or a graph of networkx; see :func:`grid_edges`.
-            coupling: :math:`J`, a number or shape ``(E,)``.
-            field: :math:`h`, a number or shape ``(D,)``; default: none.
+            coupling: :math:`J`, a number or shape ``(*batch, E)``.
+            field: :math:`h`, a number or shape ``(*batch, D)``; default: none.
             num_sites: :math:`D`, where the last sites have no edge; default: as many
                 as ``graph`` has.
 
@@ -180,7 +189,7 @@ class FactorGraphEnergy(SiteEnergy):
         Args:
             graph: See :meth:`ising`.
             num_categories: :math:`q`.
-            coupling: :math:`J`, a number or shape ``(E,)``.
+            coupling: :math:`J`, a number or shape ``(*batch, E)``.
             num_sites: See :meth:`ising`.
 
         Raises:
@@ -195,9 +204,9 @@ class FactorGraphEnergy(SiteEnergy):
         """Evaluate (1) at ``x`` of shape ``(*batch, D)``."""
         index, is_outside = self._index(x)
         total = self.values.new_zeros(())
-        for sites, _, table in self._tables():
+        for sites, table in self._factors():
             flat, place = _flat_index(table, index[..., sites])
-            total = total + flat[_rows(flat, sites), place].sum(-1)  # (1)
+            total = total + _look_up(flat, place[..., None]).squeeze(-1).sum(-1)  # (1)
         # What is no number is no state: without this it would have an energy.
         return (-total).where(~is_outside, torch.inf) + 0 * x.sum(-1)
 
@@ -209,22 +218,24 @@ class FactorGraphEnergy(SiteEnergy):
         missing = torch.zeros(len(states), len(number)).to(self.values)
         missing = missing.masked_fill(number >= states[:, None], -torch.inf)
         logits = missing.expand(*x.shape, -1).clone()
-        for sites, sizes, table in self._tables():
+        for sites, table in self._factors():
             at = index[..., sites]
+            sizes = table.shape[-sites.shape[1] :]
             for k, size in enumerate(sizes):
                 only = at.clone()
                 only[..., k] = 0
                 flat, place = _flat_index(table, only)
-                stride = table[0].stride(k)
+                stride = math.prod(sizes[k + 1 :])
                 own = place[..., None] + stride * number[:size]
-                rows = _rows(flat, sites).unsqueeze(-1)
-                logits[..., :size].index_add_(-2, sites[:, k], flat[rows, own])
+                terms = _look_up(flat, own)
+                logits[..., :size].index_add_(-2, sites[:, k], terms)
         return logits.movedim(-1, 0)  # (2)
 
     @functools.cached_property
     def cost(self) -> float:
         """How many terms the exact sums have: seconds for a hundred million."""
-        return elimination_cost(self._num_states, [g.sites for g in self._groups])
+        one = elimination_cost(self._num_states, [g.sites for g in self._groups])
+        return one * self.batch_shape.numel()
 
     def exact(self, max_cost: float = MAX_COST) -> ExactDistribution:
         r"""The normalised distribution, by messages or elimination.
@@ -250,8 +261,9 @@ class FactorGraphEnergy(SiteEnergy):
                 "Estimate log Z by pyro_ebm.partition.estimate and draw by chains of "
                 "pyro_ebm.mcmc.Gibbs, or raise max_cost."
             )
-        factors = [(sites, table) for sites, _, table in self._tables()]
-        return ExactDistribution(self, exact_sums(self._num_states, factors))
+        shape = self.batch_shape
+        solver = exact_sums(self._num_states, self._factors(), shape)
+        return ExactDistribution(self, solver, shape)
 
     def closed_form(self) -> ExactClosedForm | None:
         r""":math:`\log Z` and the distribution where :meth:`exact` is cheap.
@@ -270,8 +282,8 @@ class FactorGraphEnergy(SiteEnergy):
         """
         path = super().annealing_path()
         factors = [
-            (sites, table.detach().expand(len(sites), *size))
-            for sites, size, table in self._tables()
+            (sites, _all_rows(table.detach(), sites))
+            for sites, table in self._factors()
         ]
         if not any(table.isneginf().any() for _, table in factors):
             return path
@@ -283,18 +295,21 @@ class FactorGraphEnergy(SiteEnergy):
         at = soft.annealing_path().at
         return path._replace(at=lambda beta: at(beta) if beta < 1 else path.at(beta))
 
-    def _tables(self) -> list[_Group]:
-        """The potentials as they are now, ``(F, *states)`` or ``(1, *states)``."""
+    def _factors(self) -> Factors:
+        """The potentials as they are now."""
         found = []
         for number, group in enumerate(self._groups):
             table = getattr(self, f"table_{number}")
             sites = getattr(self, f"sites_{number}")
+            arity = len(group.states)
             if not isinstance(table, Tensor):
                 table = self._evaluate(table, group)
+            elif not group.is_many:
+                table = table.unsqueeze(-arity - 1)
             table = table.to(self.values)  # of the highest precision among them
-            if table.dim() == len(group.states):
+            if table.dim() == arity:
                 table = table[None]
-            found.append(_Group(sites, group.states, table.contiguous()))
+            found.append((sites, table.contiguous()))
         return found
 
     def _evaluate(self, function: Callable[..., Tensor], group: _Group) -> Tensor:
@@ -311,7 +326,7 @@ class FactorGraphEnergy(SiteEnergy):
                 f"tensor, got {type(table).__name__}. Compute it of the states, which "
                 "are tensors, or give a table."
             )
-        wanted = (group.states, (len(group.sites), *group.states))
+        wanted = (group.states, (*group.batch_shape, len(group.sites), *group.states))
         if table.dim() <= arity:
             table = table.expand(group.states)
         if tuple(table.shape) not in wanted:
@@ -356,14 +371,15 @@ class _Scaled(nn.Module):
         super().__init__()
         if not isinstance(coefficient, Tensor):
             coefficient = torch.tensor(float(coefficient))
-        if coefficient.shape not in ((), (number,)):
+        if coefficient.shape and coefficient.shape[-1] != number:
             raise ValueError(
-                f"{name} must be a number or have shape {(number,)}, got "
+                f"{name} must be a number or have shape (*batch, {number}), got "
                 f"{tuple(coefficient.shape)}."
             )
         require_precision(coefficient, name)
         live_or_parameter(self, "coefficient", coefficient)
         self.function = function
+        self.batch_shape = coefficient.shape[:-1]
 
     def forward(self, *states: Tensor) -> Tensor:
         term = self.function(*states)
@@ -404,14 +420,34 @@ def _like(groups: Sequence[_Group]) -> Tensor:
 
 def _flat_index(table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """The table with its states in one axis, and the place of states ``(*, F, k)``."""
-    strides = torch.tensor(table[0].stride(), device=index.device)
-    return table.flatten(1), (index * strides).sum(-1)
+    arity = index.shape[-1]
+    strides = torch.tensor(table.stride()[-arity:], device=index.device)
+    return table.flatten(-arity), (index * strides).sum(-1)
 
 
-def _rows(flat: Tensor, sites: Tensor) -> Tensor:
-    """Which row of a flat table each factor has."""
-    number = torch.arange(len(sites), device=flat.device)
-    return number if len(flat) == len(sites) else torch.zeros_like(number)
+def _look_up(flat: Tensor, place: Tensor) -> Tensor:
+    """Numbers of flat tables ``(*batch, F, S)`` at places of shape ``(*, F, n)``."""
+    if flat.dim() > 2:
+        return flat.expand(*place.shape[:-1], -1).gather(-1, place)
+    rows = torch.arange(len(flat), device=flat.device)  # of length 1 if all are alike
+    return flat[rows[:, None], place]
+
+
+def _all_rows(table: Tensor, sites: Tensor) -> Tensor:
+    """The table with a row for each factor."""
+    arity = sites.shape[1]
+    return table.expand(*table.shape[: -arity - 1], len(sites), *table.shape[-arity:])
+
+
+def _batch_shape(groups: Sequence[_Group]) -> torch.Size:
+    shapes = [group.batch_shape for group in groups]
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        raise ValueError(
+            "factors must have potentials whose batch shapes broadcast, got "
+            f"{sorted({tuple(shape) for shape in shapes})}."
+        ) from None
 
 
 def _support(states: tuple[int, ...], *, spins: bool) -> Any:
@@ -455,23 +491,30 @@ def _read(
             f"{sorted(sizes)[:2]}. Give them in several groups."
         )
     (size,) = sizes
-    return _Group(numbers, size, _table(table, numbers, size, is_many=is_many))
-
-
-def _table(table: Any, sites: Tensor, size: tuple[int, ...], *, is_many: bool) -> Any:
     if callable(table):
-        return table
+        shape = getattr(table, "batch_shape", torch.Size())
+        return _Group(numbers, size, table, shape, is_many=True)
+    _require_table(table, numbers, size, is_many=is_many)
+    lead = table.shape[: max(table.dim() - len(size) - is_many, 0)]
+    return _Group(numbers, size, table, lead, is_many)
+
+
+def _require_table(
+    table: Any, sites: Tensor, size: tuple[int, ...], *, is_many: bool
+) -> None:
     if not isinstance(table, Tensor):
         raise TypeError(
             "the log potential of a factor must be a tensor or a function of the "
             f"states, got {type(table).__name__}."
         )
-    wanted = [size, (len(sites), *size)] if is_many else [size]
-    if tuple(table.shape) not in wanted or not table.is_floating_point():
+    own = (len(sites), *size) if is_many else size
+    fits = table.shape[-len(own) :] == own or (is_many and table.shape == size)
+    if not fits or not table.is_floating_point():
+        wanted = f"{size} or (*batch, {', '.join(map(str, own))})"
         raise ValueError(
             f"the log potential of the sites {_few(sites.tolist())} must hold "
-            f"floating-point numbers in the shape {' or '.join(map(str, wanted))}, got "
-            f"{table.dtype} of shape {tuple(table.shape)}."
+            f"floating-point numbers in the shape {wanted}, got {table.dtype} of shape "
+            f"{tuple(table.shape)}."
         )
     require_precision(table, "a log potential")
     if not (table.detach() < torch.inf).all():
@@ -479,7 +522,6 @@ def _table(table: Any, sites: Tensor, size: tuple[int, ...], *, is_many: bool) -
             f"the log potential of the sites {_few(sites.tolist())} must hold no nan "
             "and no +inf; -inf forbids states."
         )
-    return table
 
 
 def _grouped(groups: list[_Group]) -> list[_Group]:
@@ -497,7 +539,7 @@ def _grouped(groups: list[_Group]) -> list[_Group]:
     for states, same in plain.items():
         sites = torch.cat([group.sites for group in same])
         table = torch.stack([group.table for group in same])
-        kept.append(_Group(sites, states, table))
+        kept.append(_Group(sites, states, table, torch.Size(), is_many=True))
     return kept
 
 

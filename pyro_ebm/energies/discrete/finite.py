@@ -16,7 +16,6 @@ The sites have the same values :math:`V`, or each its own number of states
 
 __all__ = [
     "AnnealingPath",
-    "FiniteUniform",
     "Spin",
     "finite_points",
     "finite_values",
@@ -195,89 +194,6 @@ def require_inside(support: Constraint, x: Tensor) -> None:
             f"{inside.numel()} points do not, the first is {outside.tolist()}. "
             "Give the energy the support of the data, or transform the data."
         )
-
-
-class FiniteUniform(dist.TorchDistribution):
-    r"""The uniform distribution over a finite support, :math:`\log |\mathcal{X}|`.
-
-    A base for energies over spins, for which Pyro has no distribution.
-
-    Args:
-        support: See :func:`finite_values`; with as many event dimensions as
-            ``event_shape``. Sites may have their own numbers of states.
-        event_shape: Shape of one point.
-        like: A tensor whose dtype and device the draws have; default: torch's own.
-
-    Raises:
-        ValueError: If the support is not finite or has other dimensions.
-
-    Exactness: ``log_prob`` is *exact*.
-
-    Example:
-        >>> support = dist.constraints.independent(pyro_ebm.energies.spins, 2)
-        >>> uniform = FiniteUniform(support, (8, 8))
-        >>> uniform.sample((5,)).shape
-        torch.Size([5, 8, 8])
-        >>> uniform.log_prob(torch.ones(8, 8)) == -64 * math.log(2)
-        tensor(True)
-    """
-
-    arg_constraints: dict[str, Constraint] = {}
-
-    def __init__(
-        self,
-        support: Constraint,
-        event_shape: Sequence[int],
-        like: Tensor | None = None,
-        validate_args: bool | None = None,  # noqa: FBT001
-    ) -> None:
-        values = finite_values(support)
-        if values is None or support.event_dim != len(event_shape):
-            raise ValueError(
-                f"support must be finite, with event_dim {len(event_shape)} as "
-                f"event_shape {tuple(event_shape)} has; got {support} with event_dim "
-                f"{support.event_dim}. independent(boolean, n), "
-                "independent(integer_interval(a, b), n) and independent(spins, n) are."
-            )
-        like = torch.empty(0) if like is None else like
-        self._support = support
-        self.values = torch.tensor(values, dtype=like.dtype, device=like.device)
-        self._num_states = num_states(support, event_shape)
-        super().__init__(torch.Size(), torch.Size(event_shape), validate_args)
-
-    @property
-    def support(self) -> Constraint:
-        """The finite support."""
-        return self._support
-
-    def expand(
-        self, batch_shape: Sequence[int], _instance: Any = None
-    ) -> "FiniteUniform":
-        """The same distribution with another batch shape."""
-        new = self._get_checked_instance(type(self), _instance)
-        vars(new).update(vars(self))
-        new._batch_shape = torch.Size(batch_shape)
-        return new
-
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Independent draws, shape ``(*sample, *batch, *event)``."""
-        shape = self._extended_shape(torch.Size(sample_shape))
-        device = self.values.device
-        if self._num_states is None:
-            return self.values[torch.randint(len(self.values), shape, device=device)]
-        # Uniform but for one part in 2^50.
-        index = torch.randint(2**53, shape, device=device)
-        return self.values[index % self._num_states.to(device)]
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Log-probability in nats, shape ``(*sample, *batch)``; ``-inf`` outside."""
-        if self._validate_args:
-            self._validate_sample(x)
-        number = num_points(self.support, self.event_shape)
-        log_prob = self.values.new_full((), -math.log(number or 1))
-        batch = torch.Size(x.shape[: x.dim() - len(self.event_shape)])
-        shape = torch.broadcast_shapes(batch, self.batch_shape)
-        return log_prob.where(self.support.check(x), -torch.inf).expand(shape)
 
 
 @final

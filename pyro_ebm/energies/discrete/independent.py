@@ -88,12 +88,57 @@ class IndependentSites(dist.TorchDistribution):
         values = finite_values(support) or ()
         counts = torch.stack([(data == value).to(data).sum(0) for value in values])
         weights = (counts + 0.5).log()  # (1)
-        states = num_states(support, data.shape[1:])
-        if states is not None:
-            index = torch.arange(len(values), device=data.device)
-            index = index.reshape(-1, *(1,) * states.dim())
-            weights = weights.where(index < states.to(data.device), -torch.inf)
-        return cls(support, weights)
+        return cls(support, _without_missing(support, weights))
+
+    @classmethod
+    def uniform(
+        cls, support: Constraint, event_shape: Sequence[int], like: Tensor | None = None
+    ) -> "IndependentSites":
+        """All points equally likely.
+
+        Args:
+            support: Finite, with as many event dimensions as ``event_shape``.
+            event_shape: Shape of one point.
+            like: A tensor whose dtype and device the draws have; default: torch's own.
+
+        Raises:
+            ValueError: If the support is not finite or has other dimensions.
+
+        Example:
+            >>> support = dist.constraints.independent(pyro_ebm.energies.spins, 2)
+            >>> uniform = IndependentSites.uniform(support, (8, 8))
+            >>> uniform.sample((5,)).shape, uniform.log_prob(torch.ones(8, 8)).item()
+            (torch.Size([5, 8, 8]), -44.3614)
+        """
+        values = finite_values(support)
+        if values is None or support.event_dim != len(event_shape):
+            raise ValueError(
+                f"support must be finite, with event_dim {len(event_shape)} as "
+                f"event_shape {tuple(event_shape)} has; got {support} with event_dim "
+                f"{support.event_dim}. independent(boolean, n), "
+                "independent(integer_interval(a, b), n) and independent(spins, n) are."
+            )
+        like = torch.empty(0) if like is None else like
+        log_probs = like.new_zeros(len(values), *event_shape)
+        return cls(support, _without_missing(support, log_probs))
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all points are equally likely."""
+        log_probs = self.log_probs
+        return bool(((log_probs == log_probs[0]) | log_probs.isneginf()).all())
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each site, shape ``(*batch, *event)``."""
+        mean = torch.tensordot(self.values, self.log_probs.exp(), 1)
+        return mean.expand(self._extended_shape())
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each site, shape ``(*batch, *event)``."""
+        square = torch.tensordot(self.values.square(), self.log_probs.exp(), 1)
+        return square.expand(self._extended_shape()) - self.mean.square()
 
     @property
     def support(self) -> Constraint:
@@ -112,10 +157,14 @@ class IndependentSites(dist.TorchDistribution):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Independent draws, shape ``(*sample, *batch, *event)``."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        log_probs = self.log_probs.detach().movedim(0, -1)
-        sites = torch.distributions.Categorical(logits=log_probs, validate_args=False)
-        batch = shape[: len(shape) - len(self.event_shape)]
-        return self.values[sites.sample(batch)]
+        # Short of the whole by more than rounding: the last may have no probability.
+        below = self.log_probs.detach().exp().cumsum(0)
+        noise = torch.rand(shape, dtype=below.dtype, device=below.device)
+        noise *= (1 - 4 * torch.finfo(noise.dtype).eps) * below[-1]
+        index = torch.zeros(shape, dtype=torch.long, device=below.device)
+        for limit in below[:-1]:
+            index += noise >= limit
+        return self.values[index]
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-probability in nats, shape ``(*sample, *batch)``; ``-inf`` outside."""
@@ -127,3 +176,13 @@ class IndependentSites(dist.TorchDistribution):
         log_prob = sum_rightmost(found, len(self.event_shape))
         shape = torch.broadcast_shapes(log_prob.shape, self.batch_shape)
         return log_prob.expand(shape)
+
+
+def _without_missing(support: Constraint, log_probs: Tensor) -> Tensor:
+    """Minus infinity at values that a site does not have."""
+    states = num_states(support, log_probs.shape[1:])
+    if states is None:
+        return log_probs
+    index = torch.arange(len(log_probs), device=log_probs.device)
+    index = index.reshape(-1, *(1,) * states.dim())
+    return log_probs.where(index < states.to(log_probs.device), -torch.inf)

@@ -23,11 +23,11 @@ from torch.distributions.constraints import Constraint
 from pyro_ebm.energies.base import ClosedForm, Energy
 from pyro_ebm.energies.discrete.finite import (
     AnnealingPath,
-    FiniteUniform,
     finite_values,
     num_points,
     num_states,
 )
+from pyro_ebm.energies.discrete.independent import IndependentSites
 
 
 class SiteEnergy(Energy):
@@ -77,7 +77,7 @@ class SiteEnergy(Energy):
     def annealing_path(self) -> AnnealingPath:
         """From uniform sites to this energy, by scaling it."""
         like = self.values
-        uniform = FiniteUniform(self.support, self.event_shape, like)
+        uniform = IndependentSites.uniform(self.support, self.event_shape, like)
         number = num_points(self.support, self.event_shape) or 1
         start = ClosedForm(like.new_tensor(math.log(number)), uniform)
         return AnnealingPath(start, lambda beta: _ScaledSites(self, beta))

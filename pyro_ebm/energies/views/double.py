@@ -25,7 +25,8 @@ from torch.distributions import Distribution, Transform, biject_to
 
 from pyro_ebm.energies.base import ClosedForm, Energy, require_no_batch
 from pyro_ebm.energies.corrections import map_tensors
-from pyro_ebm.energies.discrete.finite import FiniteUniform, finite_values
+from pyro_ebm.energies.discrete.finite import finite_values
+from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.graphs.batching import (
     CastFunction,
     PointFunction,
@@ -259,7 +260,7 @@ def _some_points(energy: Energy) -> Tensor | None:
     shape = (_NUM_CHECKED, *energy.event_shape)
     if finite_values(energy.support) is not None:
         like = torch.empty(0, **options)
-        uniform = FiniteUniform(energy.support, energy.event_shape, like)
+        uniform = IndependentSites.uniform(energy.support, energy.event_shape, like)
         return uniform.sample(torch.Size([_NUM_CHECKED])).double().flatten(1)
     if energy.support.is_discrete:
         return None

@@ -118,8 +118,7 @@ class Gibbs(Kernel):
             elif isinstance(energy, SiteEnergy):
                 x = _sweep_blocks(energy, x, is_reversed=self.is_reversed)
             elif isinstance(energy, RBMEnergy):
-                hidden = _flip(energy.hidden_logits(x))
-                x = _flip(energy.visible_logits(hidden))
+                x = energy.draw_visible(energy.draw_hidden(x))
             else:
                 x = _sweep_sites(energy, x, is_reversed=self.is_reversed)
         return x
@@ -212,16 +211,11 @@ def _draw(logits: Tensor, noise: Tensor) -> Tensor:
     return index
 
 
-def _flip(logits: Tensor) -> Tensor:
-    """Coins of these logits, as numbers 0 and 1."""
-    return (torch.rand_like(logits) < logits.sigmoid()).to(logits)
-
-
 def checked_points(energy: Energy, x: Tensor, kernel: str = "Gibbs") -> Tensor:
-    """Points of a finite support, in the dtype and on the device of an energy.
+    """Points of a support, in the dtype and on the device of an energy.
 
     Args:
-        energy: Over a finite support.
+        energy: Over a finite support, or what the kernel else can draw.
         x: Shape ``(*chains, *event)``.
         kernel: Its name, for the message.
 
@@ -229,15 +223,16 @@ def checked_points(energy: Energy, x: Tensor, kernel: str = "Gibbs") -> Tensor:
         ValueError: If the support is not finite, the event has another shape, or a
             point is outside of the support.
     """
-    _values(energy, kernel)
+    if kernel != "Gibbs" or not isinstance(energy, RBMEnergy):  # it may be real
+        _values(energy, kernel)
     energy.batch_shape_of(x)
     inside = energy.support.check(x)
     if not inside.all():
         raise ValueError(
             f"x must lie in the support {energy.support} of the energy, and "
             f"{int((~inside).sum())} of {inside.numel()} points do not. Start from "
-            "draws of pyro_ebm.energies.discrete.finite.FiniteUniform("
-            "energy.support, energy.event_shape)."
+            "draws of pyro_ebm.energies.discrete.independent.IndependentSites."
+            "uniform(energy.support, energy.event_shape)."
         )
     return x.detach().to(**energy.tensor_options(x))
 

@@ -16,7 +16,7 @@ from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.diagnostics.ranks import split_chains
 from pyro_ebm.diagnostics.rhat import ratio
 from pyro_ebm.energies import Energy, unconstrained
-from pyro_ebm.energies.discrete.finite import FiniteUniform
+from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.views.pointwise import check_pointwise
 from pyro_ebm.mcmc.base import ChainState, Kernel, replace_nonfinite
 from pyro_ebm.mcmc.kernels.discrete_langevin import kernel_for
@@ -205,7 +205,7 @@ class IndependentChains:
         """
         if self.base is None and energy.support.is_discrete:
             like = torch.empty(0, **energy.tensor_options())
-            uniform = FiniteUniform(energy.support, energy.event_shape, like)
+            uniform = IndependentSites.uniform(energy.support, energy.event_shape, like)
             return uniform.sample((num_draws,))
         if self.base is None:
             flat, to_support = unconstrained(energy)

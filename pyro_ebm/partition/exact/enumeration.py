@@ -168,7 +168,10 @@ def num_states(energy: Energy) -> int | None:
 
 
 def _smaller_layer(energy: Energy) -> Energy:
-    if isinstance(energy, RBMEnergy):
-        num_visible, num_hidden = energy.weight.shape
-        return energy.transposed() if num_hidden < num_visible else energy
+    if not isinstance(energy, RBMEnergy):
+        return energy
+    over_hidden = energy.over_hidden()
+    count = num_points(energy.support, energy.event_shape)
+    if count is None or count > 2 ** len(energy.hidden_bias):
+        return over_hidden
     return energy

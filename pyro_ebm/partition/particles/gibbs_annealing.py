@@ -45,7 +45,6 @@ from pyro_ebm.energies import Energy
 from pyro_ebm.energies.base import ClosedForm
 from pyro_ebm.energies.discrete.finite import (
     AnnealingPath,
-    FiniteUniform,
     finite_values,
     num_states,
 )
@@ -225,19 +224,20 @@ def _path(energy: Energy, base: dist.TorchDistribution | None) -> AnnealingPath:
             f"{energy.support}. On a continuous support use pyro_ebm.partition.estimate"
             "."
         )
-    is_uniform = base is None or isinstance(base, FiniteUniform)
+    is_sites = isinstance(base, IndependentSites)
+    is_uniform = base is None or (is_sites and base.is_uniform)
     if is_uniform and isinstance(energy, SiteEnergy | RBMEnergy):
         return energy.annealing_path()
     if base is None:
         like = torch.empty(0, **energy.tensor_options())
-        base = FiniteUniform(energy.support, energy.event_shape, like)
+        base = IndependentSites.uniform(energy.support, energy.event_shape, like)
     first = cast(Energy, base_energy(base, energy))  # None only for no base
     logits = _site_logits(base, energy)
     if logits is not None and isinstance(energy, SiteEnergy):
         start = ClosedForm(torch.zeros(()), base)
         return AnnealingPath(start, lambda b: _BetweenSites(first, logits, energy, b))
     if logits is not None and isinstance(energy, RBMEnergy):
-        return energy.annealing_path(logits[1] - logits[0])
+        return energy.annealing_path(logits)
     return AnnealingPath(
         ClosedForm(torch.zeros(()), base), lambda beta: _Between(first, energy, beta)
     )

@@ -1,13 +1,16 @@
 """Factor graphs against sums over all of their states."""
 
+import itertools
 import math
 import sys
 from types import SimpleNamespace
 
+import pyro
 import pytest
 import torch
 from torch import nn
 
+import pyro_ebm
 from pyro_ebm.energies import (
     ClampedEnergy,
     FactorGraphEnergy,
@@ -358,7 +361,10 @@ def test_wrong_arguments():
         (([2, 2], []), "factors must hold at least one"),
         (([2, 2], [((0, 2), pair)]), "sites of a factor must be among 0, 1, got 2"),
         (([2, 2], [((0, 0), pair)]), r"each of its sites once, got \(0, 0\)"),
-        (([2, 3], [((0, 1), pair)]), r"in the shape \(2, 3\), got"),
+        (
+            ([2, 3], [((0, 1), pair)]),
+            r"in the shape \(2, 3\) or \(\*batch, 2, 3\)",
+        ),
         (([2, 2], [((0, 1), pair + torch.inf)]), r"no nan and no \+inf"),
         (([2, 2], [(torch.tensor([[0, 5]]), pair)]), "numbers from 0 to 1, got 0 to 5"),
         (([2, 2], [(torch.tensor([0, 1]), pair)]), r"integers of shape \(F, k\)"),
@@ -392,7 +398,89 @@ def test_wrong_arguments():
             FactorGraphEnergy.ising(edges, 1.0)
     with pytest.raises(TypeError, match="graph must be pairs"):
         FactorGraphEnergy.ising(3, 1.0)
-    with pytest.raises(ValueError, match=r"coupling must be a number or .*\(1,\)"):
+    with pytest.raises(ValueError, match=r"coupling must be a number or .*batch, 1\)"):
         FactorGraphEnergy.ising([(0, 1)], torch.zeros(2))
     with pytest.raises(ValueError, match="at least 3 sites"):
         torus_edges((2, 4))
+
+
+def graph(ring, tables):
+    """A graph of three sites with 2, 3 and 2 states, and further spins beside it."""
+    edges = [(0, 1), (1, 2), (2, 0)] if ring else [(0, 1), (1, 2)]
+    factors = list(zip(edges, tables, strict=False))
+    factors.append((torch.tensor([[3, 4]]), tables[3]))
+    return FactorGraphEnergy([2, 3, 2, 2, 2], factors)
+
+
+@pytest.mark.parametrize("ring", [False, True])
+def test_batches_are_their_members(ring):
+    """Planted faults: the table of the last member taken for all; the first state
+    observed for all."""
+    shapes = [(4, 2, 3), (3, 1, 3, 2), (2, 2), (3, 4, 1, 2, 2)]
+    tables = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    batch = graph(ring, tables)
+    assert batch.batch_shape == (3, 4)
+    x = torch.stack([torch.randint(q, (5, 3, 4)) for q in (2, 3, 2, 2, 2)], -1).double()
+    exact = batch.closed_form().distribution
+    log_z, marginals, mode = exact.log_partition, exact.marginals(), exact.mode
+    seen = torch.arange(4.0).expand(3, 4) % 2
+    given = exact.condition({0: seen, 4: 1.0})
+    grads = [torch.zeros_like(table) for table in tables]
+    for i, j in itertools.product(range(3), range(4)):
+        parts = [
+            t.expand(3, 4, *t.shape[-own:])[i, j]
+            for t, own in zip(tables, (2, 2, 2, 3), strict=True)
+        ]
+        one = graph(ring, parts)
+        known = one.closed_form().distribution
+        torch.testing.assert_close(batch(x)[:, i, j], one(x[:, i, j]))
+        logits = batch.site_logits(x)[:, :, i, j]
+        torch.testing.assert_close(logits, one.site_logits(x[:, i, j]))
+        torch.testing.assert_close(log_z[i, j], known.log_partition)
+        torch.testing.assert_close(marginals[i, j], known.marginals())
+        assert one(mode[i, j]) <= one(known.mode)
+        part = known.condition({0: seen[i, j], 4: 1.0})
+        torch.testing.assert_close(given.log_partition[i, j], part.log_partition)
+        torch.testing.assert_close(given.marginals()[i, j], part.marginals())
+        own = torch.autograd.grad(known.log_partition, tables, allow_unused=True)
+        for total, grad in zip(grads, own, strict=True):
+            total += 0 if grad is None else grad
+    found = torch.autograd.grad(log_z.sum(), tables, allow_unused=True)
+    for a, b in zip(found, grads, strict=True):
+        torch.testing.assert_close(torch.zeros_like(b) if a is None else a, b)
+    draws = exact.sample((4000,))
+    share = torch.stack([(draws == v).double().mean(0) for v in range(3)], -1)
+    error = (marginals * (1 - marginals) / 4000).sqrt() + 1e-9
+    assert ((share - marginals) / error).abs().max() < 4.5
+    assert given.sample((2,)).shape == (2, 3, 4, 3)
+    torch.testing.assert_close(exact.log_prob(x), -batch(x) - log_z)
+
+
+def test_batches_that_do_not_fit():
+    tables = [torch.zeros(4, 2), torch.zeros(3, 2)]
+    with pytest.raises(ValueError, match="batch shapes broadcast, got"):
+        FactorGraphEnergy([2, 2], [(0, tables[0]), (1, tables[1])])
+    wide = FactorGraphEnergy.ising([(0, 1), (1, 2), (2, 0)], torch.zeros(2**23, 3))
+    assert wide.closed_form() is None
+
+
+def test_a_graph_for_each_row_is_learned_by_svi():
+    """Potentials from a context, at a Pyro site. Planted fault: log Z detached."""
+    edges = torch.tensor([(0, 1), (1, 2), (2, 0)])
+    context = torch.randn(2000, 1)
+    weight = torch.tensor([[0.8, -0.5, 0.3]])
+    with torch.no_grad():
+        truth = FactorGraphEnergy.ising(edges, context @ weight)
+        data = truth.closed_form().distribution.sample()
+
+    def model():
+        found = pyro.param("weight", torch.zeros(1, 3))
+        energy = FactorGraphEnergy.ising(edges, context @ found)
+        with pyro.plate("rows", 2000):
+            pyro.sample("x", pyro_ebm.EnergyDistribution(energy), obs=data)
+
+    adam, loss = pyro.optim.Adam({"lr": 0.05}), pyro.infer.Trace_ELBO()
+    svi = pyro.infer.SVI(model, lambda: None, adam, loss)
+    for _ in range(60):
+        svi.step()
+    assert (pyro.param("weight") - weight).abs().max() < 0.15

@@ -15,12 +15,12 @@ from pyro_ebm.energies import (
     spins,
 )
 from pyro_ebm.energies.discrete.finite import (
-    FiniteUniform,
     finite_points,
     finite_values,
     num_points,
     num_states,
 )
+from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.views.unconstrained import same_support
 from pyro_ebm.mcmc import HMC
 
@@ -60,7 +60,7 @@ def test_spins():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_uniform(dtype):
     support = constraints.independent(constraints.integer_interval(0, 2), 2)
-    uniform = FiniteUniform(support, (2, 3), torch.empty(0, dtype=dtype))
+    uniform = IndependentSites.uniform(support, (2, 3), torch.empty(0, dtype=dtype))
     x = uniform.sample((4000,))
     assert x.dtype == dtype
     assert support.check(x).all()
@@ -90,7 +90,7 @@ def test_sites_with_their_own_numbers_of_states():
     points = finite_points(support, (3,), torch.arange(6), torch.empty(0))
     assert len({tuple(point) for point in points.tolist()}) == 6
     assert support.check(points).all()
-    uniform = FiniteUniform(support, (3,))
+    uniform = IndependentSites.uniform(support, (3,))
     x = uniform.sample((6000,))
     count = torch.stack([(x == point).all(-1).sum() for point in points])
     assert ((count - 1000) / math.sqrt(1000 * 5 / 6)).abs().max() < 4
@@ -108,7 +108,7 @@ def test_points_are_all_there_are(support):
 
 
 def test_uniform_is_a_distribution_of_pyro():
-    uniform = FiniteUniform(constraints.independent(spins, 1), (3,))
+    uniform = IndependentSites.uniform(constraints.independent(spins, 1), (3,))
     assert pyro.sample("x", uniform).shape == (3,)
     energy = DistributionEnergy(uniform)
     assert energy(torch.ones(3)).item() == pytest.approx(3 * math.log(2))
@@ -122,7 +122,7 @@ def test_uniform_is_a_distribution_of_pyro():
 )
 def test_uniform_over_what_is_not_finite(support, event):
     with pytest.raises(ValueError, match="support must be finite, with event_dim"):
-        FiniteUniform(support, event)
+        IndependentSites.uniform(support, event)
 
 
 def test_gradient_kernels_refuse_a_discrete_support():

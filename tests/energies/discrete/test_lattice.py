@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyro_ebm.energies import IsingEnergy, PottsEnergy
-from pyro_ebm.energies.discrete.finite import FiniteUniform
+from pyro_ebm.energies.discrete.independent import IndependentSites
 
 SHAPES = [(3,), (4, 4), (2, 5), (3, 5), (5, 3, 4), (1, 6)]
 
@@ -22,7 +22,7 @@ def lattices(shape, periodic):
 
 
 def draw(energy, *batch):
-    return FiniteUniform(energy.support, energy.event_shape).sample(batch)
+    return IndependentSites.uniform(energy.support, energy.event_shape).sample(batch)
 
 
 def bonds(shape, periodic):

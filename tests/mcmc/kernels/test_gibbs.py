@@ -150,8 +150,9 @@ def hot(monkeypatch):
     """Draws at nine tenths of the inverse temperature."""
     right = module._draw
     monkeypatch.setattr(module, "_draw", lambda logits, u: right(0.9 * logits, u))
-    flip = module._flip
-    monkeypatch.setattr(module, "_flip", lambda logits: flip(0.9 * logits))
+    for name in ("hidden_field", "visible_field"):
+        field = getattr(RBMEnergy, name)
+        monkeypatch.setattr(RBMEnergy, name, lambda e, x, f=field: 0.9 * f(e, x))
     spins = module._sweep_spins
 
     def faulty(energy, x, **settings):
@@ -164,13 +165,11 @@ def hot(monkeypatch):
 
 def stale_hidden(monkeypatch):
     """The visible units see the mean of the hidden units instead of their draw."""
-    right, calls = module._flip, []
 
-    def faulty(logits):
-        calls.append(logits)
-        return logits.sigmoid() if len(calls) % 2 else right(logits)
+    def faulty(energy, x):
+        return energy.hidden_field(x).sigmoid()
 
-    monkeypatch.setattr(module, "_flip", faulty)
+    monkeypatch.setattr(RBMEnergy, "draw_hidden", faulty)
 
 
 FAULTS = [
@@ -273,7 +272,7 @@ def test_wrong_arguments():
         Gibbs().init(FunctionEnergy(lambda x: x, ()), torch.zeros(3))
     x = torch.ones(4, 2, 4)
     x[1, 0, 0], x[2, 1, 1], x[3, 0, 1] = 0, 2, torch.nan
-    with pytest.raises(ValueError, match=r"3 of 4 points do not.*FiniteUniform"):
+    with pytest.raises(ValueError, match=r"3 of 4 points do not.*IndependentSites"):
         Gibbs().init(ENERGIES["ising"](), x)
     with pytest.raises(ValueError, match=r"shape \(\*batch, 2, 4\).*got \(5, 2, 3\)"):
         Gibbs().init(ENERGIES["ising"](), torch.ones(5, 2, 3))

@@ -14,21 +14,29 @@ log-sum the same steps find the most probable state.
 
 The cost is the number of terms of all sums, which grows exponentially with the number
 of sites in a potential: for a lattice with its smaller side. The order is greedy: next
-is the site that ties together fewest pairs of others.
+is the site that ties together fewest pairs of others. A batch of graphs with the same
+sites and other potentials is summed at once, at as many times the cost.
 
 References:
     Dechter (1999), Artificial Intelligence 113, 41-85 (bucket elimination). Kjaerulff
     (1990), Triangulation of graphs (the greedy order).
 """
 
-__all__ = ["Factors", "MAX_COST", "elimination_cost", "exact_closed_form", "exact_sums"]
+__all__ = [
+    "MAX_COST",
+    "Elimination",
+    "Factors",
+    "elimination_cost",
+    "exact_closed_form",
+    "exact_sums",
+]
 
 import functools
 import heapq
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -38,13 +46,13 @@ from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.discrete.exact.distribution import (
     ExactClosedForm,
     ExactDistribution,
-    Solver,
     categorical,
 )
 from pyro_ebm.energies.discrete.exact.tree import (
     FORBIDDEN,
     Forest,
     edges_of,
+    flat_states,
     is_forest,
     where_allowed,
 )
@@ -53,25 +61,41 @@ from pyro_ebm.energies.discrete.exact.tree import (
 MAX_COST = 2**25
 
 #: Sets of as many sites each, shape ``(F, k)``, and their log potentials, of shape
-#: ``(F, *states)`` or ``(1, *states)`` where all have the same.
+#: ``(*batch, F, *states)`` or ``(*batch, 1, *states)`` where all have the same.
 Factors: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 _Scopes: TypeAlias = tuple[tuple[int, ...], ...]
 _Bucket: TypeAlias = list[tuple[tuple[int, ...], Tensor]]
 
 
-def exact_sums(states: Sequence[int], factors: Factors) -> Solver:
+def exact_sums(
+    states: Sequence[int], factors: Factors, batch_shape: torch.Size | None = None
+) -> "Forest | Elimination":
     """Choose how the sums over all states are done.
 
     Args:
         states: How many states each site has.
         factors: Log potentials.
+        batch_shape: Of a batch of graphs, to which those of the potentials broadcast.
 
     Returns:
         Messages along the edges if the graph is a forest, elimination otherwise.
     """
+    batch_shape = batch_shape or torch.Size()
+    flat = [
+        (sites, _flat_batch(table, sites.shape[1] + 1, batch_shape))
+        for sites, table in factors
+    ]
     if is_forest(len(states), [sites for sites, _ in factors]):
-        return Forest.of(states, factors)
-    return _Elimination.of(tuple(states), factors)
+        return Forest.of(states, flat, batch_shape)
+    return Elimination.of(tuple(states), flat, batch_shape)
+
+
+def _flat_batch(table: Tensor, num_dims: int, batch_shape: torch.Size) -> Tensor:
+    """A table with one axis for the batch, of length 1 if it has none of its own."""
+    if table.dim() == num_dims:
+        return table[None]
+    own = table.shape[-num_dims:]
+    return table.expand(*batch_shape, *own).reshape(-1, *own)
 
 
 def exact_closed_form(
@@ -84,9 +108,12 @@ def exact_closed_form(
         states: How many states each site has.
         factors: Log potentials.
     """
-    if elimination_cost(states, [sites for sites, _ in factors]) > MAX_COST:
+    batch_shape = energy.batch_shape
+    cost = elimination_cost(states, [sites for sites, _ in factors])
+    if cost * batch_shape.numel() > MAX_COST:
         return None
-    return ExactClosedForm.of(ExactDistribution(energy, exact_sums(states, factors)))
+    solver = exact_sums(states, factors, batch_shape)
+    return ExactClosedForm.of(ExactDistribution(energy, solver, batch_shape))
 
 
 def elimination_cost(states: Sequence[int], scopes: Sequence[Tensor]) -> float:
@@ -157,79 +184,101 @@ def _greedy_order(
 
 
 @dataclass(frozen=True)
-class _Elimination:
-    """Sums over the states of a factor graph.
+class Elimination:
+    """Sums over the states of factor graphs.
 
     Attributes:
         states: How many states each site has.
         scopes: The sites of each potential.
-        tables: The potentials, one axis a site.
-        fixed: States of sites that are observed, and in no potential.
+        tables: The potentials, one axis a site, and in front one for the batch, of
+            length 1 where all graphs have the same.
+        batch_shape: Of the graphs.
+        fixed: States of sites that are observed, and in no potential; shape ``(B,)`` or
+            ``(1,)``.
     """
 
     states: tuple[int, ...]
     scopes: _Scopes
     tables: list[Tensor]
-    fixed: dict[int, int] = field(default_factory=dict)
+    batch_shape: torch.Size = torch.Size()
+    fixed: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, states: tuple[int, ...], factors: Factors) -> "_Elimination":
-        """From potentials in groups."""
+    def of(
+        cls, states: tuple[int, ...], factors: Factors, batch_shape: torch.Size
+    ) -> "Elimination":
+        """From potentials in groups, with one axis for the batch."""
         scopes: list[tuple[int, ...]] = []
         tables: list[Tensor] = []
         for sites, table in factors:
             scopes += map(tuple, sites.tolist())
             table = table.clamp(min=FORBIDDEN)
-            tables += table.expand(len(sites), *table.shape[1:]).unbind()
-        return cls(states, tuple(scopes), tables)
+            tables += table.expand(-1, len(sites), *table.shape[2:]).unbind(1)
+        return cls(states, tuple(scopes), tables, batch_shape)
 
     @property
     def order(self) -> _Order:
+        """The sites that are not observed, in the order of their elimination."""
         return _greedy_order(self.states, self.scopes, frozenset(self.fixed))
 
     def log_partition(self) -> Tensor:
+        """See ``Solver`` in the module of the distribution, as for what follows."""
         value, _ = self._eliminate(self.tables, torch.logsumexp)
-        return where_allowed(value)
+        return where_allowed(value).expand(self._number).reshape(self.batch_shape)
 
     def marginals(self) -> Tensor:
+        """By (3) there, as the gradient of log Z."""
         most, like = max(self.states), self.tables[0]
-        shape = (len(self.states), most)
+        shape = (self._number, len(self.states), most)
         wants_graph = torch.is_grad_enabled() and any(
             table.requires_grad for table in self.tables
         )
         with torch.enable_grad():
             own = torch.zeros(shape, dtype=like.dtype, device=like.device)
-            rows = own.requires_grad_().unbind()
+            rows = own.requires_grad_().unbind(1)
             scopes = [*self.scopes, *((i,) for i in self.order.sites)]
             tables = [*self.tables]
-            tables += [rows[i][: self.states[i]] for i in self.order.sites]
+            tables += [rows[i][:, : self.states[i]] for i in self.order.sites]
             value, _ = self._eliminate(tables, torch.logsumexp, scopes)
-            (probs,) = torch.autograd.grad(value, own, create_graph=wants_graph)
+            (probs,) = torch.autograd.grad(value.sum(), own, create_graph=wants_graph)
         for site, state in self.fixed.items():
-            observed = torch.arange(most, device=like.device) == state
+            observed = torch.arange(most, device=like.device) == state[:, None]
             at_site = torch.arange(len(self.states), device=like.device) == site
-            probs = torch.where(at_site[:, None], observed.to(probs), probs)
-        return probs
+            probs = torch.where(at_site[:, None], observed.to(probs)[:, None], probs)
+        return probs.reshape(*self.batch_shape, *shape[1:])
 
     def mode(self) -> Tensor:
+        """By the largest in place of the log-sum."""
         with torch.no_grad():
             _, buckets = self._eliminate(self.tables, torch.amax)
         return self._back(buckets, lambda logits: logits.argmax(-1), 1)[0]
 
     def sample(self, num_draws: int) -> Tensor:
+        """In the reverse order."""
         with torch.no_grad():
             _, buckets = self._eliminate(self.tables, torch.logsumexp)
         return self._back(buckets, categorical, num_draws)
 
-    def given(self, observed: Mapping[int, Tensor]) -> "_Elimination":
-        states = {site: int(state) for site, state in observed.items()}
+    def given(self, observed: Mapping[int, Tensor]) -> "Elimination":
+        """What is observed is looked up in the tables."""
+        states = flat_states(observed, self.batch_shape)
         scopes, tables = [], []
         for scope, table in zip(self.scopes, self.tables, strict=True):
-            index = tuple(states.get(site, slice(None)) for site in scope)
-            tables.append(table[index])
+            axes = [axis for axis, site in enumerate(scope, 1) if site in states]
+            if axes:
+                own = torch.arange(len(table), device=table.device)
+                index = [states[scope[axis - 1]].to(own.device) for axis in axes]
+                table = table.movedim(axes, tuple(range(1, len(axes) + 1)))
+                table = table[(own, *index)]
+            tables.append(table)
             scopes.append(tuple(site for site in scope if site not in states))
         fixed = {**self.fixed, **states}
-        return _Elimination(self.states, tuple(scopes), tables, fixed)
+        return replace(self, scopes=tuple(scopes), tables=tables, fixed=fixed)
+
+    @property
+    def _number(self) -> int:
+        """How many graphs there are."""
+        return self.batch_shape.numel()
 
     def _eliminate(
         self,
@@ -240,18 +289,19 @@ class _Elimination:
         """What is left in the end, and what (1) was the sum of, for each site."""
         rank = {site: place for place, site in enumerate(self.order.sites)}
         buckets: list[_Bucket] = [[] for _ in rank]
-        left = torch.zeros_like(tables[0].sum())
+        left = tables[0].new_zeros(1)
         for scope, table in zip(scopes or self.scopes, tables, strict=True):
             if not scope:
                 left = left + table
                 continue
             axes = sorted(range(len(scope)), key=lambda axis: rank[scope[axis]])
             sites = tuple(scope[axis] for axis in axes)
-            buckets[rank[sites[0]]].append((sites, table.permute(axes)))
+            table = table.permute(0, *(axis + 1 for axis in axes))
+            buckets[rank[sites[0]]].append((sites, table))
         for place, site in enumerate(self.order.sites):
             bucket = buckets[place]
             sites, total = _total(bucket, site, rank, self.states, tables[0])
-            message = reduce(total, 0)  # (1)
+            message = reduce(total, 1)  # (1)
             if len(sites) == 1:
                 left = left + message
             else:
@@ -263,18 +313,20 @@ class _Elimination:
     ) -> Tensor:
         """States of all sites, the last that was eliminated first."""
         like = self.tables[0]
-        x = torch.zeros(number, len(self.states), dtype=torch.long, device=like.device)
+        shape = (number, self._number, len(self.states))
+        x = torch.zeros(shape, dtype=torch.long, device=like.device)
         for site, state in self.fixed.items():
-            x[:, site] = state
+            x[..., site] = state
         for place in reversed(range(len(buckets))):
             site = self.order.sites[place]
-            logits = like.new_zeros(number, self.states[site])
+            logits = like.new_zeros(*shape[:-1], self.states[site])
             for sites, table in buckets[place]:
-                others = tuple(x[:, other] for other in sites[1:])
-                chosen = table.movedim(0, -1).detach()[others]
+                others = tuple(x[..., other] for other in sites[1:])
+                own = torch.arange(len(table), device=like.device)
+                chosen = table.movedim(1, -1).detach()[(own, *others)]
                 logits = logits + chosen
-            x[:, site] = choose(logits)
-        return x
+            x[..., site] = choose(logits)
+        return x.reshape(number, *self.batch_shape, -1)
 
 
 def _total(
@@ -287,10 +339,11 @@ def _total(
     """The sum of potentials, and their sites in the order of elimination."""
     union = {site}.union(*(sites for sites, _ in bucket))
     all_sites = tuple(sorted(union, key=rank.__getitem__))
-    total: Tensor = like.new_zeros(states[site]) if not bucket else like
+    total: Tensor = like.new_zeros(1, states[site]) if not bucket else like
     # The small ones first: most of the sums are then over few states.
     for number, (sites, table) in enumerate(sorted(bucket, key=lambda f: f[1].numel())):
         held = set(sites)
         where = tuple(slice(None) if s in held else None for s in all_sites)
-        total = table[where] if not number else total + table[where]
+        table = table[(slice(None), *where)]
+        total = table if not number else total + table
     return all_sites, total

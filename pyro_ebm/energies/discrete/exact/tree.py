@@ -18,7 +18,14 @@ References:
     Pearl (1982), Reverend Bayes on inference engines, AAAI.
 """
 
-__all__ = ["FORBIDDEN", "Forest", "edges_of", "is_forest", "where_allowed"]
+__all__ = [
+    "FORBIDDEN",
+    "Forest",
+    "edges_of",
+    "flat_states",
+    "is_forest",
+    "where_allowed",
+]
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +49,21 @@ def where_allowed(log_partition: Tensor) -> Tensor:
     """
     is_nothing = log_partition.detach() <= FORBIDDEN / 2
     return log_partition.masked_fill(is_nothing, -torch.inf)
+
+
+def flat_states(
+    observed: Mapping[int, Tensor], batch_shape: torch.Size
+) -> dict[int, Tensor]:
+    """Observed states with one axis for the batch, of length 1 where all are alike.
+
+    Args:
+        observed: Indices by site, of shapes that broadcast with the batch.
+        batch_shape: Of the graphs.
+    """
+    return {
+        site: state.expand(batch_shape if state.dim() else ()).reshape(-1)
+        for site, state in observed.items()
+    }
 
 
 class _Shape(NamedTuple):
@@ -115,15 +137,16 @@ def _rooted(num_sites: int, edges: tuple[tuple[int, int], ...]) -> _Shape | None
 
 @dataclass(frozen=True)
 class Forest:
-    """The sums over the states of a forest.
+    """The sums over the states of forests with the same edges.
 
     Attributes:
-        sites: Log potentials :math:`u`, shape ``(D, q)``.
+        sites: Log potentials :math:`u`, shape ``(B, D, q)``.
         edges: Those of the edges from each site, first axis, to its parent, second
-            axis; shape ``(D, q, q)``.
+            axis; shape ``(B, D, q, q)``, or ``(1, D, q, q)`` where all have the same.
         parent: Of each site.
         levels: Sites by depth, roots' children first.
         roots: One site of each tree.
+        batch_shape: Of the ``B`` forests.
     """
 
     sites: Tensor
@@ -131,56 +154,62 @@ class Forest:
     parent: Tensor
     levels: tuple[Tensor, ...]
     roots: Tensor
+    batch_shape: torch.Size = torch.Size()
 
     @classmethod
     def of(
-        cls, states: Sequence[int], factors: Sequence[tuple[Tensor, Tensor]]
+        cls,
+        states: Sequence[int],
+        factors: Sequence[tuple[Tensor, Tensor]],
+        batch_shape: torch.Size,
     ) -> "Forest":
-        """From potentials in groups, of a graph that is a forest."""
+        """From potentials in groups, with one axis for the batch."""
         shape = _rooted(len(states), edges_of([sites for sites, _ in factors]))
         if shape is None:
             raise ValueError("factors must be those of a forest, and close a ring.")
         most, like = max(states), factors[0][1]
-        device = like.device
+        number, device = batch_shape.numel(), like.device
         parent = shape.parent.to(device)
-        number = torch.arange(most, device=device)
-        is_missing = number >= torch.tensor(states, device=device)[:, None]
-        sites = like.new_zeros(len(states), most).masked_fill(is_missing, FORBIDDEN)
-        edges = like.new_zeros(len(states), most, most)
+        state = torch.arange(most, device=device)
+        is_missing = state >= torch.tensor(states, device=device)[:, None]
+        sites = like.new_zeros(number, len(states), most)
+        sites = sites.masked_fill(is_missing, FORBIDDEN)
+        edges = like.new_zeros(number, len(states), most, most)
         for group, table in factors:
             group = group.to(device)
-            lacks = [(0, most - size) for size in reversed(table.shape[1:])]
+            lacks = [(0, most - size) for size in reversed(table.shape[2:])]
             pads = [pad for pair in lacks for pad in pair]
             table = table.clamp(min=FORBIDDEN)
             table = torch.nn.functional.pad(table, pads)
-            table = table.expand(len(group), *table.shape[1:])
+            table = table.expand(number, len(group), *table.shape[2:])
             if group.shape[1] == 1:
-                sites = sites.index_add(0, group[:, 0], table)
+                sites = sites.index_add(1, group[:, 0], table)
                 continue
             is_child = parent[group[:, 0]] == group[:, 1]
             child = torch.where(is_child, group[:, 0], group[:, 1])
             table = torch.where(is_child[:, None, None], table, table.mT)
-            edges = edges.index_add(0, child, table)
+            edges = edges.index_add(1, child, table)
         levels = tuple(level.to(device) for level in shape.levels)
-        return cls(sites, edges, parent, levels, shape.roots.to(device))
+        return cls(sites, edges, parent, levels, shape.roots.to(device), batch_shape)
 
     def log_partition(self) -> Tensor:
         """See ``Solver`` in the module of the distribution, as for what follows."""
         beliefs, scale = self._upward(torch.logsumexp)
-        value = beliefs[self.roots].logsumexp(-1).sum() + scale
-        return where_allowed(value.to(beliefs))
+        value = beliefs[:, self.roots].logsumexp(-1).sum(-1) + scale
+        return where_allowed(value.to(beliefs)).reshape(self.batch_shape)
 
     def marginals(self) -> Tensor:
         """By (2), from the roots down."""
         beliefs, _ = self._upward(torch.logsumexp)
         probs = beliefs.softmax(-1)
         for level in self.levels:
-            given = (self.edges[level] + beliefs[level].unsqueeze(-1)).softmax(-2)
-            own = (given @ probs[self.parent[level]].unsqueeze(-1)).squeeze(-1)  # (2)
+            joint = self.edges[:, level] + beliefs[:, level].unsqueeze(-1)
+            above = probs[:, self.parent[level]].unsqueeze(-1)
+            own = (joint.softmax(-2) @ above).squeeze(-1)  # (2)
             # What rounding adds on a long way is taken off at each step.
             own = own / own.sum(-1, keepdim=True)
-            probs = probs.index_copy(0, level, own)
-        return probs
+            probs = probs.index_copy(1, level, own)
+        return probs.reshape(*self.batch_shape, *probs.shape[1:])
 
     def mode(self) -> Tensor:
         """By messages with the largest in place of the log-sum."""
@@ -192,10 +221,11 @@ class Forest:
 
     def given(self, observed: Mapping[int, Tensor]) -> "Forest":
         """All other states of these sites forbidden."""
-        sites = self.sites.clone()
-        states = torch.arange(sites.shape[1], device=sites.device)
-        for site, state in observed.items():
-            sites[site] = sites[site].where(states == int(state), FORBIDDEN)
+        sites = self.sites.expand(self.batch_shape.numel(), -1, -1).clone()
+        states = torch.arange(sites.shape[-1], device=sites.device)
+        for site, state in flat_states(observed, self.batch_shape).items():
+            is_it = states == state[:, None]
+            sites[:, site] = sites[:, site].where(is_it, FORBIDDEN)
         return replace(self, sites=sites)
 
     def _upward(self, reduce: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:
@@ -207,11 +237,11 @@ class Forest:
         beliefs = self.sites
         total = torch.zeros((), dtype=torch.float64, device=beliefs.device)
         for level in reversed(self.levels):
-            joint = self.edges[level] + beliefs[level].unsqueeze(-1)
+            joint = self.edges[:, level] + beliefs[:, level].unsqueeze(-1)
             message = reduce(joint, -2)  # (1)
             scale = message.detach().amax(-1, keepdim=True)
-            total = total + scale.sum(dtype=torch.float64)
-            beliefs = beliefs.index_add(0, self.parent[level], message - scale)
+            total = total + scale.sum((-1, -2), dtype=torch.float64)
+            beliefs = beliefs.index_add(1, self.parent[level], message - scale)
         return beliefs, total
 
     @torch.no_grad()
@@ -223,13 +253,14 @@ class Forest:
     ) -> Tensor:
         """States of all sites, parents first."""
         beliefs, _ = self._upward(reduce)
-        shape = (number, len(beliefs))
+        shape = (number, *beliefs.shape[:2])
         x = torch.zeros(shape, dtype=torch.long, device=beliefs.device)
-        x[:, self.roots] = choose(beliefs[self.roots].expand(number, -1, -1))
+        x[..., self.roots] = choose(beliefs[:, self.roots].expand(number, -1, -1, -1))
         for level in self.levels:
             # Of each site the column of the edge where its parent's state is.
-            edges = self.edges[level].mT.expand(number, -1, -1, -1)
-            at = x[:, self.parent[level], None, None].expand(-1, -1, 1, edges.shape[-1])
-            logits = beliefs[level] + edges.gather(-2, at).squeeze(-2)
-            x[:, level] = choose(logits)
-        return x
+            edges = self.edges[:, level].mT.expand(*shape[:2], -1, -1, -1)
+            at = x[..., self.parent[level], None, None]
+            at = at.expand(*at.shape[:-1], edges.shape[-1])
+            logits = beliefs[:, level] + edges.gather(-2, at).squeeze(-2)
+            x[..., level] = choose(logits)
+        return x.reshape(number, *self.batch_shape, -1)
