@@ -250,8 +250,7 @@ class FactorGraphEnergy(SiteEnergy):
                 "Estimate log Z by pyro_ebm.partition.estimate and draw by chains of "
                 "pyro_ebm.mcmc.Gibbs, or raise max_cost."
             )
-        factors = [(sites, table) for sites, _, table in self._tables()]
-        return ExactDistribution(self, exact_sums(self._num_states, factors))
+        return ExactDistribution(self, exact_sums(self._num_states, self.factors()))
 
     def closed_form(self) -> ExactClosedForm | None:
         r""":math:`\log Z` and the distribution where :meth:`exact` is cheap.
@@ -261,6 +260,10 @@ class FactorGraphEnergy(SiteEnergy):
         if self.cost > MAX_COST:
             return None
         return ExactClosedForm.of(self.exact())
+
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """The potentials as they are now, in groups of one shape."""
+        return [(sites, table) for sites, _, table in self._tables()]
 
     def annealing_path(self) -> AnnealingPath:
         """From uniform sites to this energy, by scaling it.
