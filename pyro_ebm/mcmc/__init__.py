@@ -20,6 +20,7 @@ __all__ = [
     "Sampler",
     "SamplingDiagnostics",
     "StepInfo",
+    "SwendsenWang",
     "ULA",
 ]
 
@@ -29,6 +30,7 @@ from pyro_ebm.mcmc.kernels.discrete_langevin import DiscreteLangevin
 from pyro_ebm.mcmc.kernels.gibbs import Gibbs
 from pyro_ebm.mcmc.kernels.hmc import HMC
 from pyro_ebm.mcmc.kernels.langevin import MALA, ULA
+from pyro_ebm.mcmc.kernels.swendsen_wang import SwendsenWang
 from pyro_ebm.mcmc.pyro_kernel import PyroKernel
 from pyro_ebm.mcmc.run.api import MCMC
 from pyro_ebm.mcmc.samplers.independent import IndependentChains

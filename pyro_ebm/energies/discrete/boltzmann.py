@@ -27,7 +27,7 @@ from pyro_ebm.energies.discrete.exact.elimination import (
     Factors,
     exact_closed_form,
 )
-from pyro_ebm.energies.discrete.finite import spins
+from pyro_ebm.energies.discrete.finite import AnnealingPath, spins
 from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.discrete.sites import SiteEnergy
 
@@ -110,18 +110,29 @@ class BoltzmannEnergy(SiteEnergy):
 
         Exactness: *exact* where it is not ``None``.
         """
+        states = [2] * len(self.bias)
+        if 2.0 ** len(states) > MAX_COST:  # all are tied together
+            return None
+        return exact_closed_form(self, states, self.factors())
+
+    def annealing_path(self) -> AnnealingPath:
+        """From fair units to this energy, by scaling weights and biases."""
+        is_spins = bool(self.values[0] < 0)
+
+        def at(beta: float) -> BoltzmannEnergy:
+            weight, bias = beta * self.weight, beta * self.bias
+            return BoltzmannEnergy(weight, bias, spins=is_spins)
+
+        return super().annealing_path()._replace(at=at)
+
+    def factors(self) -> Factors:
+        """Log potentials of all pairs, and of the units."""
         size = len(self.bias)
         edges = torch.triu_indices(size, size, 1).mT
-        states = [2] * size
-        if 2.0**size > MAX_COST:  # all are tied together
-            return None
-        return exact_closed_form(self, states, self._factors(edges))
-
-    def _factors(self, edges: Tensor) -> Factors:
         both = self.values * self.values[:, None]
         rows, columns = edges.to(self.weight.device).unbind(-1)
         pairs = self.weight[rows, columns][:, None, None] * both
-        units = torch.arange(len(self.bias))[:, None]
+        units = torch.arange(size)[:, None]
         return [(edges, pairs), (units, self.bias[:, None] * self.values)]
 
 

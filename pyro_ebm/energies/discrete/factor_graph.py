@@ -262,7 +262,7 @@ class FactorGraphEnergy(SiteEnergy):
                 "pyro_ebm.mcmc.Gibbs, or raise max_cost."
             )
         shape = self.batch_shape
-        solver = exact_sums(self._num_states, self._factors(), shape)
+        solver = exact_sums(self._num_states, self.factors(), shape)
         return ExactDistribution(self, solver, shape)
 
     def closed_form(self) -> ExactClosedForm | None:
@@ -273,6 +273,10 @@ class FactorGraphEnergy(SiteEnergy):
         if self.cost > MAX_COST:
             return None
         return ExactClosedForm.of(self.exact())
+
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """The potentials as they are now, in groups of one shape."""
+        return [(sites, table) for sites, _, table in self._tables()]
 
     def annealing_path(self) -> AnnealingPath:
         """From uniform sites to this energy, by scaling it.

@@ -92,7 +92,7 @@ class LatticeEnergy(SiteEnergy):
         live_or_parameter(self, "coupling", coupling)
 
     @abstractmethod
-    def _factors(self) -> Factors:
+    def factors(self) -> Factors:
         """Log potentials of all bonds, and of the sites."""
 
     def closed_form(self) -> ExactClosedForm | None:
@@ -108,7 +108,7 @@ class LatticeEnergy(SiteEnergy):
         if len(self.values) ** (side + 1) > MAX_COST:
             return None
         states = [len(self.values)] * self.event_shape.numel()
-        return exact_closed_form(self, states, self._factors())
+        return exact_closed_form(self, states, self.factors())
 
     def _edges(self) -> Tensor:
         return lattice_edges(self.event_shape, periodic=self.periodic)
@@ -194,7 +194,8 @@ class IsingEnergy(LatticeEnergy):
             up = up + self.field
         return torch.stack([-up, up])
 
-    def _factors(self) -> Factors:
+    def factors(self) -> Factors:
+        """See :meth:`LatticeEnergy.factors`."""
         both = self.values * self.values[:, None]
         factors = [(self._edges(), (self.coupling * both)[None])]
         if self.field is not None:
@@ -264,7 +265,8 @@ class PottsEnergy(LatticeEnergy):
         one_hot = (x == self.values.reshape(-1, *(1,) * x.dim())).to(torch.int8)
         return self.coupling * self.neighbours(one_hot)
 
-    def _factors(self) -> Factors:
+    def factors(self) -> Factors:
+        """See :meth:`LatticeEnergy.factors`."""
         equal = torch.eye(len(self.values)).to(self.values)
         return [(self._edges(), (self.coupling * equal)[None])]
 

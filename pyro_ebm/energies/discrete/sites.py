@@ -74,6 +74,16 @@ class SiteEnergy(Energy):
             Shape ``(q, *batch, *event)``; ``-inf`` at values that a site does not have.
         """
 
+    def factors(self) -> Sequence[tuple[Tensor, Tensor]] | None:
+        """The log potentials of few sites each whose sum is minus the energy.
+
+        Returns:
+            Pairs of the sites, numbers in the flattened event of shape ``(F, k)``, and
+            a table of shape ``(F, *states)``, or ``(1, *states)`` if all have the same.
+            ``None`` where the energy is not known by such tables.
+        """
+        return None
+
     def annealing_path(self) -> AnnealingPath:
         """From uniform sites to this energy, by scaling it."""
         like = self.values
@@ -101,6 +111,12 @@ class _ScaledSites(SiteEnergy):
         value = self.energy(x)
         # Zero times infinity is no number: nothing is forbidden at the start.
         return self.scale * value if self.scale else torch.zeros_like(value)
+
+    def factors(self) -> Sequence[tuple[Tensor, Tensor]] | None:
+        factors = self.energy.factors()
+        if factors is None or not self.scale:
+            return factors and []
+        return [(sites, self.scale * table) for sites, table in factors]
 
     def site_logits(self, x: Tensor) -> Tensor:
         logits = self.energy.site_logits(x)

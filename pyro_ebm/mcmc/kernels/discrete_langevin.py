@@ -35,10 +35,9 @@ from torch import Tensor
 
 from pyro_ebm.energies import Energy
 from pyro_ebm.energies.discrete.finite import finite_values, num_states
-from pyro_ebm.energies.discrete.rbm import RBMEnergy
 from pyro_ebm.energies.discrete.sites import SiteEnergy
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, accept
-from pyro_ebm.mcmc.kernels.gibbs import Gibbs, checked_points
+from pyro_ebm.mcmc.kernels.gibbs import Gibbs, checked_points, has_blocks
 
 #: So few sites are drawn one by one.
 _FEW_SITES = 16
@@ -137,8 +136,7 @@ def kernel_for(energy: Energy, kernel: Kernel) -> Kernel:
     """
     if not energy.support.is_discrete:
         return kernel
-    has_blocks = isinstance(energy, SiteEnergy | RBMEnergy)
-    if has_blocks or energy.event_shape.numel() <= _FEW_SITES:
+    if has_blocks(energy) or energy.event_shape.numel() <= _FEW_SITES:
         return Gibbs()
     low = (finite_values(energy.support) or (0.0,))[0]
     first = torch.full((1, *energy.event_shape), low)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.mcmc.kernels.chees import ChEES
+from pyro_ebm.mcmc.kernels.discrete_langevin import kernel_for
 from pyro_ebm.mcmc.report.analysis import diagnose, moments_of, samples_of, summarize
 from pyro_ebm.mcmc.report.export import to_arviz
 from pyro_ebm.mcmc.report.results import Diagnostics, Moments
@@ -23,6 +24,7 @@ from pyro_ebm.mcmc.run.driver import ChainRun
 from pyro_ebm.mcmc.run.target import (
     SITE,
     ChainKernel,
+    ChainTarget,
     resolve_target,
     standardised,
 )
@@ -42,7 +44,9 @@ class MCMC:
     sites, and the diagnostics name them. Points of ``initial`` leave the model as is.
 
     Args:
-        kernel: What moves the chains; default: ``ChEES()``, which wants several.
+        kernel: What moves the chains. Default: ``ChEES()``, which wants several; over a
+            finite support ``Gibbs()`` where blocks are known, the sites are few or
+            there is no gradient, else ``DiscreteLangevin()``.
         num_samples: Draws of each chain.
         warmup_steps: Transitions before them, in which the kernel adapts.
         num_chains: Chains, all moved at once.
@@ -94,8 +98,8 @@ class MCMC:
         keep_draws: bool = True,
         dtype: torch.dtype | None = None,
     ) -> None:
-        kernel = ChEES() if kernel is None else kernel
-        if isinstance(kernel, type) or not isinstance(kernel, ChainKernel):
+        is_kernel = isinstance(kernel, ChainKernel) and not isinstance(kernel, type)
+        if kernel is not None and not is_kernel:
             raise TypeError(
                 "kernel must be a kernel of pyro_ebm.mcmc, such as HMC(), got "
                 f"{kernel!r}. Kernels of Pyro run in pyro.infer.MCMC."
@@ -109,7 +113,7 @@ class MCMC:
         for name, (count, least) in counts.items():
             if count < least:
                 raise ValueError(f"{name} must be at least {least}, got {count}.")
-        self.kernel: ChainKernel = kernel
+        self.kernel: ChainKernel | None = kernel
         self.num_samples, self.warmup_steps = num_samples, warmup_steps
         self.num_chains, self.thinning = num_chains, thinning
         self.initial, self.progress_bar = initial, progress_bar
@@ -140,19 +144,17 @@ class MCMC:
             UnreliableWarning: If the verdict of :meth:`diagnostics` is not ``"ok"``.
         """
         self._saved = self._run = self._diagnostics = None
-        resolved = resolve_target(
-            target, self.kernel, args, kwargs, compile=self.compile, dtype=self.dtype
-        )
+        resolved, kernel = self._resolved(target, args, kwargs)
         is_adapted = self.warmup_steps > 0
         start = start_chains(
-            resolved, self.kernel, self.num_chains, self.initial, is_adapted=is_adapted
+            resolved, kernel, self.num_chains, self.initial, is_adapted=is_adapted
         )
         sites: tuple[str, ...] = ()
         if is_adapted and self.initial is None:
             sites = choose_non_centred(resolved, start)
         if sites:
             resolved = standardised(resolved, sites)
-            start = start_chains(resolved, self.kernel, self.num_chains)
+            start = start_chains(resolved, kernel, self.num_chains)
         self._run = ChainRun(
             resolved,
             start.kernel,
@@ -163,6 +165,15 @@ class MCMC:
             num_moved=start.num_moved,
         )
         self._advance(self._run, self.num_samples)
+
+    def _resolved(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[ChainTarget, ChainKernel]:
+        """The target where the chains move, and what moves them there."""
+        found = resolve_target(
+            target, self.kernel, args, kwargs, compile=self.compile, dtype=self.dtype
+        )
+        return found, self.kernel or kernel_for(found.energy, ChEES())
 
     def resume(
         self,
@@ -230,11 +241,9 @@ class MCMC:
                 "target is needed to resume a loaded state, which does not hold it: "
                 "resume(num_samples, target, ...)."
             )
-        resolved = resolve_target(
-            target, self.kernel, args, kwargs, compile=self.compile, dtype=self.dtype
-        )
+        resolved, kernel = self._resolved(target, args, kwargs)
         return ChainRun.restored(
-            resolved, self.kernel, saved["run"], keep_draws=self.keep_draws
+            resolved, kernel, saved["run"], keep_draws=self.keep_draws
         )
 
     def get_samples(
@@ -374,6 +383,8 @@ class MCMC:
 
 def _describe(kernel: Any) -> str:
     """The kernel with its settings, but for tensors, which the state dict holds."""
+    if kernel is None:
+        return "default"
     settings = {f.name: getattr(kernel, f.name) for f in dataclasses.fields(kernel)}
     plain = {k: v for k, v in settings.items() if not isinstance(v, Tensor)}
     inside = ", ".join(f"{name}={value!r}" for name, value in plain.items())

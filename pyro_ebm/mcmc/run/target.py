@@ -13,6 +13,7 @@ from pyro_ebm.energies.graphs.compiled import CompiledEnergy
 from pyro_ebm.energies.pyro_model.non_centred import NonCentring
 from pyro_ebm.energies.views.double import in_double
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
+from pyro_ebm.mcmc.kernels.gibbs import has_blocks
 from pyro_ebm.mcmc.samplers.independent import IndependentChains
 
 #: The one site of a target that is no Pyro model.
@@ -57,7 +58,7 @@ class ChainTarget(NamedTuple):
 
 def resolve_target(
     target: Any,
-    kernel: ChainKernel,
+    kernel: ChainKernel | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
@@ -68,10 +69,11 @@ def resolve_target(
 
     Args:
         target: An energy, ``EnergyDistribution``, ``EnergyModel`` or a Pyro model.
-        kernel: That is to move the chains.
+        kernel: That is to move the chains; ``None`` if it is chosen by the target.
         args: Of the model.
         kwargs: Of the model.
-        compile: Whether to compile the energy's gradient.
+        compile: Whether to compile the energy's gradient. One that knows its blocks
+            has none.
         dtype: In which the chains move and the energy is computed; default: double
             precision for a traced Pyro model on a CPU, else the energy's own.
 
@@ -81,13 +83,16 @@ def resolve_target(
             neither double precision nor that of the energy.
     """
     found = _in_precision(_find(target, kernel, args, kwargs), dtype)
-    if compile:
+    if compile and not has_blocks(found.energy):
         return found._replace(energy=CompiledEnergy(found.energy))
     return found
 
 
 def _find(
-    target: Any, kernel: ChainKernel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    target: Any,
+    kernel: ChainKernel | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> ChainTarget:
     if isinstance(target, PyroModelEnergy):
         return _model_target(_without_arguments(target, args, kwargs))
@@ -179,13 +184,15 @@ def _model_target(energy: PyroModelEnergy) -> ChainTarget:
     )
 
 
-def _energy_target(energy: Energy, target: Any, kernel: ChainKernel) -> ChainTarget:
+def _energy_target(
+    energy: Energy, target: Any, kernel: ChainKernel | None
+) -> ChainTarget:
     is_blind = getattr(type(kernel), "init", None) is Kernel.init
     if energy.support.is_discrete and is_blind:
         raise ValueError(
             f"{type(kernel).__name__} moves through real space, and the support of the "
-            f"target is discrete: {energy.support}. Take Gibbs(), or another kernel "
-            "for discrete spaces."
+            f"target is discrete: {energy.support}. Give no kernel, for one that suits "
+            "the target, or Gibbs()."
         )
     flat, to_support = unconstrained(energy)
 

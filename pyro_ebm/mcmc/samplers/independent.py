@@ -57,7 +57,7 @@ class IndependentChains:
         base: Where the chains start; default: a standard normal in unconstrained space,
             uniform on a finite support.
         kernel: Any kernel of :mod:`pyro_ebm.mcmc`; default: :class:`HMC`, and on a
-            finite support :class:`Gibbs`.
+            finite support :class:`Gibbs` or :class:`DiscreteLangevin`.
         warmup_steps: Transitions in which the step size adapts.
         num_steps: Transitions after that.
         min_chains: At least so many chains are run, so that the step size of a single
@@ -132,7 +132,7 @@ class IndependentChains:
         flat, to_support = unconstrained(energy)
         start = self.start(energy, max(num_draws, self.min_chains))
         check_pointwise(energy, start)
-        kernel = kernel_for(energy, self.kernel or HMC())
+        kernel = self.kernel or kernel_for(energy, HMC())
         state = replace_nonfinite(kernel.init(flat, to_support.inv(start)))
         with self._bar() as bar:
             kernel, warm = self._warm_up(kernel, flat, state, bar)

@@ -10,9 +10,11 @@ import math
 import pytest
 import torch
 from pyro.distributions import constraints
+from torch import Tensor
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import (
+    BoltzmannEnergy,
     FactorGraphEnergy,
     FunctionEnergy,
     IsingEnergy,
@@ -56,6 +58,12 @@ ENERGIES = {
     "ising-odd": lambda: IsingEnergy((3, 3), -0.5),
     "potts": lambda: PottsEnergy((2, 3), 3, 0.6),
     "rbm": lambda: RBMEnergy(torch.randn(7, 3), torch.randn(7), torch.randn(3)),
+    "dense": lambda: BoltzmannEnergy(
+        0.6 * torch.randn(12, 12).triu(1), torch.randn(12)
+    ),
+    "dense-spins": lambda: BoltzmannEnergy(
+        0.4 * torch.randn(3, 3).triu(1), torch.randn(3), spins=True
+    ),
     "function": function,
     "function-scalar": lambda: function((), -2, 3),
     "function-matrix": lambda: function((2, 3), 0, 1),
@@ -148,8 +156,12 @@ def no_field(monkeypatch):
 
 def hot(monkeypatch):
     """Draws at nine tenths of the inverse temperature."""
-    right = module._draw
-    monkeypatch.setattr(module, "_draw", lambda logits, u: right(0.9 * logits, u))
+    right = module._inverted
+    monkeypatch.setattr(module, "_inverted", lambda terms, u: right(terms**0.9, u))
+    two = module.draw_index
+    monkeypatch.setattr(module, "draw_index", lambda logits, u: two(0.9 * logits, u))
+    flip = module._flip
+    monkeypatch.setattr(module, "_flip", lambda logits: flip(0.9 * logits))
     for name in ("hidden_field", "visible_field"):
         field = getattr(RBMEnergy, name)
         monkeypatch.setattr(RBMEnergy, name, lambda e, x, f=field: 0.9 * f(e, x))
@@ -161,6 +173,17 @@ def hot(monkeypatch):
         return spins(IsingEnergy(*args, periodic=energy.periodic), x, **settings)
 
     monkeypatch.setattr(module, "_sweep_spins", faulty)
+    units = module._sweep_units
+
+    def cooler(energy, x, **settings):
+        return units(energy.annealing_path().at(0.9), x, **settings)
+
+    monkeypatch.setattr(module, "_sweep_units", cooler)
+
+
+def stale_fields(monkeypatch):
+    """What the units of a strip do to those of later strips is left out."""
+    monkeypatch.setattr(Tensor, "addmm_", lambda self, *_: self)
 
 
 def stale_hidden(monkeypatch):
@@ -178,6 +201,7 @@ FAULTS = [
     ("ising-odd", two_colours),
     ("ising", no_field),
     ("rbm", stale_hidden),
+    ("dense", stale_fields),
     *[(name, hot) for name in ENERGIES if name != "function-forbidden"],
 ]
 
@@ -191,7 +215,7 @@ def test_planted_faults_are_caught(name, plant, monkeypatch):
         assert_stays(energy, run(energy, Gibbs()))
 
 
-@pytest.mark.parametrize("name", ["ising", "ising-odd", "function"])
+@pytest.mark.parametrize("name", ["ising", "ising-odd", "dense-spins", "function"])
 def test_reversed_sweeps_are_the_time_reversal(name):
     """``p(x) T(x, y) = p(y) T'(y, x)``, for pairs of the commonest states.
 
@@ -245,6 +269,16 @@ def test_many_sweeps_are_as_many_steps():
     for _ in range(3):
         again = kernel.sweep(energy, again)
     assert torch.equal(once, again)
+
+
+def test_many_categories_and_couplings_beyond_exponentials():
+    """What does not fit into bytes is drawn all the same."""
+    many = PottsEnergy((2, 2), 200, 0.0)
+    x = Gibbs().sweep(many, torch.zeros(2000, 2, 2))
+    assert abs(x.mean() - 99.5) < 3
+    frozen = PottsEnergy((4, 4), 3, 50.0)
+    x = torch.full((10, 4, 4), 2.0)
+    assert torch.equal(Gibbs().sweep(frozen, x), x)
 
 
 def test_a_chain_where_nothing_is_finite_stays():

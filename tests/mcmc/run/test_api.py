@@ -15,13 +15,16 @@ from pyro.infer import Predictive
 import pyro_ebm
 from pyro_ebm.core.errors import DivergenceError, UnreliableWarning
 from pyro_ebm.energies import (
+    ChainEnergy,
     DistributionEnergy,
+    FactorGraphEnergy,
     FunctionEnergy,
     IsingEnergy,
     PyroModelEnergy,
     QuadraticEnergy,
+    RBMEnergy,
 )
-from pyro_ebm.mcmc import HMC, MALA, MCMC, Gibbs
+from pyro_ebm.mcmc import HMC, MALA, MCMC, DiscreteLangevin, Gibbs
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, accept
 from pyro_ebm.mcmc.kernels import hmc
 from pyro_ebm.mcmc.kernels.chees import ChEES
@@ -548,6 +551,61 @@ def test_gibbs(keep_draws):
     assert chains.moments().mean.abs().max() < 0.05
     assert chains.diagnostics().is_reliable
     assert "step size" not in str(chains.diagnostics())
+
+
+BITS = constraints.independent(constraints.boolean, 1)
+
+
+@unreliable_is_fine
+@pytest.mark.parametrize(
+    ("energy", "kernel"),
+    [
+        (RBMEnergy(torch.eye(20, 3)), Gibbs),
+        (ChainEnergy(torch.zeros(20, 3), torch.eye(3)), Gibbs),
+        (FactorGraphEnergy.ising([(0, 1), (1, 2)], 0.3), Gibbs),
+        (FunctionEnergy(lambda x: -x.sum(-1), (30,), BITS), DiscreteLangevin),
+        (FunctionEnergy(lambda x: -x.sum(-1), (4,), BITS), Gibbs),
+        (FunctionEnergy(lambda x: -x.detach().sum(-1), (30,), BITS), Gibbs),
+        (FunctionEnergy(lambda x: x.square().sum(-1), (2,)), ChEES),
+    ],
+)
+def test_the_kernel_is_chosen_by_the_target(energy, kernel, monkeypatch):
+    """And an object without a kernel goes on with the same one."""
+    used = []
+    for cls in (Gibbs, DiscreteLangevin, ChEES):
+        right = cls.step
+        monkeypatch.setattr(
+            cls,
+            "step",
+            lambda self, e, s, right=right: (
+                used.append(type(self)) or right(self, e, s)
+            ),
+        )
+    chains = MCMC(None, 4, 2, 16, progress_bar=False)
+    chains.run(energy)
+    assert set(used) == {kernel}
+    saved = chains.state_dict()
+    chains.resume(3)
+    other = MCMC(None, 4, 2, 16, progress_bar=False)
+    other.load_state_dict(saved)
+    other.resume(3, energy)
+    assert torch.equal(other.get_samples(), chains.get_samples())
+
+
+def test_summary_of_states_with_a_site_that_never_changes():
+    """A site that is always on is no sign of chains that have not mixed."""
+    w = torch.tensor([60.0, 0.5, -1.0])
+    energy = FunctionEnergy(lambda x: -(w * x).sum(-1), (3,), BITS)
+    chains = MCMC(None, 60, 20, 256, progress_bar=False)
+    chains.run(energy)
+    assert chains.diagnostics().is_reliable
+    assert "[ok]" in str(chains.summary())
+    assert (chains.get_samples()[:, 0] == 1).all()
+    assert_moments(
+        chains.get_samples(group_by_chain=True)[:, -1, 1:],
+        w[1:].sigmoid(),
+        w[1:].sigmoid() * (1 - w[1:].sigmoid()),
+    )
 
 
 def regression(x, y=None):
