@@ -204,7 +204,7 @@ class FactorGraphEnergy(SiteEnergy):
         """Evaluate (1) at ``x`` of shape ``(*batch, D)``."""
         index, is_outside = self._index(x)
         total = self.values.new_zeros(())
-        for sites, table in self._factors():
+        for sites, table in self.factors():
             flat, place = _flat_index(table, index[..., sites])
             total = total + _look_up(flat, place[..., None]).squeeze(-1).sum(-1)  # (1)
         # What is no number is no state: without this it would have an energy.
@@ -218,7 +218,7 @@ class FactorGraphEnergy(SiteEnergy):
         missing = torch.zeros(len(states), len(number)).to(self.values)
         missing = missing.masked_fill(number >= states[:, None], -torch.inf)
         logits = missing.expand(*x.shape, -1).clone()
-        for sites, table in self._factors():
+        for sites, table in self.factors():
             at = index[..., sites]
             sizes = table.shape[-sites.shape[1] :]
             for k, size in enumerate(sizes):
@@ -274,10 +274,6 @@ class FactorGraphEnergy(SiteEnergy):
             return None
         return ExactClosedForm.of(self.exact())
 
-    def factors(self) -> list[tuple[Tensor, Tensor]]:
-        """The potentials as they are now, in groups of one shape."""
-        return [(sites, table) for sites, _, table in self._tables()]
-
     def annealing_path(self) -> AnnealingPath:
         """From uniform sites to this energy, by scaling it.
 
@@ -287,7 +283,7 @@ class FactorGraphEnergy(SiteEnergy):
         path = super().annealing_path()
         factors = [
             (sites, _all_rows(table.detach(), sites))
-            for sites, table in self._factors()
+            for sites, table in self.factors()
         ]
         if not any(table.isneginf().any() for _, table in factors):
             return path
@@ -299,7 +295,7 @@ class FactorGraphEnergy(SiteEnergy):
         at = soft.annealing_path().at
         return path._replace(at=lambda beta: at(beta) if beta < 1 else path.at(beta))
 
-    def _factors(self) -> Factors:
+    def factors(self) -> Factors:
         """The potentials as they are now."""
         found = []
         for number, group in enumerate(self._groups):

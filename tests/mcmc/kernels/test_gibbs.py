@@ -160,8 +160,6 @@ def hot(monkeypatch):
     monkeypatch.setattr(module, "_inverted", lambda terms, u: right(terms**0.9, u))
     two = module.draw_index
     monkeypatch.setattr(module, "draw_index", lambda logits, u: two(0.9 * logits, u))
-    flip = module._flip
-    monkeypatch.setattr(module, "_flip", lambda logits: flip(0.9 * logits))
     for name in ("hidden_field", "visible_field"):
         field = getattr(RBMEnergy, name)
         monkeypatch.setattr(RBMEnergy, name, lambda e, x, f=field: 0.9 * f(e, x))

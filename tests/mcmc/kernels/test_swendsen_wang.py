@@ -210,5 +210,5 @@ def test_energies_without_clusters(energy, match):
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="num_sweeps must not be negative, got -1"):
         SwendsenWang(-1)
-    with pytest.raises(ValueError, match=r"3 of 3 points do not.*FiniteUniform"):
+    with pytest.raises(ValueError, match=r"3 of 3 points do not.*uniform"):
         SwendsenWang().init(IsingEnergy((2, 2), 0.1), torch.zeros(3, 2, 2))
