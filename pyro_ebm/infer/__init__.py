@@ -56,8 +56,10 @@ from pyro_ebm.infer.likelihood import (
 )
 from pyro_ebm.infer.loss import ObjectiveLoss
 from pyro_ebm.infer.objectives.contrast.flow_contrastive import FlowContrastive
-from pyro_ebm.infer.objectives.contrast.noise_contrastive import NoiseContrastive
-from pyro_ebm.infer.objectives.contrast.ranking import RankingNoiseContrastive
+from pyro_ebm.infer.objectives.contrast.noise_contrastive import (
+    NoiseContrastive,
+    RankingNoiseContrastive,
+)
 from pyro_ebm.infer.objectives.likelihood.contrastive_divergence import (
     ContrastiveDivergence,
 )

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_ebm.energies import Energy, QuadraticEnergy
+from pyro_ebm.energies import Energy, IsingEnergy, QuadraticEnergy
 from pyro_ebm.infer import (
     BoundedLikelihood,
     DenoisingScoreMatching,
@@ -76,6 +76,17 @@ def gaussian(precision=PRECISION):
     )
 
 
+def ising():
+    torus = IsingEnergy((3, 3), 0.25, 0.1)
+    exact = torus.closed_form().distribution
+    return Problem(
+        torch.tensor([0.25, 0.1]),
+        lambda count, n: exact.sample((count, n)),
+        lambda: IsingEnergy((3, 3), 0.0, 0.0),
+        lambda energy: torch.stack([energy.coupling, energy.field]).detach(),
+    )
+
+
 class Flow(nn.Module):
     """As it is: whatever the flow is, the energy is that of the data."""
 
@@ -95,6 +106,7 @@ CONSISTENT = {
     "sliced": (gaussian, lambda n: SlicedScoreMatching(2)),
     # With w = 1 it ranks the datum among draws of N(y, t), consistent for any M.
     "discrepancy": (quartic, lambda n: EnergyDiscrepancy(0.5, num_copies=3)),
+    "discrete-discrepancy": (ising, lambda n: EnergyDiscrepancy(1.0, num_copies=6)),
 }
 
 

@@ -13,7 +13,6 @@ from pyro_ebm.infer import (
     Pseudolikelihood,
     RatioMatching,
 )
-from pyro_ebm.infer.objectives.score import site_conditionals as module
 
 RAGGED = dist.constraints.independent(
     dist.constraints.integer_interval(0, torch.tensor([1, 2, 3])), 1
@@ -98,8 +97,9 @@ def test_a_coupling_is_found(objective):
 
 def test_planted_fault_is_seen(monkeypatch):
     """The mean field of a site in place of its conditional."""
-    right = module._log_score
-    monkeypatch.setattr(module, "_log_score", lambda p, own: right(0.9 * p, own))
+    right = Pseudolikelihood._score
+    wrong = staticmethod(lambda p, own: right(0.9 * p, own))
+    monkeypatch.setattr(Pseudolikelihood, "_score", wrong)
     with pytest.raises(AssertionError):
         test_objectives_are_those_of_the_definition("rbm")
 

@@ -1,4 +1,4 @@
-r"""Noise-contrastive estimation: tell the data from noise, with a learned log Z.
+r"""Noise-contrastive estimation: tell the data from noise.
 
 .. math::
     G(x) &= -f_\theta(x) - c - \log p_n(x) - \log\nu                       \tag{1} \\
@@ -8,13 +8,20 @@ r"""Noise-contrastive estimation: tell the data from noise, with a learned log Z
 is, a data point, the log-likelihood of the logistic regression between data and
 :math:`\nu` times as much noise. At its optimum over :math:`\theta` and :math:`c` the
 energy is that of the data and :math:`c = \log Z`; for :math:`\nu \to \infty` the
-gradient of (2) becomes that of the likelihood.
+gradient of (2) becomes that of the likelihood. Or find the datum among :math:`K` draws
+of noise, by ranking, where :math:`c` cancels:
+
+.. math::
+    J = s(x) - \log\frac{1}{K + 1}
+        \Big(e^{s(x)} + \sum_{j=1}^{K} e^{s(y_j)}\Big), \qquad
+    s(x) = -f_\theta(x) - \log p_n(x)                                      \tag{3}
 
 References:
     Gutmann & Hyvarinen (2010), AISTATS; (2012), JMLR 13, 307-361.
+    Ma & Collins (2018), EMNLP, 3698-3707 (3).
 """
 
-__all__ = ["NoiseContrastive"]
+__all__ = ["NoiseContrastive", "RankingNoiseContrastive"]
 
 import math
 from dataclasses import dataclass
@@ -34,9 +41,35 @@ from pyro_ebm.infer.objectives.contrast.noise import (
 from pyro_ebm.infer.objectives.objective import Need, Objective, Surrogate, Terms
 
 
+class _AgainstNoise(Objective):
+    """Data against draws of a noise, so many a data point."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"noise"})
+
+    noise: Noise
+    num_noise: int
+
+    def __post_init__(self) -> None:
+        require_num_noise(self.num_noise)
+
+    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
+        """Refuse noise that does not fit; see :meth:`Objective.check`."""
+        require_noise(noise_of(self.noise, distribution), distribution.energy)
+
+    def current_proposal(
+        self, distribution: EnergyDistribution, state: nn.Module
+    ) -> Any:
+        """The noise; see :meth:`Objective.current_proposal`."""
+        return noise_of(self.noise, distribution)
+
+    def num_proposed(self, batch_size: int) -> int:
+        """See :meth:`Objective.num_proposed`."""
+        return batch_size * self.num_noise
+
+
 @final
 @dataclass(frozen=True)
-class NoiseContrastive(Objective):
+class NoiseContrastive(_AgainstNoise):
     r"""The logistic regression (2) of data against noise; no chains, any support.
 
     Args:
@@ -75,32 +108,14 @@ class NoiseContrastive(Objective):
         True
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"noise"})
     log_partition: ClassVar[Literal["consistent"]] = "consistent"
 
     noise: Noise = None
     num_noise: int = 4
 
-    def __post_init__(self) -> None:
-        require_num_noise(self.num_noise)
-
     def make_state(self) -> LearnedLogPartition:
         """The learned log Z."""
         return LearnedLogPartition()
-
-    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
-        """Refuse noise that does not fit; see :meth:`Objective.check`."""
-        require_noise(noise_of(self.noise, distribution), distribution.energy)
-
-    def current_proposal(
-        self, distribution: EnergyDistribution, state: nn.Module
-    ) -> Any:
-        """The noise; see :meth:`Objective.current_proposal`."""
-        return noise_of(self.noise, distribution)
-
-    def num_proposed(self, batch_size: int) -> int:
-        """See :meth:`Objective.num_proposed`."""
-        return batch_size * self.num_noise
 
     def surrogate(
         self, distribution: EnergyDistribution, state: nn.Module
@@ -115,6 +130,52 @@ class NoiseContrastive(Objective):
             log_ratio = -values - log_noise
             learned.observe(log_ratio[1:])
             return Terms(contrast(log_ratio - learned.log_partition), values[0])
+
+        return surrogate
+
+
+@final
+@dataclass(frozen=True)
+class RankingNoiseContrastive(_AgainstNoise):
+    r"""The classification (3) of one datum among ``num_noise`` draws of noise.
+
+    Args:
+        noise: See :class:`~pyro_ebm.infer.NoiseContrastive`: it must cover the model as
+            well as the data, or the energy is free where no noise falls.
+        num_noise: :math:`K`, noise points a data point, drawn anew at each step.
+
+    Raises:
+        ValueError: If ``num_noise`` is not positive.
+
+    Exactness: *consistent* for any :math:`K`, under the conditions of
+    :class:`~pyro_ebm.infer.NoiseContrastive`. It leaves no log Z.
+
+    Cost: ``1 + num_noise`` values a data point, with gradient in the parameters only.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        >>> noise = dist.Normal(torch.zeros(2), 2.0).to_event(1)
+        >>> objective = RankingNoiseContrastive(noise)
+        >>> objective.loss(energy, torch.randn(100, 2)).shape
+        torch.Size([])
+    """
+
+    noise: Noise = None
+    num_noise: int = 15
+
+    def surrogate(
+        self, distribution: EnergyDistribution, state: nn.Module
+    ) -> Surrogate:
+        """See :meth:`Objective.surrogate`."""
+        energy = distribution.energy
+        noise = noise_of(self.noise, distribution)
+
+        def surrogate(x: Tensor) -> Terms:
+            points, log_noise = with_noise(x, noise, self.num_noise, energy.event_dim)
+            values = energy(points)
+            scores = -values - log_noise
+            mean = scores.logsumexp(0) - math.log(len(scores))
+            return Terms(scores[0] - mean, values[0])  # (3)
 
         return surrogate
 

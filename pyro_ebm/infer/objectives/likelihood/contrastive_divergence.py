@@ -24,22 +24,18 @@ from torch import Tensor, nn
 
 from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.energies import Energy, unconstrained
+from pyro_ebm.energies import unconstrained
 from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import (
-    adapted_mover,
+    ByPersistentChains,
     kernel_of,
-    points_of_chains,
-    require_followed,
-    require_kernel,
 )
-from pyro_ebm.infer.objectives.objective import Need, Objective, Surrogate, Terms
+from pyro_ebm.infer.objectives.objective import Surrogate, Terms
 from pyro_ebm.mcmc import Kernel, PersistentChains
-from pyro_ebm.mcmc.base import bias_of
 
 
 @final
 @dataclass(frozen=True)
-class ContrastiveDivergence(Objective):
+class ContrastiveDivergence(ByPersistentChains):
     r"""Contrastive divergence (1) with :math:`k` moves.
 
     Args:
@@ -68,25 +64,10 @@ class ContrastiveDivergence(Objective):
         tensor(True)
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"gradient", "chains"})
     starts_at_data: ClassVar[bool] = True
 
     num_steps: int = 1
     kernel: Kernel | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
-        if self.kernel is not None:
-            require_kernel(self.kernel)
-
-    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
-        """Refuse what chains cannot follow; see :meth:`Objective.check`."""
-        require_followed(distribution.energy, x, type(self).__name__)
-
-    def make_state(self) -> PersistentChains:
-        """Chains, of which only the step size lasts from step to step."""
-        return PersistentChains()
 
     def bias(self) -> tuple[Finding, ...]:
         """That of short chains, and of the kernel; see :meth:`Objective.bias`."""
@@ -95,17 +76,7 @@ class ContrastiveDivergence(Objective):
             "errors hold only if it can"
         )
         found = Finding(Reason.INCONSISTENT_ESTIMATOR, short)
-        return (found, *bias_of(self.kernel))
-
-    def negatives(
-        self, distribution: EnergyDistribution, state: nn.Module, num_points: int = 256
-    ) -> Tensor | None:
-        """The chains; see :meth:`Objective.negatives`."""
-        return points_of_chains(distribution.energy, cast(PersistentChains, state).u)
-
-    def mover(self, energy: Energy, state: nn.Module) -> tuple[Kernel, int] | None:
-        """See :meth:`Objective.mover`."""
-        return adapted_mover(cast(PersistentChains, state), self.num_steps)
+        return (found, *super().bias())
 
     def chain_age(self, num_steps: int) -> float:
         """See :meth:`Objective.chain_age`."""

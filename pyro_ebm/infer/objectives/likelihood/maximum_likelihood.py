@@ -12,11 +12,11 @@ References:
 """
 
 __all__ = [
+    "ByChains",
+    "ByPersistentChains",
     "MaximumLikelihood",
     "kernel_of",
     "likelihood_surrogate",
-    "require_followed",
-    "require_kernel",
 ]
 
 from collections.abc import Callable
@@ -45,9 +45,78 @@ from pyro_ebm.mcmc.kernels.discrete_langevin import kernel_for
 _WARMUP_MOVES = 50
 
 
+class ByChains(Objective):
+    """An objective whose negatives are chains, and what it says of them."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"gradient", "chains"})
+
+    num_steps: int
+    kernel: Kernel | None
+
+    def bias(self) -> tuple[Finding, ...]:
+        """That of the kernel; see :meth:`Objective.bias`."""
+        return bias_of(self.kernel)
+
+    def _position(self, state: nn.Module) -> Tensor:
+        """Of the chains in unconstrained space; empty before they have started."""
+        return cast(PersistentChains, state).u
+
+    @torch.no_grad()
+    def negatives(
+        self, distribution: EnergyDistribution, state: nn.Module, num_points: int = 256
+    ) -> Tensor | None:
+        """The chains; see :meth:`Objective.negatives`."""
+        u = self._position(state)
+        if not u.numel():
+            return None
+        _, to_support = unconstrained(distribution.energy)
+        points: Tensor = to_support(u.clone())
+        return points
+
+    def second_term_covariance(
+        self,
+        distribution: EnergyDistribution,
+        rows_of: Callable[[Tensor], Tensor],
+        covariance: Tensor,
+    ) -> Tensor:
+        """As of independent chains; see the method of :class:`Objective`.
+
+        Chains that start at the data are counted by ``starts_at_data``.
+        """
+        number = getattr(self, "num_chains", None)
+        return covariance / number if number else torch.zeros_like(covariance)
+
+
+class ByPersistentChains(ByChains):
+    """An objective whose chains are those of an energy model."""
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
+        if self.kernel is not None:
+            require_kernel(self.kernel)
+
+    def make_state(self) -> PersistentChains:
+        """Chains that have not started."""
+        return PersistentChains()
+
+    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
+        """Refuse an energy without a gradient, unless its support is finite."""
+        if not is_finite_support(distribution.energy.support):
+            require_differentiable(distribution.energy, x, type(self).__name__)
+
+    def mover(self, energy: Energy, state: nn.Module) -> tuple[Kernel, int] | None:
+        """See :meth:`Objective.mover`."""
+        chains = cast(PersistentChains, state)
+        if not chains.is_started or chains.kernel is None:
+            return None
+        step_size = chains.adaptation.step_size
+        return chains.kernel.with_step_size(step_size), self.num_steps
+
+
 @final
 @dataclass(frozen=True)
-class MaximumLikelihood(Objective):
+class MaximumLikelihood(ByPersistentChains):
     r"""Maximum likelihood by the gradient (1.16), with persistent chains.
 
     Args:
@@ -79,7 +148,6 @@ class MaximumLikelihood(Objective):
         tensor(True)
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"gradient", "chains"})
     is_pointwise: ClassVar[bool] = True
 
     num_chains: int = 256
@@ -88,39 +156,13 @@ class MaximumLikelihood(Objective):
     restart_fraction: float = 0.004
 
     def __post_init__(self) -> None:
-        for name in ("num_chains", "num_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}."
-                )
-        if self.kernel is not None:
-            require_kernel(self.kernel)
+        super().__post_init__()
+        if self.num_chains < 1:
+            raise ValueError(f"num_chains must be at least 1, got {self.num_chains}.")
         if not 0 <= self.restart_fraction < 1:
             raise ValueError(
                 f"restart_fraction must be in [0, 1), got {self.restart_fraction}."
             )
-
-    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
-        """Refuse what chains cannot follow; see :meth:`Objective.check`."""
-        require_followed(distribution.energy, x, type(self).__name__)
-
-    def make_state(self) -> PersistentChains:
-        """Chains that have not started."""
-        return PersistentChains()
-
-    def bias(self) -> tuple[Finding, ...]:
-        """That of the kernel; see :meth:`Objective.bias`."""
-        return bias_of(self.kernel)
-
-    def negatives(
-        self, distribution: EnergyDistribution, state: nn.Module, num_points: int = 256
-    ) -> Tensor | None:
-        """The chains; see :meth:`Objective.negatives`."""
-        return points_of_chains(distribution.energy, cast(PersistentChains, state).u)
-
-    def mover(self, energy: Energy, state: nn.Module) -> tuple[Kernel, int] | None:
-        """See :meth:`Objective.mover`."""
-        return adapted_mover(cast(PersistentChains, state), self.num_steps)
 
     def chain_age(self, num_steps: int) -> float:
         """See :meth:`Objective.chain_age`."""
@@ -136,15 +178,6 @@ class MaximumLikelihood(Objective):
         kernel = kernel_of(self.kernel, energy)
         chains.start(energy, draw(self.num_chains), kernel)
         chains.advance(energy, kernel, _WARMUP_MOVES)
-
-    def second_term_covariance(
-        self,
-        distribution: EnergyDistribution,
-        rows_of: Callable[[Tensor], Tensor],
-        covariance: Tensor,
-    ) -> Tensor:
-        """As of independent chains; see the method of :class:`Objective`."""
-        return covariance / self.num_chains
 
     def surrogate(
         self, distribution: EnergyDistribution, state: nn.Module
@@ -190,35 +223,6 @@ def likelihood_surrogate(
     return surrogate
 
 
-@torch.no_grad()
-def points_of_chains(energy: Energy, u: Tensor) -> Tensor | None:
-    """Points of chains, shape ``(C, *event)``; ``None`` before they have started.
-
-    Args:
-        energy: Whose chains they are.
-        u: In unconstrained space.
-    """
-    if not u.numel():
-        return None
-    _, to_support = unconstrained(energy)
-    points: Tensor = to_support(u.clone())
-    return points
-
-
-def adapted_mover(
-    chains: PersistentChains, num_steps: int
-) -> tuple[Kernel, int] | None:
-    """The kernel that has moved chains, with their step size; ``None`` before.
-
-    Args:
-        chains: Moved by it.
-        num_steps: Moves a parameter step.
-    """
-    if not chains.is_started or chains.kernel is None:
-        return None
-    return chains.kernel.with_step_size(chains.adaptation.step_size), num_steps
-
-
 def kernel_of(kernel: Kernel | None, energy: Energy) -> Kernel:
     """The kernel that chains of an objective move by: the given one, or a default.
 
@@ -227,22 +231,6 @@ def kernel_of(kernel: Kernel | None, energy: Energy) -> Kernel:
         energy: That they follow.
     """
     return kernel_for(energy, MALA()) if kernel is None else kernel
-
-
-def require_followed(energy: Energy, x: Tensor, objective: str) -> None:
-    """Refuse an energy without a gradient, unless its support is finite.
-
-    Args:
-        energy: That chains are to follow.
-        x: Some points of its support.
-        objective: Its name, for the message.
-
-    Raises:
-        NotImplementedError: If the support is discrete and not finite.
-        ValueError: If there is no gradient on a continuous one.
-    """
-    if not is_finite_support(energy.support):
-        require_differentiable(energy, x, objective)
 
 
 def require_kernel(kernel: Any) -> None:

@@ -20,7 +20,6 @@ References:
 __all__ = ["TemperedChains", "TemperedMaximumLikelihood"]
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, cast, final
 
@@ -28,17 +27,15 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_ebm.core.verdict import Finding
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Energy
 from pyro_ebm.infer.objectives.contrast.noise import noise_of
 from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import (
+    ByChains,
     likelihood_surrogate,
-    points_of_chains,
 )
-from pyro_ebm.infer.objectives.objective import Need, Objective, Surrogate
+from pyro_ebm.infer.objectives.objective import Surrogate
 from pyro_ebm.mcmc import HMC, Kernel
-from pyro_ebm.mcmc.base import bias_of
 from pyro_ebm.mcmc.samplers.persistent import StatefulModule
 from pyro_ebm.mcmc.tempering.ladder import (
     Ladder,
@@ -105,7 +102,7 @@ class TemperedChains(StatefulModule):
 
 @final
 @dataclass(frozen=True)
-class TemperedMaximumLikelihood(Objective):
+class TemperedMaximumLikelihood(ByChains):
     r"""Maximum likelihood by the gradient (1.16), with persistent tempered chains.
 
     Args:
@@ -140,7 +137,6 @@ class TemperedMaximumLikelihood(Objective):
         torch.Size([64, 6, 2])
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"gradient", "chains"})
     is_pointwise: ClassVar[bool] = True
 
     base: dist.TorchDistribution | None = None
@@ -163,17 +159,10 @@ class TemperedMaximumLikelihood(Objective):
         """Replicas that have not started."""
         return TemperedChains()
 
-    def bias(self) -> tuple[Finding, ...]:
-        """That of the kernel; see :meth:`Objective.bias`."""
-        return bias_of(self.kernel)
-
-    def negatives(
-        self, distribution: EnergyDistribution, state: nn.Module, num_points: int = 256
-    ) -> Tensor | None:
-        """The chains at the energy itself; see :meth:`Objective.negatives`."""
-        chains = cast(TemperedChains, state)
-        u = chains.u[:, -1] if chains.u.numel() else chains.u
-        return points_of_chains(distribution.energy, u)
+    def _position(self, state: nn.Module) -> Tensor:
+        """Of the chains at the energy itself."""
+        u = cast(TemperedChains, state).u
+        return u[:, -1] if u.numel() else u
 
     def mover(self, energy: Energy, state: nn.Module) -> tuple[Kernel, int] | None:
         """See :meth:`Objective.mover`."""
@@ -182,15 +171,6 @@ class TemperedMaximumLikelihood(Objective):
             return None
         step_size = chains.log_step_size[-1].exp()
         return dataclasses.replace(self.kernel, step_size=step_size), self.num_steps
-
-    def second_term_covariance(
-        self,
-        distribution: EnergyDistribution,
-        rows_of: Callable[[Tensor], Tensor],
-        covariance: Tensor,
-    ) -> Tensor:
-        """As of independent chains; see the method of :class:`Objective`."""
-        return covariance / self.num_chains
 
     def surrogate(
         self, distribution: EnergyDistribution, state: nn.Module

@@ -10,15 +10,26 @@ where it may have come from; log Z cancels. The population value is that of scor
 matching for :math:`t \to 0` and of maximum likelihood for :math:`t \to \infty`. The
 weight :math:`w` of the datum itself keeps the logarithm, and its gradient, bounded.
 
+Over a finite support of :math:`D` sites there is no normal noise. What is seen of the
+datum, and each copy of that, is a step of the heat equation between the states of each
+site,
+
+.. math::
+    p_t(y \mid x) = \prod_{i=1}^{D} \Big(
+        e^{-t}\, [y_i = x_i] + \frac{1 - e^{-t}}{q_i}\Big)                \tag{2}
+
+a site is drawn anew from its :math:`q_i` states with probability :math:`1 - e^{-t}`.
+
 With :math:`w = 1` and :math:`y = x + \sqrt t\,\xi`, (1) is the log-probability that it
-is :math:`x`, and none of :math:`M` draws from :math:`\mathcal N(y, t)`, that came from
-the data: a ranking by noise that depends on :math:`y`, as
-:class:`~pyro_ebm.infer.RankingNoiseContrastive` has it. Given :math:`y` the data have a
-density proportional to their own times that of the noise, so that the best energy is
-theirs for any :math:`M`.
+is :math:`x`, and none of :math:`M` draws from :math:`\mathcal N(y, t)` (or (2), which
+is as symmetric), that came from the data: a ranking by noise that depends on
+:math:`y`, as :class:`~pyro_ebm.infer.RankingNoiseContrastive` has it. Given :math:`y`
+the data have a density proportional to their own times that of the noise, so that the
+best energy is theirs for any :math:`M`.
 
 References:
-    Schroder, Ou, Lim, Li, Vollmer & Duncan (2023), NeurIPS.
+    Schroder, Ou, Lim, Li, Vollmer & Duncan (2023), NeurIPS (1). Schroder, Ou, Li &
+    Duncan (2024), NeurIPS (2).
 """
 
 __all__ = ["EnergyDiscrepancy"]
@@ -32,7 +43,9 @@ from torch import Tensor, nn
 
 from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.energies import unconstrained
+from pyro_ebm.energies import Energy, unconstrained
+from pyro_ebm.energies.discrete.finite import FiniteUniform
+from pyro_ebm.energies.views.unconstrained import is_finite_support
 from pyro_ebm.infer.objectives.objective import (
     Need,
     Objective,
@@ -47,10 +60,12 @@ from pyro_ebm.infer.objectives.objective import (
 class EnergyDiscrepancy(Objective):
     r"""Energy discrepancy (1), from values of the energy alone.
 
-    Perturbations are Gaussian in unconstrained space; the support must be continuous.
+    Perturbations are Gaussian in unconstrained space, or (2) over a finite support.
 
     Args:
-        time: :math:`t`, the variance of each of the two perturbations.
+        time: :math:`t`, the variance of each of the two perturbations, or the rate at
+            which sites are drawn anew. Default: 0.25, and :math:`1 / D` over a finite
+            support: about one site changes.
         num_copies: :math:`M`, perturbed copies a data point.
         stabilizer: :math:`w`, not negative.
 
@@ -72,12 +87,12 @@ class EnergyDiscrepancy(Objective):
 
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    time: float = 0.25
+    time: float | None = None
     num_copies: int = 32
     stabilizer: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.time < math.inf:
+        if self.time is not None and not 0 < self.time < math.inf:
             raise ValueError(f"time must be positive and finite, got {self.time}.")
         if self.num_copies < 1:
             raise ValueError(f"num_copies must be at least 1, got {self.num_copies}.")
@@ -87,8 +102,9 @@ class EnergyDiscrepancy(Objective):
             )
 
     def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
-        """Refuse discrete supports; see :meth:`Objective.check`."""
-        if distribution.energy.support.is_discrete:
+        """Refuse supports without an end; see :meth:`Objective.check`."""
+        support = distribution.energy.support
+        if support.is_discrete and not is_finite_support(support):
             require_differentiable(distribution.energy, x, type(self).__name__)
 
     def bias(self) -> tuple[Finding, ...]:
@@ -111,9 +127,8 @@ class EnergyDiscrepancy(Objective):
             flat, to_support = unconstrained(energy)
             with torch.no_grad():
                 u = to_support.inv(x)
-                seen = u + math.sqrt(self.time) * torch.randn_like(u)
-                copies = seen.expand(self.num_copies, *u.shape)
-                copies = copies + math.sqrt(self.time) * torch.randn_like(copies)
+                seen = self._perturbed(flat, u)
+                copies = self._perturbed(flat, seen.expand(self.num_copies, *u.shape))
             values = flat(torch.cat([u[None], copies]))
             gaps = values[0] - values[1:]
             if self.stabilizer:
@@ -126,3 +141,13 @@ class EnergyDiscrepancy(Objective):
             return Terms(objective, value)
 
         return surrogate
+
+    def _perturbed(self, energy: Energy, u: Tensor) -> Tensor:
+        """A perturbation of each point, shape ``(*batch, *event)``."""
+        if not is_finite_support(energy.support):
+            time = 0.25 if self.time is None else self.time
+            return u + math.sqrt(time) * torch.randn_like(u)
+        time = self.time or 2 / energy.event_shape.numel()
+        anew = FiniteUniform(energy.support, energy.event_shape, u)
+        is_kept = torch.rand_like(u) < math.exp(-time)
+        return u.where(is_kept, anew.sample(energy.batch_shape_of(u)))  # (2)

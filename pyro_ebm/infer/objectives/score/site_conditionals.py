@@ -18,7 +18,7 @@ References:
 
 __all__ = ["Pseudolikelihood", "RatioMatching"]
 
-from collections.abc import Callable
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -33,9 +33,65 @@ from pyro_ebm.energies.views.unconstrained import is_finite_support
 from pyro_ebm.infer.objectives.objective import Need, Objective, Surrogate, Terms
 
 
+class _OfSites(Objective):
+    """A score of the conditional of each site, summed over sites."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    num_sites: int | None
+
+    def __post_init__(self) -> None:
+        if self.num_sites is not None and self.num_sites < 1:
+            raise ValueError(f"num_sites must be at least 1, got {self.num_sites}.")
+
+    @staticmethod
+    @abstractmethod
+    def _score(log_probs: Tensor, own: Tensor) -> Tensor:
+        """The term of each site in (1).
+
+        Args:
+            log_probs: Of each value, shape ``(q, *batch, K)``.
+            own: Index of the value at the datum, shape ``(*batch, K)``.
+        """
+
+    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
+        """Refuse supports that are not finite; see :meth:`Objective.check`."""
+        energy = distribution.energy
+        if not is_finite_support(energy.support):
+            raise ValueError(
+                f"energy must have a finite support for {type(self).__name__}, got "
+                f"{energy.support}. On a continuous one ScoreMatching compares slopes "
+                "in the same way."
+            )
+
+    def surrogate(
+        self, distribution: EnergyDistribution, state: nn.Module
+    ) -> Surrogate:
+        """See :meth:`Objective.surrogate`."""
+        energy = distribution.energy
+        self.check(distribution, torch.empty(0))
+
+        def surrogate(x: Tensor) -> Terms:
+            value = energy(x)
+            values = torch.tensor(finite_values(energy.support)).to(x)
+            own = torch.searchsorted(values, x.contiguous()).reshape(*value.shape, -1)
+            if isinstance(energy, SiteEnergy):
+                logits = energy.site_logits(x).reshape(len(values), *own.shape)
+                return Terms(self._score(logits.log_softmax(0), own).sum(-1), value)
+            size = own.shape[-1]
+            count = size if self.num_sites is None else min(self.num_sites, size)
+            sites = torch.rand(own.shape, device=x.device).argsort(-1)[..., :count]
+            logits = _logits(energy, x, value, values, own, sites)
+            chosen = own.gather(-1, sites)
+            total = self._score(logits.log_softmax(0), chosen).sum(-1)
+            return Terms(total * (size / count), value)
+
+        return surrogate
+
+
 @final
 @dataclass(frozen=True)
-class Pseudolikelihood(Objective):
+class Pseudolikelihood(_OfSites):
     """The pseudolikelihood (1) of data over a finite support.
 
     Args:
@@ -59,28 +115,16 @@ class Pseudolikelihood(Objective):
         0.6931
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
-
     num_sites: int | None = None
 
-    def __post_init__(self) -> None:
-        _require_sites(self.num_sites)
-
-    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
-        """Refuse supports that are not finite; see :meth:`Objective.check`."""
-        _require_finite(distribution.energy, type(self).__name__)
-
-    def surrogate(
-        self, distribution: EnergyDistribution, state: nn.Module
-    ) -> Surrogate:
-        """See :meth:`Objective.surrogate`."""
-        _require_finite(distribution.energy, type(self).__name__)
-        return _surrogate(distribution.energy, self.num_sites, _log_score)
+    @staticmethod
+    def _score(log_probs: Tensor, own: Tensor) -> Tensor:
+        return log_probs.gather(0, own[None])[0]  # (1)
 
 
 @final
 @dataclass(frozen=True)
-class RatioMatching(Objective):
+class RatioMatching(_OfSites):
     """Ratio matching (1) of data over a finite support.
 
     Less than the pseudolikelihood it minds sites that the model is sure of, and wrong.
@@ -101,56 +145,13 @@ class RatioMatching(Objective):
         0.25
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
-
     num_sites: int | None = None
 
-    def __post_init__(self) -> None:
-        _require_sites(self.num_sites)
-
-    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
-        """Refuse supports that are not finite; see :meth:`Objective.check`."""
-        _require_finite(distribution.energy, type(self).__name__)
-
-    def surrogate(
-        self, distribution: EnergyDistribution, state: nn.Module
-    ) -> Surrogate:
-        """See :meth:`Objective.surrogate`."""
-        _require_finite(distribution.energy, type(self).__name__)
-        return _surrogate(distribution.energy, self.num_sites, _ratio_score)
-
-
-def _log_score(log_probs: Tensor, own: Tensor) -> Tensor:
-    return log_probs.gather(0, own[None])[0]  # (1)
-
-
-def _ratio_score(log_probs: Tensor, own: Tensor) -> Tensor:
-    probs = log_probs.exp()
-    at_own = probs.gather(0, own[None])[0]
-    return -(probs.square().sum(0) - 2 * at_own + 1) / 2  # (1)
-
-
-def _surrogate(
-    energy: Energy,
-    num_sites: int | None,
-    score: Callable[[Tensor, Tensor], Tensor],
-) -> Surrogate:
-    def surrogate(x: Tensor) -> Terms:
-        value = energy(x)
-        values = torch.tensor(finite_values(energy.support)).to(x)
-        own = torch.searchsorted(values, x.contiguous()).reshape(*value.shape, -1)
-        if isinstance(energy, SiteEnergy):
-            logits = energy.site_logits(x).reshape(len(values), *own.shape)
-            return Terms(score(logits.log_softmax(0), own).sum(-1), value)
-        size = own.shape[-1]
-        count = size if num_sites is None else min(num_sites, size)
-        sites = torch.rand(own.shape, device=x.device).argsort(-1)[..., :count]
-        logits = _logits(energy, x, value, values, own, sites)
-        chosen = own.gather(-1, sites)
-        total = score(logits.log_softmax(0), chosen).sum(-1)
-        return Terms(total * (size / count), value)
-
-    return surrogate
+    @staticmethod
+    def _score(log_probs: Tensor, own: Tensor) -> Tensor:
+        probs = log_probs.exp()
+        at_own = probs.gather(0, own[None])[0]
+        return -(probs.square().sum(0) - 2 * at_own + 1) / 2  # (1)
 
 
 def _logits(
@@ -175,16 +176,3 @@ def _logits(
         places = torch.cat([at[None], index])[..., 0]
         rows.append(torch.zeros_like(logits).scatter(0, places, logits))
     return torch.stack(rows, -1)
-
-
-def _require_sites(num_sites: int | None) -> None:
-    if num_sites is not None and num_sites < 1:
-        raise ValueError(f"num_sites must be at least 1, got {num_sites}.")
-
-
-def _require_finite(energy: Energy, name: str) -> None:
-    if not is_finite_support(energy.support):
-        raise ValueError(
-            f"energy must have a finite support for {name}, got {energy.support}. On a "
-            "continuous one ScoreMatching compares slopes in the same way."
-        )
