@@ -24,11 +24,13 @@ quickstart: $(EXAMPLES)  ## Run examples/quickstart.py on real data
 	$(BIN)/python examples/quickstart.py
 
 # One torch thread a worker: two workers with all threads each would be slower than one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 test: $(DEV)  ## Run the tests, doctests, code blocks and examples
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=10
+	$(PYTEST) --durations=10
 
 test-all: $(DEV)  ## Run the slow statistical tests as well
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=20 -m ""
+	$(PYTEST) --durations=20 -m ""
 
 lint: $(DEV)  ## Check style, format and types
 	$(BIN)/ruff check .

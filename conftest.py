@@ -19,7 +19,12 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="torch device, for instance cuda")
 
 
+#: Files of the longest tests, which come first, so that all workers end together.
+_LONGEST = {"test_docs.py", "test_examples.py"}
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs CUDA")
         for item in items:

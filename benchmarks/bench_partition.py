@@ -1,13 +1,12 @@
 """How often is the default estimate of log Z right, and does it say so?
 
 Every problem of known log Z is given to ``partition.estimate`` as it is, without a
-setting: the problems of ``pyro_ebm.testing.evidence_problems`` and the variants of each
-kind there, regressions and hierarchies on published data, and the targets of
-``pyro_ebm.testing``. A run is right if its 95 % interval holds the truth, and ok if its
-verdict is exact or ok. Those flagged have an interval and are called unreliable; those
-called infinite are said not to be normalisable; those that failed raise an error or
-exceed a limit of seconds. Half-widths, errors and CPU seconds, on one thread, are
-medians.
+setting: the problems of ``evidence_problems`` and the variants of each kind there,
+regressions and hierarchies on published data, and the targets of ``pyro_ebm.testing``.
+A run is right if its 95 % interval holds the truth, and ok if its verdict is exact or
+ok. Those flagged have an interval and are called unreliable; those called infinite are
+said not to be normalisable; those that failed raise an error or exceed a limit of
+seconds. Half-widths, errors and CPU seconds, on one thread, are medians.
 
 dynesty runs beside it with 500 live points and its defaults otherwise, on the
 likelihood traced by torch, in double precision and with one seed.
@@ -27,15 +26,14 @@ import time
 import warnings
 from typing import NamedTuple
 
+import evidence_problems
 import pyro
 import torch
-from evidence_problems import DATA_PROBLEMS
 from nested_sampling import NotRun, nested_sampling
 from report import as_markdown, save
 
 from pyro_ebm.partition import estimate
-from pyro_ebm.testing import evidence_problems, targets, validation_targets
-from pyro_ebm.testing.evidence_problems import EvidenceProblem
+from pyro_ebm.testing import targets, validation_targets
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 #: None of the seeds with which anything was tuned.
@@ -47,7 +45,7 @@ def from_target(build, dtype):
     """A target of ``pyro_ebm.testing`` as a problem; it has the default dtype."""
     with default_dtype(dtype):
         target = build()
-    return EvidenceProblem(
+    return evidence_problems.EvidenceProblem(
         target.name, target.energy, target.base, target.log_partition
     )
 
@@ -62,7 +60,7 @@ def targets_of(module):
 
 GROUPS = {
     "problems": evidence_problems.problems(),
-    "data": DATA_PROBLEMS,
+    "data": evidence_problems.DATA_PROBLEMS,
     "targets": {**targets_of(targets), **targets_of(validation_targets)},
     "variants": evidence_problems.variants(),
 }

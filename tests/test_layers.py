@@ -5,6 +5,7 @@ tests below can plant one fault at a time in a small tree and see it found.
 """
 
 import ast
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,8 +49,9 @@ def line_of(name):
     return name.partition(".")[2].partition(".")[0]
 
 
+@functools.cache
 def modules(root):
-    """Every module below ``root``, parsed."""
+    """Every module below ``root``, parsed once."""
     found = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -89,14 +91,17 @@ def absolute(module, node):
     return ".".join([*parts[:keep], *([node.module] if node.module else [])])
 
 
+@functools.cache
 def own_imports(root):
     """Pairs of a module and an import of this package in it."""
     found = modules(root)
     known = {module.name for module in found}
-    for module in found:
-        for item in imports(module, known):
-            if item.target.split(".")[0] == PACKAGE:
-                yield module, item
+    return [
+        (module, item)
+        for module in found
+        for item in imports(module, known)
+        if item.target.split(".")[0] == PACKAGE
+    ]
 
 
 def check_known(root):

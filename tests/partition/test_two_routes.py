@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from benchmarks.evidence_problems import boxes, problems, variants
 from pyro_ebm.core import Reason
 from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
@@ -22,7 +23,6 @@ from pyro_ebm.partition.particles.engine import Journey
 from pyro_ebm.partition.progress import CountedEnergy, Limits
 from pyro_ebm.partition.two_routes import _BY_DRAWS, _BY_PARTICLES, _TwoRoutes
 from pyro_ebm.testing import CountingEnergy
-from pyro_ebm.testing.evidence_problems import boxes, problems, variants
 
 BUILDERS = {**problems(), **variants()}
 #: Under a second or so each, and among them one of every kind that was once wrong.

@@ -282,8 +282,7 @@ class FactorGraphEnergy(SiteEnergy):
         """
         path = super().annealing_path()
         factors = [
-            (sites, _all_rows(table.detach(), sites))
-            for sites, table in self.factors()
+            (sites, _all_rows(table.detach(), sites)) for sites, table in self.factors()
         ]
         if not any(table.isneginf().any() for _, table in factors):
             return path

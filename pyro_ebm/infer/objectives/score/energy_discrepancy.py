@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Energy, unconstrained
-from pyro_ebm.energies.discrete.finite import FiniteUniform
+from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.views.unconstrained import is_finite_support
 from pyro_ebm.infer.objectives.objective import (
     Need,
@@ -148,6 +148,6 @@ class EnergyDiscrepancy(Objective):
             time = 0.25 if self.time is None else self.time
             return u + math.sqrt(time) * torch.randn_like(u)
         time = self.time or 2 / energy.event_shape.numel()
-        anew = FiniteUniform(energy.support, energy.event_shape, u)
+        anew = IndependentSites.uniform(energy.support, energy.event_shape, u)
         is_kept = torch.rand_like(u) < math.exp(-time)
         return u.where(is_kept, anew.sample(energy.batch_shape_of(u)))  # (2)

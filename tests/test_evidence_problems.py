@@ -17,8 +17,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from scipy import special
 
-from pyro_ebm.energies import Energy, PyroModelEnergy
-from pyro_ebm.testing.evidence_problems import (
+from benchmarks.evidence_problems import (
     boxes,
     counts,
     hierarchies,
@@ -27,6 +26,7 @@ from pyro_ebm.testing.evidence_problems import (
     supports,
     variants,
 )
+from pyro_ebm.energies import Energy, PyroModelEnergy
 
 BUILDERS = {**problems(), **variants()}
 DOUBLE = torch.float64

@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.testing import validation_targets
-from pyro_ebm.testing.evidence_problems.base import EvidenceProblem, log_normal, noise
-from pyro_ebm.testing.evidence_problems.regressions import gaussian_log_evidence
 from pyro_ebm.testing.grid import GridDensity, log_integral
+
+from .base import EvidenceProblem, log_normal, noise
+from .regressions import gaussian_log_evidence
 
 
 def eight_schools(dtype: torch.dtype) -> EvidenceProblem:

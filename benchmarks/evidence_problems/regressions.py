@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyro_ebm.testing.evidence_problems.base import EvidenceProblem, log_normal, noise
 from pyro_ebm.testing.grid import GridDensity, log_integral
+
+from .base import EvidenceProblem, log_normal, noise
 
 
 def gaussian_log_evidence(x: Tensor, y: Tensor, variance: Tensor) -> Tensor:

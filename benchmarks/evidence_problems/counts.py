@@ -21,12 +21,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_ebm.testing.evidence_problems.base import (
+from pyro_ebm.testing.grid import log_integral
+
+from .base import (
     EvidenceProblem,
     log_beta,
     log_normal,
 )
-from pyro_ebm.testing.grid import log_integral
 
 
 def coin(dtype: torch.dtype) -> EvidenceProblem:

@@ -27,9 +27,10 @@ from torch import Tensor
 from torch.special import i0e, log_ndtr
 
 from pyro_ebm.energies import FunctionEnergy
-from pyro_ebm.testing.evidence_problems.base import EvidenceProblem, log_normal, noise
-from pyro_ebm.testing.evidence_problems.regressions import gaussian_log_evidence
 from pyro_ebm.testing.grid import GridDensity, log_integral
+
+from .base import EvidenceProblem, log_normal, noise
+from .regressions import gaussian_log_evidence
 
 
 def correlated_gaussian(

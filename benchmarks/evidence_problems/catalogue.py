@@ -4,14 +4,14 @@ __all__ = ["problems", "variants"]
 
 from functools import partial
 
-from pyro_ebm.testing.evidence_problems import (
+from . import (
     boxes,
     counts,
     hierarchies,
     regressions,
     supports,
 )
-from pyro_ebm.testing.evidence_problems.base import Builder
+from .base import Builder
 
 _PROBLEMS: dict[str, Builder] = {
     "eight_schools_noncentered": hierarchies.eight_schools,

@@ -1,8 +1,8 @@
 """Evidence problems on data that others published, from the files in ``data``.
 
-They are as those of ``pyro_ebm.testing.evidence_problems``: ``DATA_PROBLEMS`` maps a
-name to a function of the dtype. Regressions have ``Normal(0, 10)`` coefficients and
-``HalfNormal(10)`` noise, in the units of the data.
+They are as the others here: ``DATA_PROBLEMS`` maps a name to a function of the dtype.
+Regressions have ``Normal(0, 10)`` coefficients and ``HalfNormal(10)`` noise, in the
+units of the data.
 """
 
 import functools
@@ -14,12 +14,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from pyro_ebm.testing.evidence_problems import EvidenceProblem
-from pyro_ebm.testing.evidence_problems.base import log_normal
-from pyro_ebm.testing.evidence_problems.regressions import linear
 from pyro_ebm.testing.grid import log_integral
 
-DATA = Path(__file__).resolve().parent / "data"
+from .base import EvidenceProblem, log_normal
+from .regressions import linear
+
+DATA = Path(__file__).resolve().parents[1] / "data"
 
 
 @functools.cache
@@ -128,7 +128,7 @@ def brownian(dtype):
 def seeds(dtype):
     """Logistic regression with a random effect for each of 21 plates: 26 numbers.
 
-    The truth is from long runs, see ``tests/test_evidence_data.py`` for another way.
+    The truth is from long runs; ``tests/test_published_problems.py`` has another way.
     """
     r, n, x1, x2 = (load("seeds")[key].to(dtype) for key in ("r", "n", "x1", "x2"))
     x = with_intercept(x1, x2, x1 * x2)

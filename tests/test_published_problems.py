@@ -6,8 +6,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from benchmarks import evidence_problems
-from benchmarks.evidence_problems import DATA_PROBLEMS, load, with_intercept
+from benchmarks.evidence_problems import published
+from benchmarks.evidence_problems.published import DATA_PROBLEMS, load, with_intercept
 from pyro_ebm.energies import PyroModelEnergy
 
 DOUBLE = torch.float64
@@ -50,7 +50,7 @@ def test_regression_by_conditional_draws(name, monkeypatch):
     """The noise from around its mode, the coefficients exactly given the noise."""
     seen = {}
     monkeypatch.setattr(
-        evidence_problems, "linear", lambda x, y, *_, **__: seen.update(x=x, y=y)
+        published, "linear", lambda x, y, *_, **__: seen.update(x=x, y=y)
     )
     DATA_PROBLEMS[name](DOUBLE)
     monkeypatch.undo()

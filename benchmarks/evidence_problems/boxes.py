@@ -28,8 +28,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_ebm.testing.evidence_problems.base import EvidenceProblem
 from pyro_ebm.testing.grid import GridDensity
+
+from .base import EvidenceProblem
 
 
 def _on_box(
