@@ -333,30 +333,39 @@ class _PartAdaptation(nn.Module):
         if hasattr(kernel, "adaptation"):
             self.own = kernel.adaptation()
         self._metric: dict[str, Tensor | None] = {}
-        self._moments: GroupMoments | None = None
-        self._joint: GroupMoments | None = None
+        # In a list: by chains, and where a dense metric is tried of all together.
+        self._moments: list[GroupMoments] = []
         self._num_updates, self._dtype = 0, torch.get_default_dtype()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The metric and the counter; moments of a window are found anew."""
-        return {"metric": dict(self._metric), "updates": self._num_updates}
+        """The metric, the counter and the moments of the window."""
+        moments = [dict(each.state_dict()) for each in self._moments]
+        counter = {"updates": self._num_updates, "moments": moments}
+        return {"metric": dict(self._metric), **counter}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Load them."""
         self._metric, self._num_updates = dict(state["metric"]), state["updates"]
+        self._moments = []
+        for saved in state["moments"]:
+            number, size = saved["mean"].shape
+            each = GroupMoments((size,), number, is_dense=saved["scatter"].dim() == 3)
+            self._moments.append(each.to(saved["mean"]))
+            each.load_state_dict(saved)
 
     def reset(self, spread: float | Tensor) -> None:
         """Take the metric of the draws so far, and begin anew."""
         count = self._num_updates - _SKIPPED
-        if self._moments is not None and count >= _MIN_DRAWS:
-            scale = typical(diagonal_metrics(*self._moments.covariance().chunk(2)))
+        if self._moments and count >= _MIN_DRAWS:
+            by_chain, *joint = self._moments
+            scale = typical(diagonal_metrics(*by_chain.covariance().chunk(2)))
             scale = scale.where(scale.isfinite(), 1.0)
             factor = None
-            if self._joint is not None:
-                draws, grads = self._joint.covariance().split(1)
+            if joint and count * len(by_chain.count) / 2 >= _MIN_DENSE * len(scale):
+                draws, grads = joint[0].covariance().split(1)
                 factor = dense_metric(draws, grads, scale)
             self._set(scale, factor)
-        self._moments = self._joint = None
+        self._moments = []
         self._num_updates = 0
         if self.own is not None:
             self.own.spread = spread
@@ -406,11 +415,9 @@ class _PartAdaptation(nn.Module):
         """Draws and gradients, for the metric."""
         rows = torch.stack([state.x, state.grad]).flatten(1, -2)
         (number, size), self._dtype = rows.shape[1:], rows.dtype
-        if self._moments is None:
-            where = rows.device, torch.float64
-            self._moments = GroupMoments((size,), 2 * number).to(*where)
-            if self._may_be_dense and 1 < size <= MAX_DENSE and number >= _MIN_DENSE:
-                self._joint = GroupMoments((size,), 2, is_dense=True).to(*where)
-        self._moments.update(rows)
-        if self._joint is not None:
-            self._joint.update(rows)
+        if not self._moments:
+            self._moments = [GroupMoments((size,), 2 * number)]
+            if self._may_be_dense and 1 < size <= MAX_DENSE:
+                self._moments.append(GroupMoments((size,), 2, is_dense=True))
+        for each in self._moments:
+            each.to(rows.device, torch.float64).update(rows)
