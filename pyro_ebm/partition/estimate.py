@@ -48,7 +48,7 @@ _MAX_STATES = 2**18
 #: Nats below the bulk at which mass is none.
 _NOTHING = 100.0
 #: Over a mixed support: draws of a proposal, and chains that it is fitted to.
-_FIRST_DRAWS, _MOST_DRAWS, _NUM_CHAINS = 20_000, 1_000_000, 1000
+_FIRST_DRAWS, _MOST_DRAWS, _NUM_CHAINS = 20_000, 180_000, 1000
 #: By how much a run of annealing is larger than the one before.
 _GROWTH = 3
 

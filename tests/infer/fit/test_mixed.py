@@ -27,7 +27,7 @@ def table(number):
     label = torch.multinomial(SHARES, number, replacement=True)
     coin = torch.bernoulli(ODDS[label])
     x = MEANS[label] + torch.randn(number)
-    y = 0.4 * x.square() * (2 * coin - 1) + torch.randn(number)
+    y = 1.5 * x.sin() * (2 * coin - 1) + torch.randn(number)
     z = y / 2 - label + torch.randn(number)
     return torch.stack([x, y, z, label.float(), coin], 1)
 
@@ -38,7 +38,7 @@ def log_law(t):
     which = label.long()
     return (
         dist.Normal(MEANS[which], 1.0).log_prob(x)
-        + dist.Normal(0.4 * x.square() * (2 * coin - 1), 1.0).log_prob(y)
+        + dist.Normal(1.5 * x.sin() * (2 * coin - 1), 1.0).log_prob(y)
         + dist.Normal(y / 2 - label, 1.0).log_prob(z)
         + SHARES.log()[which]
         + dist.Bernoulli(ODDS[which]).log_prob(coin)
@@ -66,13 +66,13 @@ def fitted(number, **settings):
 
 
 def test_a_fit_on_auto_takes_a_mixed_table():
-    model, result = fitted(800, num_steps=100)
+    model, result = fitted(500, num_steps=60)
     assert result.base.kind == "latent_classes"
     assert result.log_partition.is_reliable
     fresh, q = table(5000), model()
     with torch.no_grad():
         own = q.log_prob(fresh).mean()
-    assert abs(own - log_law(fresh).mean()) < 0.15
+    assert abs(own - log_law(fresh).mean()) < 0.25
     assert abs(own - result.validation.value) < 5 * result.validation.std_error
     draws = q.sample((400,))
     assert q.support.check(draws).all()
@@ -100,12 +100,18 @@ def test_log_z_is_found(known):
     found = pyro_ebm.partition.estimate(known, progress_bar=False)
     assert found.status == "ok"
     assert abs(found.value + 1.3) < 4 * found.std_error + 0.01
-    alone = pyro_ebm.partition.estimate(known.energy, progress_bar=False)
-    assert abs(alone.value + 1.3) < 4 * alone.std_error + 0.02
     budget = pyro_ebm.partition.estimate(known, budget=2000, progress_bar=False)
     assert budget.num_evaluations <= 2000
     with pytest.raises(ValueError, match="sum over states"):
         pyro_ebm.partition.estimate(known, method="exact")
+
+
+@pytest.mark.slow
+def test_log_z_is_found_without_a_base(known):
+    """Chains that begin at a standard one find the way."""
+    alone = pyro_ebm.partition.estimate(known.energy, progress_bar=False)
+    assert alone.status == "ok"
+    assert abs(alone.value + 1.3) < 4 * alone.std_error + 0.01
 
 
 def test_categories_given_real_columns_are_exact(known):
@@ -141,7 +147,9 @@ def test_real_columns_given_categories_are_those_of_the_law(known):
     for column in range(3):
         assert stats.ks_2samp(x[:, column], there[:, column]).pvalue > 1e-3
     assert stats.ks_2samp(x[:, 1], other[:, 1]).pvalue < 1e-6
-    found = pyro_ebm.partition.estimate(given, progress_bar=False)
+    found = pyro_ebm.partition.estimate(
+        given, method="importance", budget=4000, progress_bar=False
+    )
     wanted = (SHARES[1] * (1 - ODDS[1])).log().item() - 1.3
     assert abs(found.value - wanted) < 4 * found.std_error + 0.01
 
@@ -170,8 +178,8 @@ def test_estimators_of_other_kinds_learn_too(objective):
         model,
         data,
         objective,
-        num_steps=150,
-        optim=torch.optim.Adam(model.parameters(), 0.01),
+        num_steps=60,
+        optim=torch.optim.Adam(model.parameters(), 0.03),
         progress_bar=False,
     )
     with torch.no_grad():
