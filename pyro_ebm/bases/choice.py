@@ -14,9 +14,11 @@ from torch.distributions.constraints import Constraint
 from pyro_ebm.bases.committee import committee
 from pyro_ebm.bases.flow import flow
 from pyro_ebm.bases.kernels import independent, kernel_density
+from pyro_ebm.bases.mixed import stacked_classes
 from pyro_ebm.bases.mixture import gaussian_mixture, normal
 from pyro_ebm.bases.rows import Rows, split
 from pyro_ebm.bases.stack import Stack, stacked
+from pyro_ebm.core.spaces import MixedSupport, of_columns
 from pyro_ebm.core.stopwatch import Stopwatch
 
 _Fitter = Callable[[Tensor, float], dist.TorchDistribution]
@@ -33,7 +35,8 @@ class FittedBase(NamedTuple):
     Attributes:
         distribution: Normalised, over the event.
         kind: ``"normal"``, ``"committee"``, ``"kernel_density"``, ``"independent"``,
-            ``"flow"``, ``"gaussian_mixture"``, or ``"stack"``, a mixture of them.
+            ``"flow"``, ``"gaussian_mixture"``, or ``"stack"``, a mixture of them; of a
+            table with categorical columns ``"latent_classes"``.
         log_likelihood: Nats a held-out row, of the fit to the other rows.
         std_error: Of that, from the number of held-out rows.
         compared: The same of all kinds that were tried; ``-inf`` where a fit failed.
@@ -75,8 +78,10 @@ def fit(
             them (:func:`~pyro_ebm.bases.committee`), kernel densities of rows and of
             independent coordinates and, for 500 rows or more and where zuko is
             installed, a spline flow, and mixes those that are worth it; or the one to
-            take.
-        support: Of a row; default: all real numbers.
+            take. Of a table with real and categorical columns it is
+            :func:`~pyro_ebm.bases.latent_classes`.
+        support: Of a row; default: all real numbers. With ``constraints.cat`` some
+            columns may be categorical.
         held_out: Rows to compare by, shape ``(M, *event)``; the base is then fitted to
             ``data`` alone. Default: about a seventh of ``data``, and what was chosen is
             fitted once more, to all rows.
@@ -105,6 +110,10 @@ def fit(
         ...     pyro_ebm.energies.NeuralEnergy((2,), (16,)), found.distribution
         ... )
     """
+    if support is not None and isinstance(data, Tensor):
+        support = of_columns(support, data.shape[1:])
+    if isinstance(support, MixedSupport):
+        return _fit_mixed(data, kind, support, held_out, max_seconds, seed)
     is_whole = isinstance(data, Tensor) and not data.is_floating_point()
     if not is_whole:
         Rows.of(data, support)
@@ -134,6 +143,22 @@ def fit(
         chosen = again[best] if best != "stack" else _mixed(again, mixture.probs)
     error = _error(scores[best])
     return FittedBase(chosen, best, compared[best], error, compared)
+
+
+def _fit_mixed(
+    data: Tensor,
+    kind: str,
+    support: MixedSupport,
+    held_out: Tensor | None,
+    max_seconds: float,
+    seed: int,
+) -> FittedBase:
+    """Latent classes, the one kind for tables with real and categorical columns."""
+    name = "latent_classes"
+    _check(data, held_out, kind, [name])
+    base, scores = stacked_classes(data, support, None, held_out, max_seconds, seed)
+    value = _mean(scores)
+    return FittedBase(base, name, value, _error(scores), {name: value})
 
 
 def _error(values: Tensor) -> float:

@@ -10,9 +10,11 @@ from torch.distributions.constraints import Constraint
 
 from pyro_ebm.bases.flow import Flow, new_flow
 from pyro_ebm.bases.kernels import Kernels
+from pyro_ebm.bases.mixed import LatentClasses
 from pyro_ebm.bases.mixture import NormalMixture
 from pyro_ebm.bases.rows import Rows
 from pyro_ebm.bases.stack import Stack
+from pyro_ebm.core.spaces import MixedSupport
 
 #: What a density over rows in unconstrained space is made of.
 _State = dict[str, Any]
@@ -54,6 +56,13 @@ def from_state(state: _State, support: Constraint | None) -> dist.TorchDistribut
     if state["kind"] == "stack":
         parts = [from_state(part, support) for part in state["parts"]]
         return Stack(parts, state["probs"])
+    if state["kind"] == "latent_classes":
+        if not isinstance(support, MixedSupport):
+            raise ValueError(
+                "support must be the mixed one that the base was fitted with, got "
+                f"{support}. Build the energy with it, then load."
+            )
+        return LatentClasses(support, *(state[name] for name in LatentClasses.PARTS))
     if state["kind"] == "counts":
         probs = state["probs"]
         return dist.Categorical(probs).to_event(len(state["event_shape"]))
@@ -73,6 +82,9 @@ def _of_rows(base: Any) -> _State:
         return {"kind": "normal", "loc": base.loc, "scale_tril": base.scale_tril}
     if isinstance(base, Flow):
         return {"kind": "flow", **base.saved()}
+    if isinstance(base, LatentClasses):
+        parts = {name: getattr(base, name) for name in LatentClasses.PARTS}
+        return {"kind": "latent_classes", **parts}
     inner = base.base_dist if isinstance(base, dist.Independent) else base
     if isinstance(inner, dist.Categorical):
         return {"kind": "counts", "probs": inner.probs}

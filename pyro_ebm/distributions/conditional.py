@@ -19,12 +19,13 @@ from typing import Any, final
 import pyro.distributions as dist
 from torch import Tensor
 
+from pyro_ebm.bases.mixed import LatentClasses
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.mixture import MixtureOfExperts
 from pyro_ebm.distributions.representation import distribution_html
 from pyro_ebm.energies import ClampedEnergy
 from pyro_ebm.energies.closed_form.marginal import marginal
-from pyro_ebm.mcmc import IndependentChains, Sampler
+from pyro_ebm.mcmc import ImportanceResampling, IndependentChains, Sampler
 from pyro_ebm.partition import LogPartitionEstimate
 
 
@@ -37,7 +38,8 @@ class Conditional(EnergyDistribution):
     Parameters of ``p`` stay live.
 
     Where ``p`` is Gaussian, a mixture of Gaussians or independent, :math:`\log Z_v` is
-    exact. Otherwise it is unknown until it is given (``partition.estimate`` of the
+    exact, and so it is of at most 4096 states of categorical columns given real ones.
+    Otherwise it is unknown until it is given (``partition.estimate`` of the
     conditional, and :meth:`with_log_partition`). :math:`\log Z_v - \log Z` is
     :math:`\log q(v)`, the log marginal density of what is observed.
 
@@ -47,7 +49,8 @@ class Conditional(EnergyDistribution):
         log_partition: :math:`\log Z_v`; see :class:`EnergyDistribution`.
         base: Normalised, over the free coordinates: start of chains, reference for
             :math:`\log Z_v`. Default: the marginal of the base that ``distribution``
-            has, where that is normal, independent or a mixture of such, else none:
+            has, where that is normal, independent or a mixture of such, of latent
+            classes their conditional, else none:
             then chains start standard normal, and ``partition.estimate`` asks for one.
         sampler: How to draw; default: as ``distribution`` does, but from ``base``, or
             exactly where :math:`q(u \mid v)` is known.
@@ -102,6 +105,11 @@ class Conditional(EnergyDistribution):
         known = energy.closed_form()
         if log_partition is None and known is not None:
             log_partition = known.log_partition
+        classes = _latent_classes_of(distribution)
+        near = None if classes is None else classes.given(energy.fixed, energy.value)
+        if base is None and near is not None:
+            base = near
+            sampler = ImportanceResampling(near) if sampler is None else sampler
         base = _derived_base(distribution, energy) if base is None else base
         if sampler is None and known is None:
             sampler = _sampler_from(distribution.sampler, base)
@@ -152,6 +160,14 @@ class Conditional(EnergyDistribution):
 
     def _repr_html_(self) -> str:
         return distribution_html(self, f"exp(-f(u, v)) / Z_v, f: {self._formula()}")
+
+
+def _latent_classes_of(distribution: EnergyDistribution) -> LatentClasses | None:
+    """The base of a mixed event, whose conditional is known as well."""
+    holders = (distribution, distribution.owner, distribution.sampler)
+    found = [getattr(h, name, None) for h in holders for name in ("base", "proposal")]
+    parts = [part for each in found for part in getattr(each, "parts", (each,))]
+    return next((part for part in parts if isinstance(part, LatentClasses)), None)
 
 
 def _derived_base(

@@ -32,7 +32,10 @@ from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.representation import with_error
 from pyro_ebm.energies import DistributionEnergy, Energy
 from pyro_ebm.energies.discrete.independent import IndependentSites
-from pyro_ebm.energies.views.unconstrained import is_unconstrained
+from pyro_ebm.energies.views.unconstrained import (
+    is_finite_support,
+    is_unconstrained,
+)
 from pyro_ebm.mcmc import (
     MALA,
     ImportanceResampling,
@@ -73,8 +76,9 @@ class EnergyModel(Factor, nn.Module):
         base: A normalised Pyro distribution on the same event and support, somewhat
             wider than the data: reference for :math:`\log Z` and start of all chains.
             Default: ``"auto"``, a density that :func:`pyro_ebm.fit` fits to the data
-            (:func:`pyro_ebm.bases.fit`; independent sites on a finite support) and that
-            a network without a base then corrects; until then standard normal in
+            (:func:`pyro_ebm.bases.fit`; independent sites on a finite support, latent
+            classes where columns are real and categorical) and that a network without a
+            base then corrects; until then standard normal in
             unconstrained space, or uniform.
         sampler: How the distribution draws; default: an HMC chain a draw from the base,
             and importance resampling where the base was fitted to the data.
@@ -120,8 +124,8 @@ class EnergyModel(Factor, nn.Module):
                     f"log_partition; got {base!r}. A tracker needs the base that it "
                     "was built with."
                 )
-            is_finite = energy.support.is_discrete
-            base = default_base(energy) if is_finite else standard_base(energy)
+            is_discrete = energy.support.is_discrete
+            base = default_base(energy) if is_discrete else standard_base(energy)
         GeometricPath(energy, base)  # checks that they fit
         self.energy = energy
         self._base = DistributionEnergy(base)  # a module, so that .to() moves it
@@ -167,7 +171,7 @@ class EnergyModel(Factor, nn.Module):
             self.log_partition.value.device
         )
         self.awaits_base, self.chains = False, PersistentChains()
-        if not self.energy.support.is_discrete:
+        if not is_finite_support(self.energy.support):
             self.source = "importance"
 
     def amortize(

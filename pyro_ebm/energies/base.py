@@ -36,6 +36,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
+from pyro_ebm.core.spaces import of_columns
 from pyro_ebm.energies.corrections import shared_support
 
 
@@ -76,7 +77,9 @@ class Energy(nn.Module):
     Args:
         event_shape: Shape of one point ``x``.
         support: Constraint with ``event_dim == len(event_shape)``; default: all of
-            :math:`\mathbb{R}^{\mathrm{event\_shape}}`.
+            :math:`\mathbb{R}^{\mathrm{event\_shape}}`. Of vectors with real and
+            categorical columns ``constraints.cat([...], dim=-1, lengths=[...])``, see
+            :class:`~pyro_ebm.core.spaces.MixedSupport`.
         batch_shape: Of the energies that these are; default: one energy.
 
     Raises:
@@ -127,7 +130,8 @@ class Energy(nn.Module):
                 f"support must be a constraint, got {support!r}. They are in "
                 "pyro.distributions.constraints, such as constraints.positive."
             )
-        elif support.event_dim != event_dim:
+        support = of_columns(support, self.event_shape)
+        if support.event_dim != event_dim:
             raise ValueError(
                 f"support must have event_dim {event_dim}, the number of dimensions "
                 f"of event_shape {tuple(self.event_shape)}; got {support} with "

@@ -42,8 +42,11 @@ from typing import Any, final
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 
+from pyro_ebm.core.spaces import MixedSupport, states_of
 from pyro_ebm.energies.base import Energy
+from pyro_ebm.energies.discrete.finite import finite_values, num_states
 from pyro_ebm.energies.distribution import base_energy
 
 
@@ -141,12 +144,17 @@ class NeuralEnergy(Energy):
     The gradient comes from (2), without autograd, for ``nn.SiLU``, ``nn.Softplus``,
     ``nn.Tanh`` and ``nn.GELU``; forward hooks on the layers are called there too.
 
+    Over a finite support, or a mixed one, a coordinate of more than two states enters
+    as one input for each state, 1 for the one that it is in; one of two states as it
+    is. These inputs have no gradient.
+
     Args:
         event_shape: Shape of one point, usually ``(D,)``; it is flattened.
         hidden_sizes: Width of each hidden layer.
         activation: Builds one activation module a hidden layer, such as ``nn.SiLU``.
-        base: Normalised distribution :math:`p_0` over all of :math:`\mathbb{R}^D`, kept
-            fixed; see :class:`~pyro_ebm.energies.DistributionEnergy`.
+        support: Real, finite or mixed; default: all of :math:`\mathbb{R}^D`.
+        base: Normalised distribution :math:`p_0` over the support, kept fixed; see
+            :class:`~pyro_ebm.energies.DistributionEnergy`.
         spectral_norm: Largest spectral norm :math:`c` that a weight matrix may have;
             larger ones are scaled down when used, by a bound of it that is at most 8 %
             above up to a width of 128. Then :math:`|\partial_x g| \le c^{L+1} s^L`
@@ -172,6 +180,10 @@ class NeuralEnergy(Energy):
 
     loc: Tensor
     scale: Tensor
+    plain: Tensor  # coordinates that enter as they are
+    wide: Tensor  # those that enter state by state, shape (F,)
+    states: Tensor  # theirs, shape (F, q), nan beyond their own
+    is_state: Tensor
 
     def __init__(
         self,
@@ -179,19 +191,21 @@ class NeuralEnergy(Energy):
         hidden_sizes: Sequence[int] = (128, 128),
         *,
         activation: Callable[[], nn.Module] = nn.SiLU,
+        support: Constraint | None = None,
         base: dist.TorchDistribution | None = None,
         spectral_norm: float | None = None,
     ) -> None:
-        super().__init__(event_shape)
+        super().__init__(event_shape, support)
         self.base_energy = base_energy(base, self)
-        self.register_buffer("loc", torch.zeros(self.event_shape.numel()))
-        self.register_buffer("scale", torch.ones(self.event_shape.numel()))
+        self._set_code()
+        width = self._num_plain + int(self.is_state.sum())
+        self.register_buffer("loc", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
         self._is_bounded = spectral_norm is not None
         linear: Callable[[int, int], nn.Linear] = nn.Linear
         if spectral_norm is not None:
             linear = functools.partial(BoundedLinear, max_norm=spectral_norm)
         layers: list[nn.Module] = []
-        width = self.event_shape.numel()
         for size in hidden_sizes:
             layers += [linear(width, size), _build_activation(activation)]
             width = size
@@ -209,7 +223,7 @@ class NeuralEnergy(Energy):
         Nothing is done where there is a base already.
 
         Args:
-            base: Normalised, over all of :math:`\mathbb{R}^D`.
+            base: Normalised, over the support.
             x: Points to standardise by, shape ``(N, *event)``; not used with a
                 ``spectral_norm``, which is of the network as a function of ``x``.
         """
@@ -217,9 +231,9 @@ class NeuralEnergy(Energy):
             return
         self.base_energy = base_energy(base, self)
         if not self._is_bounded:
-            flat = x.reshape(len(x), -1)
-            scale = flat.std(0)
-            self.loc.copy_(flat.mean(0))
+            inputs = self._inputs(x)
+            scale = inputs.std(0)
+            self.loc.copy_(inputs.mean(0))
             self.scale.copy_(scale.where(scale > 0, 1.0))
         output: Any = self.network[-1]
         nn.init.zeros_(output.weight)
@@ -227,9 +241,35 @@ class NeuralEnergy(Energy):
 
     def correction(self, x: Tensor) -> Tensor:
         """The network alone, shape ``(*batch,)``; see :meth:`Energy.correction`."""
-        flat = x.reshape(self.batch_shape_of(x) + (self.event_shape.numel(),))
-        value: Tensor = self.network((flat - self.loc) / self.scale).squeeze(-1)
+        inputs = (self._inputs(x) - self.loc) / self.scale
+        value: Tensor = self.network(inputs).squeeze(-1)
         return value
+
+    def _set_code(self) -> None:
+        """Find the coordinates that enter state by state."""
+        states = _states_of_coordinates(self)
+        wide = [n for n, values in enumerate(states) if len(values) > 2]
+        plain = [n for n, values in enumerate(states) if len(values) <= 2]
+        table = torch.full((len(wide), max(map(len, states), default=0)), torch.nan)
+        for row, number in zip(table, wide, strict=True):
+            row[: len(states[number])] = states[number]
+        self._num_plain = len(plain)
+        for name, tensor in (
+            ("plain", torch.tensor(plain, dtype=torch.long)),
+            ("wide", torch.tensor(wide, dtype=torch.long)),
+            ("states", table),
+            ("is_state", ~table.isnan()),
+        ):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        """What the network sees, before it is standardised, ``(*batch, width)``."""
+        flat = x.reshape(self.batch_shape_of(x) + (self.event_shape.numel(),))
+        if not len(self.wide):
+            return flat
+        is_in = flat[..., self.wide, None] == self.states
+        code = is_in[..., self.is_state].to(flat)
+        return torch.cat([flat[..., self.plain], code], -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate (1) at ``x`` of shape ``(*batch, *event)``."""
@@ -240,7 +280,7 @@ class NeuralEnergy(Energy):
         """Energy and gradient by (2) where the activation allows it."""
         batch_shape = self.batch_shape_of(x)
         activations = list(self.network)[1::2]
-        if any(
+        if len(self.wide) or any(
             type(s) not in _SLOPE_TIMES or getattr(s, "inplace", False)
             for s in activations
         ):
@@ -270,6 +310,28 @@ class NeuralEnergy(Energy):
             # times faster on a CPU, and no other slower.
             grad = nn.functional.linear(grad, weight.mT.contiguous())  # (2)
         return value, grad
+
+
+def _states_of_coordinates(energy: Energy) -> list[Tensor]:
+    """The states of each coordinate of the flattened event, none of a real one.
+
+    Raises:
+        ValueError: If there are infinitely many.
+    """
+    support, shape = energy.support, energy.event_shape
+    if isinstance(support, MixedSupport):
+        none = torch.empty(0)
+        return [states_of(c) if c.is_discrete else none for c in support.columns]
+    values = finite_values(support)
+    if values is None and support.is_discrete:
+        raise ValueError(
+            f"support must be real, finite or mixed, got {support}. "
+            "independent(integer_interval(a, b), n) is finite."
+        )
+    number = num_states(support, shape)
+    counts = [len(values or ())] * shape.numel()
+    counts = counts if number is None else number.flatten().tolist()
+    return [torch.tensor((values or ())[:count]) for count in counts]
 
 
 def _apply(linear: Any, h: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ Start with :mod:`~pyro_ebm.mcmc.base`, the contract ``init`` / ``step``.
 """
 
 __all__ = [
+    "Alternating",
     "ChEES",
     "ChainState",
     "DiscreteLangevin",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
+from pyro_ebm.mcmc.kernels.alternating import Alternating
 from pyro_ebm.mcmc.kernels.chees import ChEES
 from pyro_ebm.mcmc.kernels.discrete_langevin import DiscreteLangevin
 from pyro_ebm.mcmc.kernels.gibbs import Gibbs

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.core.errors import DivergenceError
+from pyro_ebm.core.spaces import require_not_mixed
 from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.energies import Energy
 from pyro_ebm.energies.views.unconstrained import is_unconstrained
@@ -133,6 +134,7 @@ class Kernel(ABC):
         Raises:
             ValueError: If the energy has a constrained or a discrete support.
         """
+        require_not_mixed(energy.support, type(self).__name__)
         if energy.support.is_discrete:
             raise ValueError(
                 f"energy must have a continuous support for {type(self).__name__}, got "

@@ -21,7 +21,7 @@ References:
     Shirts (2013), J. Chem. Theory Comput. 9, 909-926.
 """
 
-__all__ = ["check_draws"]
+__all__ = ["at_two_points", "check_draws"]
 
 import math
 from typing import NamedTuple
@@ -30,8 +30,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
+from pyro_ebm.energies.discrete.finite import finite_values
 from pyro_ebm.energies.views.double import in_double
 
 #: Draws that the proposal is fitted to; draws of it for each draw that is tested.
@@ -195,3 +197,23 @@ def _fitted(u: Tensor) -> _Student:
     covariance.diagonal().add_(1e-6 + 2 * z.shape[1] / len(z))
     factor = torch.linalg.cholesky(covariance)
     return _Student(loc, scale.unsqueeze(-1) * factor)
+
+
+@torch.no_grad()
+def at_two_points(energy: Energy) -> Tensor:
+    """Energies at two points, by which a base is known again, shape ``(2,)``.
+
+    Args:
+        energy: Of a base.
+    """
+    base, _ = unconstrained(energy)
+    options, shape = base.tensor_options(), base.event_shape
+    if isinstance(base.support, MixedSupport):
+        return base(base.support.two_points(torch.empty(0, **options)))
+    values = finite_values(base.support)
+    if values is not None:
+        ends = torch.tensor([values[0], values[-1]], **options)
+        return base(ends.reshape(2, *(1,) * base.event_dim).expand(2, *shape))
+    point = torch.arange(1.0, 1 + shape.numel()).reciprocal()
+    point = point.reshape(shape).to(**options)
+    return base(torch.stack([point, -point]))

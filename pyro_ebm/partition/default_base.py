@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
+from pyro_ebm.bases.mixed import LatentClasses
+from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.energies.corrections import without_independent
 from pyro_ebm.energies.discrete.finite import finite_values
@@ -70,6 +72,8 @@ def default_base(energy: Energy) -> dist.TorchDistribution:
 def standard_base(energy: Energy) -> dist.TorchDistribution:
     """Standard normal in unconstrained space, on the event and support of an energy.
 
+    Categorical columns of a mixed event are uniform.
+
     Args:
         energy: On any support that ``biject_to`` knows.
 
@@ -78,6 +82,9 @@ def standard_base(energy: Energy) -> dist.TorchDistribution:
 
     Exactness: its ``log_prob`` and ``sample`` are *exact*.
     """
+    if isinstance(energy.support, MixedSupport):
+        like = torch.empty(0, **energy.tensor_options())
+        return LatentClasses.standard(energy.support, like)
     flat, to_support = unconstrained(energy)
     zeros = torch.zeros(flat.event_shape, **energy.tensor_options())
     normal = dist.Normal(zeros, torch.ones_like(zeros)).to_event(zeros.dim())
@@ -105,6 +112,8 @@ def describe(base: dist.TorchDistribution) -> str:
         return "uniform on the box"
     if isinstance(scalar, IndependentSites) and scalar.is_uniform:
         return "uniform on the finite support"
+    if isinstance(scalar, LatentClasses):
+        return f"latent classes ({len(scalar.probs)})"
     if isinstance(scalar, _NormalOnSupport):
         return "standard normal in unconstrained space"
     if type(scalar) is dist.Normal and not scalar.loc.any() and _is_one(scalar.scale):

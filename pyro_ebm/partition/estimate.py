@@ -11,13 +11,17 @@ from typing import Any, Literal, TypeAlias
 import pyro.distributions as dist
 import torch
 
+from pyro_ebm.bases.mixed import latent_classes
+from pyro_ebm.bases.stack import Stack
 from pyro_ebm.core.errors import UnreliableWarning
+from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.core.verdict import Finding, Reason, Status
 from pyro_ebm.energies import Energy, PyroModelEnergy
 from pyro_ebm.energies.base import require_no_batch
 from pyro_ebm.energies.corrections import corrected
 from pyro_ebm.energies.discrete.finite import finite_values
 from pyro_ebm.energies.views.pointwise import check_pointwise
+from pyro_ebm.mcmc import IndependentChains
 from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.base_check import check_draws
@@ -43,6 +47,8 @@ _NUM_DRAWN = 20_000
 _MAX_STATES = 2**18
 #: Nats below the bulk at which mass is none.
 _NOTHING = 100.0
+#: Over a mixed support: draws of a proposal, and chains that it is fitted to.
+_FIRST_DRAWS, _MOST_DRAWS, _NUM_CHAINS = 20_000, 180_000, 1000
 #: By how much a run of annealing is larger than the one before.
 _GROWTH = 3
 
@@ -73,8 +79,9 @@ def estimate(
         method: ``"auto"`` takes the closed form where there is one, enumeration of up
             to 2^18 states, quadrature for events of one or two numbers, else
             ``"sampling"``: particles and modes from the base, held against each other,
-            or over a finite support ``"gibbs"``. ``"exact"`` is what is exact alone,
-            for up to three numbers or 2^22 states. See :func:`smc`,
+            over a finite support ``"gibbs"``, and over a mixed one importance sampling
+            from the base and from what chains have found. ``"exact"`` is what is exact
+            alone, for up to three numbers or 2^22 states. See :func:`smc`,
             :func:`importance_sampling`, :func:`annealed_importance_sampling` and
             :func:`gibbs_annealing` for the others.
         tolerance: Standard error wanted, in nats.
@@ -164,6 +171,15 @@ def _exact(
     if method not in ("auto", "exact"):
         return None
     result = closed_form(energy)
+    if result is None and isinstance(energy.support, MixedSupport):
+        if method == "exact":
+            raise ValueError(
+                "method must be 'auto', 'sampling' or 'importance' for an energy over "
+                f"{energy.support}, whose sum over states is one of integrals; got "
+                "'exact'. Given all real columns the sum is exact: "
+                "estimate(distribution.condition(...))."
+            )
+        return None
     states = num_states(energy)
     if result is None and states is not None:
         if method == "exact" or states <= _MAX_STATES:
@@ -203,6 +219,8 @@ def _sampled(
     if result is None and method in _SAMPLERS:
         budget = limits.budget or 50_000
         result = _SAMPLERS[method](energy, base, budget, progress_bar)
+    elif result is None and isinstance(energy.support, MixedSupport):
+        result = _by_classes(energy, base, limits, is_shown=progress_bar)
     elif result is None:
         result, _ = two_routes(energy, base, limits, is_shown=progress_bar)
     if doubts:
@@ -212,6 +230,43 @@ def _sampled(
         how = f"{result.method}; base: {describe(base)}"
         result = result._replace(method=how)
     return result
+
+
+def _by_classes(
+    energy: Energy,
+    given: dist.TorchDistribution,
+    limits: Limits,
+    *,
+    is_shown: bool,
+) -> LogPartitionEstimate:
+    """Over a mixed support: importance from the base and from what chains have found.
+
+    Latent classes are fitted to the ends of chains that began at the base.
+    """
+    number, spent, proposal = _FIRST_DRAWS, 0, given
+    if limits.budget is not None:
+        number = max(2, limits.budget // 2)
+    while True:
+        found = importance_sampling(
+            energy, proposal, num_samples=number, progress_bar=is_shown
+        )
+        spent += number
+        is_enough = found.is_reliable and found.std_error <= limits.tolerance
+        is_last = limits.budget is not None and proposal is not given
+        if is_enough or is_last or limits.seconds > limits.max_seconds / _GROWTH:
+            return found._replace(num_evaluations=spent, num_seconds=limits.seconds)
+        if proposal is given:
+            draws = IndependentChains(given, progress_bar=is_shown).draw_diagnosed(
+                energy, _NUM_CHAINS
+            )
+            near = latent_classes(
+                draws.x, support=energy.support, max_seconds=limits.left / _GROWTH
+            )
+            proposal = Stack([given, near], torch.tensor([0.1, 0.9]).to(draws.x))
+        elif number < _MOST_DRAWS:
+            number *= _GROWTH
+        else:
+            return found._replace(num_evaluations=spent, num_seconds=limits.seconds)
 
 
 def _annealed(

@@ -18,10 +18,11 @@ and constant :math:`-c_v`; :math:`\tilde\eta` is the observed part of :math:`\et
 \Sigma_{vv}^{-1} \Sigma_{vu}` of the covariance.
 """
 
-__all__ = ["ClampedEnergy", "Index"]
+__all__ = ["ClampedEnergy", "Index", "chosen_numbers", "support_at"]
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from types import EllipsisType
 from typing import Any, TypeAlias, final
 
@@ -30,6 +31,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
+from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.energies.base import ClosedForm, Energy
 from pyro_ebm.energies.closed_form.gaussian import (
     GaussianForm,
@@ -41,12 +43,21 @@ from pyro_ebm.energies.discrete.exact.distribution import (
     ExactClosedForm,
     site_number,
 )
-from pyro_ebm.energies.discrete.finite import finite_values
+from pyro_ebm.energies.discrete.factor_graph import FactorGraphEnergy
+from pyro_ebm.energies.discrete.finite import (
+    finite_points,
+    finite_values,
+    num_points,
+    num_states,
+)
 
 #: What chooses coordinates of an event, as in ``x[index]``.
 Index: TypeAlias = (
     "int | slice | EllipsisType | Tensor | tuple[int | slice | EllipsisType, ...]"
 )
+
+#: States of the categorical columns of a mixed event that are summed.
+_MAX_STATES = 4096
 
 
 @final
@@ -70,6 +81,8 @@ class ClampedEnergy(Energy):
             outside the support, a coordinate is given twice, or none is left or given.
         NotImplementedError: If the support is infinite and discrete, or ties
             coordinates together.
+
+    Of a mixed event the free coordinates are real, categorical, or again of both kinds.
 
     Example:
         >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(3))
@@ -95,7 +108,7 @@ class ClampedEnergy(Energy):
                 f"energy must be an Energy, got {type(energy).__name__}. Wrap a "
                 "callable in FunctionEnergy, a distribution in DistributionEnergy."
             )
-        scalar = _scalar_support(energy)
+        _require_separable(energy)
         pairs = observed.items() if isinstance(observed, Mapping) else observed
         fixed, value = _flatten_observed(energy, list(pairs))
         is_free = torch.ones(energy.event_shape.numel(), dtype=torch.bool)
@@ -106,10 +119,8 @@ class ClampedEnergy(Energy):
                 f"observed holds all {len(fixed)} numbers of the event: no coordinate "
                 "is left to have a distribution. The density there is log_prob(x)."
             )
-        _require_inside(_at(scalar, energy.event_shape, fixed), value)
-        support = _at(scalar, energy.event_shape, free)
-        support = constraints.independent(support, 1)
-        super().__init__((len(free),), support, energy.batch_shape)
+        _require_inside(support_at(energy, fixed), value)
+        super().__init__((len(free),), support_at(energy, free), energy.batch_shape)
         self.energy = energy
         self.register_buffer("value", value)
         for name, numbers in (
@@ -150,7 +161,9 @@ class ClampedEnergy(Energy):
     def closed_form(self) -> ClosedForm | None:
         r"""By (2), also of mixtures of Gaussians, and of independent coordinates.
 
-        Of finite sites whose sums can be done, by the same sums over what is free.
+        Of finite sites whose sums can be done, by the same sums over what is free. Of
+        categorical columns of a mixed event, given all real ones, by a sum over at most
+        4096 states.
 
         Exactness: *exact* where it is not ``None``.
         """
@@ -168,7 +181,24 @@ class ClampedEnergy(Energy):
             if free is not None and observed is not None:
                 log_density = observed.log_prob(self.value)
                 return ClosedForm(whole.log_partition + log_density, free)
+        if isinstance(self.energy.support, MixedSupport):
+            return self._tabulated()
         return gaussian_closed_form(self)
+
+    def _tabulated(self) -> ClosedForm | None:
+        """Of the few states that columns of a mixed event have, given the others."""
+        number = num_points(self.support, self.event_shape)
+        values = finite_values(self.support) or (math.nan,)
+        is_spin = values == (-1.0, 1.0)
+        if number is None or number > _MAX_STATES or not (is_spin or values[0] == 0):
+            return None
+        states = num_states(self.support, self.event_shape)
+        shape = [len(values)] * len(self.free) if states is None else states.tolist()
+        points = torch.arange(number, device=self.value.device)
+        points = finite_points(self.support, self.event_shape, points, self.value)
+        table = -self(points).reshape(shape[::-1]).permute(*reversed(range(len(shape))))
+        sites = tuple(range(len(shape)))
+        return FactorGraphEnergy(shape, [(sites, table)], spins=is_spin).closed_form()
 
     def extra_repr(self) -> str:
         """How much is observed, for ``repr``."""
@@ -190,38 +220,50 @@ def _(energy: ClampedEnergy) -> GaussianForm | None:
     )  # (2)
 
 
-def _scalar_support(energy: Energy) -> Constraint:
-    """The support of each coordinate, if it does not depend on the others."""
+def _require_separable(energy: Energy) -> None:
+    """Refuse a support in which coordinates depend on each other."""
+    if isinstance(energy.support, MixedSupport):
+        return
     if energy.support.is_discrete and finite_values(energy.support) is None:
         raise NotImplementedError(
             f"energy must have a continuous or finite support to be clamped, got "
             f"{energy.support}. Give it a finite one, such as "
             "independent(integer_interval(a, b), n)."
         )
-    scalar = energy.support
-    while isinstance(scalar, constraints.independent):
-        scalar = scalar.base_constraint
+    scalar = _scalar(energy.support)
     if scalar.event_dim or hasattr(scalar, "cseq"):
         raise NotImplementedError(
             "energy must have a support that is the same interval in each coordinate, "
             f"or real, to be clamped; {energy.support} is not. Write the energy of the "
             "free coordinates as a FunctionEnergy with their own support."
         )
-    return scalar
 
 
-def _at(scalar: Constraint, event_shape: Sequence[int], numbers: Tensor) -> Constraint:
-    """The support of some coordinates; bounds may differ between them."""
+def _scalar(support: Constraint) -> Constraint:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def support_at(energy: Energy, numbers: Tensor) -> Constraint:
+    """The support of a vector of some coordinates; bounds may differ between them.
+
+    Args:
+        energy: Whose support does not tie coordinates together.
+        numbers: Of the coordinates in the flattened event, shape ``(U,)``.
+    """
+    if isinstance(energy.support, MixedSupport):
+        return energy.support.at(numbers)
+    scalar, shape = _scalar(energy.support), tuple(energy.event_shape)
     bounds = {
-        name: bound.expand(tuple(event_shape)).reshape(-1)[numbers.to(bound.device)]
+        name: bound.expand(shape).reshape(-1)[numbers.to(bound.device)]
         for name, bound in vars(scalar).items()
         if isinstance(bound, Tensor) and bound.dim()
     }
-    if not bounds:
-        return scalar
-    part = copy.copy(scalar)
-    vars(part).update(bounds)
-    return part
+    if bounds:
+        scalar = copy.copy(scalar)
+        vars(scalar).update(bounds)
+    return constraints.independent(scalar, 1)
 
 
 def _flatten_observed(
@@ -233,8 +275,7 @@ def _flatten_observed(
     numbers = torch.arange(shape.numel(), device=options["device"]).reshape(shape)
     fixed, values = [], []
     for index, value in pairs:
-        index = site_number(getattr(energy, "names", None), index)
-        chosen = _choose(numbers, index)
+        chosen = chosen_numbers(energy, index)
         value = torch.as_tensor(value).to(**options)
         if value.shape not in (chosen.shape, torch.Size()):
             raise ValueError(
@@ -259,14 +300,28 @@ def _flatten_observed(
     return all_fixed, torch.cat(values)
 
 
-def _choose(numbers: Tensor, index: Any) -> Tensor:
-    """``numbers[index]``, for an index that x of this shape has."""
-    shape = tuple(numbers.shape)
+def chosen_numbers(energy: Energy, index: Any) -> Tensor:
+    """Where the coordinates that an index chooses are in the flattened event.
+
+    Args:
+        energy: Of the whole event.
+        index: As for :class:`ClampedEnergy`.
+
+    Returns:
+        Integers, in the shape of ``x[index]``.
+
+    Raises:
+        TypeError: If the index is of another type.
+        ValueError: If it is not in the event.
+    """
+    shape, device = energy.event_shape, energy.tensor_options()["device"]
+    numbers = torch.arange(shape.numel(), device=device).reshape(shape)
+    index = site_number(getattr(energy, "names", None), index)
     if isinstance(index, Tensor):
         if index.dtype != torch.bool or index.shape != numbers.shape:
             raise ValueError(
-                f"a mask must be boolean and of the event's shape {shape}, got dtype "
-                f"{index.dtype} and shape {tuple(index.shape)}."
+                f"a mask must be boolean and of the event's shape {tuple(shape)}, got "
+                f"dtype {index.dtype} and shape {tuple(index.shape)}."
             )
         return numbers[index.to(numbers.device)]
     parts = index if isinstance(index, tuple) else (index,)
@@ -274,18 +329,23 @@ def _choose(numbers: Tensor, index: Any) -> Tensor:
         if isinstance(part, bool) or not isinstance(part, int | slice | EllipsisType):
             raise TypeError(
                 "an index must be a number, a slice, ..., a tuple of these or a "
-                f"boolean mask of shape {shape}; got {type(part).__name__}."
+                f"boolean mask of shape {tuple(shape)}; got {type(part).__name__}."
             )
     try:
         return numbers[index]
     except IndexError as error:
         raise ValueError(
-            f"index {index} is not in an event of shape {shape}: {error}."
+            f"index {index} is not in an event of shape {tuple(shape)}: {error}."
         ) from None
 
 
 def _require_inside(support: Constraint, value: Tensor) -> None:
-    inside = support.check(value) & value.isfinite()
+    if isinstance(support, MixedSupport):
+        inside = support.check_columns(value)
+    else:
+        support = _scalar(support)
+        inside = support.check(value)
+    inside = inside & value.isfinite()
     if not inside.all():
         raise ValueError(
             f"observed values must be finite and lie in the support {support}; "

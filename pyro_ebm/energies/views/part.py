@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints
 from torch.distributions.constraints import Constraint
 
+from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.energies.base import ClosedForm, Energy, require_no_batch
 from pyro_ebm.energies.closed_form.gaussian import (
     GaussianForm,
@@ -131,13 +132,17 @@ class PartEnergy(Energy):
 
     def _require_inside(self) -> None:
         """Refuse a support of the whole that is larger than the expert's at a part."""
-        if self.support.is_discrete:
+        support, options = self.support, self.energy.tensor_options()
+        if isinstance(support, MixedSupport):
+            transform = support.bijection()
+            points = support.two_points(torch.empty(0, **options))
+        elif support.is_discrete:
             return
-        transform = biject_to(self.support)
-        shape = transform.inverse_shape(self.event_shape)
-        options = self.energy.tensor_options()
-        for size in (-1.0, 1.0):
-            x = transform(torch.full(shape, size, **options))
+        else:
+            transform = biject_to(support)
+            shape = transform.inverse_shape(self.event_shape)
+            points = torch.stack([torch.full(shape, v, **options) for v in (-1.0, 1.0)])
+        for x in transform(points):
             if not self.energy.support.check(self.parts(x)).all():
                 raise ValueError(
                     "support must lie within that of the expert at each part, "

@@ -11,12 +11,14 @@ has the same partition function as :math:`f`, and :math:`T` maps its draws to dr
 
 __all__ = [
     "UnconstrainedEnergy",
+    "has_states",
     "is_finite_support",
     "is_unconstrained",
     "same_support",
     "unconstrained",
 ]
 
+import itertools
 from typing import final
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import Constraint
 
+from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.energies.base import Energy, require_no_batch
 from pyro_ebm.energies.discrete.finite import finite_values
 
@@ -33,7 +36,8 @@ class UnconstrainedEnergy(Energy):
     """The energy (1), over all real ``u``.
 
     Args:
-        energy: An energy on any continuous support that ``biject_to`` knows.
+        energy: An energy on any continuous support that ``biject_to`` knows, or on a
+            mixed one, whose columns of few states stay as they are.
 
     Raises:
         NotImplementedError: If the support has no bijection from real space; a discrete
@@ -48,15 +52,19 @@ class UnconstrainedEnergy(Energy):
     """
 
     def __init__(self, energy: Energy) -> None:
-        if energy.support.is_discrete:
+        support, where = energy.support, None
+        if isinstance(support, MixedSupport):
+            where, transform = support.unconstrained(), support.bijection()
+        elif support.is_discrete:
             raise NotImplementedError(
                 "energy must have a continuous support to be seen from real space, got "
                 f"the discrete {energy.support}. Give it a finite one, such as "
                 "independent(boolean, n) or independent(integer_interval(a, b), n), "
                 "where chains move by pyro_ebm.mcmc.Gibbs."
             )
-        transform = biject_to(energy.support)
-        super().__init__(transform.inverse_shape(energy.event_shape))
+        else:
+            transform = biject_to(support)
+        super().__init__(transform.inverse_shape(energy.event_shape), where)
         self.energy = energy
         self.transform = transform
 
@@ -88,7 +96,8 @@ def unconstrained(energy: Energy) -> tuple[Energy, torch.distributions.Transform
     """The energy over unconstrained space, and the map from there to its support.
 
     Args:
-        energy: On a finite support, or any continuous one that ``biject_to`` knows.
+        energy: On a finite support, any continuous one that ``biject_to`` knows, or a
+            mixed one.
 
     Returns:
         ``(energy, identity)`` where the support is real already or finite, else an
@@ -108,7 +117,11 @@ def unconstrained(energy: Energy) -> tuple[Energy, torch.distributions.Transform
         (torch.Size([2]), 1.0)
     """
     require_no_batch(energy)
-    if is_unconstrained(energy.support) or is_finite_support(energy.support):
+    support = energy.support
+    is_free = is_unconstrained(support) or is_finite_support(support)
+    if isinstance(support, MixedSupport):
+        is_free = is_unconstrained(support.real_support)
+    if is_free:
         return energy, torch.distributions.transforms.identity_transform
     pulled_back = UnconstrainedEnergy(energy)
     return pulled_back, pulled_back.transform
@@ -127,6 +140,15 @@ def is_finite_support(support: Constraint) -> bool:
         False
     """
     return support.is_discrete and finite_values(support) is not None
+
+
+def has_states(support: Constraint) -> bool:
+    """Whether a support is finite, or a part of it is: chains then draw from states.
+
+    Args:
+        support: Of an energy or a distribution.
+    """
+    return isinstance(support, MixedSupport) or is_finite_support(support)
 
 
 def is_unconstrained(support: Constraint) -> bool:
@@ -164,6 +186,9 @@ def same_support(first: Constraint, second: Constraint) -> bool:
     first, second = _scalar(first), _scalar(second)
     if str(first) == str(second):
         return True
+    if isinstance(first, MixedSupport) and isinstance(second, MixedSupport):
+        columns = itertools.zip_longest(first.columns, second.columns)
+        return all(a and b and same_support(a, b) for a, b in columns)
     ends, other_ends = _bounds(first), _bounds(second)
     if ends is not None and other_ends is not None:
         pairs = zip(ends, other_ends, strict=True)

@@ -32,6 +32,7 @@ from torch.distributions.constraints import Constraint
 from pyro_ebm import bases
 from pyro_ebm.bases.rows import split_indices
 from pyro_ebm.bases.stack import Stack
+from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.core.stopwatch import Stopwatch
 from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.energies import Energy, unconstrained
@@ -72,8 +73,8 @@ _FINITE_RATE, _FINITE_STEPS, _SWEEPS, _FEW_STATES = 1e-2, 20_000, 2, 2**12
 _CHEAP = 0.005
 #: Records without a better one after which it ends.
 PATIENCE = 15
-#: Part of the time that the base may take.
-_FOR_BASE = 0.3
+#: Part of the time that the base may take, and seconds for a nearer proposal.
+_FOR_BASE, _FOR_PROPOSAL = 0.3, 3.0
 
 
 class Plan(NamedTuple):
@@ -315,14 +316,18 @@ def _committee(
     max_seconds: float,
     weights: Tensor | None,
 ) -> bases.FittedBase:
-    base = bases.committee(
-        train.rows, support=support, weights=train.weights, max_seconds=max_seconds
-    )
+    settings: Any = {"weights": train.weights, "max_seconds": max_seconds}
+    kind = "committee"
+    if isinstance(support, MixedSupport):
+        kind = "latent_classes"
+        base: Any = bases.latent_classes(train.rows, support=support, **settings)
+    else:
+        base = bases.committee(train.rows, support=support, **settings)
     rows, weights = (
         (train.rows, train.weights) if held_out is None else (held_out, weights)
     )
     value, error = mean_and_error(base.log_prob(rows), weights)
-    return bases.FittedBase(base, "committee", value, error, {"committee": value})
+    return bases.FittedBase(base, kind, value, error, {kind: value})
 
 
 def _real_or(support: Constraint) -> Constraint | None:
@@ -340,6 +345,8 @@ def _towards(model: EnergyModel, rows: Tensor) -> Any:
 
 def _quick(rows: Tensor, support: Constraint) -> dist.TorchDistribution:
     where = _real_or(support)
+    if isinstance(where, MixedSupport):
+        return bases.latent_classes(rows, support=where, max_seconds=_FOR_PROPOSAL)
     try:
         return bases.gaussian_mixture(rows, support=where)
     except ImportError:
@@ -409,7 +416,10 @@ class WeightedSteps:
         u = to_support.inv(self.draws.resampled(energy, 2000))
         number = max(fraction * _POOL, 1.0)
         width = u.std(0) * number ** (-1 / (flat.event_shape.numel() + 4))
-        smoothed: Tensor = to_support(u + width * torch.randn_like(u))
+        noise = width * torch.randn_like(u)
+        if isinstance(flat.support, MixedSupport):
+            noise[:, list(flat.support.finite)] = 0
+        smoothed: Tensor = to_support(u + noise)
         return smoothed
 
 

@@ -328,5 +328,6 @@ def _require_continuous(energy: Energy, objective: str) -> None:
         raise NotImplementedError(
             f"{objective} differentiates the energy in x, and the support "
             f"{energy.support} is discrete. Take NoiseContrastive with noise on that "
-            "support, or ExactMaximumLikelihood if it has few points."
+            "support, or ExactMaximumLikelihood if it has few points; on a mixed one "
+            "MaximumLikelihood."
         )

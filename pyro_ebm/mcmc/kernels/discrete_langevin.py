@@ -33,10 +33,13 @@ import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
+from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.energies import Energy
 from pyro_ebm.energies.discrete.finite import finite_values, num_states
 from pyro_ebm.energies.discrete.sites import SiteEnergy
+from pyro_ebm.energies.views.clamped import ClampedEnergy
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, accept
+from pyro_ebm.mcmc.kernels.alternating import Alternating
 from pyro_ebm.mcmc.kernels.gibbs import Gibbs, checked_points, has_blocks
 
 #: So few sites are drawn one by one.
@@ -125,15 +128,21 @@ class DiscreteLangevin(Kernel):
 
 
 def kernel_for(energy: Energy, kernel: Kernel) -> Kernel:
-    """A kernel for real space, or one for a finite support.
+    """A kernel for real space, one for a finite support, or of a mixed event both.
 
-    There it is :class:`Gibbs` where blocks are known, where the sites are few, and
-    where there is no gradient; else :class:`DiscreteLangevin`.
+    On a finite support it is :class:`Gibbs` where blocks are known, where the sites are
+    few, and where there is no gradient; else :class:`DiscreteLangevin`.
 
     Args:
         energy: That it is to move on.
         kernel: For real space.
     """
+    support = energy.support
+    if isinstance(support, MixedSupport):
+        x = support.two_points(torch.empty(0, **energy.tensor_options()))
+        x = support.bijection()(x)[0].tolist()
+        finite = ClampedEnergy(energy, [(number, x[number]) for number in support.real])
+        return Alternating({"real": kernel, "finite": kernel_for(finite, kernel)})
     if not energy.support.is_discrete:
         return kernel
     if has_blocks(energy) or energy.event_shape.numel() <= _FEW_SITES:

@@ -27,6 +27,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.spaces import require_not_mixed
 from pyro_ebm.energies import Energy
 from pyro_ebm.energies.discrete.boltzmann import BoltzmannEnergy
 from pyro_ebm.energies.discrete.finite import finite_values, num_states
@@ -328,6 +329,7 @@ def checked_points(energy: Energy, x: Tensor, kernel: str = "Gibbs") -> Tensor:
 
 
 def _values(energy: Energy, kernel: str = "Gibbs") -> tuple[float, ...]:
+    require_not_mixed(energy.support, kernel)
     values = finite_values(energy.support)
     if values is None:
         raise ValueError(

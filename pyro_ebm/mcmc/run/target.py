@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.spaces import require_not_mixed
 from pyro_ebm.energies import Energy, PyroModelEnergy, unconstrained
 from pyro_ebm.energies.graphs.compiled import CompiledEnergy
 from pyro_ebm.energies.pyro_model.non_centred import NonCentring
@@ -188,6 +189,8 @@ def _energy_target(
     energy: Energy, target: Any, kernel: ChainKernel | None
 ) -> ChainTarget:
     is_blind = getattr(type(kernel), "init", None) is Kernel.init
+    if is_blind:
+        require_not_mixed(energy.support, type(kernel).__name__)
     if energy.support.is_discrete and is_blind:
         raise ValueError(
             f"{type(kernel).__name__} moves through real space, and the support of the "

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_ebm.bases.mixed import LatentClasses
 from pyro_ebm.core.errors import DivergenceError
+from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.diagnostics.ranks import split_chains
 from pyro_ebm.diagnostics.rhat import ratio
@@ -56,8 +58,9 @@ class IndependentChains:
     Args:
         base: Where the chains start; default: a standard normal in unconstrained space,
             uniform on a finite support.
-        kernel: Any kernel of :mod:`pyro_ebm.mcmc`; default: :class:`HMC`, and on a
-            finite support :class:`Gibbs` or :class:`DiscreteLangevin`.
+        kernel: Any kernel of :mod:`pyro_ebm.mcmc`; default: :class:`HMC`, on a finite
+            support :class:`Gibbs` or :class:`DiscreteLangevin`, and on a mixed one
+            :class:`Alternating` of both.
         warmup_steps: Transitions in which the step size adapts.
         num_steps: Transitions after that.
         min_chains: At least so many chains are run, so that the step size of a single
@@ -203,6 +206,10 @@ class IndependentChains:
         Raises:
             ValueError: If the base has another event shape than the energy.
         """
+        if self.base is None and isinstance(energy.support, MixedSupport):
+            like = torch.empty(0, **energy.tensor_options())
+            standard = LatentClasses.standard(energy.support, like)
+            return standard.sample((num_draws,))
         if self.base is None and energy.support.is_discrete:
             like = torch.empty(0, **energy.tensor_options())
             uniform = IndependentSites.uniform(energy.support, energy.event_shape, like)
@@ -256,10 +263,11 @@ def _small(kernel: Any) -> Kernel:
     """The kernel with small steps, as many as before."""
     if not kernel.has_step_size:
         return kernel
-    changes = {"step_size": _SMALL * kernel.step_size}
+    small = kernel.with_step_size(_SMALL * kernel.step_size)
     if hasattr(kernel, "trajectory_length"):
-        changes["trajectory_length"] = _SMALL * kernel.trajectory_length
-    return replace(kernel, **changes)
+        length = _SMALL * kernel.trajectory_length
+        small = replace(small, trajectory_length=length)
+    return small
 
 
 def _is_small(index: int) -> bool:

@@ -323,7 +323,7 @@ class Warmup(nn.Module):
             self.moments.reset()
             self.level_sum = torch.zeros_like(self.level_sum)
             self._num_draws = 0
-        if self._has_step_size and is_stuck.dim() == 1:
+        if (self._has_step_size or self.own is not None) and is_stuck.dim() == 1:
             is_lost = is_lost | is_stuck
             self.num_moved = self.num_moved + (is_lost & ~is_lost.all()).sum()
             state = move_to_others(state, is_lost)

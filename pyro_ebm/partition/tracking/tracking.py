@@ -51,13 +51,14 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.core.errors import DivergenceError
+from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.core.verdict import Finding, Reason, Status, sentence, status_of
 from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
-from pyro_ebm.energies.discrete.finite import finite_values
 from pyro_ebm.mcmc import HMC, ChainState, Gibbs, Kernel
 from pyro_ebm.mcmc.kernels.discrete_langevin import kernel_for
 from pyro_ebm.mcmc.samplers.persistent import StatefulModule
 from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
+from pyro_ebm.partition.base_check import at_two_points
 from pyro_ebm.partition.exact.closed_form import closed_form
 from pyro_ebm.partition.normalizability import check_normalizability
 from pyro_ebm.partition.particles.gibbs_annealing import anneal
@@ -567,9 +568,10 @@ class LogPartition(StatefulModule):
         self, num_particles: int, *, progress_bar: bool = False
     ) -> "_Fresh | None":
         """Fresh islands at the averaged parameters; ``None`` if they do not arrive."""
-        is_finite = self.averaged_energy.support.is_discrete
+        support = self.averaged_energy.support
+        run = self._annealed if support.is_discrete else self._by_smc
+        run = self._by_weights if isinstance(support, MixedSupport) else run
         try:
-            run = self._annealed if is_finite else self._by_smc
             fresh = run(num_particles, progress_bar=progress_bar)
         except DivergenceError:
             fresh = None
@@ -577,8 +579,7 @@ class LogPartition(StatefulModule):
             self.verdict.fill_(_Code.NO_RUN_ARRIVES)
             return None
         self.num_check_evaluations += fresh.num_evaluations
-        num_islands, count = fresh.chains.energy.shape
-        self.check_cost.fill_(fresh.num_evaluations / (num_islands * count))
+        self.check_cost.fill_(fresh.num_evaluations / fresh.chains.energy.numel())
         return fresh
 
     def _annealed(self, num_particles: int, *, progress_bar: bool) -> "_Fresh":
@@ -594,6 +595,14 @@ class LogPartition(StatefulModule):
         state = self.walkers.kernel.init(self.averaged_energy, run.x)
         value = run.log_partition().to(state.energy)
         return _Fresh(state, value, self.walkers.kernel, run.num_evaluations)
+
+    def _by_weights(self, num_particles: int, *, progress_bar: bool) -> "_Fresh":
+        """By importance from the base, on a mixed support."""
+        draws, kernel = WeightedDraws(), self.walkers.kernel
+        draws.start(self.averaged_energy, self.base, self.num_islands * num_particles)
+        u, value = draws.in_islands(self.averaged_energy, self.num_islands)
+        state = kernel.init(unconstrained(self.averaged_energy)[0], u)
+        return _Fresh(state, value, kernel, state.energy.numel())
 
     def _by_smc(self, num_particles: int, *, progress_bar: bool) -> "_Fresh | None":
         draws = self.base.sample((_NUM_RAYS,))
@@ -671,18 +680,9 @@ class _BaseFingerprint(nn.Module):
         """The base."""
         return self.energy.distribution
 
-    @torch.no_grad()
     def get_extra_state(self) -> Tensor:
         """Its energy at two points."""
-        base, _ = unconstrained(self.energy)
-        values = finite_values(base.support)
-        if values is not None:
-            ends = torch.tensor([values[0], values[-1]], **base.tensor_options())
-            shape = (2, *base.event_shape)
-            return base(ends.reshape(2, *(1,) * base.event_dim).expand(shape))
-        point = torch.arange(1.0, 1 + base.event_shape.numel()).reciprocal()
-        point = point.reshape(base.event_shape).to(**base.tensor_options())
-        return base(torch.stack([point, -point]))
+        return at_two_points(self.energy)
 
     def set_extra_state(self, state: Tensor) -> None:
         r"""Check that what is loaded was saved with this base.

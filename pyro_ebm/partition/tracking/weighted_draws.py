@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_ebm.diagnostics import effective_sample_fraction
-from pyro_ebm.energies import Energy
+from pyro_ebm.core.errors import DivergenceError
+from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
+from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.mcmc.samplers.persistent import StatefulModule
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.importance.importance import estimate_from_weights
+from pyro_ebm.partition.particles.resampling import systematic_resample
 
 #: Numbers in a batch of points that are evaluated at once.
 _CHUNK = 1_000_000
@@ -103,6 +105,32 @@ class WeightedDraws(StatefulModule):
         log_weights = -self.energies(energy) - self.log_proposal
         chosen = torch.multinomial(log_weights.softmax(0), number, replacement=True)
         return self.x[chosen]
+
+    def in_islands(self, energy: Energy, num_islands: int) -> tuple[Tensor, Tensor]:
+        """Draws by their weights in islands that each have an estimate (1).
+
+        Args:
+            energy: Of the target.
+            num_islands: ``M``, of ``N`` draws each.
+
+        Returns:
+            About draws, where chains move, shape ``(M, N, *event)``; and log Z by
+            island.
+
+        Raises:
+            DivergenceError: If no draw of an island counts.
+        """
+        log_weights = -self.energies(energy) - self.log_proposal
+        log_weights = log_weights.nan_to_num(-torch.inf).reshape(num_islands, -1)
+        if not log_weights.isfinite().any(1).all():
+            raise DivergenceError(
+                f"the energy is finite at no draw of one of {num_islands} islands. "
+                "Give a base whose draws fall where it is finite."
+            )
+        chosen = systematic_resample(log_weights, log_weights.shape[1])
+        x = self.x.reshape(*log_weights.shape, *energy.event_shape)[chosen]
+        _, to_support = unconstrained(energy)
+        return to_support.inv(x), log_mean_exp(log_weights)
 
     def effective_fraction(self, energy: Energy) -> float:
         """Effective number of the draws, as a part of all."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pyro_ebm.core.verdict import Finding
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Energy, unconstrained
-from pyro_ebm.energies.views.unconstrained import is_finite_support
+from pyro_ebm.energies.views.unconstrained import has_states
 from pyro_ebm.infer.objectives.objective import (
     Need,
     Objective,
@@ -101,8 +101,8 @@ class ByPersistentChains(ByChains):
         return PersistentChains()
 
     def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
-        """Refuse an energy without a gradient, unless its support is finite."""
-        if not is_finite_support(distribution.energy.support):
+        """Refuse an energy without a gradient, unless its support has states."""
+        if not has_states(distribution.energy.support):
             require_differentiable(distribution.energy, x, type(self).__name__)
 
     def mover(self, energy: Energy, state: nn.Module) -> tuple[Kernel, int] | None:
