@@ -8,6 +8,10 @@ of them count; then from a proposal that is fitted to the draws by their weights
 from chains where that fails. The model of the record with the
 best held-out likelihood is kept, unless that is better than the start by less than two
 standard errors.
+
+Over a finite support the base is independent sites, the gradient exact or by persistent
+chains, and weights decay as much as the held-out rows want
+(:func:`~pyro_ebm.infer.fit.optimiser.decay_by_gap`).
 """
 
 __all__ = [
@@ -40,7 +44,7 @@ from pyro_ebm.energies.discrete.finite import num_points
 from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.views.unconstrained import is_finite_support, is_unconstrained
 from pyro_ebm.infer.fit.fit_checks import require_cover
-from pyro_ebm.infer.fit.optimiser import FitOptim
+from pyro_ebm.infer.fit.optimiser import FitOptim, weights_of
 from pyro_ebm.infer.fit.points import Points
 from pyro_ebm.infer.fit.stages import Stage
 from pyro_ebm.infer.likelihood import mean_and_error
@@ -68,7 +72,10 @@ _RATE, _WARMUP, _LAST_RATE = 2e-3, 100, 0.02
 MAX_GRAD_NORM = 5.0
 #: Over a finite support: of the optimiser, steps, sweeps of the chains in one, and the
 #: number of states up to which all are summed at each step.
-_FINITE_RATE, _FINITE_STEPS, _SWEEPS, _FEW_STATES = 1e-2, 20_000, 2, 2**12
+_FINITE_RATE, _FINITE_STEPS, _SWEEPS, _FEW_STATES = 1e-2, 60_000, 2, 2**12
+#: Of these steps, so many to a record; and records without a better one until the end:
+#: much is gained as the rate falls.
+_FINITE_RECORDS, _FINITE_PATIENCE = 100, 50
 #: Seconds of a gradient of the exact log Z, above which chains are the cheaper.
 _CHEAP = 0.005
 #: Records without a better one after which it ends.
@@ -90,6 +97,8 @@ class Plan(NamedTuple):
         watch: Of the fit, since before its base.
         max_seconds: After which learning ends.
         rate: Of the optimiser, at its highest.
+        decays: Whether weights decay as much as held-out rows want.
+        patience: Records without a better one after which it ends.
     """
 
     stages: list[Stage]
@@ -101,22 +110,37 @@ class Plan(NamedTuple):
     watch: Stopwatch
     max_seconds: float
     rate: float = _RATE
+    decays: bool = False
+    patience: float = PATIENCE
+
+    @property
+    def record_interval(self) -> int:
+        """Steps between two records."""
+        steps = sum(stage.num_steps for stage in self.stages)
+        return max(100, steps // _FINITE_RECORDS if self.decays else 0)
 
     def optim(self, model: EnergyModel) -> torch.optim.lr_scheduler.LambdaLR:
         """Adam, with a rate that rises quickly and falls to little by the end.
 
         The clock has a say only where there is no time for all steps, so that a seed
-        gives the same parameters again.
+        gives the same parameters again. Weights that decay are a group of their own.
         """
-        adam = torch.optim.Adam(model.parameters(), lr=self.rate)
+        groups = [{"params": [*model.parameters()]}]
+        if self.decays:
+            weights = weights_of(model.energy)
+            others = [p for p in model.parameters() if all(p is not w for w in weights)]
+            groups = [{"params": others}, {"params": weights}]
+        adam = torch.optim.Adam(groups, lr=self.rate)
         total, start = sum(s.num_steps for s in self.stages), self.watch.seconds
+        wanted = total
 
         def rate(step: int) -> float:
             nonlocal total
-            if step == _WARMUP:
-                each = (self.watch.seconds - start) / step
+            looks_again = self.decays and step % _WARMUP == 0 and total < wanted
+            if step == _WARMUP or looks_again:
+                each = (self.watch.seconds - start) / max(step, 1)
                 left = max(self.max_seconds - self.watch.seconds, 0.0)
-                if each * (total - step) > left:
+                if each * (wanted - step) > left:
                     total = step + max(1, int(left / each))
             falling = (1 + math.cos(math.pi * min(step / total, 1.0))) / 2
             return min(1.0, (step + 1) / _WARMUP) * (falling + _LAST_RATE)
@@ -153,7 +177,7 @@ def automatic_plan(
         train, held_out, weights = _held_out(points)
     if is_finite_support(model.energy.support):
         stages = [_finite_stage(model, train.counted(), num_steps)]
-        limits = watch, max_seconds, _FINITE_RATE
+        limits = watch, max_seconds, _FINITE_RATE, True, _FINITE_PATIENCE
         return Plan(stages, train, held_out, weights, None, None, *limits)
     base = None
     if model.awaits_base:

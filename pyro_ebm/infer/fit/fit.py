@@ -22,7 +22,6 @@ from pyro_ebm.energies import DistributionEnergy
 from pyro_ebm.energies.views.pointwise import check_pointwise
 from pyro_ebm.infer.fit.automatic import (
     MAX_GRAD_NORM,
-    PATIENCE,
     Plan,
     WeightedSteps,
     automatic_plan,
@@ -42,6 +41,7 @@ from pyro_ebm.infer.fit.optimiser import (
     FitOptim,
     GradientNoise,
     as_fit_optim,
+    decay_by_gap,
     default_optim,
     require_parameters,
 )
@@ -81,7 +81,7 @@ def fit(
     optim: Any = None,
     max_grad_norm: float | None = None,
     validation_data: Any = None,
-    record_interval: int = 100,
+    record_interval: int | None = None,
     patience: int | None = None,
     callbacks: Sequence[Callable[[FitRecord], Any]] = (),
     progress_bar: bool = True,
@@ -130,7 +130,8 @@ def fit(
             they are with an estimator given.
         validation_data: Held-out points; their log-likelihood is recorded. Default: a
             part of the data, and none with an estimator given.
-        record_interval: Steps between two records of the history.
+        record_interval: Steps between two records of the history; default: 100, or a
+            hundredth of the steps where the support is finite.
         patience: Records without a better validation log-likelihood after which a
             stage stops and goes back to its best one; default: 15, and never with an
             estimator given.
@@ -181,7 +182,11 @@ def fit(
     plan = _plan(energy_model, points, held_out, stages, *limits, bar=progress_bar)
     run = _Fit(energy_model, plan, patience, is_automatic=is_automatic)
     run.began = began
-    run.batch_size, run.record_interval = batch_size, record_interval
+    run.batch_size = batch_size
+    run.record_interval = record_interval or plan.record_interval
+    tracker = energy_model.log_partition
+    if plan.decays and tracker.is_closed_form:
+        tracker.interval = run.record_interval  # a sum, which costs more than steps
     run.callbacks = callbacks
     if max_grad_norm is not None or not is_automatic:
         run.max_grad_norm = max_grad_norm
@@ -233,7 +238,7 @@ class _Fit:
         self.is_automatic = is_automatic
         # The training curve is read off at most 2,000 points, always the same.
         self.train_data = plan.train.some(2000)
-        default = PATIENCE if is_automatic else math.inf
+        default = plan.patience if is_automatic else math.inf
         self.patience = default if patience is None else patience
         self.stages, self.proposal = list(plan.stages), plan.proposal
         self.state = nn.Module()
@@ -244,7 +249,8 @@ class _Fit:
         self.history: list[FitRecord] = []
         self.steps_of_stages: list[int] = []
         self.began = time.perf_counter(), time.process_time()
-        self.step_seconds = 0.0
+        self.step_seconds, self.next_look = 0.0, 0.0
+        self.decays, self.decay = False, 0.0
 
     @property
     def num_steps(self) -> int:
@@ -265,7 +271,7 @@ class _Fit:
         """Take the steps of all stages; return why they ended."""
         if optim is None and self.is_automatic:
             require_parameters(self.model)
-            optim = self.plan.optim(self.model)
+            optim, self.decays = self.plan.optim(self.model), self.plan.decays
         optim = default_optim(self.model) if optim is None else optim
         optims = [self._optim(stage.optim or optim) for stage in self.stages]
         batch_size = min(self.batch_size, len(data.rows))
@@ -394,7 +400,7 @@ class _Fit:
                 if not math.isfinite(loss):
                     self._go_back(last_good)
                     return "loss not finite"
-                is_late = self.plan.watch.seconds > self.plan.max_seconds
+                is_late = self._is_late()
                 is_last = is_late or (self.is_automatic and not left)
                 if self.num_steps % self.record_interval and not is_last:
                     continue
@@ -472,6 +478,14 @@ class _Fit:
         self.step_seconds += time.perf_counter() - began
         return loss
 
+    def _is_late(self) -> bool:
+        """Whether the time is over; looked up every 100 ms, as that takes some."""
+        now = time.monotonic()
+        if now < self.next_look:
+            return False
+        self.next_look = now + 0.1
+        return self.plan.watch.seconds > self.plan.max_seconds
+
     def _is_finite(self) -> bool:
         """Whether the last step left all parameters finite."""
         moved = [*self.model.parameters(), *self.state.parameters()]
@@ -488,7 +502,8 @@ class _Fit:
             self.state.load_state_dict(saved.state)
 
     def _record(self, loss: float, optim: FitOptim, bar: Any) -> FitRecord:
-        averaged = self.model.averaged()
+        estimate = self.model.log_partition.averaged()
+        averaged = self.model.averaged(estimate)
         train = log_likelihood(averaged, self.train_data)
         shown, validation = train, None
         if self.validation_data is not None:
@@ -500,7 +515,8 @@ class _Fit:
                 if self.is_automatic:
                     self.best_values = _log_prob(averaged, self.validation_data)
         optim.note_record(shown.value)
-        estimate = self.model.log_partition.averaged()
+        if self.decays and self.validation_data is not None and self.num_steps:
+            self._set_decay(optim, self.validation_data)
         gap = energy_gap(self.model, self.train_data)
         stage = len(self.steps_of_stages) - 1
         record = FitRecord(
@@ -516,6 +532,13 @@ class _Fit:
             refresh=False,
         )
         return record
+
+    def _set_decay(self, optim: FitOptim, held_out: Tensor) -> None:
+        """Let weights decay as held-out rows want, by an average over the records."""
+        rows = self.train_data, held_out
+        found = decay_by_gap(self.model.energy, *rows, self.weights)
+        self.decay += 0.3 * (found - self.decay)
+        optim.set_decay(self.decay)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-r"""The optimiser of a fit, and the signal-to-noise ratio of its gradients.
+r"""The optimiser of a fit, the noise of its gradients, and how weights decay.
 
 With gradients :math:`g_t = s + \varepsilon_t` of nearly the same mean, exponential
 averages :math:`\bar g` and :math:`\overline{|g|^2}` of weights :math:`w_t` give
@@ -7,14 +7,25 @@ averages :math:`\bar g` and :math:`\overline{|g|^2}` of weights :math:`w_t` give
     |s|^2 \approx \frac{|\bar g|^2 - w\, \overline{|g|^2}}{1 - w}, \quad
     \mathbb{E} |\varepsilon|^2 \approx \overline{|g|^2} - |s|^2, \quad
     w = \sum_t w_t^2                                                       \tag{1}
+
+Where the likelihood of training rows is stationary but for a decay :math:`\lambda` of
+the weights :math:`W`, that of held-out rows is stationary along :math:`W` for
+
+.. math::
+    \lambda = \frac{\langle W, \partial_W f \rangle_{\text{held out}}
+        - \langle W, \partial_W f \rangle_{\text{train}}}{\lVert W \rVert^2}     \tag{2}
+
+in which the expectation under the model, and its noise, cancel.
 """
 
 __all__ = [
     "FitOptim",
     "GradientNoise",
     "as_fit_optim",
+    "decay_by_gap",
     "default_optim",
     "require_parameters",
+    "weights_of",
 ]
 
 from collections.abc import Iterable
@@ -22,10 +33,11 @@ from typing import Any
 
 import pyro
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_ebm.distributions import EnergyModel
+from pyro_ebm.energies import Energy
 
 
 class GradientNoise:
@@ -118,6 +130,10 @@ class FitOptim(pyro.optim.PyroOptim):
         # In a group that is there: a scheduler knows of no other.
         groups[0]["params"].extend(self.added)
 
+    def set_decay(self, value: float) -> None:
+        """Let the weights, which are the last group, decay from now on."""
+        self.torch_optim.param_groups[-1]["weight_decay"] = value
+
     def remove_added(self) -> None:
         """Leave a torch optimiser with the parameters that it came with."""
         if isinstance(self.inner, pyro.optim.PyroOptim):
@@ -173,6 +189,39 @@ def default_optim(energy_model: EnergyModel) -> torch.optim.Optimizer:
     """
     require_parameters(energy_model)
     return torch.optim.Adam(energy_model.parameters(), lr=1e-3)
+
+
+def weights_of(energy: Energy) -> list[nn.Parameter]:
+    """Parameters of two dimensions or more: weights, but neither biases nor scales."""
+    return [p for p in energy.parameters() if p.requires_grad and p.dim() > 1]
+
+
+@torch.enable_grad()
+def decay_by_gap(
+    energy: Energy, train: Tensor, held_out: Tensor, weights: Tensor | None = None
+) -> float:
+    """The decay (2) of the weights, at least 0; 0 where there are none.
+
+    Args:
+        energy: At its current parameters.
+        train: Rows that it learns from, shape ``(N, *event)``.
+        held_out: Others, shape ``(M, *event)``.
+        weights: Of these, shape ``(M,)``; default: all equal.
+    """
+    learned = weights_of(energy)
+    if not learned:
+        return 0.0
+    values = energy(held_out)
+    shares = torch.full_like(values, 1 / len(values))
+    if weights is not None:
+        shares = (weights / weights.sum()).to(values)
+    gap = shares @ values - energy(train).mean()
+    found = torch.autograd.grad(gap, learned, allow_unused=True)
+    pairs = [(p, g) for p, g in zip(learned, found, strict=True) if g is not None]
+    with torch.no_grad():
+        along = sum(float((p * g).sum()) for p, g in pairs)
+        square = sum(float(p.square().sum()) for p, _ in pairs)
+    return max(along / square, 0.0) if square else 0.0  # (2)
 
 
 def require_parameters(energy_model: EnergyModel) -> None:

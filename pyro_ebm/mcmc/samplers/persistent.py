@@ -11,6 +11,7 @@ References:
 
 __all__ = ["PersistentChains", "StatefulModule"]
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from pyro_ebm.mcmc.base import (
     StepInfo,
     replace_nonfinite,
 )
+from pyro_ebm.mcmc.kernels.gibbs import Gibbs
 from pyro_ebm.mcmc.samplers.sampler import Sampler
 from pyro_ebm.mcmc.warmup.adaptation import StepSizeAdaptation, find_step_size
 
@@ -154,6 +156,12 @@ class PersistentChains(StatefulModule):
         self.kernel = kernel
         flat, to_support = unconstrained(energy)
         u = self.u.to(**energy.tensor_options(self.u))
+        if isinstance(kernel, Gibbs) and Gibbs().num_evaluations(energy) == 1:
+            # By blocks: nothing is rejected, and no energy is asked for.
+            number = kernel.num_sweeps * num_steps
+            self.u = dataclasses.replace(kernel, num_sweeps=number).sweep(energy, u)
+            self.accept_prob = torch.ones_like(self.accept_prob)
+            return to_support(self.u.clone())
         start = replace_nonfinite(kernel.init(flat, u))
         state = start
         infos: list[StepInfo] = []
