@@ -15,7 +15,9 @@ log-sum the same steps find the most probable state.
 The cost is the number of terms of all sums, which grows exponentially with the number
 of sites in a potential: for a lattice with its smaller side. The order is greedy: next
 is the site that ties together fewest pairs of others. A batch of graphs with the same
-sites and other potentials is summed at once, at as many times the cost.
+sites and other potentials is summed at once, at as many times the cost. (The greedy
+path of ``opt_einsum``, from pair to pair of tensors, has 40 and 200 times as many terms
+on tori of 8 and 10 spins a side, and is no order to draw in.)
 
 References:
     Dechter (1999), Artificial Intelligence 113, 41-85 (bucket elimination). Kjaerulff
@@ -55,9 +57,8 @@ from pyro_ebm.energies.discrete.exact.distribution import (
 from pyro_ebm.energies.discrete.exact.tree import (
     FORBIDDEN,
     Forest,
-    edges_of,
     flat_states,
-    is_forest,
+    rooted,
     where_allowed,
 )
 from pyro_ebm.energies.discrete.finite import (
@@ -95,8 +96,9 @@ def exact_sums(
         (sites, _flat_batch(table, sites.shape[1] + 1, batch_shape))
         for sites, table in factors
     ]
-    if is_forest(len(states), [sites for sites, _ in factors]):
-        return Forest.of(states, flat, batch_shape)
+    tree = rooted(len(states), [sites for sites, _ in factors])
+    if tree is not None:
+        return Forest.of(states, flat, tree, batch_shape)
     return Elimination.of(tuple(states), flat, batch_shape)
 
 
@@ -162,8 +164,9 @@ def elimination_cost(
     Returns:
         The number; infinite beyond four billion, where no order is looked for.
     """
-    if is_forest(len(states), scopes):
-        return sum(states[i] * states[j] for i, j in edges_of(scopes))
+    tree = rooted(len(states), scopes)
+    if tree is not None:
+        return sum(states[i] * states[j] for i, j in tree.edges)
     free = frozenset(range(len(states))).difference(fixed)
     rows = (sites for group in scopes for sites in group.tolist())
     flat = tuple(tuple(site for site in row if site in free) for row in rows)
