@@ -15,6 +15,7 @@ __all__ = [
     "Energy",
     "ExpEnergy",
     "FactorGraphEnergy",
+    "FreeEnergy",
     "FunctionEnergy",
     "HopfieldEnergy",
     "IsingEnergy",
@@ -45,6 +46,7 @@ from pyro_ebm.energies.discrete.boltzmann import BoltzmannEnergy
 from pyro_ebm.energies.discrete.chain import ChainEnergy
 from pyro_ebm.energies.discrete.factor_graph import FactorGraphEnergy
 from pyro_ebm.energies.discrete.finite import spins
+from pyro_ebm.energies.discrete.free_energy import FreeEnergy
 from pyro_ebm.energies.discrete.graph import grid_edges, torus_edges
 from pyro_ebm.energies.discrete.lattice import IsingEnergy, PottsEnergy
 from pyro_ebm.energies.discrete.rbm import RBMEnergy

@@ -9,8 +9,9 @@ A sum of energies is a product of distributions, up to a constant (eq. (1.3) to 
 The constant, the partition function of the product, is not the product of the
 constants. Of Gaussian and of conjugate parts it is known
 (:mod:`pyro_ebm.energies.closed_form.gaussian`,
-:mod:`pyro_ebm.energies.closed_form.products`); otherwise :mod:`pyro_ebm.partition`
-estimates it.
+:mod:`pyro_ebm.energies.closed_form.products`), and of finite sites whose sums can be
+done (:mod:`pyro_ebm.energies.discrete.exact.elimination`); otherwise
+:mod:`pyro_ebm.partition` estimates it.
 """
 
 __all__ = ["ExpEnergy", "SumEnergy", "require_same_space"]
@@ -32,6 +33,12 @@ from pyro_ebm.energies.closed_form.gaussian import (
     product_form,
 )
 from pyro_ebm.energies.closed_form.products import product_closed_form
+from pyro_ebm.energies.discrete.exact.elimination import (
+    Factors,
+    exact_closed_form,
+    factors_of,
+)
+from pyro_ebm.energies.discrete.finite import finite_values, site_states
 from pyro_ebm.energies.views.unconstrained import same_support
 
 
@@ -122,6 +129,7 @@ class SumEnergy(Energy):
     def closed_form(self) -> ClosedForm | None:
         r"""Of parts that are Gaussian, or conjugate, and of a single part.
 
+        Of finite sites by elimination of all factors, or over at most 4096 states.
         ``None`` also where the closed form shows that there is no partition function.
 
         Exactness: *exact* where it is not ``None``.
@@ -140,13 +148,40 @@ class SumEnergy(Energy):
         Exactness: *exact* where it is not ``None``.
         """
         (part, weight), *more = self.terms
-        if more or isinstance(weight, Tensor) or weight != 1:
+        is_alone = not more and not isinstance(weight, Tensor) and weight == 1
+        has_offset = isinstance(self.offset, Tensor) or self.offset != 0
+        known = part.closed_form() if is_alone else None
+        if known is None or has_offset:
+            factors = self.factors()
+            if factors is not None:
+                return exact_closed_form(self, factors)
+        if not is_alone:
             known = product_closed_form(self.terms)
-        else:
-            known = part.closed_form()
-        if known is None:
+        if known is None or not has_offset:
+            return known
+        log_partition = known.log_partition - self.offset
+        return ClosedForm(log_partition, known.distribution)
+
+    def factors(self) -> Factors | None:
+        """The weighted log potentials of all parts, over finite sites.
+
+        Returns:
+            ``None`` where a part has none, see
+            :meth:`~pyro_ebm.energies.discrete.sites.SiteEnergy.factors`, and more
+            points than are to list.
+        """
+        has_context = self.context_shape is not None
+        if has_context or finite_values(self.support) is None:
             return None
-        return known._replace(log_partition=known.log_partition - self.offset)
+        found: list[tuple[Tensor, Tensor]] = []
+        for part, weight in self.terms:
+            factors = factors_of(part)
+            if factors is None:
+                return None
+            found += [(sites, weight * table) for sites, table in factors]
+        states = site_states(self.support, self.event_shape)
+        offset = -torch.as_tensor(self.offset).to(found[0][1])
+        return [*found, (torch.tensor([[0]]), offset.expand(1, states[0]))]
 
     def extra_repr(self) -> str:
         """Weights and offset, for ``repr``."""

@@ -139,6 +139,15 @@ CASES = {
     ),
     "chain": lambda: energies.ChainEnergy(torch.randn(4, 3), torch.randn(3, 3)),
     "rbm": lambda: energies.RBMEnergy(torch.randn(4, 3), torch.randn(4)),
+    "rbm-categories": lambda: energies.RBMEnergy(
+        torch.randn(4, 3, 2), visible="categorical"
+    ),
+    "rbm-real": lambda: energies.RBMEnergy(
+        torch.randn(4, 2), visible="gaussian", scale=torch.rand(4) + 0.5
+    ),
+    "free-energy": lambda: energies.FreeEnergy(
+        energies.BoltzmannEnergy(torch.randn(4, 4).triu(1)), [1, 2]
+    ),
     "hopfield": lambda: energies.HopfieldEnergy(random_spins(3, 5), 3),
     "spin-memory": lambda: energies.SpinMemoryEnergy(random_spins(3, 5)),
     "spin-memory-learned": lambda: energies.SpinMemoryEnergy(

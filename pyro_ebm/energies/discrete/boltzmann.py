@@ -110,10 +110,9 @@ class BoltzmannEnergy(SiteEnergy):
 
         Exactness: *exact* where it is not ``None``.
         """
-        states = [2] * len(self.bias)
-        if 2.0 ** len(states) > MAX_COST:  # all are tied together
+        if 2.0 ** len(self.bias) > MAX_COST:  # all are tied together
             return None
-        return exact_closed_form(self, states, self.factors())
+        return exact_closed_form(self, self.factors())
 
     def annealing_path(self) -> AnnealingPath:
         """From fair units to this energy, by scaling weights and biases."""

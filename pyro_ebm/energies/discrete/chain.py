@@ -45,6 +45,7 @@ from pyro_ebm.energies.discrete.exact.distribution import (
     ExactDistribution,
     categorical,
 )
+from pyro_ebm.energies.discrete.exact.elimination import Factors
 from pyro_ebm.energies.discrete.sites import SiteEnergy
 
 #: Nats below 1 down to which numbers keep their precision.
@@ -154,6 +155,19 @@ class ChainEnergy(SiteEnergy):
         solver = _Chain.of(self.unary, self.transition, self.mask)
         exact = ExactDistribution(self, solver, self.batch_shape)
         return ExactClosedForm.of(exact)
+
+    def factors(self) -> Factors:
+        """Log potentials of the sites and of the steps."""
+        unary, steps = self.unary, self.transition
+        if self.mask is not None:
+            unary = unary.where(self.mask[..., None], _only_first(unary))
+            steps = steps.where(self.mask[..., 1:, None, None], 0.0)
+        sites = torch.arange(self.unary.shape[-2])
+        found = [(sites[:, None], unary)]
+        if len(sites) > 1:
+            steps = steps[None] if steps.dim() == 2 else steps
+            found.append((torch.stack([sites[:-1], sites[1:]], -1), steps))
+        return found
 
     def _states(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of the states, and where there is no such state."""

@@ -376,6 +376,11 @@ class _Scaled(nn.Module):
                 f"{tuple(coefficient.shape)}."
             )
         require_precision(coefficient, name)
+        if not coefficient.detach().isfinite().all():
+            raise ValueError(
+                f"{name} must be finite, got {coefficient.detach().flatten()[:6]}. "
+                "What is forbidden has a table with -inf instead."
+            )
         live_or_parameter(self, "coefficient", coefficient)
         self.function = function
         self.batch_shape = coefficient.shape[:-1]

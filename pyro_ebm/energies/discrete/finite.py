@@ -23,7 +23,9 @@ __all__ = [
     "num_points",
     "num_states",
     "require_inside",
+    "site_states",
     "spins",
+    "support_at",
 ]
 
 import math
@@ -139,6 +141,39 @@ def num_points(support: Constraint, event_shape: Sequence[int]) -> int | None:
     if number is None:
         return len(values) ** math.prod(event_shape)
     return math.prod(number.flatten().tolist())
+
+
+def site_states(support: Constraint, event_shape: Sequence[int]) -> list[int]:
+    """How many states each site of an event has, in one list.
+
+    Args:
+        support: Of an energy; finite.
+        event_shape: Shape of one point.
+    """
+    number = num_states(support, event_shape)
+    if number is not None:
+        states: list[int] = number.flatten().tolist()
+        return states
+    return [len(finite_values(support) or ())] * math.prod(event_shape)
+
+
+def support_at(
+    support: Constraint, event_shape: Sequence[int], sites: Sequence[int]
+) -> Constraint:
+    """The support of some sites of an event, as one vector.
+
+    Args:
+        support: Of an energy; finite.
+        event_shape: Shape of one point.
+        sites: Their numbers in the flattened event.
+    """
+    scalar = support
+    while isinstance(scalar, constraints.independent):
+        scalar = scalar.base_constraint
+    states = num_states(scalar, event_shape)
+    if states is not None:
+        scalar = constraints.integer_interval(0, states.flatten()[list(sites)] - 1)
+    return constraints.independent(scalar, 1)
 
 
 def finite_points(

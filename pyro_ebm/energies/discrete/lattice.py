@@ -107,8 +107,7 @@ class LatticeEnergy(SiteEnergy):
         side = sorted(self.event_shape)[-2] if self.event_dim > 1 else 1
         if len(self.values) ** (side + 1) > MAX_COST:
             return None
-        states = [len(self.values)] * self.event_shape.numel()
-        return exact_closed_form(self, states, self.factors())
+        return exact_closed_form(self, self.factors())
 
     def _edges(self) -> Tensor:
         return lattice_edges(self.event_shape, periodic=self.periodic)
@@ -195,7 +194,7 @@ class IsingEnergy(LatticeEnergy):
         return torch.stack([-up, up])
 
     def factors(self) -> Factors:
-        """See :meth:`LatticeEnergy.factors`."""
+        """Log potentials of all bonds, and of the sites."""
         both = self.values * self.values[:, None]
         factors = [(self._edges(), (self.coupling * both)[None])]
         if self.field is not None:
@@ -266,7 +265,7 @@ class PottsEnergy(LatticeEnergy):
         return self.coupling * self.neighbours(one_hot)
 
     def factors(self) -> Factors:
-        """See :meth:`LatticeEnergy.factors`."""
+        """Log potentials of all bonds."""
         equal = torch.eye(len(self.values)).to(self.values)
         return [(self._edges(), (self.coupling * equal)[None])]
 

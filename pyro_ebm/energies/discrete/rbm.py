@@ -54,7 +54,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
-from torch.nn.functional import softplus
+from torch.nn.functional import linear, softplus
 
 from pyro_ebm.energies.base import (
     ClosedForm,
@@ -102,12 +102,12 @@ class _Pairs:
     def log_sum(self, at: Tensor) -> Tensor:
         """Log of the sum over the values of a unit, shape ``(*batch, V)``."""
         # Beyond the usual threshold of 20 double precision would be lost.
-        up = softplus((self.high - self.low) * at, threshold=40)
+        up = softplus(self._logits(at), threshold=40)
         return up + self.low * at if self.low else up
 
     def probs(self, at: Tensor) -> Tensor:
         """Probabilities of the values, shape ``(*batch, V, 2)``."""
-        up = ((self.high - self.low) * at).sigmoid()
+        up = self._logits(at).sigmoid()
         return torch.stack([1 - up, up], -1)
 
     def mean(self, at: Tensor) -> Tensor:
@@ -116,9 +116,13 @@ class _Pairs:
 
     def draw(self, at: Tensor) -> Tensor:
         """Values of the units, shape ``(*batch, V)``."""
-        up = torch.rand_like(at) < ((self.high - self.low) * at).sigmoid()
-        up = up.to(at)
+        up = (torch.rand_like(at) < self._logits(at).sigmoid()).to(at)
         return up if self.low == 0 else up.mul_(self.high - self.low).add_(self.low)
+
+    def _logits(self, at: Tensor) -> Tensor:
+        """Log-odds of the larger value."""
+        width = self.high - self.low
+        return at if width == 1 else width * at
 
     def field_of(self, log_probs: Tensor) -> Tensor:
         """The field in which the values have probabilities of shape ``(2, V)``."""
@@ -405,14 +409,13 @@ class _Layers:
 
     def hidden_field(self, x: Tensor) -> Tensor:
         """Of the hidden units given visible ones, shape ``(*batch, H)``."""
-        return self.hidden + self._statistic(x) @ self.weight.flatten(0, -2)  # (3)
+        weight = self.weight.flatten(0, -2).mT
+        return linear(self._statistic(x), weight, self.hidden)  # (3)
 
     def visible_field(self, hidden: Tensor) -> Tensor:
         """Of the visible units, shape ``(*batch, V)`` or ``(*batch, V, q)``."""
-        total = hidden @ self.weight.flatten(0, -2).mT
-        if self.visible.dim() > 1:
-            total = total.unflatten(-1, self.visible.shape)
-        return self.visible + total  # (3)
+        at = linear(hidden, self.weight.flatten(0, -2), self.visible.flatten())  # (3)
+        return at.unflatten(-1, self.visible.shape) if self.visible.dim() > 1 else at
 
     def log_visible(self, x: Tensor) -> Tensor:
         """Minus the free energy (1), shape ``(*batch,)``."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.energies.base import ClosedForm, Energy
+from pyro_ebm.energies.discrete.exact.elimination import Factors
 from pyro_ebm.energies.discrete.finite import (
     AnnealingPath,
     finite_values,
@@ -74,13 +75,13 @@ class SiteEnergy(Energy):
             Shape ``(q, *batch, *event)``; ``-inf`` at values that a site does not have.
         """
 
-    def factors(self) -> Sequence[tuple[Tensor, Tensor]] | None:
+    def factors(self) -> Factors | None:
         """The log potentials of few sites each whose sum is minus the energy.
 
         Returns:
             Pairs of the sites, numbers in the flattened event of shape ``(F, k)``, and
-            a table of shape ``(F, *states)``, or ``(1, *states)`` if all have the same.
-            ``None`` where the energy is not known by such tables.
+            a table of shape ``(*batch, F, *states)``, or ``(*batch, 1, *states)`` if
+            all have the same. ``None`` where the energy is not known by such tables.
         """
         return None
 

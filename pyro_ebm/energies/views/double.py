@@ -27,6 +27,7 @@ from pyro_ebm.energies.base import ClosedForm, Energy, require_no_batch
 from pyro_ebm.energies.corrections import map_tensors
 from pyro_ebm.energies.discrete.finite import finite_values
 from pyro_ebm.energies.discrete.independent import IndependentSites
+from pyro_ebm.energies.discrete.sites import SiteEnergy
 from pyro_ebm.energies.graphs.batching import (
     CastFunction,
     PointFunction,
@@ -208,7 +209,8 @@ def _copy_in_double(module: Any, twins: dict[int, Any]) -> Any:
     for name, value in vars(module).items():
         vars(clone)[name] = _value_in_double(value, twins)
     for name, part in module._modules.items():
-        if isinstance(part, Energy):
+        # Those of sites are asked for more than values, and are made of tensors alone.
+        if isinstance(part, Energy) and not isinstance(part, SiteEnergy):
             if id(part) not in twins:
                 twins[id(part)] = in_double(part)
             clone._modules[name] = twins[id(part)]

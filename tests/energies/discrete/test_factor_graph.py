@@ -396,6 +396,8 @@ def test_wrong_arguments():
     ]:
         with pytest.raises(ValueError, match=message):
             FactorGraphEnergy.ising(edges, 1.0)
+    with pytest.raises(ValueError, match="coupling must be finite"):
+        FactorGraphEnergy.ising([(0, 1)], torch.tensor(torch.nan))
     with pytest.raises(TypeError, match="graph must be pairs"):
         FactorGraphEnergy.ising(3, 1.0)
     with pytest.raises(ValueError, match=r"coupling must be a number or .*batch, 1\)"):

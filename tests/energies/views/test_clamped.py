@@ -22,6 +22,7 @@ from pyro_ebm.energies import (
 )
 from pyro_ebm.energies.closed_form.marginal import marginal
 from pyro_ebm.energies.discrete.finite import finite_points
+from pyro_ebm.mcmc import Gibbs
 from pyro_ebm.partition import enumeration, quadrature
 from tests.energies.discrete.test_chain import chi_square
 
@@ -250,6 +251,10 @@ def test_spins_with_one_clamped(periodic):
     torch.testing.assert_close(exact.log_prob(x), log_terms.log_softmax(0))
     draws = exact.sample((10_000,))
     index = ((draws + 1) / 2 * 2.0 ** torch.arange(4)).sum(-1).long()
+    assert chi_square(index, log_terms.detach()) < 4
+    x0 = x[torch.randint(16, (10_000,))]
+    moved = Gibbs(20).sweep(clamped, x0)
+    index = ((moved + 1) / 2 * 2.0 ** torch.arange(4)).sum(-1).long()
     assert chi_square(index, log_terms.detach()) < 4
     given = EnergyDistribution(energy).condition({2: -1.0})
     torch.testing.assert_close(given.log_prob(x), exact.log_prob(x))

@@ -13,6 +13,7 @@ with :math:`u_{iv}` added to :math:`-f` where site :math:`i` has its value numbe
 """
 
 __all__ = [
+    "MAX_LISTED",
     "ExactClosedForm",
     "ExactDistribution",
     "Solver",
@@ -29,7 +30,6 @@ from typing import Any, Protocol, final
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.energies.base import ClosedForm, Energy
@@ -39,10 +39,12 @@ from pyro_ebm.energies.discrete.finite import (
     num_points,
     num_states,
     require_inside,
+    support_at,
 )
+from pyro_ebm.energies.discrete.independent import IndependentSites
 
 #: Points that are worth listing, for Pyro's sums over a discrete site.
-_MAX_LISTED = 2**12
+MAX_LISTED = 2**12
 
 
 class Solver(Protocol):
@@ -125,8 +127,8 @@ class ExactDistribution(dist.TorchDistribution):
         free: Sequence[int] | None = None,
         observed: Mapping[int, Tensor] | None = None,
     ) -> None:
-        self.energy, self._solver = energy, solver
-        self._observed = dict(observed or {})
+        self.energy, self.solver = energy, solver
+        self.observed = dict(observed or {})
         self._free = None if free is None else list(free)
         event = energy.event_shape if free is None else torch.Size([len(free)])
         self._own_batch = torch.Size(batch_shape)
@@ -138,14 +140,7 @@ class ExactDistribution(dist.TorchDistribution):
         """The support of the energy, at the sites that are left."""
         if self._free is None:
             return self.energy.support
-        scalar = self.energy.support
-        while isinstance(scalar, constraints.independent):
-            scalar = scalar.base_constraint
-        states = num_states(scalar, self.energy.event_shape)
-        if states is not None:
-            states = states.flatten()[self._free]
-            scalar = constraints.integer_interval(0, states - 1)
-        return constraints.independent(scalar, 1)
+        return support_at(self.energy.support, self.energy.event_shape, self._free)
 
     @property
     def log_partition(self) -> Tensor:
@@ -153,7 +148,7 @@ class ExactDistribution(dist.TorchDistribution):
         # What was found without a gradient will not do where one is wanted.
         has_graph = self._found is not None and self._found.requires_grad
         if self._found is None or (torch.is_grad_enabled() and not has_graph):
-            self._found = self._solver.log_partition()
+            self._found = self.solver.log_partition()
         return self._found.expand(self.batch_shape)
 
     def expand(
@@ -204,13 +199,13 @@ class ExactDistribution(dist.TorchDistribution):
         self._require_states()
         shape = self._extended_shape(torch.Size(sample_shape))
         count = shape.numel() // self.event_shape.numel()
-        index = self._solver.sample(count // self._own_batch.numel())
+        index = self.solver.sample(count // self._own_batch.numel())
         return self._points(index).reshape(shape)
 
     def marginals(self) -> Tensor:
         """Probability (3) of each value at each site, shape ``(*batch, *event, q)``."""
         self._require_states()
-        probs = self._solver.marginals()
+        probs = self.solver.marginals()
         if self._free is not None:
             probs = probs[..., self._free, :]
         probs = probs.reshape(*self._own_batch, *self.event_shape, -1)
@@ -228,12 +223,27 @@ class ExactDistribution(dist.TorchDistribution):
         probs = self.marginals()
         return probs @ self._values(probs).square() - self.mean.square()
 
+    def entropy(self) -> Tensor:
+        """Entropy in nats, shape ``batch``.
+
+        That of the uniform distribution, less the divergence from it.
+
+        Raises:
+            NotImplementedError: If the energy is not made of factors, and there are
+                more than 4096 states.
+        """
+        uniform = IndependentSites.uniform(
+            self.support, self.event_shape, self._values(torch.empty(0))
+        )
+        log_size = -uniform.log_probs.amax(0).sum()
+        return log_size - torch.distributions.kl_divergence(self, uniform)
+
     @property
     def mode(self) -> Tensor:
         """A most probable state, shape ``(*batch, *event)``."""
         self._require_states()
         with torch.no_grad():
-            x = self._points(self._solver.mode())
+            x = self._points(self.solver.mode())
         x = x.reshape(*self._own_batch, *self.event_shape)
         return x.expand(*self.batch_shape, *self.event_shape)
 
@@ -262,8 +272,8 @@ class ExactDistribution(dist.TorchDistribution):
                 "observed holds all sites of the event: none is left to have a "
                 "distribution. Its probability is log_prob(x)."
             )
-        solver = self._solver.given(states)
-        observed = {**self._observed, **states}
+        solver = self.solver.given(states)
+        observed = {**self.observed, **states}
         return ExactDistribution(self.energy, solver, self._own_batch, free, observed)
 
     def _numbered(
@@ -340,7 +350,7 @@ class ExactDistribution(dist.TorchDistribution):
         columns: list[Tensor] = [x[..., 0]] * self.energy.event_shape.numel()
         for place, site in enumerate(self._free):
             columns[site] = x[..., place]
-        for site, index in self._observed.items():
+        for site, index in self.observed.items():
             columns[site] = values[index].to(x).expand(batch)
         return torch.stack(columns, -1).reshape(*batch, *self.energy.event_shape)
 
@@ -350,7 +360,7 @@ class ExactDistribution(dist.TorchDistribution):
         value = self.log_partition
         if value.isfinite().all():
             return
-        given = " that agrees with what is observed" if self._observed else ""
+        given = " that agrees with what is observed" if self.observed else ""
         if value.isnan().any() or (value > 0).any():
             raise ValueError(
                 "the potentials of an exact distribution must be finite, or -inf for "
@@ -394,7 +404,7 @@ def can_be_enumerated(distribution: Any) -> bool:
         distribution: Any.
     """
     count = num_points(distribution.support, distribution.event_shape)
-    return count is not None and count <= _MAX_LISTED
+    return count is not None and count <= MAX_LISTED
 
 
 def enumerated(distribution: Any, like: Tensor, *, expand: bool) -> Tensor:
@@ -410,10 +420,10 @@ def enumerated(distribution: Any, like: Tensor, *, expand: bool) -> Tensor:
     """
     event, batch = distribution.event_shape, distribution.batch_shape
     count = num_points(distribution.support, event)
-    if count is None or count > _MAX_LISTED:
+    if count is None or count > MAX_LISTED:
         number = "infinitely many" if count is None else f"2^{math.log2(count):.4g}"
         raise NotImplementedError(
-            f"{type(distribution).__name__} must have at most {_MAX_LISTED:,} states "
+            f"{type(distribution).__name__} must have at most {MAX_LISTED:,} states "
             f"for its support to be enumerated, got {number}. Sample it, or split the "
             "site into several."
         )

@@ -21,15 +21,15 @@ References:
 __all__ = [
     "FORBIDDEN",
     "Forest",
-    "edges_of",
+    "Rooted",
     "flat_states",
-    "is_forest",
+    "rooted",
     "where_allowed",
 ]
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -66,47 +66,46 @@ def flat_states(
     }
 
 
-class _Shape(NamedTuple):
+class Rooted(NamedTuple):
     """A rooted forest.
 
     Attributes:
         parent: Of each site, itself for a root.
         levels: Sites by depth, from the roots' children down.
         roots: One site of each tree.
+        edges: Pairs of sites.
     """
 
     parent: Tensor
     levels: tuple[Tensor, ...]
     roots: Tensor
+    edges: tuple[tuple[int, int], ...]
 
 
-def is_forest(num_sites: int, scopes: Sequence[Tensor]) -> bool:
-    """Whether potentials hold one or two sites each, and no edges close a ring.
+def rooted(num_sites: int, scopes: Sequence[Tensor]) -> "Rooted | None":
+    """The forest that the edges of potentials make, rooted.
 
     Args:
         num_sites: Number of sites.
         scopes: Sites of potentials, in groups of shape ``(F, k)``.
+
+    Returns:
+        ``None`` where a potential has more than two sites, or edges close a ring.
     """
     if any(sites.shape[1] > 2 for sites in scopes):
-        return False
-    return _rooted(num_sites, edges_of(scopes)) is not None
-
-
-def edges_of(scopes: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
-    """The pairs among the sites of potentials, the smaller number first.
-
-    Args:
-        scopes: Sites of potentials, in groups of shape ``(F, k)``.
-    """
-    pairs = (sites.tolist() for sites in scopes if sites.shape[1] == 2)
-    return tuple((min(pair), max(pair)) for group in pairs for pair in group)
+        return None
+    pairs = (tuple(map(tuple, s.tolist())) for s in scopes if s.shape[1] == 2)
+    return _rooted(num_sites, tuple(pairs))
 
 
 @functools.lru_cache(maxsize=64)
-def _rooted(num_sites: int, edges: tuple[tuple[int, int], ...]) -> _Shape | None:
+def _rooted(
+    num_sites: int, pairs: tuple[tuple[tuple[int, int], ...], ...]
+) -> "Rooted | None":
     """Roots and depths by breadth-first search; ``None`` if there is a ring."""
     near: list[list[int]] = [[] for _ in range(num_sites)]
-    edges = tuple(set(edges))  # several potentials may share one
+    # Several potentials may share one.
+    edges = {(min(pair), max(pair)) for group in pairs for pair in group}
     for i, j in edges:
         near[i].append(j)
         near[j].append(i)
@@ -132,7 +131,8 @@ def _rooted(num_sites: int, edges: tuple[tuple[int, int], ...]) -> _Shape | None
                 levels[depth] += front
             depth += 1
     places = tuple(torch.tensor(level) for level in levels)
-    return _Shape(torch.tensor(parent), places, torch.tensor(roots))
+    tree = torch.tensor(parent)
+    return Rooted(tree, places, torch.tensor(roots), tuple(edges))
 
 
 @dataclass(frozen=True)
@@ -155,18 +155,17 @@ class Forest:
     levels: tuple[Tensor, ...]
     roots: Tensor
     batch_shape: torch.Size = torch.Size()
+    _sums: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
 
     @classmethod
     def of(
         cls,
         states: Sequence[int],
         factors: Sequence[tuple[Tensor, Tensor]],
+        shape: Rooted,
         batch_shape: torch.Size,
     ) -> "Forest":
         """From potentials in groups, with one axis for the batch."""
-        shape = _rooted(len(states), edges_of([sites for sites, _ in factors]))
-        if shape is None:
-            raise ValueError("factors must be those of a forest, and close a ring.")
         most, like = max(states), factors[0][1]
         number, device = batch_shape.numel(), like.device
         parent = shape.parent.to(device)
@@ -194,13 +193,13 @@ class Forest:
 
     def log_partition(self) -> Tensor:
         """See ``Solver`` in the module of the distribution, as for what follows."""
-        beliefs, scale = self._upward(torch.logsumexp)
+        beliefs, scale = self._messages()
         value = beliefs[:, self.roots].logsumexp(-1).sum(-1) + scale
         return where_allowed(value.to(beliefs)).reshape(self.batch_shape)
 
     def marginals(self) -> Tensor:
         """By (2), from the roots down."""
-        beliefs, _ = self._upward(torch.logsumexp)
+        beliefs, _ = self._messages()
         probs = beliefs.softmax(-1)
         for level in self.levels:
             joint = self.edges[:, level] + beliefs[:, level].unsqueeze(-1)
@@ -227,6 +226,14 @@ class Forest:
             is_it = states == state[:, None]
             sites[:, site] = sites[:, site].where(is_it, FORBIDDEN)
         return replace(self, sites=sites)
+
+    def _messages(self) -> tuple[Tensor, Tensor]:
+        """Those of sums, found once where no gradient is wanted."""
+        if torch.is_grad_enabled():
+            return self._upward(torch.logsumexp)
+        if not self._sums:
+            self._sums.append(self._upward(torch.logsumexp))
+        return self._sums[0]
 
     def _upward(self, reduce: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:
         """Potentials of the sites with the messages of their children.

@@ -12,6 +12,7 @@ from pyro.infer import (
     infer_discrete,
 )
 from torch import nn
+from torch.distributions import constraints
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import (
@@ -23,7 +24,9 @@ from pyro_ebm.energies import (
     PottsEnergy,
     RBMEnergy,
 )
-from pyro_ebm.energies.discrete.finite import finite_points
+from pyro_ebm.energies.discrete.finite import finite_points, num_points
+from pyro_ebm.energies.discrete.independent import IndependentSites
+from tests.energies.discrete.test_chain import chi_square
 
 DATA = torch.tensor([0.9, -1.2, 0.3, 1.1, 0.7, -0.4, 0.2, 1.5, -2.0]).reshape(3, 3)
 
@@ -191,3 +194,106 @@ def test_points_off_the_support_have_no_probability(energy, value):
     assert log_prob[0] == exact.log_prob(x[0])
     assert log_prob[1] == -torch.inf
     assert exact.expand((2,)).log_prob(x[:1]).shape == (2,)
+
+
+def all_points(energy):
+    count = num_points(energy.support, energy.event_shape)
+    number = torch.arange(count)
+    return finite_points(energy.support, energy.event_shape, number, torch.ones(1))
+
+
+def chain(**changes):
+    settings = {"unary": torch.randn(4, 3), "transition": torch.randn(3, 3), **changes}
+    return ChainEnergy(**settings)
+
+
+STATES = constraints.independent(constraints.integer_interval(0, 2), 1)
+SUMS = {
+    "chains": lambda: chain() + 0.5 * chain() - 1.0,
+    "masked": lambda: chain(mask=torch.arange(4) < 3) + chain(),
+    "steps": lambda: chain(transition=torch.randn(3, 3, 3)) + 2.0,
+    "lattices": lambda: IsingEnergy((2, 3), 0.3) - IsingEnergy((2, 3), 0.7, 0.2),
+    "network": lambda: chain() + FunctionEnergy(nn.Sequential(
+        nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1), nn.Flatten(-2)
+    ), (4,), STATES),
+    "machines": lambda: RBMEnergy(torch.randn(5, 2)) + RBMEnergy(torch.randn(5, 3)),
+    "learned": lambda: nn.Parameter(torch.tensor(1.5)) * PottsEnergy((2, 2), 3, 0.4),
+    "nested": lambda: 2.0 * (nn.Parameter(torch.tensor(0.7)) * spins() + 1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_are_exact(name):
+    """Planted faults: the offset left out; the axes of a listed table reversed."""
+    energy = SUMS[name]()
+    x = all_points(energy)
+    terms = -energy(x)
+    terms = terms.where(terms > -torch.inf, -torch.inf)
+    known = energy.closed_form()
+    truth = terms.logsumexp(0)
+    torch.testing.assert_close(known.log_partition, truth)
+    own = [p for p in energy.parameters() if p.requires_grad]
+    for a, b in zip(
+        torch.autograd.grad(known.log_partition, own),
+        torch.autograd.grad(truth, own),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    exact = known.distribution
+    torch.testing.assert_close(exact.log_prob(x), terms - truth)
+    draws = exact.sample((10_000,))
+    place = (draws.flatten(1)[:, None] == x.flatten(1)).all(-1).long().argmax(-1)
+    assert chi_square(place, terms.detach()) < 4
+    assert exact.enumerate_support().shape == x.shape
+    log_probs = exact.log_prob(x)
+    entropy = -(log_probs.exp() * log_probs.clamp(min=-1e9)).sum()
+    torch.testing.assert_close(exact.entropy(), entropy)
+
+
+def test_large_sums_are_eliminated_and_refused():
+    grids = [IsingEnergy((5, 20), c, periodic=False) for c in (0.2, 0.3)]
+    known = (grids[0] + grids[1]).closed_form().log_partition
+    whole = IsingEnergy((5, 20), 0.5, periodic=False).closed_form().log_partition
+    torch.testing.assert_close(known, whole)
+    dense = BoltzmannEnergy(torch.randn(300, 300).triu(1))
+    assert (dense + 2.0 * dense).closed_form() is None
+    support = constraints.independent(constraints.boolean, 1)
+    assert (
+        2.0 * FunctionEnergy(lambda x: x.sum(-1), (13,), support)
+    ).closed_form() is None
+
+
+def test_divergences():
+    """Planted fault: the mean of an energy with the sign of that of its potentials."""
+    p_energy, q_energy = chain(), chain()
+    p, q = (e.closed_form().distribution for e in (p_energy, q_energy))
+    x = all_points(p_energy)
+    log_p, log_q = p.log_prob(x), q.log_prob(x)
+    truth = (log_p.exp() * (log_p - log_q)).sum()
+    found = torch.distributions.kl_divergence(p, q)
+    torch.testing.assert_close(found, truth)
+    own = [*p_energy.parameters(), *q_energy.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(found, own, retain_graph=True),
+        torch.autograd.grad(truth, own, retain_graph=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    sites = IndependentSites(STATES, torch.randn(3, 4))
+    truth = (log_p.exp() * (log_p - sites.log_prob(x))).sum()
+    torch.testing.assert_close(torch.distributions.kl_divergence(p, sites), truth)
+    part = p.condition({1: 2.0})
+    rest = all_points(FunctionEnergy(lambda x: x.sum(-1), (3,), STATES))
+    log_probs = part.log_prob(rest)
+    torch.testing.assert_close(part.entropy(), -(log_probs.exp() * log_probs).sum())
+    with pytest.raises(NotImplementedError, match="nothing is observed"):
+        torch.distributions.kl_divergence(part, part)
+    never = chain(
+        unary=q_energy.unary.detach().index_fill(1, torch.tensor([0]), -torch.inf)
+    )
+    off = never.closed_form().distribution
+    assert torch.distributions.kl_divergence(p, off) == torch.inf
+    assert torch.distributions.kl_divergence(off, p).isfinite()
+    large = RBMEnergy(torch.randn(30, 2)).closed_form().distribution
+    with pytest.raises(NotImplementedError, match="mean of log_prob over draws"):
+        large.entropy()
