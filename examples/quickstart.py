@@ -73,9 +73,10 @@ def draw(learned, points, history, base, num_draws, output):
 
 
 # %% The referee is quadrature; with its log Z the test log-likelihood is exact.
-def main(seed, output, num_steps=None, max_seconds=None, num_draws=1000):
+def main(seed, output, num_steps=None, max_seconds=None, num_rows=800, num_draws=1000):
     pyro.set_rng_seed(seed)
     train, test = load_data()
+    train = train[:num_rows]
     model, result = learn(train, num_steps, max_seconds)
     print(result)
     learned, log_z = result.distribution, result.log_partition
@@ -102,5 +103,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="quickstart.png", help="the picture")
     options = parser.parse_args()
-    quick = {"num_steps": 100, "max_seconds": 5, "num_draws": 100}
+    quick = {"num_steps": 50, "max_seconds": 5, "num_rows": 250, "num_draws": 100}
     main(options.seed, options.output, **(quick if options.smoke_test else {}))

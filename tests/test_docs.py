@@ -1,7 +1,9 @@
 """Every Python block of the texts and of ``docs/`` runs, as a reader would run it.
 
-And every other block is of a kind that is known to be no code, or is looked at
-elsewhere: commands in ``test_commands.py``, the tables of benchmarks by the site.
+Pages that take over five seconds are marked as slow: ``make docs`` runs every page of
+the site as well. And every other block is of a kind that is known to be no code, or is
+looked at elsewhere: commands in ``test_commands.py``, the tables of benchmarks by the
+site.
 """
 
 import contextlib
@@ -18,6 +20,17 @@ README = ROOT / "README.md"
 SITE = sorted((ROOT / "docs").rglob("*.md"))
 SITE = [page for page in SITE if "_build" not in page.parts]
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *SITE]
+SLOW = {  # pages of the site
+    "docs/guide/discrete_learning.md",
+    "docs/guide/infer.md",
+    "docs/howto/custom_energy.md",
+    "docs/start.md",
+    "docs/tutorials/latent_prior.md",
+    "docs/tutorials/many_chains.md",
+    "docs/tutorials/maximum_likelihood.md",
+    "docs/tutorials/tilt_a_density.md",
+    "docs/tutorials/which_estimator.md",
+}
 FENCE = re.compile(r"(?P<indent> *)(?P<ticks>`{3,}|~{3,}) *(?P<info>.*)")
 PYTHON = re.compile(r"(python|py|\{code-block\} +python)\b|\{code-cell\}", re.I)
 NO_CODE = re.compile(r"bash|text|\{(benchmark|bibliography|image|include|toctree)\}.*")
@@ -100,8 +113,14 @@ def shown_outputs(text):
     return [output for block, output in pairs if block.is_python]
 
 
+def marked(page):
+    """The page as a parameter, marked if it takes long."""
+    marks = [pytest.mark.slow] if name(page) in SLOW else []
+    return pytest.param(page, marks=marks, id=name(page))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32])  # what a reader has
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES])
 def test_page(page, tmp_path, monkeypatch):
     assert page.exists(), f"{page.name} is missing: write it, its code is tested here"
     monkeypatch.chdir(tmp_path)  # pictures that a block saves stay out of the tree
@@ -160,6 +179,11 @@ def test_block_that_nothing_looks_at_is_found(tmp_path, info):
     page.write_text(f"# Title\n\n```{info}\n>>> 1 / 0\n```\n")
     with pytest.raises(AssertionError, match="line 3"):
         test_every_block_is_of_a_known_kind(page)
+
+
+def test_slow_pages_are_pages_of_the_site():
+    """Which another command runs, and where a page that is gone is not kept."""
+    assert {name(page) for page in SITE} >= SLOW
 
 
 def test_blocks_are_found_in_order():

@@ -13,6 +13,7 @@ from pyro_ebm.bases import choice as module
 pytest.importorskip("sklearn")
 
 
+@pytest.mark.slow
 def test_the_best_of_held_out_rows_is_taken():
     clusters = torch.cat([torch.randn(200, 4) - 5, torch.randn(200, 4) + 5])
     found = bases.fit(clusters)

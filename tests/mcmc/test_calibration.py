@@ -16,7 +16,7 @@ import torch
 from pyro_ebm.mcmc import HMC, MCMC, ULA
 from pyro_ebm.mcmc.kernels.chees import ChEES
 
-NUM_SETS, NUM_CHAINS, NUM_BINS = 256, 63, 16
+NUM_SETS, NUM_CHAINS, NUM_BINS = 256, 31, 16
 #: Quantile of the chi-square distribution with 15 degrees of freedom at 1e-4.
 LIMIT = 44.3
 

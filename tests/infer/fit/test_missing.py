@@ -74,6 +74,7 @@ def rows(number):
     return torch.cat([x, x.square() - 1 + 0.3 * torch.randn(number, 1)], 1)
 
 
+@pytest.mark.slow
 def test_a_fit_learns_from_rows_of_which_a_part_is_missing(caplog):
     """Nearly what it learns from whole rows, and imputes better than a normal."""
     data, test = rows(400), rows(500)

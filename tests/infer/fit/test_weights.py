@@ -65,6 +65,7 @@ def clusters(number=200):
     return data, torch.where(data[:, 0] < -2, 3.0, 1.0)
 
 
+@pytest.mark.slow
 def test_the_fit_is_that_of_the_weighted_rows():
     """Three quarters of the mass where weights say so, in base and model."""
     data, weights = clusters()

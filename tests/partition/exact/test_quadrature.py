@@ -413,7 +413,7 @@ def test_a_base_of_another_support_is_refused():
         quadrature(gaussian(1), base=dist.Gamma(torch.ones(1), 1.0).to_event(1))
 
 
-@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("dim", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_hundred_needles(dim):
     """Normalised mixtures of a hundred modes of .003, and of sixty of .01 in a plane.
 

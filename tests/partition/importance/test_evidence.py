@@ -656,7 +656,9 @@ def vague_regression(x, y, rate=0.001):
         pyro.sample("y", dist.Normal(x @ slope, 1 / tau.sqrt()), obs=y)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64]
+)
 def test_a_prior_whose_draws_are_hundreds_of_orders_apart(dtype):
     """Nearly all draws of tau are below 1e-30. Given tau, the data are Gaussian.
 
