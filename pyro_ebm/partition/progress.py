@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.core.stopwatch import Stopwatch
 from pyro_ebm.energies import Energy
+from pyro_ebm.energies.views.unconstrained import is_finite_support
 
 #: Memory that one evaluation may take, in bytes.
 MAX_BYTES = 2**29
@@ -204,9 +205,12 @@ def watched(
     Args:
         energy: What is evaluated.
         total: Evaluations expected; default: not known before.
-        is_shown: Whether there is a bar at all; if not, the energy stays as it is.
+        is_shown: Whether there is a bar at all; if not, and over a finite support, the
+            energy stays as it is.
     """
-    if not is_shown:
+    if not is_shown or is_finite_support(
+        energy.support
+    ):  # whose blocks would be hidden
         yield energy
         return
     under_bar = CountedEnergy(energy, total, is_shown=True)

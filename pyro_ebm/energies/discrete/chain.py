@@ -46,7 +46,8 @@ from pyro_ebm.energies.discrete.exact.distribution import (
     categorical,
 )
 from pyro_ebm.energies.discrete.exact.elimination import Factors
-from pyro_ebm.energies.discrete.sites import SiteEnergy
+from pyro_ebm.energies.discrete.finite import AnnealingPath
+from pyro_ebm.energies.discrete.sites import SiteEnergy, path_through, softened
 
 #: Nats below 1 down to which numbers keep their precision.
 _RANGE = {torch.float64: 700.0, torch.float32: 85.0}
@@ -149,6 +150,18 @@ class ChainEnergy(SiteEnergy):
             padding = _only_first(logits)
             logits = logits.where(self.mask[..., None], padding)
         return logits.movedim(-1, 0)
+
+    def annealing_path(self) -> AnnealingPath:
+        """From uniform sites to this energy; see :class:`FactorGraphEnergy`.
+
+        What is forbidden is only unlikely until the end.
+        """
+        path = super().annealing_path()
+        unary, transition = self.unary.detach(), self.transition.detach()
+        if not (unary.isneginf().any() or transition.isneginf().any()):
+            return path
+        soft = ChainEnergy(softened(unary), softened(transition), self.mask)
+        return path_through(soft, path)
 
     def closed_form(self) -> ExactClosedForm:
         r""":math:`\log Z` by (2), and the distribution. Exactness: *exact*."""

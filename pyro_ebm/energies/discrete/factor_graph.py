@@ -38,7 +38,7 @@ from pyro_ebm.energies.discrete.exact.elimination import (
 )
 from pyro_ebm.energies.discrete.finite import AnnealingPath, spins
 from pyro_ebm.energies.discrete.graph import colouring, edges_from
-from pyro_ebm.energies.discrete.sites import SiteEnergy
+from pyro_ebm.energies.discrete.sites import SiteEnergy, path_through, softened
 
 
 class _Group(NamedTuple):
@@ -288,11 +288,10 @@ class FactorGraphEnergy(SiteEnergy):
             return path
         soft = FactorGraphEnergy(
             self._num_states,
-            [(sites, _softened(table)) for sites, table in factors],
+            [(sites, softened(table)) for sites, table in factors],
             spins=bool(self.values[0] < 0),
         )
-        at = soft.annealing_path().at
-        return path._replace(at=lambda beta: at(beta) if beta < 1 else path.at(beta))
+        return path_through(soft, path)
 
     def factors(self) -> Factors:
         """The potentials as they are now."""
@@ -344,15 +343,6 @@ class FactorGraphEnergy(SiteEnergy):
         states = torch.tensor(self._num_states, device=x.device)
         index = index.minimum(states - 1)
         return index, (self.values[index] != x).any(-1)
-
-
-def _softened(table: Tensor) -> Tensor:
-    """Potentials with a finite penalty where a state is forbidden."""
-    finite = table[table.isfinite()]
-    if not len(finite):
-        return torch.zeros_like(table)
-    low, high = finite.aminmax()
-    return table.where(table > -torch.inf, 2 * low - high - _PENALTY)
 
 
 class _Scaled(nn.Module):
@@ -464,8 +454,6 @@ def _support(states: tuple[int, ...], *, spins: bool) -> Any:
 
 #: Under a name that the argument of the constructor does not hide.
 _SPINS = spins
-#: Nats below all that is allowed where what is forbidden is not yet so.
-_PENALTY = 30.0
 
 
 def _read(

@@ -62,10 +62,13 @@ class AnnealingPath(NamedTuple):
     Attributes:
         start: What is known of the energy at the inverse temperature 0.
         at: Maps an inverse temperature in [0, 1] to an energy; 1 is the target.
+        is_linear: Whether the energy between is known to be the weighted mean of those
+            at the two ends, which then are all that has to be evaluated.
     """
 
     start: ClosedForm
     at: Callable[[float], Energy]
+    is_linear: bool = False
 
 
 def finite_values(support: Constraint) -> tuple[float, ...] | None:

@@ -9,7 +9,7 @@ and sites without a common term are independent given the others. So the sites f
 blocks, each of which is drawn at once: what block Gibbs sampling needs to know.
 """
 
-__all__ = ["SiteEnergy"]
+__all__ = ["SiteEnergy", "path_through", "softened"]
 
 import math
 from abc import abstractmethod
@@ -29,6 +29,9 @@ from pyro_ebm.energies.discrete.finite import (
     num_states,
 )
 from pyro_ebm.energies.discrete.independent import IndependentSites
+
+#: Nats below all that is allowed where what is forbidden is not yet so.
+_PENALTY = 30.0
 
 
 class SiteEnergy(Energy):
@@ -91,7 +94,29 @@ class SiteEnergy(Energy):
         uniform = IndependentSites.uniform(self.support, self.event_shape, like)
         number = num_points(self.support, self.event_shape) or 1
         start = ClosedForm(like.new_tensor(math.log(number)), uniform)
-        return AnnealingPath(start, lambda beta: _ScaledSites(self, beta))
+        return AnnealingPath(start, lambda b: _ScaledSites(self, b), is_linear=True)
+
+
+def softened(table: Tensor) -> Tensor:
+    """Potentials with a finite penalty where a state is forbidden."""
+    finite = table[table.isfinite()]
+    if not len(finite):
+        return torch.zeros_like(table)
+    low, high = finite.aminmax()
+    return table.where(table > -torch.inf, 2 * low - high - _PENALTY)
+
+
+def path_through(soft: SiteEnergy, path: AnnealingPath) -> AnnealingPath:
+    """The path of an energy that forbids nothing, up to the end of another.
+
+    Args:
+        soft: Where what is forbidden at the end is only unlikely.
+        path: To the energy itself.
+    """
+    at = soft.annealing_path().at
+    return path._replace(
+        at=lambda beta: at(beta) if beta < 1 else path.at(beta), is_linear=False
+    )
 
 
 @final

@@ -26,6 +26,7 @@ References:
 __all__ = ["DiscreteLangevin", "kernel_for"]
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -44,6 +45,8 @@ from pyro_ebm.mcmc.kernels.gibbs import Gibbs, checked_points, has_blocks
 
 #: So few sites are drawn one by one.
 _FEW_SITES = 16
+#: Halves of differences beyond which a flip is certain, in nats.
+_STEEP = 40.0
 
 
 @final
@@ -113,6 +116,24 @@ class DiscreteLangevin(Kernel):
     def step(self, energy: Energy, state: ChainState) -> tuple[ChainState, StepInfo]:
         """Move every chain once; see :meth:`Kernel.step`."""
         time = torch.as_tensor(self.step_size).to(state.energy).clamp(max=self.max_step)
+        # Steps of their own for the chains come with the shape of these.
+        time = time.reshape(time.shape + (1,) * (energy.event_dim if time.dim() else 0))
+        values = finite_values(energy.support) or ()
+        if len(values) == 2:
+            there = _flip_probs(energy, state, time, values)
+            moved = torch.rand_like(there) < there
+            x = torch.where(moved, sum(values) - state.x, state.x)
+            new = self._evaluated(energy, x)
+            back = _flip_probs(energy, new, time, values)
+            log_q = (_outcome(back, moved) / _outcome(there, moved)).log()
+            log_q = sum_rightmost(log_q, energy.event_dim)
+            return accept(state.energy - new.energy + log_q, state, new)  # (3)
+        return self._redrawn(energy, state, time)
+
+    def _redrawn(
+        self, energy: Energy, state: ChainState, time: Tensor
+    ) -> tuple[ChainState, StepInfo]:
+        """A step of sites with more than two values."""
         there = _Moves.of(energy, state, time)
         index = there.draw()
         new = self._evaluated(energy, there.values[index])
@@ -156,8 +177,31 @@ def kernel_for(energy: Energy, kernel: Kernel) -> Kernel:
     return DiscreteLangevin()
 
 
+def _flip_probs(
+    energy: Energy, state: ChainState, time: Tensor, values: Sequence[float]
+) -> Tensor:
+    """Probability (2) that each site of two values takes the other."""
+    low, high = values
+    towards = (low + high) - 2 * state.x  # the other value less the own
+    if isinstance(energy, SiteEnergy):
+        logits = energy.site_logits(state.x)
+        d = towards / (high - low) * (logits[1] - logits[0])
+    else:
+        d = -towards * state.grad
+    root = d.div_(2).clamp_(-_STEEP, _STEEP).exp_()
+    rate = root + 1 / root
+    flip = root.div_(rate).mul_(-torch.expm1(-time * rate))  # (2)
+    states = num_states(energy.support, energy.event_shape)
+    return flip if states is None else flip.masked_fill(states.to(flip.device) < 2, 0.0)
+
+
+def _outcome(flip: Tensor, moved: Tensor) -> Tensor:
+    """Probability of what the sites did."""
+    return torch.where(moved, flip, 1 - flip)
+
+
 class _Moves(NamedTuple):
-    """What each site may do.
+    """What each site of more than two values may do.
 
     Attributes:
         log_probs: Of each value, shape ``(q, *chains, *event)``.
@@ -171,7 +215,7 @@ class _Moves(NamedTuple):
 
     @classmethod
     def of(cls, energy: Energy, state: ChainState, time: Tensor) -> "_Moves":
-        """The proposal (1) or (2) from a state."""
+        """The proposal (1) from a state."""
         x = state.x
         values = torch.tensor(finite_values(energy.support)).to(x)
         own = torch.searchsorted(values, x.contiguous())
@@ -186,16 +230,10 @@ class _Moves(NamedTuple):
                 index = torch.arange(len(values), device=x.device).reshape(wide.shape)
                 lacking = index >= states.to(x.device)
                 differences = differences.masked_fill(lacking, -torch.inf)
-        # Steps of their own for the chains come with the shape of these.
-        time = time.reshape(time.shape + (1,) * (energy.event_dim if time.dim() else 0))
-        if len(values) == 2:
-            return cls(_jumps(differences, own, time), own, values)
         return cls(_redraws(differences, own, time), own, values)
 
     def draw(self) -> Tensor:
         """Indices of new values, shape ``(*chains, *event)``."""
-        if len(self.values) == 2:
-            return (torch.rand_like(self.log_probs[1]) < self.log_probs[1].exp()).long()
         noise = torch.empty_like(self.log_probs).exponential_()
         return (self.log_probs.exp() / noise).argmax(0)
 
@@ -204,18 +242,8 @@ class _Moves(NamedTuple):
         return self.log_probs.gather(0, index[None])[0]
 
 
-def _jumps(differences: Tensor, own: Tensor, time: Tensor) -> Tensor:
-    """Log-probabilities (2) of two values, one of them the own."""
-    d = differences.gather(0, 1 - own[None])[0]
-    rate = 2 * time * (d / 2).clamp(-80, 80).cosh()
-    flip = d.sigmoid() * -torch.expm1(-rate)
-    flip = torch.where(d == -torch.inf, 0.0, flip)
-    both = torch.stack([1 - flip, flip]).log()
-    return torch.where(own == 1, both.flip(0), both)  # (2)
-
-
 def _redraws(differences: Tensor, own: Tensor, time: Tensor) -> Tensor:
-    """Log-probabilities (1) of more than two values."""
+    """Log-probabilities (1)."""
     epsilon = -torch.expm1(-time)
     probs = epsilon * differences.softmax(0)
     index = torch.arange(len(probs), device=own.device)

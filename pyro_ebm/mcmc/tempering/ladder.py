@@ -45,6 +45,7 @@ __all__ = [
     "Ladder",
     "LadderAdaptation",
     "Replicas",
+    "SiteLadder",
     "above_base",
     "between_neighbours",
     "equalised",
@@ -54,16 +55,17 @@ __all__ = [
     "swap",
 ]
 
-import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.energies import Energy
-from pyro_ebm.mcmc.base import ChainState, StepInfo
+from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
 from pyro_ebm.mcmc.kernels.hmc import HMC
 from pyro_ebm.mcmc.tempering.path import GeometricPath, PathState, advance, joined
+from pyro_ebm.mcmc.tempering.site_path import SitePath, SiteState
 from pyro_ebm.mcmc.warmup.adaptation import find_step_size, follow_acceptance
 
 
@@ -77,7 +79,7 @@ class Replicas(NamedTuple):
         parity: Which pairs swap next: 0 the even ones, 1 the odd ones.
     """
 
-    state: PathState
+    state: Any
     is_fresh: Tensor
     parity: int
 
@@ -95,7 +97,7 @@ class Exchange(NamedTuple):
     """
 
     replicas: Replicas
-    state: PathState
+    state: Any
     info: StepInfo
     swap_prob: Tensor
     arrived: Tensor
@@ -158,20 +160,63 @@ class Ladder(Energy):
         """
         fresh = self.path.sample_base(len(replicas.is_fresh), 1)
         moved, info = self.step(kernel, above_base(replicas.state))
-        state, is_fresh = joined((fresh, moved)), replicas.is_fresh.clone()
-        is_fresh[:, 0] = True
-        before = Replicas(state, is_fresh, replicas.parity)
-        after, swap_prob, arrived = swap(before, self.inverse_temperatures)
-        return Exchange(after, state, info, swap_prob, arrived)
+        state = joined((fresh, moved))
+        return _exchanged(state, info, replicas, self.inverse_temperatures)
 
 
-def above_base(state: PathState) -> PathState:
+class SiteLadder:
+    """The temperatures of a path over a finite support.
+
+    Args:
+        path: From the base to the energy.
+        inverse_temperatures: From 0 to 1, shape ``(K,)``.
+    """
+
+    def __init__(self, path: SitePath, inverse_temperatures: Tensor) -> None:
+        self.path, self.inverse_temperatures = path, inverse_temperatures
+
+    def exchange(self, kernel: Kernel, replicas: Replicas) -> Exchange:
+        """Draw from the base, move what is above it, and swap.
+
+        Args:
+            kernel: With a step size for each temperature, shape ``(K - 1,)``, if it has
+                one.
+            replicas: Chain shape ``(C, K)``.
+        """
+        points = [self.path.sample_base(len(replicas.is_fresh)).x]
+        infos = []
+        for k, beta in enumerate(self.inverse_temperatures[1:].tolist()):
+            one: Any = kernel
+            if kernel.has_step_size:
+                one = kernel.with_step_size(torch.as_tensor(kernel.step_size)[k])
+            self.path.inverse_temperature = beta
+            column = replicas.state.select((slice(None), k + 1))
+            moved, info = self.path.step(one, column)
+            points.append(moved.x)
+            infos.append(info)
+        state = self.path.evaluate(torch.stack(points, 1))
+        joint = StepInfo(*(torch.stack(part, 1) for part in zip(*infos, strict=True)))
+        return _exchanged(state, joint, replicas, self.inverse_temperatures)
+
+
+def _exchanged(
+    state: Any, info: StepInfo, replicas: Replicas, inverse_temperatures: Tensor
+) -> Exchange:
+    """The outcome of a swap of replicas that have moved, those at the base anew."""
+    is_fresh = replicas.is_fresh.clone()
+    is_fresh[:, 0] = True
+    before = Replicas(state, is_fresh, replicas.parity)
+    after, swap_prob, arrived = swap(before, inverse_temperatures)
+    return Exchange(after, state, info, swap_prob, arrived)
+
+
+def above_base(state: Any) -> Any:
     """The replicas above the base."""
     return state.select((slice(None), slice(1, None)))
 
 
 def between_neighbours(
-    state: PathState, inverse_temperatures: Tensor
+    state: Any, inverse_temperatures: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Log-weights of each replica at the temperature above it, and of that below.
 
@@ -183,6 +228,8 @@ def between_neighbours(
         Upwards for all but the last, and downwards for all but the first, each of shape
         ``(C, K - 1)``.
     """
+    if isinstance(state, SiteState):
+        return state.neighbours(inverse_temperatures)
     low, high = inverse_temperatures[:-1], inverse_temperatures[1:]
     lower = state.select((slice(None), slice(None, -1)))
     return lower.log_weight(low, high), above_base(state).log_weight(high, low)
@@ -227,7 +274,7 @@ def first_temperatures(number: int) -> Tensor:
 
 
 def require_hmc(kernel: Any) -> None:
-    """Check that a kernel can move replicas.
+    """Check that a kernel can move replicas through real space.
 
     Raises:
         TypeError: If it takes no step size for each temperature.
@@ -236,7 +283,8 @@ def require_hmc(kernel: Any) -> None:
         raise TypeError(
             "kernel must be HMC, which takes a step size for each temperature; got "
             f"{type(kernel).__name__}. HMC(num_leapfrog=1) is MALA without a bound on "
-            "the drift."
+            "the drift. Over finite supports it is Gibbs, DiscreteLangevin or "
+            "SwendsenWang."
         )
 
 
@@ -286,8 +334,8 @@ class LadderAdaptation:
 
     Args:
         path: From the base to the energy.
-        kernel: Its step size is where the search begins. With a scale of its own, that
-            is kept at all temperatures.
+        kernel: Its step size is where the search begins, if it has one. With a scale of
+            its own, that is kept at all temperatures.
         inverse_temperatures: To begin with, shape ``(K,)``.
         state: Replicas above the base, chain shape ``(C, K - 1)``.
         num_steps: Updates after which nothing changes any more; may be 0.
@@ -298,31 +346,37 @@ class LadderAdaptation:
 
     def __init__(
         self,
-        path: GeometricPath,
-        kernel: HMC,
+        path: GeometricPath | SitePath,
+        kernel: Kernel,
         inverse_temperatures: Tensor,
-        state: PathState,
+        state: Any,
         num_steps: int,
     ) -> None:
-        self.path, self._given, self.num_steps = path, kernel, num_steps
+        self._given: Any = kernel
+        self.num_steps = num_steps
         ends = {round(part * num_steps) for part in self.ROUND_ENDS}
         self._round_ends = sorted(ends - {0})
         self._num_updates = 0
         num_above = len(inverse_temperatures) - 1
-        ones = state.u.new_ones((num_above, *path.event_shape))
-        self.ladder = Ladder(path, inverse_temperatures, ones)
-        step_size = torch.as_tensor(kernel.step_size).to(state.u)
-        if num_steps:
+        step_size = torch.as_tensor(getattr(kernel, "step_size", 1.0)).to(state.u)
+        self.ladder: Ladder | SiteLadder
+        if isinstance(path, SitePath):
+            step_size = step_size.to(inverse_temperatures)
+            self.ladder = SiteLadder(path, inverse_temperatures)
+        else:
+            ones = state.u.new_ones((num_above, *path.event_shape))
+            self.ladder = Ladder(path, inverse_temperatures, ones)
+        if num_steps and isinstance(self.ladder, Ladder):
             step_size = find_step_size(kernel, self.ladder, self.ladder.chains(state))
         self._log_step = step_size.log().expand(num_above)
         self._start_round()
 
     @property
-    def kernel(self) -> HMC:
-        """With a step size for each temperature above the base's."""
-        return dataclasses.replace(self._given, step_size=self._log_step.exp())
+    def kernel(self) -> Any:
+        """With a step size for each temperature above the base's, if it has one."""
+        return self._given.with_step_size(self._log_step.exp())
 
-    def update(self, state: PathState, info: StepInfo, swap_prob: Tensor) -> None:
+    def update(self, state: Any, info: StepInfo, swap_prob: Tensor) -> None:
         """Learn from a step of all replicas; nothing more after the warm-up.
 
         Args:
@@ -336,10 +390,14 @@ class LadderAdaptation:
         self._log_steps.append(self._log_step)
         gain = len(self._log_steps) ** -0.5
         log_step, given = self._log_step, self._given
-        self._log_step = follow_acceptance(log_step, given, info, gain)  # (3)
+        if given.has_step_size:
+            log_step = follow_acceptance(log_step, given, info, gain)  # (3)
+            most = getattr(given, "max_step", torch.inf)
+            self._log_step = log_step.clamp(max=math.log(most))
         self._rejections.append(1 - swap_prob.mean(0))
-        grad = self.ladder.chains(state).grad / self.ladder.scale
-        self._squares.append(grad.square().mean(0))
+        if isinstance(self.ladder, Ladder):
+            grad = self.ladder.chains(state).grad / self.ladder.scale
+            self._squares.append(grad.square().mean(0))
         if self._num_updates in self._round_ends:
             self._end_round()
 
@@ -353,27 +411,35 @@ class LadderAdaptation:
         half = len(self._log_steps) // 2
         self._log_step = torch.stack(self._log_steps[half:]).mean(0)
         if self._num_updates < self.num_steps:
-            given = self._given
-            metric = (given.scale, given.scale_tril, given.low_rank)
-            if all(part is None for part in metric):
-                self._set_scale(torch.stack(self._squares[half:]).mean(0))
+            ladder = self.ladder
+            if isinstance(ladder, Ladder) and not self._has_metric():
+                self._set_scale(ladder, torch.stack(self._squares[half:]).mean(0))
             self._move_temperatures(torch.stack(self._rejections[half:]).mean(0))
         self._start_round()
 
-    def _set_scale(self, squares: Tensor) -> None:
-        old = self.ladder.scale
+    def _has_metric(self) -> bool:
+        given = self._given
+        parts = (given.scale, given.scale_tril, given.low_rank)
+        return any(part is not None for part in parts)
+
+    def _set_scale(self, ladder: Ladder, squares: Tensor) -> None:
+        old = ladder.scale
         new = squares.rsqrt()  # (4)
         new = torch.where(new.isfinite() & (new > 0), new, old)
         # The mean step in the coordinates of the path stays what it was.
         change = (old / new).log().reshape(len(old), -1).mean(1)
         self._log_step = self._log_step + change
-        self.ladder = Ladder(self.path, self.ladder.inverse_temperatures, new)
+        self.ladder = Ladder(ladder.path, ladder.inverse_temperatures, new)
 
     def _move_temperatures(self, rejection: Tensor) -> None:
-        old, scale = self.ladder.inverse_temperatures, self.ladder.scale
+        ladder = self.ladder
+        old = ladder.inverse_temperatures
         if len(old) == 2:
             return
         new = equalised(old, rejection)
         self._log_step = interpolate(new[1:], old[1:], self._log_step)
-        scale = interpolate(new[1:], old[1:], scale.log()).exp()
-        self.ladder = Ladder(self.path, new, scale)
+        if isinstance(ladder, SiteLadder):
+            self.ladder = SiteLadder(ladder.path, new)
+            return
+        scale = interpolate(new[1:], old[1:], ladder.scale.log()).exp()
+        self.ladder = Ladder(ladder.path, new, scale)

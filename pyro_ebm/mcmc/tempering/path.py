@@ -90,6 +90,10 @@ class PathState(NamedTuple):
         value = _mixed(beta, self.base, self.target)
         return ChainState(self.u, value, _mixed(wide, self.base_grad, self.target_grad))
 
+    def slope(self, beta: float) -> Tensor:
+        """The derivative of the energy (1), the same at all temperatures."""
+        return self.target - self.base
+
     def log_weight(self, low: float | Tensor, high: float | Tensor) -> Tensor:
         r"""Log-weight :math:`(\beta' - \beta) (f_0 - f)` of a step along the path.
 
@@ -119,11 +123,14 @@ class GeometricPath(Energy):
     Attributes:
         inverse_temperature: Where on the path the energy is, in [0, 1].
         num_evaluations: Evaluations of the target so far, one a point.
+        log_start: Log Z of the energy at 0, that of a normalised base.
 
     Raises:
         ValueError: If the base has a batch shape, another event or another support, or
             is not normalised.
     """
+
+    log_start = 0.0
 
     def __init__(
         self,
@@ -222,6 +229,10 @@ class GeometricPath(Energy):
         """The chains as seen by a kernel at the current temperature."""
         return state.at(self.inverse_temperature)
 
+    def joined(self, states: Sequence[PathState]) -> PathState:
+        """See :func:`joined`."""
+        return joined(states)
+
     def step(self, kernel: Kernel, state: PathState) -> tuple[PathState, StepInfo]:
         """One transition of a kernel at the current temperature, see :func:`advance`.
 
@@ -251,7 +262,7 @@ def real_path(
             "energy must have a continuous support for chains that follow a gradient, "
             f"got the discrete {energy.support}. Over finite supports chains move by "
             "pyro_ebm.mcmc.Gibbs or DiscreteLangevin, and log Z comes from "
-            "pyro_ebm.partition.estimate or gibbs_annealing."
+            "pyro_ebm.partition.estimate, gibbs_annealing or smc."
         )
     return GeometricPath(energy, base, is_double=is_double)
 

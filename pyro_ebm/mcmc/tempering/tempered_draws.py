@@ -43,7 +43,8 @@ class TemperedDraws(NamedTuple):
             best.
         accept_prob: Mean acceptance of the kernel at each temperature but the base's,
             shape ``(K - 1,)``.
-        step_sizes: Of the kernel at each of them, shape ``(K - 1,)``.
+        step_sizes: Of the kernel at each of them, shape ``(K - 1,)``; ``nan`` for one
+            that has none.
         log_partition: :math:`\log Z`, the mean of the two estimates (1).
         log_partition_std_error: From the spread over groups of chains; ``nan`` for a
             single chain.
@@ -122,7 +123,7 @@ class LadderSums:
         new = (
             up,
             down,
-            (up[:, 0] > -torch.inf).long(),
+            (up > -torch.inf).long(),
             done.info.accept_prob.mean(0),
             done.swap_prob.mean(0),
             done.arrived.long(),
@@ -178,8 +179,8 @@ class LadderSums:
         log_count = math.log(self.count)
         lower = (log_mean_exp(self.up[chains], 0) - log_count).sum()  # (1)
         upper = -(log_mean_exp(self.down[chains], 0) - log_count).sum()
-        log_finite = self.num_finite[chains].to(upper).mean().log() - log_count
-        return lower.item(), (upper + log_finite).item()
+        log_finite = self.num_finite[chains].to(upper).mean(0).log() - log_count
+        return lower.item(), (upper + log_finite.sum()).item()
 
     def _findings(self, gap: float) -> tuple[Finding, ...]:
         none = int((self.arrivals == 0).sum())

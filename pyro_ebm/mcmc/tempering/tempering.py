@@ -15,7 +15,7 @@ __all__ = ["ReplicaExchange"]
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, final
 
 import pyro.distributions as dist
@@ -25,6 +25,8 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.energies import Energy
+from pyro_ebm.mcmc.base import Kernel
+from pyro_ebm.mcmc.kernels.discrete_langevin import kernel_for
 from pyro_ebm.mcmc.kernels.hmc import HMC
 from pyro_ebm.mcmc.tempering.ladder import (
     Exchange,
@@ -34,12 +36,8 @@ from pyro_ebm.mcmc.tempering.ladder import (
     first_temperatures,
     require_hmc,
 )
-from pyro_ebm.mcmc.tempering.path import (
-    GeometricPath,
-    PathState,
-    real_path,
-    require_rising,
-)
+from pyro_ebm.mcmc.tempering.path import GeometricPath, require_rising
+from pyro_ebm.mcmc.tempering.site_path import SitePath, is_site_kernel, path_between
 from pyro_ebm.mcmc.tempering.tempered_draws import LadderSums, TemperedDraws
 
 
@@ -54,9 +52,12 @@ class ReplicaExchange:
     Args:
         base: A normalised Pyro distribution over the same event and support that covers
             all modes; of a ``PyroModelEnergy`` its ``prior``. What it does not reach is
-            not found.
-        kernel: What moves the replicas above the base. With a metric of its own
-            it keeps that at all temperatures; without, each gets a scale of its own.
+            not found. Default: uniform sites of a finite support, and independent units
+            at the mean field of a restricted Boltzmann machine.
+        kernel: What moves the replicas above the base. Default: ``HMC()``; over a
+            finite support ``Gibbs()`` or ``DiscreteLangevin()``, as suits it, and
+            ``SwendsenWang()`` may be given. With a metric of its own it keeps that at
+            all temperatures; without, each gets a scale of its own.
         num_temperatures: :math:`K`, base and energy included, at least 2.
         inverse_temperatures: Where the ladder begins, rising from 0 to 1, such as those
             of a run of sequential Monte Carlo; then ``num_temperatures`` is not used.
@@ -68,7 +69,7 @@ class ReplicaExchange:
 
     Raises:
         TypeError: If ``kernel`` is not :class:`~pyro_ebm.mcmc.HMC`, the only one that
-            takes a step size for each temperature.
+            takes a step size for each temperature, nor one for finite supports.
         ValueError: If a setting is out of range.
 
     Exactness: draws are *consistent* in the number of steps, and so is
@@ -87,8 +88,8 @@ class ReplicaExchange:
         True
     """
 
-    base: dist.TorchDistribution
-    kernel: HMC = field(default_factory=HMC)
+    base: dist.TorchDistribution | None = None
+    kernel: Kernel | None = None
     num_temperatures: int = 8
     inverse_temperatures: Sequence[float] | None = None
     warmup_steps: int = 200
@@ -97,7 +98,8 @@ class ReplicaExchange:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        require_hmc(self.kernel)
+        if self.kernel is not None and not is_site_kernel(self.kernel):
+            require_hmc(self.kernel)
         for name, low in (
             ("num_temperatures", 2),
             ("warmup_steps", 0),
@@ -127,7 +129,7 @@ class ReplicaExchange:
         A step costs ``(K - 1) * kernel.num_gradients + 1`` evaluations a chain.
 
         Args:
-            energy: On any support that ``biject_to`` knows.
+            energy: On a finite support, or any that ``biject_to`` knows.
             num_samples: Draws of each chain.
             num_chains: Chains, each with ``K`` replicas.
             thinning: Steps a draw.
@@ -137,8 +139,10 @@ class ReplicaExchange:
 
         Raises:
             ValueError: If a number or the shape of ``initial`` is out of range, or the
-                base does not fit the energy.
+                base does not fit the energy or is missing.
             DivergenceError: If energy and gradient are finite at no start.
+            NotImplementedError: If the support is discrete and infinite.
+            TypeError: If the kernel is not one for the support.
 
         Warns:
             UnreliableWarning: If the status is not ``"ok"``.
@@ -147,7 +151,7 @@ class ReplicaExchange:
         for name, count in {**counts, "thinning": thinning}.items():
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}.")
-        run = _Run(self, real_path(energy, self.base), num_chains, initial)
+        run = _Run(self, path_between(energy, self.base), num_chains, initial)
         total = self.warmup_steps + num_samples * thinning
         with tqdm(
             total=total, desc="tempering", disable=not progress_bar, delay=1
@@ -179,7 +183,10 @@ class ReplicaExchange:
 
     def start(self, energy: Energy, num_draws: int) -> Tensor:
         """Points of the base, shape ``(num_draws, *event)``."""
-        draws = self.base.sample(torch.Size((num_draws,))).detach()
+        base = self.base
+        if base is None:
+            base = path_between(energy, None).distribution
+        draws = base.sample(torch.Size((num_draws,))).detach()
         return draws.to(**energy.tensor_options(draws))
 
 
@@ -189,26 +196,25 @@ class _Run:
     def __init__(
         self,
         settings: ReplicaExchange,
-        path: GeometricPath,
+        path: GeometricPath | SitePath,
         num_chains: int,
         initial: Tensor | None,
     ) -> None:
-        self.path, self.num_chains = path, num_chains
+        self.path: Any = path
+        self.num_chains = num_chains
+        kernel = _suited(settings.kernel, path)
         betas = first_temperatures(settings.num_temperatures)
         if settings.inverse_temperatures is not None:
             betas = torch.tensor(settings.inverse_temperatures)
         state = self._start(len(betas), initial)
+        like = state.log_weight(0.0, 1.0)
         self.adaptation = LadderAdaptation(
-            path,
-            settings.kernel,
-            betas.to(state.base),
-            above_base(state),
-            settings.warmup_steps,
+            path, kernel, betas.to(like), above_base(state), settings.warmup_steps
         )
-        nowhere = torch.zeros_like(state.base, dtype=torch.bool)
+        nowhere = torch.zeros_like(like, dtype=torch.bool)
         self.replicas = Replicas(state, nowhere, 0)
 
-    def _start(self, num_temperatures: int, initial: Tensor | None) -> PathState:
+    def _start(self, num_temperatures: int, initial: Tensor | None) -> Any:
         """All replicas, shape ``(C, K)``, where energy and gradient are finite."""
         shape = (self.num_chains, num_temperatures)
         if initial is None:
@@ -243,8 +249,26 @@ class _Run:
                 bar.update()
             draws.append(self.replicas.state.u[:, -1])
         u = torch.stack(draws, 1)
-        return sums.result(
+        step_size = getattr(self.adaptation.kernel, "step_size", torch.nan)
+        found = sums.result(
             self.path.transform(u),
-            torch.as_tensor(self.adaptation.kernel.step_size),
+            torch.as_tensor(step_size).expand(sums.accept.shape),
             self.path.num_evaluations,
         )
+        log_partition = found.log_partition + self.path.log_start
+        return found._replace(log_partition=log_partition)
+
+
+def _suited(kernel: Kernel | None, path: GeometricPath | SitePath) -> Kernel:
+    """The kernel that is given, or what suits the target."""
+    if isinstance(path, SitePath):
+        if kernel is not None and not is_site_kernel(kernel):
+            raise TypeError(
+                "kernel must be Gibbs, DiscreteLangevin or SwendsenWang over a finite "
+                f"support, got {type(kernel).__name__}, which follows a gradient. "
+                "Give none for what suits the energy."
+            )
+        return kernel or kernel_for(path.at(1.0), HMC())
+    if kernel is not None:
+        require_hmc(kernel)
+    return kernel or HMC()

@@ -58,17 +58,13 @@ from pyro_ebm.diagnostics import log_mean_exp
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc import Kernel
 from pyro_ebm.mcmc.base import bias_of
-from pyro_ebm.mcmc.tempering.path import (
-    GeometricPath,
-    PathState,
-    real_path,
-    require_rising,
-)
+from pyro_ebm.mcmc.tempering.path import GeometricPath, require_rising
+from pyro_ebm.mcmc.tempering.site_path import SitePath, path_between, reversal
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.bridge.bennett import bennett
 from pyro_ebm.partition.importance.importance import estimate_from_weights
 from pyro_ebm.partition.particles.engine import travel
-from pyro_ebm.partition.particles.movers import AdaptiveHMC, GivenKernels
+from pyro_ebm.partition.particles.movers import GivenKernels, adaptive
 from pyro_ebm.partition.progress import watched
 
 #: Particles of the pilot run, and transitions on each rung.
@@ -94,7 +90,7 @@ def annealed_importance_sampling(
     r"""Estimate :math:`\log Z` by (1), with a bound that holds for certain.
 
     Args:
-        energy: On any support that ``biject_to`` knows.
+        energy: On a finite support, or any that ``biject_to`` knows.
         base: A normalised distribution on the same event and support.
         num_chains: Independent chains, at least 25.
         num_temperatures: At least so many transitions a chain, placed where a pilot run
@@ -102,7 +98,8 @@ def annealed_importance_sampling(
         inverse_temperatures: A schedule of your own instead, from 0 to 1.
         kernel: Used as it is at every temperature; default: Hamiltonian Monte Carlo
             with the step sizes and metrics of the pilot run, whose particles are thrown
-            away. One that is not exact voids the bound.
+            away, and over a finite support ``Gibbs()`` or ``DiscreteLangevin()``. One
+            that is not exact voids the bound.
         direction: ``"forward"`` bounds :math:`\log Z` from below; ``"reverse"`` from
             above, and starts at ``draws``.
         draws: Independent draws of the target, exact or trusted, at least
@@ -326,7 +323,7 @@ class _Annealing:
             )
         if not 0 < delta < 1:
             raise ValueError(f"delta must be between 0 and 1, got {delta}.")
-        self.path = real_path(energy, base)
+        self.path: Any = path_between(energy, base)
         self.energy, self.num_chains = energy, num_chains
 
     def plan(self, *settings: Any) -> None:
@@ -348,7 +345,8 @@ class _Annealing:
     def forward(self) -> Tensor:
         """Log-weights of mean ``Z`` from the base, shape ``(num_chains,)``."""
         state = self.path.sample_base(1, self.num_chains)
-        return self._travel(state, self.schedule.inverse_temperatures)
+        log_weights = self._travel(state, self.schedule.inverse_temperatures)
+        return log_weights + self.path.log_start
 
     def reverse(self, draws: Tensor) -> Tensor:
         """Log-weights of mean ``1 / Z`` from the draws, shape ``(num_chains,)``."""
@@ -359,10 +357,17 @@ class _Annealing:
                 f"{int((~state.target.isfinite()).sum())} of {len(draws)} have not. "
                 "They are no draws of this energy."
             )
-        return self._travel(state, self.schedule.inverse_temperatures[::-1])
+        log_weights = self._travel(
+            state, self.schedule.inverse_temperatures[::-1], is_reversed=True
+        )
+        return log_weights - self.path.log_start
 
-    def _travel(self, state: PathState, betas: list[float]) -> Tensor:
+    def _travel(
+        self, state: Any, betas: list[float], *, is_reversed: bool = False
+    ) -> Tensor:
         kernels = dict(zip(*self.schedule, strict=True))
+        if is_reversed:
+            kernels = {beta: reversal(kernel) for beta, kernel in kernels.items()}
         move = GivenKernels(self.path, kernels.__getitem__)
         journey = travel(
             state, move, inverse_temperatures=betas, moves_last=False, has_sums=False
@@ -372,7 +377,7 @@ class _Annealing:
 
 @torch.no_grad()
 def plan_schedule(
-    path: GeometricPath,
+    path: GeometricPath | SitePath,
     num_temperatures: int = 200,
     inverse_temperatures: Sequence[float] | None = None,
     kernel: Kernel | None = None,
@@ -398,7 +403,7 @@ def plan_schedule(
         raise ValueError(
             f"num_temperatures must be at least 1, got {num_temperatures}."
         )
-    rungs, found = _pilot(path)
+    rungs, found = _pilot(path, kernel)
     if inverse_temperatures is None:
         each = math.ceil(num_temperatures / (len(rungs) - 1))
         betas = [0.0]
@@ -411,9 +416,12 @@ def plan_schedule(
     return Schedule(betas, [found[max(k, 1) - 1] for k in above])
 
 
-def _pilot(path: GeometricPath) -> tuple[list[float], list[Kernel]]:
+def _pilot(
+    path: GeometricPath | SitePath, kernel: Kernel | None
+) -> tuple[list[float], list[Kernel]]:
     """A ladder of temperatures, and an adapted kernel for each but the first."""
-    move = AdaptiveHMC(path, _NUM_MOVES, keeps_all=False)
+    given = kernel if isinstance(path, SitePath) else None
+    move = adaptive(path, _NUM_MOVES, given, keeps_all=False)
     journey = travel(
         path.start(1, _NUM_PARTICLES),
         move,

@@ -28,11 +28,10 @@ References:
 
 __all__ = ["gibbs_annealing"]
 
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast, final
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -42,20 +41,14 @@ from tqdm.auto import tqdm
 from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.energies import Energy
-from pyro_ebm.energies.base import ClosedForm
-from pyro_ebm.energies.discrete.finite import (
-    AnnealingPath,
-    finite_values,
-    num_states,
-)
-from pyro_ebm.energies.discrete.independent import IndependentSites
-from pyro_ebm.energies.discrete.rbm import RBMEnergy
-from pyro_ebm.energies.discrete.sites import SiteEnergy
-from pyro_ebm.energies.distribution import base_energy
+from pyro_ebm.energies.discrete.finite import finite_values, num_states
+from pyro_ebm.mcmc import Kernel
 from pyro_ebm.mcmc.kernels.gibbs import Gibbs
+from pyro_ebm.mcmc.tempering.site_path import WAY_OUT, SitePath, reversal
 from pyro_ebm.partition.base import LogPartitionEstimate, student_t_quantile
 from pyro_ebm.partition.bridge.bennett import bennett, solve
 from pyro_ebm.partition.particles.engine import travel
+from pyro_ebm.partition.particles.movers import GivenKernels
 from pyro_ebm.partition.particles.resampling import systematic_resample
 from pyro_ebm.partition.progress import bar_settings
 
@@ -71,11 +64,6 @@ _ROUNDING = 1e-9
 #: How cold chains are made, in inverse temperatures of the target; how many at least of
 #: an island, and their part with larger weights than all others that is too much.
 _COLDEST, _COLD_CHAINS, _MAX_MISSED = 4.0, 8, 0.05
-#: Where hardly any point is allowed.
-_WAY_OUT = (
-    "Give a base whose draws fall where the energy is finite, or write what is "
-    "forbidden as -inf in the potentials of a FactorGraphEnergy: its path leads there."
-)
 #: The part of the others that counts as all of them.
 _TOP = 0.98
 
@@ -87,6 +75,7 @@ def gibbs_annealing(
     *,
     budget: int | None = None,
     num_islands: int = 4,
+    kernel: Kernel | None = None,
     progress_bar: bool = True,
 ) -> LogPartitionEstimate:
     r"""Estimate :math:`\log Z` over a finite support by (1).
@@ -104,6 +93,8 @@ def gibbs_annealing(
             to a third more. A sweep by blocks, with its weight, counts as one. Default:
             50,000, and enough for 10,000 sweeps site by site.
         num_islands: Independent sets of chains, at least 4.
+        kernel: For finite supports, used as it is at every temperature; default:
+            ``Gibbs()``. :class:`~pyro_ebm.mcmc.SwendsenWang` suits ferromagnets.
         progress_bar: Whether to show the temperatures, if it takes more than a second.
 
     Returns:
@@ -126,23 +117,18 @@ def gibbs_annealing(
         >>> estimate.status, abs(estimate.value - 50.6093) < 0.5
         ('ok', True)
     """
-    path = _path(energy, base)
-    sizes = _sizes(path, budget, num_islands)
-    with _watched(path, sizes, is_shown=progress_bar) as under_bar:
-        betas = _schedule(under_bar, sizes)
+    path = SitePath(energy, base)
+    kernel = Gibbs() if kernel is None else kernel
+    sizes = _sizes(path.cost(kernel), budget, num_islands)
+    with _watched(path, sizes, is_shown=progress_bar):
+        betas = _schedule(path, sizes, kernel)
         there, back, x = _there_and_back(
-            under_bar, betas, num_islands, sizes.num_chains
+            path, betas, num_islands, sizes.num_chains, kernel
         )
-        cold = _back_from_cold(under_bar, x, betas)
-    num_evaluations = sizes.cost * (
-        _PILOT_CHAINS * sizes.num_pilot
-        + 2 * there.numel() * sizes.num_temperatures
-        + cold.numel()
-        * (sizes.num_temperatures + 2 * _num_cold(sizes.num_temperatures))
-    )
-    start = float(path.start.log_partition)
-    name = f"Gibbs annealing there and back, {sizes.num_temperatures} temperatures"
-    found = _judge(start, there, back, name, num_evaluations)
+        cold = _back_from_cold(path, x, betas, kernel)
+    mover = type(kernel).__name__
+    name = f"{mover} annealing there and back, {sizes.num_temperatures} temperatures"
+    found = _judge(path.log_start, there, back, name, path.num_evaluations)
     missed = _missed(there, back, cold)
     if found.is_reliable and missed is not None:
         return found._replace(status=status_of((missed,)), reasons=(missed,))
@@ -192,118 +178,27 @@ def anneal(
     Raises:
         DivergenceError: If the energy is finite at no draw of the base.
     """
-    path = _path(energy, base)
-    cost = _cost(path)
-    sizes = _Sizes(cost, num_temperatures, num_chains, num_temperatures)
-    betas = _schedule(path, sizes)
-    there, back, x = _there_and_back(path, betas, num_islands, num_chains)
-    spent = cost * num_temperatures * (_PILOT_CHAINS + 2 * there.numel())
-    return Annealed(float(path.start.log_partition), there, back, x, spent)
-
-
-@final
-class _Between(Energy):
-    """The geometric path, for energies that have none in their own family."""
-
-    def __init__(self, base: Energy, target: Energy, beta: float) -> None:
-        super().__init__(target.event_shape, target.support)
-        self.base, self.target, self.beta = base, target, beta
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.beta == 0:  # where the target may be infinite
-            return self.base(x)
-        if self.beta == 1:
-            return self.target(x)
-        return (1 - self.beta) * self.base(x) + self.beta * self.target(x)
-
-
-def _path(energy: Energy, base: dist.TorchDistribution | None) -> AnnealingPath:
-    if finite_values(energy.support) is None:
-        raise ValueError(
-            f"energy must have a finite support for Gibbs annealing, got "
-            f"{energy.support}. On a continuous support use pyro_ebm.partition.estimate"
-            "."
-        )
-    is_sites = isinstance(base, IndependentSites)
-    is_uniform = base is None or (is_sites and base.is_uniform)
-    if is_uniform and isinstance(energy, SiteEnergy | RBMEnergy):
-        return energy.annealing_path()
-    if base is None:
-        like = torch.empty(0, **energy.tensor_options())
-        base = IndependentSites.uniform(energy.support, energy.event_shape, like)
-    first = cast(Energy, base_energy(base, energy))  # None only for no base
-    logits = _site_logits(base, energy)
-    if logits is not None and isinstance(energy, SiteEnergy):
-        start = ClosedForm(torch.zeros(()), base)
-        return AnnealingPath(start, lambda b: _BetweenSites(first, logits, energy, b))
-    if logits is not None and isinstance(energy, RBMEnergy):
-        return energy.annealing_path(logits)
-    return AnnealingPath(
-        ClosedForm(torch.zeros(()), base), lambda beta: _Between(first, energy, beta)
-    )
-
-
-def _site_logits(base: Any, energy: Energy) -> Tensor | None:
-    """Log-probabilities of a product over sites, ``(q, *event)``, if it is one."""
-    values = torch.tensor(finite_values(energy.support), **energy.tensor_options())
-    if isinstance(base, IndependentSites):
-        return base.log_probs.to(values)
-    if not isinstance(base, torch.distributions.Independent) or base.batch_shape:
-        return None
-    one: Any = base.base_dist
-    while isinstance(one, torch.distributions.Independent):
-        one = one.base_dist
-    if one.event_shape or one.batch_shape != energy.event_shape:
-        return None
-    points = values.reshape(-1, *(1,) * energy.event_dim)
-    logits: Tensor = one.log_prob(points.expand(-1, *energy.event_shape))
-    return logits.to(values)
-
-
-@final
-class _BetweenSites(SiteEnergy):
-    """The geometric path from independent sites, which keeps the blocks."""
-
-    def __init__(
-        self, base: Energy, logits: Tensor, target: SiteEnergy, beta: float
-    ) -> None:
-        super().__init__(
-            target.event_shape, target.support, target.blocks, target.values
-        )
-        self.sites: SiteEnergy = target
-        self.logits, self.between = logits, _Between(base, target, beta)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value: Tensor = self.between(x)
-        return value
-
-    def site_logits(self, x: Tensor) -> Tensor:
-        beta, shape = self.between.beta, (-1, *(1,) * (x.dim() - self.event_dim))
-        base = self.logits.reshape(*shape, *self.event_shape)
-        if beta == 0:  # where the target may be infinite
-            return base.expand(len(base), *x.shape)
-        target = self.sites.site_logits(x)
-        if beta == 1:
-            return target
-        mixed = torch.lerp(base, target, beta)
-        return mixed.where(target > -torch.inf, -torch.inf)
+    path, kernel = SitePath(energy, base), Gibbs()
+    sizes = _Sizes(num_temperatures, num_chains, num_temperatures)
+    betas = _schedule(path, sizes, kernel)
+    there, back, x = _there_and_back(path, betas, num_islands, num_chains, kernel)
+    return Annealed(path.log_start, there, back, x, path.num_evaluations)
 
 
 class _Sizes(NamedTuple):
-    """How a budget is spent; costs are in evaluations for a chain and temperature."""
+    """How a budget is spent."""
 
-    cost: int
     num_pilot: int
     num_chains: int
     num_temperatures: int
 
 
-def _sizes(path: AnnealingPath, budget: int | None, num_islands: int) -> _Sizes:
+def _sizes(cost: int, budget: int | None, num_islands: int) -> _Sizes:
+    """By the evaluations of a chain at a temperature."""
     if num_islands < 4:
         raise ValueError(
             f"num_islands must be at least 4 for an error bar, got {num_islands}."
         )
-    cost = _cost(path)
     budget = max(50_000, 10_000 * cost) if budget is None else budget
     num_pilot = max(
         _MIN_TEMPERATURES, int(_PILOT_SHARE * budget / _PILOT_CHAINS / cost)
@@ -320,41 +215,28 @@ def _sizes(path: AnnealingPath, budget: int | None, num_islands: int) -> _Sizes:
             f"budget must be at least {least:,} for {num_islands} islands of this "
             f"energy, at {cost} evaluations a chain and temperature; got {budget:,}."
         )
-    return _Sizes(cost, num_pilot, num_chains, num_temperatures)
-
-
-def _cost(path: AnnealingPath) -> int:
-    """Evaluations of a chain at a temperature."""
-    cost = Gibbs().num_evaluations(path.at(1.0))
-    # Site by site a weight is two evaluations more, not a small part.
-    return cost + 2 if cost > 1 else cost
+    return _Sizes(num_pilot, num_chains, num_temperatures)
 
 
 @contextmanager
-def _watched(
-    path: AnnealingPath, sizes: _Sizes, *, is_shown: bool
-) -> Iterator[AnnealingPath]:
-    """The path, under a progress bar that counts the temperatures taken."""
+def _watched(path: SitePath, sizes: _Sizes, *, is_shown: bool) -> Iterator[None]:
+    """A progress bar that counts the moves along a path."""
     number = sizes.num_temperatures
-    total = sizes.num_pilot + 3 * number + 2 * _num_cold(number) + 6  # and ends
+    total = sizes.num_pilot - 1 + 3 * (number - 1) + 4 * _num_cold(number) + 1
     with tqdm(total=total, desc="log Z", **bar_settings(is_shown=is_shown)) as bar:
-
-        def at(beta: float) -> Energy:
-            bar.update()
-            return path.at(beta)
-
-        yield path._replace(at=at)
+        path.on_move = bar.update
+        yield
 
 
-def _schedule(path: AnnealingPath, sizes: _Sizes) -> list[float]:
+def _schedule(path: SitePath, sizes: _Sizes, kernel: Kernel) -> list[float]:
     """Inverse temperatures at which the increments have about equal variance."""
-    x = path.start.distribution.sample(torch.Size((_PILOT_CHAINS,)))
+    x = path.sample_base(_PILOT_CHAINS).x
     grid = torch.linspace(0, 1, sizes.num_pilot + 1, dtype=torch.float64)
-    _, increments = _travel(path, x, grid.tolist(), Gibbs())
+    _, increments = _travel(path, x, grid.tolist(), kernel)
     is_finite = increments.isfinite()
     if not is_finite.all(0).any():
         raise DivergenceError(
-            f"energy is finite at none of {_PILOT_CHAINS} draws of the base. {_WAY_OUT}"
+            f"energy is finite at none of {_PILOT_CHAINS} draws of the base. {WAY_OUT}"
         )
     spread = increments[:, is_finite.all(0)].std(-1, correction=0).cpu()
     # A spread of a few chains may be nil by chance: no part of the path is left out.
@@ -368,21 +250,31 @@ def _schedule(path: AnnealingPath, sizes: _Sizes) -> list[float]:
 
 
 def _there_and_back(
-    path: AnnealingPath, betas: list[float], num_islands: int, num_chains: int
+    path: SitePath,
+    betas: list[float],
+    num_islands: int,
+    num_chains: int,
+    kernel: Kernel,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The log-weights (1) of both directions, ``(M, N)``, and draws of the target."""
-    x = path.start.distribution.sample(torch.Size((num_islands, num_chains)))
-    x, increments = _travel(path, x, betas, Gibbs())
+    x = path.sample_base(num_islands, num_chains).x
+    x, increments = _travel(path, x, betas, kernel)
     there = increments.sum(0)
     arrived = there.isfinite()
     if not arrived.any(-1).all():
         raise DivergenceError(
             f"energy is finite at none of the {num_chains} draws of the base of an "
-            f"island. {_WAY_OUT}"
+            f"island. {WAY_OUT}"
         )
     x = x[systematic_resample(there.where(arrived, -torch.inf), num_chains)]
-    x = Gibbs().sweep(path.at(1.0), x)
-    return there, -_back(path, x, betas), x
+    x = _moved(path, x, 1.0, kernel)
+    return there, -_back(path, x, betas, kernel), x
+
+
+def _moved(path: SitePath, x: Tensor, beta: float, kernel: Kernel) -> Tensor:
+    """Points after one step at a temperature."""
+    path.inverse_temperature = beta
+    return path.step(kernel, path.evaluate(x))[0].x
 
 
 def _num_cold(num_temperatures: int) -> int:
@@ -390,7 +282,9 @@ def _num_cold(num_temperatures: int) -> int:
     return max(_MIN_TEMPERATURES, num_temperatures // 4)
 
 
-def _back_from_cold(path: AnnealingPath, x: Tensor, betas: list[float]) -> Tensor:
+def _back_from_cold(
+    path: SitePath, x: Tensor, betas: list[float], kernel: Kernel
+) -> Tensor:
     r"""Log-weights back to the base of chains that were colder than the target.
 
     Where a transition of first order lies on the path, chains that come from the base
@@ -406,10 +300,10 @@ def _back_from_cold(path: AnnealingPath, x: Tensor, betas: list[float]) -> Tenso
     x[:, :half] = _constant(target, x[:, :half])
     up = torch.linspace(1, _COLDEST, _num_cold(len(betas) - 1) + 1)[1:].tolist()
     for beta in [*up, *reversed(up[:-1]), 1.0]:
-        x[:, half:] = Gibbs().sweep(path.at(beta), x[:, half:])
-        x[:, :half] = Gibbs().sweep(target, x[:, :half])
+        x[:, half:] = _moved(path, x[:, half:], beta, kernel)
+        x[:, :half] = _moved(path, x[:, :half], 1.0, kernel)
     is_low = target(x) < usual.quantile(1 - _TOP)
-    return (-_back(path, x, betas)).where(is_low, -torch.inf)
+    return (-_back(path, x, betas, kernel)).where(is_low, -torch.inf)
 
 
 def _constant(energy: Energy, x: Tensor) -> Tensor:
@@ -440,41 +334,23 @@ def _missed(there: Tensor, back: Tensor, cold: Tensor) -> Finding | None:
     return Finding(Reason.ROUTES_DISAGREE, text)
 
 
-def _back(path: AnnealingPath, x: Tensor, betas: list[float]) -> Tensor:
-    """Log-weights from draws of the target to the base, by the sweeps reversed."""
-    return _travel(path, x, betas[::-1], Gibbs(is_reversed=True))[1].sum(0)
-
-
-class _Sites:
-    """Points of a finite support that travel a path of energies of one family."""
-
-    def __init__(self, x: Tensor, at: Callable[[float], Energy]) -> None:
-        self.x, self.at = x, at
-
-    def log_weight(self, low: float, high: float) -> Tensor:
-        """One step of (1), shape ``(*chains,)``."""
-        below, above = (self.at(beta)(self.x).double() for beta in (low, high))
-        return torch.where(above == torch.inf, -torch.inf, below - above)
-
-    def select(self, chains: tuple[Tensor | slice, ...]) -> "_Sites":
-        """The points that an index tuple names."""
-        return _Sites(self.x[chains], self.at)
+def _back(path: SitePath, x: Tensor, betas: list[float], kernel: Kernel) -> Tensor:
+    """Log-weights from draws of the target to the base, by the moves reversed."""
+    return _travel(path, x, betas[::-1], reversal(kernel))[1].sum(0)
 
 
 def _travel(
-    path: AnnealingPath, x: Tensor, betas: list[float], kernel: Gibbs
+    path: SitePath, x: Tensor, betas: list[float], kernel: Kernel
 ) -> tuple[Tensor, Tensor]:
     """Where the chains get, and the increments of (1), shape ``(T, *chains)``."""
-    at = functools.lru_cache(maxsize=4)(path.at)
-    sums = []
+    sums, given = [], GivenKernels(path, lambda _: kernel)
 
-    def move(_: Any, log_weights: Tensor, sites: _Sites, beta: float) -> _Sites:
+    def move(population: Any, log_weights: Tensor, *others: Any) -> Any:
         sums.append(log_weights)
-        return _Sites(kernel.sweep(at(beta), sites.x), at)
+        return given(population, log_weights, *others)
 
-    start = _Sites(x.to(**at(betas[0]).tensor_options(x)), at)
     journey = travel(
-        start,
+        path.evaluate(x),
         move,
         inverse_temperatures=betas,
         moves_last=False,

@@ -2,22 +2,32 @@
 
 :class:`AdaptiveHMC` adapts Hamiltonian Monte Carlo at each temperature: the metric
 comes from the weighted population, the step size from the acceptance of the moves.
+:class:`SiteMoves` does the same over finite supports, where there is no metric.
 :class:`GivenKernels` uses kernels as they are.
 """
 
-__all__ = ["AdaptiveHMC", "GivenKernels", "with_metric", "with_step_size"]
+__all__ = [
+    "AdaptiveHMC",
+    "GivenKernels",
+    "SiteMoves",
+    "adaptive",
+    "with_metric",
+    "with_step_size",
+]
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc import HMC, Kernel
 from pyro_ebm.mcmc.base import flat_event
+from pyro_ebm.mcmc.kernels.discrete_langevin import kernel_for
 from pyro_ebm.mcmc.tempering.path import GeometricPath, PathState, joined
+from pyro_ebm.mcmc.tempering.site_path import SitePath, SiteState
 from pyro_ebm.mcmc.warmup.adaptation import StepSizeAdaptation, find_step_size
 
 #: Robust standard deviations from the median that are no distance between modes; and
@@ -71,6 +81,74 @@ class AdaptiveHMC:
 
 
 @final
+class SiteMoves:
+    """A kernel over a finite support, its step size adapted if it has one.
+
+    Args:
+        path: Where the particles travel.
+        kernel: That moves them.
+        num_moves: As of :class:`AdaptiveHMC`.
+        keeps_all: Alike.
+
+    Attributes:
+        kernels: As they were left at each temperature.
+    """
+
+    def __init__(
+        self, path: SitePath, kernel: Kernel, num_moves: int, *, keeps_all: bool = True
+    ) -> None:
+        self.path, self.num_moves, self.keeps_all = path, num_moves, keeps_all
+        self._given = kernel
+        self.kernels: list[Kernel] = []
+
+    def __call__(
+        self, _: SiteState, __: Tensor, ancestors: SiteState, beta: float
+    ) -> SiteState:
+        """See :class:`~pyro_ebm.partition.particles.engine.Mover`."""
+        kernel = self.kernels[-1] if self.kernels else self._given
+        self.path.inverse_temperature = beta
+        adaptation = StepSizeAdaptation(getattr(kernel, "step_size", 1.0))
+        kept = [ancestors]
+        for _step in range(self.num_moves):
+            kernel = kernel.with_step_size(adaptation.step_size)
+            state, info = self.path.step(kernel, kept[-1])
+            if kernel.has_step_size:
+                adaptation.update(kernel, info)
+            kept.append(state)
+        self.kernels.append(kernel.with_step_size(adaptation.step_size))
+        return self.path.joined(kept) if self.keeps_all else kept[-1]
+
+
+def adaptive(
+    path: GeometricPath | SitePath,
+    num_moves: int,
+    kernel: Kernel | None = None,
+    *,
+    keeps_all: bool = True,
+) -> AdaptiveHMC | SiteMoves:
+    """What moves particles along a path, adapted on the way.
+
+    Args:
+        path: Where they travel.
+        num_moves: Transitions of each at each temperature.
+        kernel: Over a finite support; default: what suits the target.
+        keeps_all: Whether all states become particles, or the last one alone.
+
+    Raises:
+        TypeError: If a kernel is given for real space.
+    """
+    if isinstance(path, SitePath):
+        kernel = kernel or kernel_for(path.at(1.0), HMC())
+        return SiteMoves(path, kernel, num_moves, keeps_all=keeps_all)
+    if kernel is not None:
+        raise TypeError(
+            "kernel must be None on a continuous support, where HMC is adapted at each "
+            f"temperature; got {type(kernel).__name__}."
+        )
+    return AdaptiveHMC(path, num_moves, keeps_all=keeps_all)
+
+
+@final
 class GivenKernels:
     """Frozen kernels, one transition at each temperature.
 
@@ -80,13 +158,12 @@ class GivenKernels:
     """
 
     def __init__(
-        self, path: GeometricPath, kernel_at: Callable[[float], Kernel]
+        self, path: GeometricPath | SitePath, kernel_at: Callable[[float], Kernel]
     ) -> None:
-        self.path, self.kernel_at = path, kernel_at
+        self.path: Any = path
+        self.kernel_at = kernel_at
 
-    def __call__(
-        self, _: PathState, __: Tensor, ancestors: PathState, beta: float
-    ) -> PathState:
+    def __call__(self, _: Any, __: Tensor, ancestors: Any, beta: float) -> Any:
         """See :class:`~pyro_ebm.partition.particles.engine.Mover`."""
         self.path.inverse_temperature = beta
         return self.path.step(self.kernel_at(beta), ancestors)[0]

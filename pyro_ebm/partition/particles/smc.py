@@ -21,7 +21,7 @@ References:
 __all__ = ["Islands", "run_smc", "smc"]
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -29,11 +29,11 @@ from torch import Tensor
 
 from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.energies import Energy
-from pyro_ebm.mcmc import HMC
-from pyro_ebm.mcmc.tempering.path import PathState, real_path
+from pyro_ebm.mcmc import HMC, Kernel
+from pyro_ebm.mcmc.tempering.site_path import path_between
 from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
 from pyro_ebm.partition.particles.engine import travel
-from pyro_ebm.partition.particles.movers import AdaptiveHMC
+from pyro_ebm.partition.particles.movers import adaptive
 from pyro_ebm.partition.progress import watched
 
 
@@ -54,18 +54,20 @@ class Islands(NamedTuple):
         inverse_temperatures: The path that was taken, from 0 to 1.
         ess: Smallest effective fraction of the weights on the way.
         num_evaluations: Energy evaluations spent, a point each.
+        log_start: Log Z where the path begins.
     """
 
-    state: PathState
+    state: Any
     log_partition: Tensor
     bennett: Tensor
     reverse: Tensor
     curve: Tensor
     curve_variance: Tensor
-    kernel: HMC
+    kernel: Any
     inverse_temperatures: list[float]
     ess: float
     num_evaluations: int
+    log_start: float = 0.0
 
 
 def smc(
@@ -75,25 +77,30 @@ def smc(
     num_islands: int = 4,
     num_particles: int = 256,
     chain_length: int = 16,
+    kernel: Kernel | None = None,
     progress_bar: bool = True,
 ) -> LogPartitionEstimate:
     r"""Estimate :math:`\log Z` by waste-free sequential Monte Carlo.
 
     Args:
-        energy: On any support that ``biject_to`` knows.
+        energy: On a finite support, or any that ``biject_to`` knows.
         base: A normalised distribution on the same event and support, wider than the
-            target.
+            target. A restricted Boltzmann machine and uniform sites begin at its mean
+            field.
         num_islands: Independent populations, at least 2, for the error bar.
         num_particles: Particles an island.
         chain_length: States kept of each ancestor's chain; divides ``num_particles``.
+        kernel: What moves the particles over a finite support; default: ``Gibbs()`` or
+            ``DiscreteLangevin()``, as suits it. Elsewhere HMC is adapted.
         progress_bar: Whether to show the energy evaluations, if it takes more than a
-            second.
+            second, and on a continuous support.
 
     Returns:
         The estimate with Student's 95 % interval over the islands.
 
     Raises:
         DivergenceError: If the energy is finite at no draw of the base.
+        TypeError: If a kernel is given on a continuous support.
         ValueError: If a count is out of range or the base does not fit the energy.
 
     Exactness: *consistent*; the islands' spread cannot see a mode that all missed.
@@ -111,6 +118,7 @@ def smc(
             num_islands=num_islands,
             num_particles=num_particles,
             chain_length=chain_length,
+            kernel=kernel,
         )
     value, std_error, half = combine_replicates(islands.log_partition)
     reasons: tuple[Finding, ...] = ()
@@ -143,6 +151,7 @@ def run_smc(
     ess_threshold: float = 0.5,
     max_temperatures: int = 500,
     stop_after: int | None = None,
+    kernel: Kernel | None = None,
 ) -> Islands:
     """Run sequential Monte Carlo from the base to the energy; see :func:`smc`.
 
@@ -155,15 +164,16 @@ def run_smc(
         ess_threshold: Effective fraction at which the next temperature is placed.
         max_temperatures: Where to give up.
         stop_after: Temperatures after which the run ends where it is, short of 1.
+        kernel: Over a finite support.
     """
     if num_islands < 2 or chain_length < 2 or num_particles % chain_length:
         raise ValueError(
             "num_islands must be at least 2 and chain_length, at least 2, must divide "
             f"num_particles; got {num_islands}, {chain_length} and {num_particles}."
         )
-    path = real_path(energy, base)
+    path = path_between(energy, base)
     curve = _Curve()
-    move = AdaptiveHMC(path, chain_length - 1)
+    move = adaptive(path, chain_length - 1, kernel)
     journey = travel(
         path.start(num_islands, num_particles),
         move,
@@ -171,29 +181,30 @@ def run_smc(
         num_ancestors=num_particles // chain_length,
         max_temperatures=max_temperatures,
         is_over=lambda: stop_after is not None and len(move.kernels) >= stop_after,
-        look=curve.add,
+        look=lambda state: curve.add(state.slope(path.inverse_temperature)),
     )
-    ratios = (journey.forward, journey.bennett, journey.reverse)
     return Islands(
         journey.state,
-        *ratios,
+        journey.forward + path.log_start,
+        journey.bennett + path.log_start,
+        journey.reverse + path.log_start,
         torch.stack(curve.means),
         torch.stack(curve.variances),
         move.kernels[-1] if move.kernels else HMC(step_size=1.0),
         journey.inverse_temperatures,
         journey.ess,
         path.num_evaluations,
+        path.log_start,
     )
 
 
 class _Curve:
-    """Mean and variance of the difference of the two ends, population by population."""
+    """Mean and variance of the slope of the energy, population by population."""
 
     def __init__(self) -> None:
         self.means: list[Tensor] = []
         self.variances: list[Tensor] = []
 
-    def add(self, state: PathState) -> None:
-        difference = state.target - state.base
-        self.means.append(difference.mean(-1))
-        self.variances.append(difference.var(-1))
+    def add(self, slope: Tensor) -> None:
+        self.means.append(slope.mean(-1))
+        self.variances.append(slope.var(-1))

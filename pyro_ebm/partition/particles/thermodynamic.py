@@ -89,7 +89,7 @@ def thermodynamic_integration(
     For :math:`\log Z` itself :func:`~pyro_ebm.partition.estimate` is the better choice.
 
     Args:
-        energy: On any support that ``biject_to`` knows.
+        energy: On a finite support, or any that ``biject_to`` knows.
         base: A normalised distribution on the same event and support, wider than the
             target.
         num_islands: Independent populations, at least 2, for the errors.
@@ -130,6 +130,7 @@ def thermodynamic_integration(
     correction = steps**2 / 12 * v.diff(dim=0)
     trapezoids = steps / 2 * (u[:-1] + u[1:]) + correction
     path = torch.cat([torch.zeros_like(u[:1]), -trapezoids.cumsum(0)])  # (2)
+    path = path + islands.log_start
     spacing = torch.nn.functional.pad(correction.mean(-1).cumsum(0), (1, 0))
     path_error = torch.hypot(path.std(-1) / math.sqrt(num_islands), spacing)
     return ThermodynamicCurve(

@@ -93,18 +93,26 @@ def one_way(monkeypatch):
     monkeypatch.setattr(
         module._Moves, "log_prob", lambda self, index: 0 * right(self, index)
     )
+    monkeypatch.setattr(module, "_outcome", lambda flip, _: torch.ones_like(flip))
 
 
 def wrong_slope(monkeypatch):
     """The way back is proposed as if from the same gradient."""
-    right = module._Moves.of.__func__
+    redraws, flips = module._Moves.of.__func__, module._flip_probs
     kept = []
 
-    def of(cls, energy, state, time):
+    def first(state):
         kept.append(state.grad)
-        return right(cls, energy, state._replace(grad=kept[0]), time)
+        return state._replace(grad=kept[0])
 
-    monkeypatch.setattr(module._Moves, "of", classmethod(of))
+    monkeypatch.setattr(
+        module._Moves,
+        "of",
+        classmethod(lambda cls, e, state, time: redraws(cls, e, first(state), time)),
+    )
+    monkeypatch.setattr(
+        module, "_flip_probs", lambda e, state, *others: flips(e, first(state), *others)
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import (
     BoltzmannEnergy,
+    ChainEnergy,
     FactorGraphEnergy,
     FunctionEnergy,
     IsingEnergy,
@@ -317,6 +318,8 @@ def test_chains_at_forbidden_points_find_allowed_ones():
     x = torch.zeros(20, 100)
     assert energy(x).isposinf().all()
     assert Gibbs().init(energy, x).energy.isfinite().any()
+    line = ChainEnergy(torch.zeros(40, 3), torch.zeros(3, 3).fill_diagonal_(-torch.inf))
+    assert Gibbs().init(line, torch.zeros(20, 40)).energy.isfinite().any()
     chains = IndependentChains(num_steps=50, min_chains=8, progress_bar=False)
     draws = EnergyDistribution(energy, sampler=chains).sample((4,))
     assert energy(draws).eq(0).all()

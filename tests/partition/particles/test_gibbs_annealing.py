@@ -19,11 +19,13 @@ from pyro_ebm.energies import (
     torus_edges,
 )
 from pyro_ebm.mcmc import Gibbs
+from pyro_ebm.mcmc.tempering.site_path import SitePath
 from pyro_ebm.partition import enumeration, estimate, gibbs_annealing
 from pyro_ebm.testing import CountingEnergy, finite_targets
 
 # The function of the same name hides the module.
 module = importlib.import_module("pyro_ebm.partition.particles.gibbs_annealing")
+KERNEL = Gibbs()
 BOOLEAN = constraints.independent(constraints.boolean, 1)
 
 
@@ -62,14 +64,15 @@ ENERGIES = {
 def runs(energy, base=None, num=40, budget=8_000):
     """Independent estimates from one schedule, all chains in one tensor."""
     with torch.no_grad():
-        path = module._path(energy, base)
-        cost = Gibbs().num_evaluations(path.at(1.0))
-        sizes = module._sizes(path, budget * (cost + 2 if cost > 1 else 1), 4)
-        betas = module._schedule(path, sizes)
-        there, back, _ = module._there_and_back(path, betas, 4 * num, sizes.num_chains)
-        start = float(path.start.log_partition)
+        path = SitePath(energy, base)
+        cost = path.cost(KERNEL)
+        sizes = module._sizes(cost, budget * cost, 4)
+        betas = module._schedule(path, sizes, KERNEL)
+        there, back, _ = module._there_and_back(
+            path, betas, 4 * num, sizes.num_chains, KERNEL
+        )
         return [
-            module._judge(start, *both, "", 0)
+            module._judge(path.log_start, *both, "", 0)
             for both in zip(there.split(4), back.split(4), strict=True)
         ]
 
@@ -86,10 +89,10 @@ def test_the_way_back_is_the_way_there_reversed_in_time():
     )
     states = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4)
     chosen = (-energy(states)).softmax(0).multinomial(500_000, replacement=True)
-    path, betas = module._path(energy, None), [0.0, 0.25, 0.5, 0.75, 1.0]
-    x = path.start.distribution.sample((500_000,))
-    there = module._travel(path, x, betas, Gibbs())[1].sum(0)
-    back = -module._back(path, states[chosen], betas)
+    path, betas = SitePath(energy), [0.0, 0.25, 0.5, 0.75, 1.0]
+    x = path.sample_base(500_000).x
+    there = module._travel(path, x, betas, KERNEL)[1].sum(0)
+    back = -module._back(path, states[chosen], betas, KERNEL)
     weights = (there - torch.logsumexp(-energy(states), 0)).exp()
     for power in (0, 1, 2):
         first, second = weights * there**power, back**power
@@ -126,24 +129,13 @@ def test_from_a_base_of_ones_own():
 
 def a_temperature_behind(monkeypatch):
     """Chains move at the temperature that they come from."""
-    right = module._travel
+    right = SitePath.step
 
-    def faulty(path, x, betas, kernel):
-        shifted = path._replace(at=lambda beta: path.at(max(0.0, beta - 0.05)))
+    def faulty(self, kernel, state):
+        self.inverse_temperature = max(0.0, self.inverse_temperature - 0.05)
+        return right(self, kernel, state)
 
-        class Behind:
-            def sweep(self, energy, x):
-                return kernel.sweep(self.behind, x)
-
-        behind = Behind()
-
-        def at(beta):
-            behind.behind = shifted.at(beta)
-            return path.at(beta)
-
-        return right(path._replace(at=at), x, betas, behind)
-
-    monkeypatch.setattr(module, "_travel", faulty)
+    monkeypatch.setattr(SitePath, "step", faulty)
 
 
 def not_resampled(monkeypatch):
@@ -238,16 +230,16 @@ def test_a_constant_moves_log_partition_alone():
 
 def test_schedule_rises_and_spreads_the_increments():
     target = finite_targets.ising(8, 0.6)
-    path = module._path(target.energy, None)
-    sizes = module._sizes(path, 40_000, 4)
-    betas = module._schedule(path, sizes)
+    path = SitePath(target.energy)
+    sizes = module._sizes(1, 40_000, 4)
+    betas = module._schedule(path, sizes, KERNEL)
     assert (betas[0], betas[-1], len(betas)) == (0, 1, sizes.num_temperatures + 1)
     assert all(a < b for a, b in zip(betas[:-1], betas[1:], strict=True))
-    x = path.start.distribution.sample((500,))
+    x = path.sample_base(500).x
 
     def unevenness(schedule):
         with torch.no_grad():
-            spread = module._travel(path, x, schedule, Gibbs())[1].std(-1)
+            spread = module._travel(path, x, schedule, KERNEL)[1].std(-1)
         return (spread.std() / spread.mean()).item()
 
     even = torch.linspace(0, 1, len(betas)).tolist()
@@ -315,7 +307,7 @@ def test_wrong_arguments():
         (lambda: gibbs_annealing(pairs(9), normal), "base must have event_shape"),
         (
             lambda: gibbs_annealing(FunctionEnergy(lambda x: x**2, ())),
-            r"finite support for Gibbs annealing.*partition\.estimate",
+            r"finite support for a path over sites.*partition\.estimate",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
