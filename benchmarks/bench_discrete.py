@@ -14,6 +14,7 @@ import argparse
 import functools
 import importlib.util
 import logging
+import os
 import statistics
 import time
 
@@ -200,6 +201,8 @@ def sweeps(energy, num_chains):
 
 
 def by_thrml(energy, num_chains):
+    flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    os.environ.setdefault("XLA_FLAGS", flags)
     import jax
     from thrml import Block, SamplingSchedule, SpinNode, sample_states
     from thrml.models import IsingEBM, IsingSamplingProgram

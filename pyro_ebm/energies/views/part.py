@@ -31,6 +31,12 @@ from pyro_ebm.energies.closed_form.gaussian import (
     gaussian_closed_form,
     gaussian_form,
 )
+from pyro_ebm.energies.discrete.exact.elimination import (
+    Factors,
+    exact_closed_form,
+    factors_of,
+)
+from pyro_ebm.energies.discrete.finite import finite_values, num_states
 from pyro_ebm.energies.distribution import DistributionEnergy, require_single
 
 
@@ -126,9 +132,38 @@ class PartEnergy(Energy):
     def closed_form(self) -> ClosedForm | None:
         """Of a Gaussian expert whose parts confine the whole event.
 
+        And of finite sites, where the sums over all of them can be done.
+
         Exactness: *exact* where it is not ``None``.
         """
+        factors = self.factors()
+        if factors is not None:
+            return exact_closed_form(self, factors)
         return gaussian_closed_form(self)
+
+    def factors(self) -> Factors | None:
+        """The log potentials of the expert at all parts, where it has any.
+
+        Returns:
+            ``None`` where it has not, or sites differ in their states; see
+            :meth:`~pyro_ebm.energies.discrete.sites.SiteEnergy.factors`.
+        """
+        spaces = [(e.support, e.event_shape) for e in (self, self.energy)]
+        values = {finite_values(support) for support, _ in spaces}
+        has_own = any(num_states(*space) is not None for space in spaces)
+        if len(values) > 1 or None in values or has_own:
+            return None
+        found = factors_of(self.energy)
+        if found is None:
+            return None
+        positions = self.positions.cpu().reshape(len(self.positions), -1)
+        return [
+            (
+                positions[:, sites.cpu()].flatten(0, 1),
+                table if len(table) == 1 else torch.cat([table] * len(positions)),
+            )
+            for sites, table in found
+        ]
 
     def _require_inside(self) -> None:
         """Refuse a support of the whole that is larger than the expert's at a part."""

@@ -22,7 +22,7 @@ __all__ = ["Gibbs", "SweepKernel", "checked_points", "draw_index", "has_blocks"]
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from pyro_ebm.energies.discrete.finite import finite_values, num_states
 from pyro_ebm.energies.discrete.lattice import IsingEnergy, PottsEnergy
 from pyro_ebm.energies.discrete.rbm import RBMEnergy
 from pyro_ebm.energies.discrete.sites import SiteEnergy
+from pyro_ebm.energies.views.clamped import ClampedEnergy
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, evaluate
 
 #: Steps of a path along which chains at forbidden points get to allowed ones.
@@ -151,6 +152,8 @@ class Gibbs(SweepKernel):
                 x = _sweep_blocks(energy, x, is_reversed=self.is_reversed)
             elif isinstance(energy, RBMEnergy):
                 x = energy.draw_visible(energy.draw_hidden(x))
+            elif isinstance(energy, ClampedEnergy) and has_blocks(energy.energy):
+                x = _sweep_clamped(energy, x, is_reversed=self.is_reversed)
             else:
                 x = _sweep_sites(energy, x, is_reversed=self.is_reversed)
         return x
@@ -175,13 +178,35 @@ def has_blocks(energy: Energy) -> bool:
     Args:
         energy: Over any support.
     """
-    return isinstance(energy, SiteEnergy | RBMEnergy)
+    inner = energy.energy if isinstance(energy, ClampedEnergy) else energy
+    return isinstance(inner, SiteEnergy | RBMEnergy)
 
 
-def _sweep_blocks(energy: SiteEnergy, x: Tensor, *, is_reversed: bool) -> Tensor:
+def _sweep_clamped(energy: ClampedEnergy, x: Tensor, *, is_reversed: bool) -> Tensor:
+    """The blocks of the whole, of which what is observed stays."""
+    whole, inner = energy.expand_event(x), energy.energy
+    if isinstance(inner, RBMEnergy):
+        return energy.free_part(inner.draw_visible(inner.draw_hidden(whole)))
+    sites: Any = inner
+    is_free = torch.zeros_like(sites.blocks[0]).flatten()
+    is_free[energy.free] = True
+    blocks = sites.blocks & is_free.reshape(inner.event_shape)
+    blocks = blocks[blocks.flatten(1).any(-1)]
+    whole = _sweep_blocks(sites, whole, is_reversed=is_reversed, blocks=blocks)
+    return energy.free_part(whole)
+
+
+def _sweep_blocks(
+    energy: SiteEnergy,
+    x: Tensor,
+    *,
+    is_reversed: bool,
+    blocks: Tensor | None = None,
+) -> Tensor:
+    blocks = energy.blocks if blocks is None else blocks
     noise = torch.rand_like(x)  # each site is drawn once a sweep
     first, step = energy.values[0], energy.values[:2].diff().sum()
-    for block in energy.blocks.flip(0) if is_reversed else energy.blocks:
+    for block in blocks.flip(0) if is_reversed else blocks:
         # The values are equally far from each other, and an index costs more.
         drawn = first + step * draw_index(energy.site_logits(x), noise)
         x = torch.where(block, drawn, x)  # (1)

@@ -1,6 +1,7 @@
 """The restricted Boltzmann machine against sums over its hidden units."""
 
 import itertools
+import math
 
 import pyro.distributions as dist
 import pytest
@@ -286,6 +287,9 @@ def test_wrong_kinds():
 
 def test_gradient_of_the_likelihood_against_enumeration():
     """Planted fault: softplus taken for linear from 20 on, as torch does."""
+    one = RBMEnergy(torch.tensor([[25.0]]))
+    truth = -25 - math.log1p(math.exp(-25))
+    torch.testing.assert_close(one(torch.ones(1)).item(), truth, rtol=0, atol=4e-15)
     energy = machine(8, 5, scale=4.0)
     data, v = corners(8)[torch.randint(256, (50,))], corners(8)
     own = list(energy.parameters())

@@ -16,6 +16,7 @@ from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import (
     BoltzmannEnergy,
     ChainEnergy,
+    ClampedEnergy,
     FactorGraphEnergy,
     FunctionEnergy,
     IsingEnergy,
@@ -64,6 +65,12 @@ ENERGIES = {
     ),
     "dense-spins": lambda: BoltzmannEnergy(
         0.4 * torch.randn(3, 3).triu(1), torch.randn(3), spins=True
+    ),
+    "clamped": lambda: ClampedEnergy(
+        IsingEnergy((2, 4), 0.3, 0.2), {(0, 1): 1.0, (1, 3): -1.0}
+    ),
+    "clamped-rbm": lambda: ClampedEnergy(
+        RBMEnergy(torch.randn(7, 3), torch.randn(7), torch.randn(3)), {2: 1.0}
     ),
     "function": function,
     "function-scalar": lambda: function((), -2, 3),
