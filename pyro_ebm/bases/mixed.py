@@ -245,7 +245,7 @@ def latent_classes(
         data: Shape ``(N, D)``, floating-point, the states as numbers.
         num_classes: Default: fits of 1, 2, 3, ... 32 classes, weighted by what rows
             say that they have not seen, as one density.
-        support: A :class:`~pyro_ebm.core.spaces.MixedSupport`, which is that of an
+        support: A :class:`~pyro_ebm.core.MixedSupport`, which is that of an
             energy with ``constraints.cat`` for its support.
         weights: Of the rows, shape ``(N,)``; default: all equal.
         held_out: Rows to weigh by; default: about a seventh of ``data``, and what they

@@ -154,6 +154,43 @@ def test_real_columns_given_categories_are_those_of_the_law(known):
     assert abs(found.value - wanted) < 4 * found.std_error + 0.01
 
 
+def test_the_tracker_finds_log_z_by_importance(known):
+    tracker = pyro_ebm.partition.LogPartition(known.energy, known.base)
+    tracker.refresh(known.energy, progress_bar=False)
+    assert abs(tracker.value + 1.3) < 4 * tracker.std_error + 0.02
+    assert tracker.status == "ok"
+
+
+def test_it_is_learned_at_a_pyro_site():
+    """By plain SVI: the mean of a column moves to that of the data."""
+    data = table(300)
+    shift = torch.nn.Parameter(torch.tensor(3.0))
+
+    class Shifted(pyro_ebm.Energy):
+        def __init__(self):
+            super().__init__((5,), SUPPORT)
+            self.shift = shift
+
+        def forward(self, x):
+            moved = torch.cat([x[..., :1] - self.shift, x[..., 1:]], -1)
+            return moved[..., :3].square().sum(-1) / 2
+
+    energy = Shifted()
+    base = pyro_ebm.bases.latent_classes(data, 2, support=energy.support)
+    model = pyro_ebm.EnergyModel(energy, base, source="importance")
+
+    def program(rows):
+        pyro.module("model", model)
+        with pyro.plate("rows", len(rows)):
+            pyro.sample("x", model(), obs=rows)
+
+    optim = pyro.optim.Adam({"lr": 0.1})
+    svi = pyro.infer.SVI(program, lambda rows: None, optim, pyro.infer.Trace_ELBO())
+    for _ in range(80):
+        svi.step(data)
+    assert abs(shift - data[:, 0].mean()) < 0.15
+
+
 def test_a_part_of_both_kinds_may_be_given(known):
     given = known().condition([(0, 0.5), (3, 2)])
     x = given.sample((2000,))
@@ -185,24 +222,6 @@ def test_estimators_of_other_kinds_learn_too(objective):
     with torch.no_grad():
         assert model().log_prob(data).mean() > base.log_prob(data).mean() + 0.05
     assert result.log_partition.is_reliable
-
-
-def test_codes_enter_a_network_state_by_state():
-    energy = NeuralEnergy((5,), (8,), support=SUPPORT)
-    assert energy.loc.shape == (3 + 1 + 3,)  # real, coin, one for each label
-    x = table(4)
-    inputs = energy._inputs(x)
-    assert torch.equal(inputs[:, :4], x[:, [0, 1, 2, 4]])
-    assert torch.equal(inputs[:, 4:].argmax(1), x[:, 3].long())
-    value, grad = energy.value_and_grad(x)
-    assert torch.allclose(value, energy(x))
-    assert (grad[:, 3] == 0).all()
-    bits = C.independent(C.boolean, 1)
-    assert NeuralEnergy((4,), (8,), support=bits).loc.shape == (4,)
-    dice = C.independent(C.integer_interval(1, torch.tensor([6, 4])), 1)
-    assert NeuralEnergy((2,), (8,), support=dice).loc.shape == (10,)
-    with pytest.raises(ValueError, match="finite or mixed"):
-        NeuralEnergy((2,), (8,), support=C.independent(C.nonnegative_integer, 1))
 
 
 @pytest.mark.parametrize(("column", "value"), [(3, 0.5), (3, 3.0), (4, -1.0)])
