@@ -82,10 +82,31 @@ def test_a_fit_on_auto_takes_a_mixed_table():
         assert torch.allclose(again.eval()().log_prob(fresh), q.log_prob(fresh))
 
 
+def test_gaps_of_a_table_are_filled_by_the_model():
+    data = table(400)
+    missing = torch.rand(data.shape) < 0.15
+    missing[missing.all(1)] = False
+    holes = data.masked_fill(missing, torch.nan)
+    model = pyro_ebm.EnergyModel(NeuralEnergy((5,), (16,), support=SUPPORT))
+    result = pyro_ebm.fit(model, holes, num_steps=30, progress_bar=False)
+    fresh = table(3000)
+    with torch.no_grad():
+        assert log_law(fresh).mean() - model().log_prob(fresh).mean() < 0.4
+    row = fresh[:1].clone()
+    row[0, 4] = torch.nan
+    found = result.impute(row, num_samples=500)
+    both = fresh[:1].repeat(2, 1)
+    both[:, 4] = torch.arange(2.0)
+    odds = model().log_prob(both).softmax(0)[1].item()
+    assert model().support.check(found.draws).all()
+    assert abs(found.mean[0, 4] - odds) < 0.15
+    assert abs(found.draws[:, 0, 4].mean() - found.mean[0, 4]) < 0.1
+
+
 @pytest.mark.slow
 def test_the_fit_comes_near_the_law():
     """Within .02 nats of the truth; with labels of other rows it is far off."""
-    model, result = fitted(20_000, max_seconds=60)
+    model, result = fitted(20_000, max_seconds=30)
     fresh = table(50_000)
     with torch.no_grad():
         gap = (log_law(fresh) - model().log_prob(fresh)).mean()
@@ -235,6 +256,6 @@ def test_rows_outside_the_support_are_refused(column, value):
         model().log_prob(data)
     with pytest.raises(ValueError, match="lie in the support"):
         model().condition([(column, value)])
-    data[7, column] = torch.nan
+    data[7, column] = torch.inf
     with pytest.raises(ValueError, match="finite"):
         pyro_ebm.fit(model, data, progress_bar=False)
