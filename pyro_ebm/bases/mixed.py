@@ -41,7 +41,7 @@ from torch.distributions.constraints import Constraint
 from pyro_ebm.bases.mixture import ROWS_EACH, NormalMixture
 from pyro_ebm.bases.rows import Rows, split
 from pyro_ebm.bases.stack import stacking_weights
-from pyro_ebm.core.spaces import MixedSupport, states_of
+from pyro_ebm.core.spaces import MixedSupport, of_columns, states_of
 from pyro_ebm.core.stopwatch import Stopwatch
 
 #: Numbers of classes that are tried, failures after which larger ones are not, and the
@@ -306,8 +306,8 @@ def latent_classes(
             entry that is missing, at random given the others of its row.
         num_classes: Default: fits of 1, 2, 3, ... 32 classes, weighted by what rows
             say that they have not seen, as one density.
-        support: A :class:`~pyro_ebm.core.MixedSupport`, which is that of an
-            energy with ``constraints.cat`` for its support.
+        support: ``constraints.cat([...], dim=-1, lengths=[...])``, or the
+            :class:`~pyro_ebm.core.MixedSupport` that an energy makes of it.
         weights: Of the rows, shape ``(N,)``; default: all equal.
         held_out: Rows to weigh by; default: about a seventh of ``data``, and what they
             like is then fitted once more, to all rows.
@@ -329,17 +329,17 @@ def latent_classes(
         >>> label = torch.bernoulli(torch.full((600, 1), 0.5))
         >>> data = torch.cat([torch.randn(600, 2) + 6 * label, label], 1)
         >>> real, bit = dist.constraints.real, dist.constraints.boolean
-        >>> support = MixedSupport([real, real, bit])
+        >>> support = dist.constraints.cat([real, bit], dim=-1, lengths=[2, 1])
         >>> base = latent_classes(data, 2, support=support)
         >>> base.probs.round(decimals=1), base.sample((5,)).shape
         (tensor([0.5, 0.5]), torch.Size([5, 3]))
     """
-    if not isinstance(support, MixedSupport):
+    where, missing = of_columns(support, data.shape[1:]), data.isnan()
+    if not isinstance(where, MixedSupport):
         raise ValueError(
-            f"support must be a MixedSupport, got {support}. It is that of an energy "
-            "over vectors with constraints.cat([...], dim=-1, lengths=[...])."
+            "support must have real and categorical columns, as constraints.cat("
+            f"[...], dim=-1, lengths=[...]) and a MixedSupport do; got {support}."
         )
-    where, missing = support, data.isnan()
     data, number = _completed(data, missing, where, weights, seed), len(data)
     if num_classes is not None and not 1 <= num_classes <= number:
         raise ValueError(
@@ -378,12 +378,12 @@ def stacked_classes(
     Returns:
         The density, and log-densities of held-out rows by fits to the others.
     """
-    train, shares = data, weights
+    train, shares = _checked(data, support), weights
     if held_out is None:
-        train, apart = split(_checked(data, support), seed)
+        train, apart = split(data, seed)
         shares = None if weights is None else split(weights, seed)[0]
     else:
-        apart = held_out
+        apart = _checked(held_out, support)
     table = _Table(train, support, shares)
     fits, at_rows = _tried(table, apart, max_seconds, seed)
     chances = stacking_weights(at_rows)

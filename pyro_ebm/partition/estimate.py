@@ -174,13 +174,7 @@ def _exact(
         return None
     result = closed_form(energy)
     if result is None and isinstance(energy.support, MixedSupport):
-        if method == "exact":
-            raise ValueError(
-                "method must be 'auto', 'sampling' or 'importance' for an energy over "
-                f"{energy.support}, whose sum over states is one of integrals; got "
-                "'exact'. Given all real columns the sum is exact: "
-                "estimate(distribution.condition(...))."
-            )
+        _require_sampling(energy, method)
         return None
     states = num_states(energy)
     if result is None and states is not None:
@@ -203,6 +197,16 @@ def _exact(
         if method == "auto" and not result.is_reliable and is_doubtful:
             return None
     return result
+
+
+def _require_sampling(energy: Energy, method: str) -> None:
+    if method == "exact":
+        raise ValueError(
+            "method must be 'auto', 'sampling' or 'importance' for an energy over "
+            f"{energy.support}, whose sum over states is one of integrals; got "
+            "'exact'. Given all real columns the sum is exact: "
+            "estimate(distribution.condition(...))."
+        )
 
 
 def _sampled(

@@ -216,7 +216,7 @@ def test_bad_rows_are_refused(change, match):
 
 
 def test_other_bad_input_is_refused():
-    with pytest.raises(ValueError, match="MixedSupport"):
+    with pytest.raises(ValueError, match="real and categorical"):
         bases.latent_classes(table(50), support=C.real_vector)
     with pytest.raises(ValueError, match="num_classes"):
         bases.latent_classes(table(50), 51, support=SUPPORT)
