@@ -63,10 +63,10 @@ def learn(table, **settings):
 
 
 # %% Categories given numbers are exact; numbers given categories are resampled.
-def compare_conditionals(q, test):
+def compare_conditionals(q, test, num_rows):
     states = torch.cartesian_prod(torch.arange(3.0), torch.arange(2.0))
     gaps = []
-    for row in test[:50]:
+    for row in test[:num_rows]:
         whole = torch.cat([row[:3].expand(6, 3), states], 1)
         learned = q.condition(list(enumerate(row[:3].tolist()))).log_prob(states).exp()
         gaps.append((learned - log_law(whole).softmax(0)).abs().sum() / 2)
@@ -76,7 +76,7 @@ def compare_conditionals(q, test):
     return torch.stack(gaps).mean().item(), max(far)
 
 
-def main(seed=0, number=10_000, num_samples=300, **settings):
+def main(seed=0, number=10_000, num_draws=300, num_rows=50, **settings):
     pyro.set_rng_seed(seed)
     train, test = make_table(number), make_table(20_000)
     model, result = learn(train, **settings)
@@ -84,14 +84,14 @@ def main(seed=0, number=10_000, num_samples=300, **settings):
     q = model()
     with torch.no_grad():
         learned, known = q.log_prob(test).mean().item(), log_law(test).mean().item()
-        gap, far = compare_conditionals(q, test)
+        gap, far = compare_conditionals(q, test, num_rows)
     print(f"held-out log-likelihood {learned:.3f}, of the law {known:.3f}")
     print(f"categories given numbers: {gap:.3f} of the chance is elsewhere")
     print(f"numbers given categories: Kolmogorov-Smirnov distance {far:.3f}")
 
     # The same by chains: a kernel for each part, in turn.
     kernel = mcmc.Alternating({"real": mcmc.HMC(), "finite": mcmc.Gibbs()})
-    run = mcmc.MCMC(kernel, num_samples, 200, 64, progress_bar=False)
+    run = mcmc.MCMC(kernel, num_draws, num_draws, 64, progress_bar=False)
     run.run(model)
     shares = torch.bincount(run.get_samples()[:, 3].long(), minlength=3).float()
     print("labels by chains", shares / shares.sum(), "of the law", SHARES)
@@ -103,5 +103,5 @@ if __name__ == "__main__":
     parser.add_argument("--smoke-test", action="store_true", help="in a few seconds")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    quick = {"number": 500, "num_steps": 30, "num_samples": 20}
+    quick = {"number": 300, "num_steps": 20, "num_draws": 10, "num_rows": 5}
     main(options.seed, **(quick if options.smoke_test else {}))

@@ -110,8 +110,7 @@ def fit(
         ...     pyro_ebm.energies.NeuralEnergy((2,), (16,)), found.distribution
         ... )
     """
-    if support is not None and isinstance(data, Tensor):
-        support = of_columns(support, data.shape[1:])
+    support = _plain(support, data)
     if isinstance(support, MixedSupport):
         return _fit_mixed(data, kind, support, held_out, max_seconds, seed)
     is_whole = isinstance(data, Tensor) and not data.is_floating_point()
@@ -119,9 +118,7 @@ def fit(
         Rows.of(data, support)
     fitters = _fitters(support, seed, progress_bar=progress_bar)
     _check(data, held_out, kind, fitters)
-    wanted = [kind]
-    if kind == "auto":
-        wanted = ["independent"] if is_whole else _worth_trying(len(data))
+    wanted = _worth_trying(data) if kind == "auto" else [kind]
     train, apart = split(data, seed) if held_out is None else (data, held_out)
     seconds = max_seconds / 2 if held_out is None else max_seconds
     fitted = _fitted(fitters, wanted, train, seconds, skip=kind == "auto")
@@ -217,11 +214,20 @@ def _fitted(
     return found
 
 
-def _worth_trying(num_rows: int) -> list[str]:
+def _plain(support: Constraint | None, data: Tensor) -> Constraint | None:
+    """A support that names columns by ``constraints.cat`` in the form of an energy."""
+    if support is None or not isinstance(data, Tensor):
+        return support
+    return of_columns(support, data.shape[1:])
+
+
+def _worth_trying(data: Tensor) -> list[str]:
+    if not data.is_floating_point():
+        return ["independent"]
     kinds = ["normal", "kernel_density", "independent"]
     if find_spec("sklearn") is not None:
         kinds.insert(1, "committee")
-    if num_rows >= _ENOUGH_FOR_FLOW and find_spec("zuko") is not None:
+    if len(data) >= _ENOUGH_FOR_FLOW and find_spec("zuko") is not None:
         kinds.append("flow")
     return kinds
 

@@ -21,15 +21,19 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.bases.kernels import Kernels
+from pyro_ebm.bases.mixed import LatentClasses
 from pyro_ebm.bases.mixture import NormalMixture, joined_mixture
 from pyro_ebm.bases.stack import Stack
 
 
-def as_mixture(base: Any) -> NormalMixture:
+def as_mixture(base: Any) -> NormalMixture | LatentClasses:
     """A base as a mixture of normals; of a stack, those of its parts that are one.
 
+    Of a mixed event latent classes, the first of a stack.
+
     Args:
-        base: From :mod:`pyro_ebm.bases`, over ``(D,)`` and all real numbers.
+        base: From :mod:`pyro_ebm.bases`, over ``(D,)`` and all real numbers, or of a
+            mixed event.
 
     Raises:
         TypeError: If no part is a mixture of normals over all real numbers.
@@ -39,6 +43,9 @@ def as_mixture(base: Any) -> NormalMixture:
         >>> len(as_mixture(pyro_ebm.bases.normal(torch.randn(50, 2))).loc)
         1
     """
+    for part in getattr(base, "parts", (base,)):
+        if isinstance(part, LatentClasses):
+            return part
     found = _mixture(base)
     if found is None:
         raise TypeError(
@@ -73,7 +80,7 @@ def _mixture(base: Any) -> NormalMixture | None:
 
 @torch.no_grad()
 def conditional_draws(
-    mixture: NormalMixture, x: Tensor, missing: Tensor, number: int
+    mixture: NormalMixture | LatentClasses, x: Tensor, missing: Tensor, number: int
 ) -> Tensor:
     """Rows whose missing entries are drawn by (1), the others as they are.
 
@@ -96,6 +103,8 @@ def conditional_draws(
         >>> draws.shape, bool((draws[..., 0] == 3).all())
         (torch.Size([5, 1, 2]), True)
     """
+    if isinstance(mixture, LatentClasses):
+        return mixture.filled(x, missing, number)
     draws = x.expand(number, *x.shape).clone()
     patterns, of_row = missing.unique(dim=0, return_inverse=True)
     factor = mixture.scale_tril.double()

@@ -19,8 +19,11 @@ with the marginals :math:`m_j`, and columns standardised. Fits of several number
 classes are weighted by rows that they have not seen, and are one density of the kind.
 Given some columns the others have one too, with other weights.
 
+Missing entries are drawn, in turn with fits to the rows that are filled so.
+
 References:
     Hunt & Jorgensen (1999), Australian & New Zealand J. Statistics 41, 154-171.
+    Celeux & Diebolt (1985), Computational Statistics Quarterly 2, 73-82 (the draws).
 """
 
 __all__ = ["LatentClasses", "latent_classes", "stacked_classes"]
@@ -38,7 +41,7 @@ from torch.distributions.constraints import Constraint
 from pyro_ebm.bases.mixture import ROWS_EACH, NormalMixture
 from pyro_ebm.bases.rows import Rows, split
 from pyro_ebm.bases.stack import stacking_weights
-from pyro_ebm.core.spaces import MixedSupport, states_of
+from pyro_ebm.core.spaces import MixedSupport, of_columns, states_of
 from pyro_ebm.core.stopwatch import Stopwatch
 
 #: Numbers of classes that are tried, failures after which larger ones are not, and the
@@ -46,6 +49,9 @@ from pyro_ebm.core.stopwatch import Stopwatch
 _NUMBERS, _PATIENCE, _LEAST = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32), 2, 0.02
 #: The pseudo-rows of (2), steps at most, and the gain in nats a row that is too small.
 _NORMAL_ROWS, _TABLE_ROWS, _STEPS, _SMALL = 0.5, 0.5, 200, 1e-5
+#: Where entries are missing: fillings of the rows, in turn with fits of so many
+#: classes, or fewer where each has not so many rows.
+_FILLINGS, _SMALL_NUMBER, _ROWS_OF_SMALL = 10, 6, 50
 #: How far apart states are in standard deviations of columns, at two starts.
 _STATES_APART = (1.0, 100.0)
 #: Rows that are fitted to at most, and numbers that a density holds at once.
@@ -123,16 +129,13 @@ class LatentClasses(dist.TorchDistribution):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Independent draws, shape ``(*sample, *batch, *event)``."""
         shape = self._extended_shape(torch.Size(sample_shape))[:-1]
-        probs, tables = self.probs.detach(), self.log_tables.detach()
+        probs = self.probs.detach()
         chosen = torch.multinomial(probs, shape.numel(), replacement=True)
-        noise = torch.rand(len(chosen), *tables.shape[1:]).to(tables)
-        # The largest of logits with Gumbel noise is a draw.
-        index = (tables[chosen] - (-noise.clamp(min=1e-30).log()).log()).argmax(-1)
         u = self.loc.new_empty(len(chosen), len(self.support.columns))
         normal = torch.randn(len(chosen), self.loc.shape[1], 1).to(self.loc)
         real = self.loc[chosen] + (self.scale_tril[chosen] @ normal)[..., 0]
         u[:, list(self.support.real)] = real.detach()
-        u[:, list(self.support.finite)] = self._values.gather(1, index.mT).mT
+        u[:, list(self.support.finite)] = self._states_of(chosen)
         x: Tensor = self.support.bijection()(u)
         return x.reshape(*shape, *self.event_shape)
 
@@ -193,40 +196,97 @@ class LatentClasses(dist.TorchDistribution):
         if not real:
             return None
         finite = [n for n in self.support.finite if n not in known]
-        log_probs, loc, scale_tril = self._real_given(known)
-        index = [i for i, n in enumerate(self.support.finite) if n in known]
-        if index:
-            states = torch.stack([known[self.support.finite[i]] for i in index])
-            log_probs = log_probs + self.at_states(states[None], index)[0]
-        probs = log_probs.softmax(-1)
+        row = self._inside.clone()
+        row[list(known)] = torch.stack(list(known.values()))
+        seen = torch.tensor([n in known for n in range(len(row))])
+        log_probs, locs, scale_tril = self._classes_given(row[None], seen)
+        probs, loc = log_probs[0].softmax(-1), locs[:, 0]
         free = self.support.at(sorted(real + finite))
         if isinstance(free, MixedSupport):
-            left = [i for i in range(len(self.support.finite)) if i not in index]
-            return LatentClasses(free, probs, loc, scale_tril, self.log_tables[:, left])
+            left = [i for i, n in enumerate(self.support.finite) if n not in known]
+            tables = self.log_tables[:, left]
+            return LatentClasses(free, probs, loc, scale_tril, tables)
         mixture = NormalMixture(probs, loc, scale_tril)
         columns = {self.support.columns[n] for n in real}
         where = None if columns == {constraints.real} else free
         return Rows.like(mixture, torch.Size((len(real),)), where).distribution(mixture)
 
-    def _real_given(self, known: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-weights of classes, and normals of the real columns that are left."""
-        where = self.support.real
-        seen = [i for i, n in enumerate(where) if n in known]
-        left = [i for i, n in enumerate(where) if n not in known]
-        if not seen:
-            return self.probs.log(), self.loc, self.scale_tril
-        x = self._inside.clone()
-        x[list(known)] = torch.stack(list(known.values()))
-        u = self.support.bijection().inv(x)[list(where)][seen]
+    @torch.no_grad()
+    def filled(self, x: Tensor, missing: Tensor, number: int) -> Tensor:
+        """Rows whose missing entries are drawn given the others, which stay.
+
+        Args:
+            x: Shape ``(N, D)``; what stands at missing entries does not matter.
+            missing: Which are, shape ``(N, D)``.
+            number: Of draws of each row.
+
+        Returns:
+            Shape ``(number, N, D)``.
+
+        Exactness: *exact* draws of the conditional.
+        """
+        draws = torch.where(missing, self._inside, x.to(self.loc))
+        draws = draws.expand(number, *x.shape).clone()
+        patterns, of_row = missing.unique(dim=0, return_inverse=True)
+        for index, pattern in enumerate(patterns):
+            rows = (of_row == index).nonzero()[:, 0]
+            new = self._drawn(draws[0, rows], ~pattern, number)
+            draws[:, rows] = torch.where(pattern, new, draws[:, rows])
+        return draws.to(x)
+
+    def _drawn(self, x: Tensor, seen: Tensor, number: int) -> Tensor:
+        """Rows of one pattern with what is not seen drawn, (number, n, D)."""
+        log_probs, loc, scale_tril = self._classes_given(x, seen)
+        probs = log_probs.softmax(-1)
+        which = torch.multinomial(probs, number, replacement=True).mT  # (number, n)
+        real = [n for n in self.support.real if not seen[n]]
+        u = self.support.bijection().inv(x).expand(number, *x.shape).clone()
+        noise = torch.randn(*which.shape, len(real), 1).to(loc)
+        rows = torch.arange(len(x), device=x.device)
+        u[..., real] = loc[which, rows] + (scale_tril[which] @ noise)[..., 0]
+        u[..., list(self.support.finite)] = self._states_of(which)
+        drawn: Tensor = self.support.bijection()(u)
+        return drawn
+
+    def _states_of(self, which: Tensor) -> Tensor:
+        """States drawn of the tables of classes, shape ``(*which, F)``."""
+        tables = self.log_tables.detach()[which]
+        noise = torch.rand_like(tables).clamp(min=1e-30)
+        # The largest of logits with Gumbel noise is a draw.
+        index = (tables - (-noise.log()).log()).argmax(-1)
+        columns = torch.arange(len(self._values), device=which.device)
+        return self._values[columns, index]
+
+    def _classes_given(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-weights of classes ``(n, K)``, and normals of what is not seen.
+
+        Args:
+            x: Rows within the support, shape ``(n, D)``.
+            seen: Which columns count, shape ``(D,)``.
+
+        Returns:
+            The weights; means ``(K, n, U)`` and factors ``(K, U, U)`` of the ``U`` real
+            columns that are not seen.
+        """
+        log_probs = self.probs.log().expand(len(x), -1)
+        states = [i for i, n in enumerate(self.support.finite) if seen[n]]
+        if states:
+            columns = [self.support.finite[i] for i in states]
+            log_probs = log_probs + self.at_states(x[:, columns], states)
+        known = [i for i, n in enumerate(self.support.real) if seen[n]]
+        left = [i for i, n in enumerate(self.support.real) if not seen[n]]
+        loc = self.loc[:, None, left].expand(-1, len(x), -1)
+        if not known:
+            return log_probs, loc, self.scale_tril
+        u = self.support.bijection().inv(x)[:, list(self.support.real)][:, known]
         covariance = self.scale_tril @ self.scale_tril.mT
-        among = torch.linalg.cholesky(covariance[:, seen][:, :, seen])
-        across = covariance[:, seen][:, :, left]
-        gain = torch.cholesky_solve(across, among).mT
-        apart = u - self.loc[:, seen]
-        loc = self.loc[:, left] + (gain @ apart[..., None])[..., 0]
-        rest = covariance[:, left][:, :, left] - gain @ across
-        log_chance = _normal_log_prob(u[None], self.loc[:, seen], among)[0]
-        return self.probs.log() + log_chance, loc, torch.linalg.cholesky(rest)
+        among = torch.linalg.cholesky(covariance[:, known][:, :, known])
+        across = covariance[:, known][:, :, left]
+        gain = torch.cholesky_solve(across, among)  # (K, known, left)
+        loc = loc + (u - self.loc[:, None, known]) @ gain
+        rest = covariance[:, left][:, :, left] - gain.mT @ across
+        log_probs = log_probs + _normal_log_prob(u, self.loc[:, known], among)
+        return log_probs, loc, torch.linalg.cholesky(rest)
 
 
 def latent_classes(
@@ -242,11 +302,12 @@ def latent_classes(
     """Fit the density (1) to a table with real and categorical columns.
 
     Args:
-        data: Shape ``(N, D)``, floating-point, the states as numbers.
+        data: Shape ``(N, D)``, floating-point, the states as numbers; ``nan`` is an
+            entry that is missing, at random given the others of its row.
         num_classes: Default: fits of 1, 2, 3, ... 32 classes, weighted by what rows
             say that they have not seen, as one density.
-        support: A :class:`~pyro_ebm.core.spaces.MixedSupport`, which is that of an
-            energy with ``constraints.cat`` for its support.
+        support: ``constraints.cat([...], dim=-1, lengths=[...])``, or the
+            :class:`~pyro_ebm.core.MixedSupport` that an energy makes of it.
         weights: Of the rows, shape ``(N,)``; default: all equal.
         held_out: Rows to weigh by; default: about a seventh of ``data``, and what they
             like is then fitted once more, to all rows.
@@ -268,17 +329,18 @@ def latent_classes(
         >>> label = torch.bernoulli(torch.full((600, 1), 0.5))
         >>> data = torch.cat([torch.randn(600, 2) + 6 * label, label], 1)
         >>> real, bit = dist.constraints.real, dist.constraints.boolean
-        >>> support = MixedSupport([real, real, bit])
+        >>> support = dist.constraints.cat([real, bit], dim=-1, lengths=[2, 1])
         >>> base = latent_classes(data, 2, support=support)
         >>> base.probs.round(decimals=1), base.sample((5,)).shape
         (tensor([0.5, 0.5]), torch.Size([5, 3]))
     """
-    if not isinstance(support, MixedSupport):
+    where, missing = of_columns(support, data.shape[1:]), data.isnan()
+    if not isinstance(where, MixedSupport):
         raise ValueError(
-            f"support must be a MixedSupport, got {support}. It is that of an energy "
-            "over vectors with constraints.cat([...], dim=-1, lengths=[...])."
+            "support must have real and categorical columns, as constraints.cat("
+            f"[...], dim=-1, lengths=[...]) and a MixedSupport do; got {support}."
         )
-    where, number = support, len(_checked(data, support))
+    data, number = _completed(data, missing, where, weights, seed), len(data)
     if num_classes is not None and not 1 <= num_classes <= number:
         raise ValueError(
             f"num_classes must be from 1 to the number of rows, {number}; got "
@@ -286,7 +348,12 @@ def latent_classes(
         )
     if num_classes is not None:
         return _Table(data, where, weights).fitted(num_classes, seed)
-    return stacked_classes(data, where, weights, held_out, max_seconds, seed)[0]
+    settings = weights, held_out, max_seconds, seed
+    found, _ = stacked_classes(data, where, *settings)
+    if bool(missing.any()):
+        data = found.filled(data, missing, 1)[0]
+        found, _ = stacked_classes(data, where, *settings)
+    return found
 
 
 @torch.no_grad()
@@ -311,12 +378,12 @@ def stacked_classes(
     Returns:
         The density, and log-densities of held-out rows by fits to the others.
     """
-    train, shares = data, weights
+    train, shares = _checked(data, support), weights
     if held_out is None:
-        train, apart = split(_checked(data, support), seed)
+        train, apart = split(data, seed)
         shares = None if weights is None else split(weights, seed)[0]
     else:
-        apart = held_out
+        apart = _checked(held_out, support)
     table = _Table(train, support, shares)
     fits, at_rows = _tried(table, apart, max_seconds, seed)
     chances = stacking_weights(at_rows)
@@ -345,6 +412,34 @@ def _checked(data: Tensor, support: MixedSupport) -> Tensor:
             f"{len(data)} rows do not, the first is {data[~inside][0].tolist()}."
         )
     return data
+
+
+def _completed(
+    data: Tensor,
+    missing: Tensor,
+    support: MixedSupport,
+    weights: Tensor | None,
+    seed: int,
+) -> Tensor:
+    """Rows whose missing entries are drawn, in turn with fits to the filled rows."""
+    if not missing.any():
+        return _checked(data, support)
+    empty = missing.all(0).nonzero()[:, 0].tolist()
+    if empty:
+        raise ValueError(
+            f"data has no entry at all in column(s) {empty}. Leave it out."
+        )
+    filled = data.clone()
+    for column in range(data.shape[1]):
+        gone = missing[:, column]
+        known = data[~gone, column]
+        filled[gone, column] = known[torch.randint(len(known), (int(gone.sum()),))]
+    _checked(filled, support)
+    number = max(1, min(_SMALL_NUMBER, len(data) // _ROWS_OF_SMALL))
+    for _ in range(_FILLINGS):
+        found = _Table(filled, support, weights).fitted(number, seed)
+        filled = found.filled(filled, missing, 1)[0]
+    return filled
 
 
 def _tried(

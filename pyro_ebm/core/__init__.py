@@ -4,6 +4,7 @@ __all__ = [
     "CompilationWarning",
     "DivergenceError",
     "Finding",
+    "MixedSupport",
     "Reason",
     "Status",
     "UnregisteredParameterWarning",
@@ -16,4 +17,5 @@ from pyro_ebm.core.errors import (
     UnregisteredParameterWarning,
     UnreliableWarning,
 )
+from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.core.verdict import Finding, Reason, Status

@@ -79,7 +79,7 @@ class Energy(nn.Module):
         support: Constraint with ``event_dim == len(event_shape)``; default: all of
             :math:`\mathbb{R}^{\mathrm{event\_shape}}`. Of vectors with real and
             categorical columns ``constraints.cat([...], dim=-1, lengths=[...])``, see
-            :class:`~pyro_ebm.core.spaces.MixedSupport`.
+            :class:`~pyro_ebm.core.MixedSupport`.
         batch_shape: Of the energies that these are; default: one energy.
 
     Raises:

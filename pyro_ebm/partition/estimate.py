@@ -34,7 +34,7 @@ from pyro_ebm.partition.normalizability import check_normalizability
 from pyro_ebm.partition.particles.annealed import annealed_importance_sampling
 from pyro_ebm.partition.particles.gibbs_annealing import gibbs_annealing
 from pyro_ebm.partition.particles.smc import smc
-from pyro_ebm.partition.progress import Limits
+from pyro_ebm.partition.progress import CountedEnergy, Limits
 from pyro_ebm.partition.two_routes import two_routes
 
 Method = Literal["auto", "exact", "sampling", "smc", "importance", "ais", "gibbs"]
@@ -47,8 +47,10 @@ _NUM_DRAWN = 20_000
 _MAX_STATES = 2**18
 #: Nats below the bulk at which mass is none.
 _NOTHING = 100.0
-#: Over a mixed support: draws of a proposal, and chains that it is fitted to.
+#: Over a mixed support: draws of a proposal, chains that it is fitted to, about what
+#: these cost, and evaluations at most.
 _FIRST_DRAWS, _MOST_DRAWS, _NUM_CHAINS = 20_000, 180_000, 1000
+_COST_OF_CHAINS, _MOST_EVALUATIONS = 3_000_000, 20_000_000
 #: By how much a run of annealing is larger than the one before.
 _GROWTH = 3
 
@@ -172,13 +174,7 @@ def _exact(
         return None
     result = closed_form(energy)
     if result is None and isinstance(energy.support, MixedSupport):
-        if method == "exact":
-            raise ValueError(
-                "method must be 'auto', 'sampling' or 'importance' for an energy over "
-                f"{energy.support}, whose sum over states is one of integrals; got "
-                "'exact'. Given all real columns the sum is exact: "
-                "estimate(distribution.condition(...))."
-            )
+        _require_sampling(energy, method)
         return None
     states = num_states(energy)
     if result is None and states is not None:
@@ -201,6 +197,16 @@ def _exact(
         if method == "auto" and not result.is_reliable and is_doubtful:
             return None
     return result
+
+
+def _require_sampling(energy: Energy, method: str) -> None:
+    if method == "exact":
+        raise ValueError(
+            "method must be 'auto', 'sampling' or 'importance' for an energy over "
+            f"{energy.support}, whose sum over states is one of integrals; got "
+            "'exact'. Given all real columns the sum is exact: "
+            "estimate(distribution.condition(...))."
+        )
 
 
 def _sampled(
@@ -243,30 +249,47 @@ def _by_classes(
 
     Latent classes are fitted to the ends of chains that began at the base.
     """
-    number, spent, proposal = _FIRST_DRAWS, 0, given
-    if limits.budget is not None:
-        number = max(2, limits.budget // 2)
+    left = _MOST_EVALUATIONS if limits.budget is None else limits.budget
+    number, proposal, before = min(_FIRST_DRAWS, left), given, None
     while True:
         found = importance_sampling(
             energy, proposal, num_samples=number, progress_bar=is_shown
         )
-        spent += number
+        left -= number
+        if before is not None:
+            found = _held_against(before, found, "chains")
         is_enough = found.is_reliable and found.std_error <= limits.tolerance
-        is_last = limits.budget is not None and proposal is not given
-        if is_enough or is_last or limits.seconds > limits.max_seconds / _GROWTH:
-            return found._replace(num_evaluations=spent, num_seconds=limits.seconds)
-        if proposal is given:
-            draws = IndependentChains(given, progress_bar=is_shown).draw_diagnosed(
-                energy, _NUM_CHAINS
-            )
-            near = latent_classes(
-                draws.x, support=energy.support, max_seconds=limits.left / _GROWTH
-            )
-            proposal = Stack([given, near], torch.tensor([0.1, 0.9]).to(draws.x))
-        elif number < _MOST_DRAWS:
-            number *= _GROWTH
+        is_late = limits.seconds > limits.max_seconds / _GROWTH
+        if is_enough or is_late or left < number or number >= _MOST_DRAWS:
+            break
+        if proposal is given and left > _COST_OF_CHAINS:
+            counted, before = CountedEnergy(energy), found
+            chains = IndependentChains(given, progress_bar=is_shown)
+            ends = chains.draw_diagnosed(counted, _NUM_CHAINS).x
+            left -= counted.num_evaluations
+            seconds = limits.left / _GROWTH
+            near = latent_classes(ends, support=energy.support, max_seconds=seconds)
+            proposal = Stack([given, near], torch.tensor([0.1, 0.9]).to(ends))
         else:
-            return found._replace(num_evaluations=spent, num_seconds=limits.seconds)
+            number = min(_GROWTH * number, left)
+    if proposal is not given:
+        found = found._replace(method=f"{found.method} from what chains have found")
+    spent = (limits.budget or _MOST_EVALUATIONS) - left
+    return found._replace(num_evaluations=spent, num_seconds=limits.seconds)
+
+
+def _held_against(
+    before: LogPartitionEstimate, found: LogPartitionEstimate, what: str
+) -> LogPartitionEstimate:
+    """An estimate that is not reliable if one before it was, and disagrees."""
+    if not (found.is_reliable and before.is_reliable):
+        return found
+    error = math.hypot(found.std_error, before.std_error)
+    if abs(found.value - before.value) <= 5 * error + 1e-6:
+        return found
+    apart = f"{what} moved log Z from {before.value:.4f} to {found.value:.4f}"
+    reasons = (Finding(Reason.ROUTES_DISAGREE, apart),)
+    return found._replace(status=Status.UNRELIABLE, reasons=reasons)
 
 
 def _annealed(
@@ -281,15 +304,9 @@ def _annealed(
     while True:
         start = limits.seconds
         found = gibbs_annealing(energy, given, budget=budget, progress_bar=is_shown)
-        if before is not None and found.is_reliable and before.is_reliable:
-            error = math.hypot(found.std_error, before.std_error)
-            if abs(found.value - before.value) > 5 * error + 1e-6:
-                apart = (
-                    f"a run of {_GROWTH} times the size moved log Z from "
-                    f"{before.value:.4f} to {found.value:.4f}"
-                )
-                reasons = (Finding(Reason.ROUTES_DISAGREE, apart),)
-                found = found._replace(status=Status.UNRELIABLE, reasons=reasons)
+        if before is not None:
+            larger = f"a run of {_GROWTH} times the size"
+            found = _held_against(before, found, larger)
         is_enough = found.is_reliable and found.std_error <= limits.tolerance
         seconds = _GROWTH * (limits.seconds - start)
         if is_enough or limits.budget is not None or seconds > limits.left:

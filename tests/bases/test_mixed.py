@@ -97,6 +97,52 @@ def test_a_conditional_is_the_ratio_of_joint_and_marginal(fixed):
     assert base.given(torch.tensor([0, 2]), row[[0, 2]]) is None
 
 
+def test_missing_entries_are_drawn_from_the_conditional():
+    """Against :meth:`given`, row by row; draws of the marginal are refused."""
+    base = some_classes()
+    rows = base.sample((3,))
+    missing = torch.zeros(3, 4, dtype=torch.bool)
+    missing[0, [1, 2]] = missing[1, 3] = missing[2, 0] = True
+    x = rows.masked_fill(missing, torch.nan)
+    draws = base.filled(x, missing, 4000)
+    assert torch.equal(draws[:, ~missing], rows[~missing].expand(4000, -1))
+    other = base.given(torch.tensor([0, 3]), rows[0, [0, 3]]).sample((4000,))
+    assert stats.ks_2samp(draws[:, 0, 2], other[:, 1]).pvalue > 1e-3
+    counts = torch.stack(
+        [
+            draws[:, 0, 1].long().bincount(minlength=3),
+            other[:, 0].long().bincount(minlength=3),
+        ]
+    )
+    assert stats.chi2_contingency(counts + 1).pvalue > 1e-3
+    coins = rows[1].repeat(2, 1)
+    coins[:, 3] = torch.arange(2.0)
+    odds = base.log_prob(coins).softmax(0)[1]
+    assert abs(draws[:, 1, 3].mean() - odds) < 4 * (odds * (1 - odds) / 4000).sqrt()
+    alone = base.sample((4000,))[:, 2]
+    assert stats.ks_2samp(draws[:, 0, 2], alone).pvalue < 1e-6
+
+
+def test_a_table_with_gaps_is_fitted_as_well():
+    """Near the law; gaps filled from other rows are far from it."""
+    data, fresh = table(1500), table(20_000)
+    missing = torch.rand(data.shape) < 0.25
+    missing[:, 0] &= data[:, 3] == 1  # at random, given what is seen
+    missing[:, 3] = False
+    holes = data.masked_fill(missing, torch.nan)
+    truth_of = truth(fresh).mean()
+    found = bases.latent_classes(holes, 6, support=SUPPORT)
+    gap = truth_of - found.log_prob(fresh).mean()
+    assert gap < 0.1
+    shuffled = data[torch.randperm(len(data))]
+    filled = holes.where(~missing, shuffled)
+    other = bases.latent_classes(filled, 6, support=SUPPORT)
+    assert truth_of - other.log_prob(fresh).mean() > gap + 0.15
+    holes[:, 1] = torch.nan
+    with pytest.raises(ValueError, match="no entry at all"):
+        bases.latent_classes(holes, support=SUPPORT)
+
+
 def test_a_fit_comes_near_the_law():
     data, fresh = table(4000), table(20_000)
     base = bases.latent_classes(data, 6, support=SUPPORT)
@@ -161,7 +207,7 @@ def test_the_standard_base_is_normal_and_uniform():
         (lambda x: x + 0.5, "must lie in the support"),
         (lambda x: x.where(x != 2, 7.0), "must lie in the support"),
         (lambda x: x[:1], "N >= 2"),
-        (lambda x: torch.where(x == x[0, 0], torch.nan, x), "finite"),
+        (lambda x: torch.where(x == x[0, 0], torch.inf, x), "finite"),
     ],
 )
 def test_bad_rows_are_refused(change, match):
@@ -170,7 +216,7 @@ def test_bad_rows_are_refused(change, match):
 
 
 def test_other_bad_input_is_refused():
-    with pytest.raises(ValueError, match="MixedSupport"):
+    with pytest.raises(ValueError, match="real and categorical"):
         bases.latent_classes(table(50), support=C.real_vector)
     with pytest.raises(ValueError, match="num_classes"):
         bases.latent_classes(table(50), 51, support=SUPPORT)

@@ -295,3 +295,31 @@ def test_a_fit_with_it():
 def test_wrong_bound(bound):
     with pytest.raises(ValueError, match="spectral norm must be positive and finite"):
         NeuralEnergy((2,), (8,), spectral_norm=bound)
+
+
+def test_codes_enter_a_network_state_by_state():
+    constraints = dist.constraints
+    parts = [constraints.real, constraints.integer_interval(0, 2), constraints.boolean]
+    support = constraints.cat(parts, dim=-1, lengths=[3, 1, 1])
+    energy = NeuralEnergy((5,), (8,), support=support)
+    assert energy.loc.shape == (3 + 1 + 3,)  # real, coin, one for each label
+    label = torch.tensor([0.0, 2.0, 1.0, 2.0])
+    x = torch.cat([torch.randn(4, 3), torch.stack([label, label > 1], 1)], 1)
+    inputs = energy._inputs(x)
+    assert torch.equal(inputs[:, :4], x[:, [0, 1, 2, 4]])
+    assert torch.equal(inputs[:, 4:].argmax(1), x[:, 3].long())
+    value, grad = energy.value_and_grad(x)
+    assert torch.allclose(value, energy(x))
+    assert (grad[:, 3] == 0).all()
+    bits = constraints.independent(constraints.boolean, 1)
+    assert NeuralEnergy((4,), (8,), support=bits).loc.shape == (4,)
+    dice = constraints.independent(
+        constraints.integer_interval(1, torch.tensor([6, 4])), 1
+    )
+    assert NeuralEnergy((2,), (8,), support=dice).loc.shape == (10,)
+    with pytest.raises(ValueError, match="finite or mixed"):
+        NeuralEnergy(
+            (2,),
+            (8,),
+            support=constraints.independent(constraints.nonnegative_integer, 1),
+        )

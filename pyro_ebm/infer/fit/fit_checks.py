@@ -122,7 +122,7 @@ def require_points(name: str, points: Tensor, energy_model: EnergyModel) -> None
             f"{name} must hold finite numbers; got {len(points)} points with "
             f"{int((~points.isfinite()).sum())} nan or infinite numbers. Drop those "
             "rows. Where fit chooses the estimator, and the energy is one of vectors "
-            "of real numbers, nan counts as missing."
+            "of real numbers, or with categorical columns, nan counts as missing."
         )
     inside = energy_model.energy.support.check(points)
     if not inside.all():

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyro_ebm.bases.conditional import as_mixture, conditional_draws
 from pyro_ebm.bases.rows import repetitions
+from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.energies.views.unconstrained import is_unconstrained
 from pyro_ebm.infer.fit.fit_checks import require_points, require_weights
@@ -160,7 +161,10 @@ def as_points(
         points = _incomplete(name, points, model)
     filled = points.rows
     if points.missing is not None:
-        filled = filled.where(~points.missing, 0.0)
+        support, inside = model.energy.support, torch.zeros_like(filled[0])
+        if isinstance(support, MixedSupport):
+            inside = support.bijection()(support.two_points(filled))[0]
+        filled = filled.where(~points.missing, inside)
     require_points(name, filled, model)
     return points
 
@@ -169,7 +173,9 @@ def _incomplete(name: str, points: Points, model: EnergyModel) -> Points:
     """Rows with their missing entries marked, without those that have no others."""
     rows, missing = points.rows, points.rows.isnan()
     event = model.energy.event_shape
-    is_vector = len(event) == 1 and is_unconstrained(model.energy.support)
+    support = model.energy.support
+    is_mixed = isinstance(support, MixedSupport)
+    is_vector = is_mixed or (len(event) == 1 and is_unconstrained(support))
     if not is_vector or rows.shape[1:] != event:
         require_points(name, rows, model)  # which says what else is wrong
     empty = missing.all(0)

@@ -292,3 +292,29 @@ def test_wrong_energies_are_errors():
     )
     with pytest.raises(NotImplementedError, match="same interval"):
         ClampedEnergy(energy, {0: 0.5})
+
+
+def test_categories_of_a_mixed_event_are_summed():
+    """Given the real columns, and with a gradient in what the energy is made of."""
+    parts = [constraints.real, constraints.integer_interval(0, 2), constraints.boolean]
+    support = constraints.cat(parts, dim=-1)
+    table = torch.randn(3, 2, requires_grad=True)
+
+    def cost(x):
+        return x[..., 0] * table[x[..., 1].long(), x[..., 2].long()]
+
+    energy = FunctionEnergy(cost, (3,), support)
+    clamped = ClampedEnergy(energy, {0: 2.0})
+    known = clamped.closed_form()
+    wanted = (-2 * table).flatten().logsumexp(0)
+    assert torch.allclose(known.log_partition, wanted)
+    (grad,) = torch.autograd.grad(known.log_partition, table)
+    assert torch.allclose(grad, -2 * (-2 * table).flatten().softmax(0).reshape(3, 2))
+    states = torch.cartesian_prod(torch.arange(3.0), torch.arange(2.0))
+    assert torch.allclose(
+        known.distribution.log_prob(states), -clamped(states) - wanted
+    )
+    assert ClampedEnergy(energy, {1: 2}).closed_form() is None
+    for index, value in ((1, 3), (1, 0.5), (2, 2)):
+        with pytest.raises(ValueError, match="lie in the support"):
+            ClampedEnergy(energy, {index: value})

@@ -285,3 +285,16 @@ def test_wrong_maps_are_errors(pair):
         LinearMapEnergy(pair, torch.zeros(2, 2), torch.zeros(3))
     with pytest.raises(ValueError, match="energy must be defined for all real numbers"):
         LinearMapEnergy(dist.Gamma(torch.tensor(3.0), 2.0), torch.ones(2))
+
+
+def test_a_part_of_a_mixed_event():
+    parts = [constraints.real, constraints.integer_interval(0, 2)]
+    support = constraints.cat(parts, dim=-1, lengths=[2, 1])
+    pair = QuadraticEnergy(torch.zeros(2))
+    energy = PartEnergy(pair, (3,), [0, 2], support=support)
+    assert energy(torch.tensor([1.0, 5.0, 2.0])) == 2.5
+    bits = FunctionEnergy(lambda x: x, (), constraints.boolean)
+    with pytest.raises(ValueError, match="lie within"):
+        PartEnergy(bits, (3,), 2, support=support)  # of three states
+    with pytest.raises(ValueError, match="lie within"):
+        PartEnergy(bits, (3,), 0, support=support)

@@ -82,10 +82,31 @@ def test_a_fit_on_auto_takes_a_mixed_table():
         assert torch.allclose(again.eval()().log_prob(fresh), q.log_prob(fresh))
 
 
+def test_gaps_of_a_table_are_filled_by_the_model():
+    data = table(400)
+    missing = torch.rand(data.shape) < 0.15
+    missing[missing.all(1)] = False
+    holes = data.masked_fill(missing, torch.nan)
+    model = pyro_ebm.EnergyModel(NeuralEnergy((5,), (16,), support=SUPPORT))
+    result = pyro_ebm.fit(model, holes, num_steps=30, progress_bar=False)
+    fresh = table(3000)
+    with torch.no_grad():
+        assert log_law(fresh).mean() - model().log_prob(fresh).mean() < 0.4
+    row = fresh[:1].clone()
+    row[0, 4] = torch.nan
+    found = result.impute(row, num_samples=500)
+    both = fresh[:1].repeat(2, 1)
+    both[:, 4] = torch.arange(2.0)
+    odds = model().log_prob(both).softmax(0)[1].item()
+    assert model().support.check(found.draws).all()
+    assert abs(found.mean[0, 4] - odds) < 0.15
+    assert abs(found.draws[:, 0, 4].mean() - found.mean[0, 4]) < 0.1
+
+
 @pytest.mark.slow
 def test_the_fit_comes_near_the_law():
     """Within .02 nats of the truth; with labels of other rows it is far off."""
-    model, result = fitted(20_000, max_seconds=60)
+    model, result = fitted(20_000, max_seconds=30)
     fresh = table(50_000)
     with torch.no_grad():
         gap = (log_law(fresh) - model().log_prob(fresh)).mean()
@@ -154,6 +175,43 @@ def test_real_columns_given_categories_are_those_of_the_law(known):
     assert abs(found.value - wanted) < 4 * found.std_error + 0.01
 
 
+def test_the_tracker_finds_log_z_by_importance(known):
+    tracker = pyro_ebm.partition.LogPartition(known.energy, known.base)
+    tracker.refresh(known.energy, progress_bar=False)
+    assert abs(tracker.value + 1.3) < 4 * tracker.std_error + 0.02
+    assert tracker.status == "ok"
+
+
+def test_it_is_learned_at_a_pyro_site():
+    """By plain SVI: the mean of a column moves to that of the data."""
+    data = table(300)
+    shift = torch.nn.Parameter(torch.tensor(3.0))
+
+    class Shifted(pyro_ebm.Energy):
+        def __init__(self):
+            super().__init__((5,), SUPPORT)
+            self.shift = shift
+
+        def forward(self, x):
+            moved = torch.cat([x[..., :1] - self.shift, x[..., 1:]], -1)
+            return moved[..., :3].square().sum(-1) / 2
+
+    energy = Shifted()
+    base = pyro_ebm.bases.latent_classes(data, 2, support=energy.support)
+    model = pyro_ebm.EnergyModel(energy, base, source="importance")
+
+    def program(rows):
+        pyro.module("model", model)
+        with pyro.plate("rows", len(rows)):
+            pyro.sample("x", model(), obs=rows)
+
+    optim = pyro.optim.Adam({"lr": 0.1})
+    svi = pyro.infer.SVI(program, lambda rows: None, optim, pyro.infer.Trace_ELBO())
+    for _ in range(80):
+        svi.step(data)
+    assert abs(shift - data[:, 0].mean()) < 0.15
+
+
 def test_a_part_of_both_kinds_may_be_given(known):
     given = known().condition([(0, 0.5), (3, 2)])
     x = given.sample((2000,))
@@ -187,24 +245,6 @@ def test_estimators_of_other_kinds_learn_too(objective):
     assert result.log_partition.is_reliable
 
 
-def test_codes_enter_a_network_state_by_state():
-    energy = NeuralEnergy((5,), (8,), support=SUPPORT)
-    assert energy.loc.shape == (3 + 1 + 3,)  # real, coin, one for each label
-    x = table(4)
-    inputs = energy._inputs(x)
-    assert torch.equal(inputs[:, :4], x[:, [0, 1, 2, 4]])
-    assert torch.equal(inputs[:, 4:].argmax(1), x[:, 3].long())
-    value, grad = energy.value_and_grad(x)
-    assert torch.allclose(value, energy(x))
-    assert (grad[:, 3] == 0).all()
-    bits = C.independent(C.boolean, 1)
-    assert NeuralEnergy((4,), (8,), support=bits).loc.shape == (4,)
-    dice = C.independent(C.integer_interval(1, torch.tensor([6, 4])), 1)
-    assert NeuralEnergy((2,), (8,), support=dice).loc.shape == (10,)
-    with pytest.raises(ValueError, match="finite or mixed"):
-        NeuralEnergy((2,), (8,), support=C.independent(C.nonnegative_integer, 1))
-
-
 @pytest.mark.parametrize(("column", "value"), [(3, 0.5), (3, 3.0), (4, -1.0)])
 def test_rows_outside_the_support_are_refused(column, value):
     data = table(100)
@@ -216,6 +256,6 @@ def test_rows_outside_the_support_are_refused(column, value):
         model().log_prob(data)
     with pytest.raises(ValueError, match="lie in the support"):
         model().condition([(column, value)])
-    data[7, column] = torch.nan
+    data[7, column] = torch.inf
     with pytest.raises(ValueError, match="finite"):
         pyro_ebm.fit(model, data, progress_bar=False)

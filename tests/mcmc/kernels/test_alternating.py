@@ -177,6 +177,16 @@ def test_the_warm_up_adapts_each_part(kernel):
     assert abs((x[:, 0] / 100).mean() - draws(100_000)[:, 0].mean()) < 0.2
 
 
+def test_it_is_the_default_on_a_mixed_event():
+    run = MCMC(None, 10, 10, 16, progress_bar=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.run(target())
+    kernels = run._run.warmup.kernel.kernels
+    assert [type(kernel) for kernel in kernels] == [ChEES, Gibbs]
+    assert run.get_samples().shape == (160, 4)
+
+
 def test_a_run_is_saved_and_resumed():
     kernel = Alternating({"real": HMC(), "finite": Gibbs()})
     first, second = (MCMC(kernel, 20, 40, 8, progress_bar=False) for _ in range(2))
