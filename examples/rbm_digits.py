@@ -25,7 +25,8 @@ images = torch.tensor(load_digits().data >= 8).float()
 images = images[torch.randperm(len(images))]
 train, test = images[:-360], images[-360:]
 
-# %% Persistent chains between steps of Adam; the best record by held-out digits
+# %% Persistent chains between steps of Adam, whose rate falls within a minute;
+# held-out digits say how much weights decay, and choose the best record
 num_hidden = 6 if args.smoke_test else 16
 model = pyro_ebm.EnergyModel(RBMEnergy(0.01 * torch.randn(64, num_hidden)))
 result = pyro_ebm.fit(
@@ -64,5 +65,5 @@ always = ((train.mean(0) > 0.5) == (test[:100] > 0.5))[:, 32:].double().mean().i
 print(f"pixels of the lower half guessed right: {right:.2f}, by the mean {always:.2f}")
 
 # %% Check
-needed = base if args.smoke_test else -18.6
+needed = base if args.smoke_test else -18.3
 print("ok" if log_likelihood > needed - 20 * args.smoke_test else "worse than expected")

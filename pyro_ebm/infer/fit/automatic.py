@@ -9,8 +9,9 @@ from chains where that fails. The model of the record with the
 best held-out likelihood is kept, unless that is better than the start by less than two
 standard errors.
 
-Over a finite support the base is independent sites, the gradient exact or by persistent
-chains, and weights decay as much as the held-out rows want
+Over a finite support the base is independent sites, the gradient is exact, by
+persistent chains, or that of the pseudolikelihood where all sites are tied to each
+other, and weights decay as much as the held-out rows want
 (:func:`~pyro_ebm.infer.fit.optimiser.decay_by_gap`).
 """
 
@@ -42,6 +43,7 @@ from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.energies.discrete.finite import num_points
 from pyro_ebm.energies.discrete.independent import IndependentSites
+from pyro_ebm.energies.discrete.sites import SiteEnergy
 from pyro_ebm.energies.views.unconstrained import is_finite_support, is_unconstrained
 from pyro_ebm.infer.fit.fit_checks import require_cover
 from pyro_ebm.infer.fit.optimiser import FitOptim, weights_of
@@ -56,6 +58,7 @@ from pyro_ebm.infer.objectives.likelihood.importance import (
 )
 from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import MaximumLikelihood
 from pyro_ebm.infer.objectives.objective import Objective
+from pyro_ebm.infer.objectives.score.site_conditionals import Pseudolikelihood
 from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 
 _LOG = logging.getLogger(__name__)
@@ -76,6 +79,8 @@ _FINITE_RATE, _FINITE_STEPS, _SWEEPS, _FEW_STATES = 1e-2, 60_000, 2, 2**12
 #: Of these steps, so many to a record; and records without a better one until the end:
 #: much is gained as the rate falls.
 _FINITE_RECORDS, _FINITE_PATIENCE = 100, 50
+#: Blocks of sites above which a sweep of chains is dear.
+_MANY_BLOCKS = 16
 #: Seconds of a gradient of the exact log Z, above which chains are the cheaper.
 _CHEAP = 0.005
 #: Records without a better one after which it ends.
@@ -240,7 +245,7 @@ def _held_out(points: Points) -> tuple[Points, Tensor | None, Tensor | None]:
 
 
 def _finite_stage(model: EnergyModel, train: Tensor, num_steps: int | None) -> Stage:
-    """Maximum likelihood over a finite support: exact where it can be, else by chains.
+    """Learning over a finite support: by the exact likelihood, by chains, or by site.
 
     The base is independent sites with the frequencies of the data.
     """
@@ -252,6 +257,8 @@ def _finite_stage(model: EnergyModel, train: Tensor, num_steps: int | None) -> S
     steps = _FINITE_STEPS if num_steps is None else num_steps
     if is_small or _is_exact_cheap(energy):
         objective: Objective = ExactMaximumLikelihood()
+    elif isinstance(energy, SiteEnergy) and len(energy.blocks) > _MANY_BLOCKS:
+        objective = Pseudolikelihood()  # as dear as a block, of which a sweep has many
     else:
         objective = MaximumLikelihood(num_steps=_SWEEPS, restart_fraction=0.0)
     model.log_partition.refresh(energy, progress_bar=False)

@@ -13,6 +13,11 @@ no gradient; so (1) is measured for any objective.
 by a kernel that leaves :math:`e^{-f}` as it is, at fixed parameters. Points in
 equilibrium keep their mean energy; those that lag behind the parameters do not.
 
+*Crossings.* Chains that stay on one side of the data, while others stay on the other,
+give each side the weight that it had when they parted. So for chains over a finite
+support the passages are counted, from one side of the mean of the data to the other
+along their direction of largest variance.
+
 *Overlap.* Weights :math:`e^{-f(y)} / p_n(y)` of draws of the noise :math:`p_n`, and the
 probability that the ratio is larger at a datum than at a draw of the noise.
 """
@@ -33,6 +38,7 @@ from pyro_ebm.diagnostics import (
 )
 from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.energies import Energy, unconstrained
+from pyro_ebm.energies.views.unconstrained import is_finite_support
 from pyro_ebm.infer.likelihood import LogLikelihood
 from pyro_ebm.infer.objectives.objective import Objective
 from pyro_ebm.mcmc import Kernel
@@ -80,6 +86,9 @@ class FitDiagnostics(NamedTuple):
         chain_lag: Parameter steps in which the chains forget: the moves that an
             effective draw takes by the moves a step. Of the order of ``num_moves`` it
             is only a lower bound.
+        crossings: Passages of a chain from one side of the data to the other in the
+            last tenth of the steps, over a finite support: a mean that that run
+            implies. Fewer than 1 leave the weights of the sides to chance.
         gradient_snr: Norm of the mean gradient by the size of its noise, over about the
             last 50 steps: large while the fit gets on, small once noise is all there
             is.
@@ -109,6 +118,7 @@ class FitDiagnostics(NamedTuple):
     acceptance: float | None = None
     chain_age: float | None = None
     chain_lag: float | None = None
+    crossings: float | None = None
     gradient_snr: float | None = None
     noise_ess: float | None = None
     noise_k: float | None = None
@@ -184,7 +194,10 @@ def diagnose(
         return found
     # 2 % of all moves of the stage, and at least enough to see something.
     num_moves = min(max(num_steps * per_step // 50, 10), 100)
-    energies, acceptance = _run_at_rest(energy_model.energy, points, kernel, num_moves)
+    energy = energy_model.energy
+    sides = _Sides(data) if is_finite_support(energy.support) else None
+    energies, acceptance = _run_at_rest(energy, points, kernel, num_moves, sides)
+    age = objective.chain_age(num_steps)
     ess = bulk_ess(energies[:, 1:]).item()
     return found._replace(
         drift=_drift(energies),
@@ -192,14 +205,41 @@ def diagnose(
         ess=ess,
         num_moves=num_moves,
         acceptance=acceptance,
-        chain_age=objective.chain_age(num_steps),
+        chain_age=age,
         chain_lag=energies[:, 1:].numel() / ess / per_step,
+        crossings=None if sides is None or age is None else sides.rate() * age / 10,
     )
+
+
+class _Sides:
+    """On which side of the data chains are, and how often they have changed it."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.centre, centred = data.mean(0).flatten(), data.flatten(1)
+        centred = centred - self.centre
+        self.direction = centred[centred.square().sum(1).argmax()]
+        for _ in range(30):  # towards that of largest variance
+            moved = (centred @ self.direction) @ centred
+            self.direction = moved / moved.norm().clamp(min=1e-12)
+        self.seen: list[Tensor] = []
+
+    def see(self, x: Tensor) -> None:
+        """Note where chains are; ``x`` has shape ``(C, *event)``."""
+        x = x.to(self.centre).flatten(1)
+        self.seen.append((x - self.centre) @ self.direction > 0)
+
+    def rate(self) -> float:
+        """Passages of a chain in a move."""
+        return torch.stack(self.seen).diff(dim=0).double().mean().item()
 
 
 @torch.no_grad()
 def _run_at_rest(
-    energy: Energy, points: Tensor, kernel: Kernel, num_moves: int
+    energy: Energy,
+    points: Tensor,
+    kernel: Kernel,
+    num_moves: int,
+    sides: _Sides | None = None,
 ) -> tuple[Tensor, float]:
     """Energies ``(C, num_moves + 1)`` from the start on, and the mean acceptance."""
     flat, to_support = unconstrained(energy)
@@ -209,6 +249,8 @@ def _run_at_rest(
     energies, accepted = [state.energy], []
     for _ in range(num_moves):
         state, info = kernel.step(flat, state)
+        if sides is not None:
+            sides.see(state.x)
         energies.append(state.energy)
         accepted.append(info.accept_prob.mean())
     return torch.stack(energies, -1), torch.stack(accepted).mean().item()

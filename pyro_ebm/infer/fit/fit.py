@@ -48,7 +48,7 @@ from pyro_ebm.infer.fit.optimiser import (
 from pyro_ebm.infer.fit.points import Points, as_points
 from pyro_ebm.infer.fit.settling import settled_log_partition
 from pyro_ebm.infer.fit.stages import ObjectiveSteps, Stage, as_stages, begin_chains
-from pyro_ebm.infer.fit.verdict import judge
+from pyro_ebm.infer.fit.verdict import MIN_STEPS, judge
 from pyro_ebm.infer.likelihood import (
     LogLikelihood,
     log_likelihood,
@@ -185,8 +185,9 @@ def fit(
     run.batch_size = batch_size
     run.record_interval = record_interval or plan.record_interval
     tracker = energy_model.log_partition
-    if plan.decays and tracker.is_closed_form:
-        tracker.interval = run.record_interval  # a sum, which costs more than steps
+    is_dear = tracker.is_closed_form or not plan.stages[0].objective.needs
+    if plan.decays and is_dear:  # a sum or many sweeps, beside cheap steps
+        tracker.interval = run.record_interval
     run.callbacks = callbacks
     if max_grad_norm is not None or not is_automatic:
         run.max_grad_norm = max_grad_norm
@@ -343,8 +344,10 @@ class _Fit:
         )
         # What keeps an estimator from the truth in general is no fault of a fit.
         bias = [f for f in last.bias() if f.reason is Reason.BIASED_KERNEL]
-        history = [] if self.is_automatic else self.history
-        reasons = judge(found, log_partition, stopped, history, bias)
+        is_short = self.plan.decays and self.num_steps < MIN_STEPS
+        history = self.history if is_short or not self.is_automatic else []
+        steps = self.num_steps if self.plan.decays else None
+        reasons = judge(found, log_partition, stopped, history, bias, steps)
         return FitResult(
             distribution,
             log_partition,

@@ -278,6 +278,7 @@ def _described(found: FitDiagnostics) -> str:
         "acceptance": _number(found.acceptance, ".2f"),
         "gradient signal to noise": _number(found.gradient_snr, ".2g"),
         "effective noise points a step": _number(found.noise_ess, ",.0f"),
+        "passages of a chain": _number(found.crossings, ",.2g"),
         "told from noise": _number(found.noise_separation, ".1%"),
     }
     texts = [f"{k} {v}" for k, v in parts.items() if v is not None]

@@ -170,13 +170,13 @@ class ObjectiveSteps:
         return (terms.energy.mean() + distribution.log_partition).item()
 
     def _distribution(self) -> EnergyDistribution:
-        """That of the model; with the tracked log Z where chains give the gradient.
+        """That of the model; with the tracked log Z where an objective needs none.
 
-        On a finite support a closed form is a sum, which costs more than the chains.
+        On a finite support a closed form is a sum, which costs more than a step.
         """
         model = self.model
-        by_chains = "chains" in self.objective.needs
-        if not (by_chains and model.energy.support.is_discrete):
+        needs_more = self.objective.needs - {"gradient", "chains"}
+        if needs_more or not (model.energy.support.is_discrete):
             return as_distribution(model)
         tracked = model.log_partition.value
         known = tracked.clone() if tracked.isfinite() else None

@@ -10,7 +10,7 @@ The second is, to leading order, the log-likelihood a point that a better scale 
 energy would gain, in nats: less than that is not worth an alarm.
 """
 
-__all__ = ["judge"]
+__all__ = ["MIN_STEPS", "judge"]
 
 import math
 from collections.abc import Sequence
@@ -28,6 +28,9 @@ SMALL = 0.05
 MAX_R_HAT = 1.05
 #: Fewer effective noise points a step than this give no gradient worth having.
 MIN_NOISE_ESS = 5.0
+#: Steps over a finite support after which a model that has gained nothing has nothing
+#: to gain.
+MIN_STEPS = 1000
 #: Data told from noise this often: hardly any pair teaches something.
 MAX_SEPARATION = 0.995
 
@@ -38,6 +41,7 @@ def judge(
     stopped: str,
     history: Sequence[FitRecord] = (),
     known: Sequence[Finding] = (),
+    num_steps: int | None = None,
 ) -> tuple[Finding, ...]:
     """Apply all rules; return the findings, the gravest first.
 
@@ -47,6 +51,8 @@ def judge(
         stopped: Why the fit ended.
         history: Of the fit.
         known: What is known against the estimator without looking at the fit.
+        num_steps: Of a fit that began with independent sites, and may have been ended
+            before it has learned more.
     """
     broken: list[Finding] = []
     if stopped == "loss not finite":
@@ -67,6 +73,14 @@ def judge(
         )
         broken.append(Finding(Reason.WORSE_THAN_BASE, worse))
     broken += [Finding(Reason.STILL_LEARNING, text) for text in _progress(history)]
+    is_short = num_steps is not None and num_steps < MIN_STEPS
+    if is_short and gain is not None and gain.value < NUM_ERRORS / 2 * gain.std_error:
+        nothing = (
+            f"in {num_steps} steps the model has gained {gain.value:.3f} +- "
+            f"{gain.std_error:.3f} nats a point on independent sites, which may be "
+            f"chance: take at least {MIN_STEPS:,}"
+        )
+        broken.append(Finding(Reason.STILL_LEARNING, nothing))
     return tuple(broken)
 
 
@@ -97,6 +111,12 @@ def _equilibrium_faults(found: FitDiagnostics) -> list[str]:
         faults.append(
             f"nested R-hat of the chains' energies is {found.r_hat:.3f}, above "
             f"{MAX_R_HAT}: lower the learning rate, or give them more moves a step"
+        )
+    if found.crossings is not None and found.crossings < 1:
+        faults.append(
+            "in the last tenth of the steps a chain has gone from one side of the data "
+            f"to the other {found.crossings:.2g} times, so that the weights of the "
+            "sides are left to chance: take more steps, or more moves a step"
         )
     if _is_off(found.energy_gap):
         faults.append(

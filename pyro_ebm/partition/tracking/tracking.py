@@ -54,6 +54,7 @@ from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.core.verdict import Finding, Reason, Status, sentence, status_of
 from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
+from pyro_ebm.energies.discrete.sites import SiteEnergy
 from pyro_ebm.mcmc import HMC, ChainState, Gibbs, Kernel
 from pyro_ebm.mcmc.kernels.discrete_langevin import kernel_for
 from pyro_ebm.mcmc.samplers.persistent import StatefulModule
@@ -77,8 +78,8 @@ _MAX_RESAMPLED = (0.01, 0.25)
 #: Sweeps of walkers at an update there.
 _SWEEPS = 3
 #: Temperatures of an annealing run from the base, on a finite support; and where the
-#: sites have to be drawn one by one.
-_TEMPERATURES = (100, 20)
+#: sites have to be drawn one by one, or by more blocks than so many.
+_TEMPERATURES, _MANY_BLOCKS = (100, 20), 16
 
 
 class _Code(IntEnum):
@@ -590,7 +591,7 @@ class LogPartition(StatefulModule):
                 self.base,
                 num_islands=self.num_islands,
                 num_chains=num_particles,
-                num_temperatures=_TEMPERATURES[_is_blind(self.averaged_energy)],
+                num_temperatures=_TEMPERATURES[_is_dear(self.averaged_energy)],
             )
         state = self.walkers.kernel.init(self.averaged_energy, run.x)
         value = run.log_partition().to(state.energy)
@@ -631,9 +632,10 @@ class LogPartition(StatefulModule):
         self.walkers.start(ChainState(*chains), fresh.log_partition, fresh.kernel)
 
 
-def _is_blind(energy: Energy) -> bool:
-    """Whether no blocks are known, so that a sweep costs many evaluations."""
-    return Gibbs().num_evaluations(energy) > 1
+def _is_dear(energy: Energy) -> bool:
+    """Whether a sweep costs many evaluations: no blocks are known, or many."""
+    has_many = isinstance(energy, SiteEnergy) and len(energy.blocks) > _MANY_BLOCKS
+    return has_many or Gibbs().num_evaluations(energy) > 1
 
 
 class _Fresh(NamedTuple):
