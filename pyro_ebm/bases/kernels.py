@@ -30,6 +30,8 @@ from pyro_ebm.bases.rows import Rows
 
 #: Widths that are tried, in the data's standard deviations; and the most centres.
 _WIDTHS, _MAX_CENTRES = torch.logspace(-2, 0, 25), 1000
+#: Numbers that the centres of independent columns may take, and the fewest of these.
+_NUMBERS, _FEWEST = 30_000, 300
 #: Numbers that a density holds in memory at once.
 _CHUNK = 10_000_000
 
@@ -106,7 +108,7 @@ def independent(
             type.
         support: Of a row of floating-point data; the kernels are then in unconstrained
             space. Default: all real numbers.
-        seed: Of the choice of 1,000 centres where there are more rows.
+        seed: Of the choice of centres, 1,000 or 30,000 numbers, where there are more.
 
     Returns:
         A normalised Pyro distribution over the event.
@@ -128,7 +130,8 @@ def independent(
     if isinstance(data, Tensor) and not data.is_floating_point():
         return _counted(data)
     rows = Rows.of(data, support)
-    centres = rows.u[_chosen(len(rows.u), seed)].mT  # (D, n)
+    most = max(_FEWEST, _NUMBERS // rows.u.shape[1])
+    centres = rows.u[_chosen(len(rows.u), seed)[:most]].mT  # (D, n)
     width = torch.cat([_width(column[:, None]) for column in centres])
     probs = torch.full_like(centres, 1 / centres.shape[1])
     kernels = dist.MixtureSameFamily(
