@@ -217,7 +217,7 @@ def _held_out(points: Points) -> tuple[Points, Tensor | None, Tensor | None]:
     if points.missing is None:
         if number < _FEWEST:
             return points, None, None
-        train, apart = split_indices(number, seed=0)
+        train, apart = split_indices(points.rows, seed=0)
     else:
         whole = (~points.missing.any(1)).nonzero()[:, 0].cpu()
         if len(whole) < _FEWEST:
@@ -227,8 +227,8 @@ def _held_out(points: Points) -> tuple[Points, Tensor | None, Tensor | None]:
                 len(whole),
             )
             return points, None, None
-        _, order = split_indices(len(whole), seed=0)
-        share = len(split_indices(number, seed=0)[1]) / len(whole)
+        _, order = split_indices(points.rows[whole.to(points.rows.device)], seed=0)
+        share = len(split_indices(points.rows, seed=0)[1]) / len(whole)
         if share > len(order) / len(whole):
             generator = torch.Generator().manual_seed(0)
             shuffled = torch.randperm(len(whole), generator=generator)

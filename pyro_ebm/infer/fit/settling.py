@@ -18,14 +18,15 @@ from pyro_ebm.partition import LogPartitionEstimate, estimate
 from pyro_ebm.partition.importance.importance import estimate_from_weights
 from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 
-#: Time that it may take, and the standard error that is enough.
-_MAX_SECONDS, _TOLERANCE = 20.0, 0.005
+#: Time that another estimate may take.
+_MAX_SECONDS = 20.0
 #: Draws of the proposal that the energy was learned with, in as many attempts as
-#: begin in time.
-_NUM_DRAWS = (50_000, 250_000, 1_000_000)
-_LATE = 6.0
-#: Standard error that those may leave, from which on another estimate is tried; and
-#: beyond as many dimensions.
+#: begin within so many seconds.
+_NUM_DRAWS, _LATE = (50_000, 250_000, 1_000_000), 6.0
+#: Numbers in as many draws, at most, but for the first.
+_MOST_NUMBERS = 100_000_000
+#: Standard error from which on another estimate is tried, and half of which is enough
+#: for an end; and that beyond as many dimensions.
 _ENOUGH, _MANY, _ENOUGH_OF_MANY = 0.01, 30, 0.1
 
 
@@ -46,10 +47,10 @@ def settled_log_partition(
     if tracker.is_closed_form:
         return tracker.averaged()
     energy = tracker.averaged_energy
-    found = None if proposal is None else _by_proposal(energy, proposal)
-    tracked = tracker.averaged()
     is_large = energy.event_shape.numel() > _MANY
     enough = _ENOUGH_OF_MANY if is_large else _ENOUGH
+    found = None if proposal is None else _by_proposal(energy, proposal, enough / 2)
+    tracked = tracker.averaged()
     if found is None or not found.is_reliable or found.std_error > enough:
         other = _estimated(energy, model.base)
         if found is None or not found.is_reliable or _is_better(other, found):
@@ -67,15 +68,19 @@ def settled_log_partition(
     return found
 
 
-def _by_proposal(energy: Energy, proposal: Any) -> LogPartitionEstimate:
+def _by_proposal(
+    energy: Energy, proposal: Any, tolerance: float
+) -> LogPartitionEstimate:
     """By fresh draws of the proposal, more where few do not settle it."""
     watch, draws, weights = Stopwatch(), WeightedDraws(), torch.empty(0)
     for number in _NUM_DRAWS:
+        if len(weights) and number * energy.event_shape.numel() > _MOST_NUMBERS:
+            break
         draws.start(energy, proposal, number - len(weights))
         weights = torch.cat([weights.to(draws.x), draws.log_weights(energy)])
         found = estimate_from_weights(weights, "importance sampling", number)
         is_late = watch.seconds > _LATE
-        if (found.is_reliable and found.std_error <= _TOLERANCE) or is_late:
+        if (found.is_reliable and found.std_error <= tolerance) or is_late:
             break
     return found
 

@@ -98,10 +98,12 @@ def _equilibrium_faults(found: FitDiagnostics) -> list[str]:
             f"nested R-hat of the chains' energies is {found.r_hat:.3f}, above "
             f"{MAX_R_HAT}: lower the learning rate, or give them more moves a step"
         )
-    if _is_off(found.energy_gap):
+    gap = found.energy_gap
+    # Of a small correction, to double it gains no more than the gap.
+    if gap is not None and abs(gap.value) > SMALL and _is_off(gap):
         faults.append(
             f"the energy of the data differs from that of the model by "
-            f"{found.energy_gap}: go on with more steps, or end with "
+            f"{gap}: go on with more steps, or end with "
             "MaximumLikelihood at a lower learning rate"
         )
     return faults

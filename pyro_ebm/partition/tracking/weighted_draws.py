@@ -23,6 +23,7 @@ from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.mcmc.samplers.persistent import StatefulModule
+from pyro_ebm.mcmc.samplers.resampling import is_corrected
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.importance.importance import estimate_from_weights
 from pyro_ebm.partition.particles.resampling import systematic_resample
@@ -31,8 +32,8 @@ from pyro_ebm.partition.particles.resampling import systematic_resample
 _CHUNK = 1_000_000
 #: How often a draw serves in steps.
 _PASSES = 5
-#: Draws at which a proposal is seen to be the base of an energy, but for rounding.
-_FEW, _ROUNDING = 64, 1e-2
+#: Draws at which an energy is seen to have changed.
+_FEW = 64
 
 
 class WeightedDraws(StatefulModule):
@@ -77,17 +78,17 @@ class WeightedDraws(StatefulModule):
         self.proposal, self.num_used, self._read = proposal, 0, None
         # What is not learned of the log-weights: with the energy of a base inside.
         self.known = torch.zeros(number).to(self.x)
-        few = self.x[:_FEW]
-        is_base = getattr(energy, "base", None) is proposal
-        if is_base and self._unlearned(energy, few).abs().max() < _ROUNDING:
+        if is_corrected(energy, proposal):
             return
         size = max(1, _CHUNK // energy.event_shape.numel())
-        parts = [self._unlearned(energy, part) for part in self.x.split(size)]
-        self.known = torch.cat(parts)
-
-    def _unlearned(self, energy: Energy, x: Tensor) -> Tensor:
-        log_proposal = self.proposal.log_prob(x).to(x)
-        return energy(x) - energy.correction(x) + log_proposal
+        self.known = torch.cat(
+            [
+                energy(part)
+                - energy.correction(part)
+                + proposal.log_prob(part).to(part)
+                for part in self.x.split(size)
+            ]
+        )
 
     def renew(self, energy: Energy) -> None:
         """Other draws of the same proposal, unless none of these was used."""
