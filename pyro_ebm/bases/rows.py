@@ -121,10 +121,12 @@ def split_indices(data: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 def shuffled(data: Tensor, seed: int) -> Tensor:
     """Indices of rows in a random order, but for equal rows, which are neighbours."""
-    number = len(data)
-    order = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
-    rows = data.reshape(number, -1).cpu()[order]
-    _, value = rows.unique(dim=0, return_inverse=True)
+    number, generator = len(data), torch.Generator().manual_seed(seed)
+    order = torch.randperm(number, generator=generator)
+    rows = data.reshape(number, -1).cpu()[order].double()
+    # Rows are equal where a random combination of their numbers is.
+    combined = rows * torch.randn(rows.shape[1], generator=generator).double()
+    _, value = combined.sum(1).unique(return_inverse=True)
     places = torch.arange(number)
     first = places.scatter_reduce(0, value, places, "amin", include_self=False)
     return order[first[value].argsort(stable=True)]
