@@ -158,7 +158,7 @@ class WeightedDraws(StatefulModule):
         Raises:
             DivergenceError: If no draw of an island counts.
         """
-        log_weights = -self.energies(energy) - self.log_proposal
+        log_weights = self.log_weights(energy)
         log_weights = log_weights.nan_to_num(-torch.inf).reshape(num_islands, -1)
         if not log_weights.isfinite().any(1).all():
             raise DivergenceError(
