@@ -22,9 +22,10 @@ from pyro_ebm.core.spaces import MixedSupport, of_columns
 from pyro_ebm.core.stopwatch import Stopwatch
 
 _Fitter = Callable[[Tensor, float], dist.TorchDistribution]
-#: Rows of which one can be held out; and from which on a flow is tried.
+#: Rows of which one can be held out; and from which on a flow is tried, in all and for
+#: each column.
 _FEWEST = 3
-_ENOUGH_FOR_FLOW = 500
+_ENOUGH_FOR_FLOW, _EACH_FOR_FLOW = 500, 50
 #: Nats a row by which a simpler kind may be worse, and a mixture must be better.
 _EQUAL, _WORTH = 1e-3, 0.01
 
@@ -76,9 +77,9 @@ def fit(
             coordinates are then independent.
         kind: ``"auto"`` compares a normal distribution, a committee of mixtures of
             them (:func:`~pyro_ebm.bases.committee`), kernel densities of rows and of
-            independent coordinates and, for 500 rows or more and where zuko is
-            installed, a spline flow, and mixes those that are worth it; or the one to
-            take. Of a table with real and categorical columns it is
+            independent coordinates and, where zuko is installed, from 500 rows and 50
+            a column on, a spline flow, and mixes those that are worth it; or the one
+            to take. Of a table with real and categorical columns it is
             :func:`~pyro_ebm.bases.latent_classes`.
         support: Of a row; default: all real numbers. With ``constraints.cat`` some
             columns may be categorical.
@@ -118,7 +119,9 @@ def fit(
         Rows.of(data, support)
     fitters = _fitters(support, seed, progress_bar=progress_bar)
     _check(data, held_out, kind, fitters)
-    wanted = _worth_trying(data) if kind == "auto" else [kind]
+    wanted = [kind]
+    if kind == "auto":
+        wanted = ["independent"] if is_whole else _worth_trying(data)
     train, apart = split(data, seed) if held_out is None else (data, held_out)
     seconds = max_seconds / 2 if held_out is None else max_seconds
     fitted = _fitted(fitters, wanted, train, seconds, skip=kind == "auto")
@@ -222,12 +225,11 @@ def _plain(support: Constraint | None, data: Tensor) -> Constraint | None:
 
 
 def _worth_trying(data: Tensor) -> list[str]:
-    if not data.is_floating_point():
-        return ["independent"]
+    enough = max(_ENOUGH_FOR_FLOW, _EACH_FOR_FLOW * data[0].numel())
     kinds = ["normal", "kernel_density", "independent"]
     if find_spec("sklearn") is not None:
         kinds.insert(1, "committee")
-    if len(data) >= _ENOUGH_FOR_FLOW and find_spec("zuko") is not None:
+    if len(data) >= enough and find_spec("zuko") is not None:
         kinds.append("flow")
     return kinds
 

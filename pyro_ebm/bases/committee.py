@@ -38,7 +38,7 @@ from pyro_ebm.bases.mixture import (
     fitted_mixture,
     joined_mixture,
 )
-from pyro_ebm.bases.rows import Rows, repetitions
+from pyro_ebm.bases.rows import Rows, repetitions, shuffled
 from pyro_ebm.bases.stack import stacking_weights
 from pyro_ebm.core.stopwatch import Stopwatch
 
@@ -103,7 +103,7 @@ def committee(
             f"data must have at least 3 rows for a committee, got {count}. Use "
             "pyro_ebm.bases.normal."
         )
-    parts = _order(share, seed).chunk(_PARTS)
+    parts = _order(rows.u, share, seed).chunk(_PARTS)
     if missing is None:
         return rows.distribution(
             _assembled([rows.u] * _PARTS, parts, share, max_seconds, seed)
@@ -184,10 +184,9 @@ def _assembled(
     return joined_mixture(chosen, shares / len(parts))
 
 
-def _order(share: Tensor, seed: int) -> Tensor:
+def _order(u: Tensor, share: Tensor, seed: int) -> Tensor:
     """Rows that count, shuffled; not too many."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(share), generator=generator)
+    order = shuffled(u, seed)
     return order[share[order] > 0][:_MAX_ROWS]
 
 

@@ -30,6 +30,10 @@ from pyro_ebm.bases.rows import Rows
 
 #: Widths that are tried, in the data's standard deviations; and the most centres.
 _WIDTHS, _MAX_CENTRES = torch.logspace(-2, 0, 25), 1000
+#: Numbers that the centres of independent columns may take, and the fewest of these.
+_NUMBERS, _FEWEST = 30_000, 300
+#: Of distances: products would cancel.
+_EXACT = "donot_use_mm_for_euclid_dist"
 #: Numbers that a density holds in memory at once.
 _CHUNK = 10_000_000
 
@@ -87,11 +91,10 @@ class Kernels(dist.MixtureSameFamily):
         rows = (value / self._width).reshape(-1, dim)
         scale = self._width.log().sum() + dim / 2 * math.log(2 * math.pi)
         constant = self.mixture_distribution.probs.log() - scale
-        exact = "donot_use_mm_for_euclid_dist"  # products would cancel
         found = [
             (constant - apart.square() / 2).logsumexp(-1)
             for part in rows.split(max(1, _CHUNK // number))
-            for apart in [torch.cdist(part, self._centres, compute_mode=exact)]
+            for apart in [torch.cdist(part, self._centres, compute_mode=_EXACT)]
         ]
         return torch.cat(found).reshape(value.shape[:-1])
 
@@ -106,7 +109,7 @@ def independent(
             type.
         support: Of a row of floating-point data; the kernels are then in unconstrained
             space. Default: all real numbers.
-        seed: Of the choice of 1,000 centres where there are more rows.
+        seed: Of the choice of centres, 1,000 or 30,000 numbers, where there are more.
 
     Returns:
         A normalised Pyro distribution over the event.
@@ -128,7 +131,8 @@ def independent(
     if isinstance(data, Tensor) and not data.is_floating_point():
         return _counted(data)
     rows = Rows.of(data, support)
-    centres = rows.u[_chosen(len(rows.u), seed)].mT  # (D, n)
+    most = max(_FEWEST, _NUMBERS // rows.u.shape[1])
+    centres = rows.u[_chosen(len(rows.u), seed)[:most]].mT  # (D, n)
     width = torch.cat([_width(column[:, None]) for column in centres])
     probs = torch.full_like(centres, 1 / centres.shape[1])
     kernels = dist.MixtureSameFamily(
@@ -147,8 +151,10 @@ def _chosen(number: int, seed: int) -> Tensor:
 def _width(points: Tensor) -> Tensor:
     r"""Widths :math:`h \sigma`, ``(D,)``, of the kernels (1) at points ``(n, D)``."""
     spread = points.std(0).clamp(min=1e-6 * (1 + points.abs().amax(0)))
-    apart = torch.cdist(points / spread, points / spread).square()
-    apart.fill_diagonal_(torch.inf)  # each by the others
+    z = points / spread
+    apart = torch.cdist(z, z, compute_mode=_EXACT).square()
+    # Each by the others, and by none that is equal to it.
+    apart = apart.where(apart > 0, torch.inf)
     dim = points.shape[1]
     scores = torch.stack(
         [

@@ -1,6 +1,6 @@
 """Data as rows of numbers in unconstrained space."""
 
-__all__ = ["Rows", "repetitions", "split", "split_indices"]
+__all__ = ["Rows", "repetitions", "shuffled", "split", "split_indices"]
 
 from typing import NamedTuple
 
@@ -99,15 +99,37 @@ def split(data: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         data: Shape ``(N, *event)``.
         seed: Of the choice of rows, which leaves torch's own stream as it is.
     """
-    train, apart = split_indices(len(data), seed)
+    train, apart = split_indices(data, seed)
     return data[train.to(data.device)], data[apart.to(data.device)]
 
 
-def split_indices(number: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Of the rows of :func:`split`, those to fit to and those held out."""
-    order = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
-    apart = max(1, round(_HELD_OUT * number))
-    return order[apart:], order[:apart]
+def split_indices(data: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Of the rows of :func:`split`, those to fit to and those held out.
+
+    Equal rows are on the same side: else a density of spikes at rows that were seen
+    would be taken for the best.
+    """
+    order = shuffled(data, seed)
+    number = max(1, round(_HELD_OUT * len(order)))
+    rows = data.reshape(len(data), -1)[order.to(data.device)]
+    differs = (rows[1:] != rows[:-1]).any(1).cpu()
+    ends = 1 + differs.nonzero()[:, 0]
+    ends = ends[(ends >= number) & (ends <= len(order) // 2)]
+    number = int(ends[0]) if len(ends) else number
+    return order[number:], order[:number]
+
+
+def shuffled(data: Tensor, seed: int) -> Tensor:
+    """Indices of rows in a random order, but for equal rows, which are neighbours."""
+    number, generator = len(data), torch.Generator().manual_seed(seed)
+    order = torch.randperm(number, generator=generator)
+    rows = data.reshape(number, -1).cpu()[order].double()
+    # Rows are equal where a random combination of their numbers is.
+    combined = rows * torch.randn(rows.shape[1], generator=generator).double()
+    _, value = combined.sum(1).unique(return_inverse=True)
+    places = torch.arange(number)
+    first = places.scatter_reduce(0, value, places, "amin", include_self=False)
+    return order[first[value].argsort(stable=True)]
 
 
 def repetitions(weights: Tensor, offset: float = 0.5) -> Tensor:

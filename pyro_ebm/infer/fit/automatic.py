@@ -2,7 +2,7 @@ r"""What a fit does that is told nothing but the model and the data.
 
 A part of the data is held out. A density is fitted to the rest and becomes the base,
 where the model has none; a network starts as its correction. Log Z and its gradient
-come from draws of a proposal, made once
+come from draws of a proposal, renewed again and again
 (:class:`~pyro_ebm.partition.tracking.weighted_draws.WeightedDraws`), as long as enough
 of them count; then from a proposal that is fitted to the draws by their weights; and
 from chains where that fails. The model of the record with the
@@ -16,6 +16,7 @@ other, and weights decay as much as the held-out rows want
 """
 
 __all__ = [
+    "FEW_DIMENSIONS",
     "MAX_GRAD_NORM",
     "PATIENCE",
     "Plan",
@@ -64,10 +65,13 @@ from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 _LOG = logging.getLogger(__name__)
 #: Rows below which none is held out.
 _FEWEST = 20
-#: Draws made once, and those of a step.
-_POOL, _DRAWS = 20_000, 1024
-#: Part of the draws that must count; from below, a new proposal; below, chains.
-_LOW, _LOST = 0.03, 0.003
+#: Draws of the pool, of that of many dimensions, and those of a step.
+_POOL, _LARGE_POOL, _DRAWS = 20_000, 50_000, 1024
+#: Dimensions beyond which a few effective draws say too little for a nearer proposal.
+FEW_DIMENSIONS = 30
+#: Part of the draws that must count; from below, a new proposal, and again below a
+#: quarter of that; below, chains.
+_LOW, _AGAIN, _LOST = 0.03, 0.25, 0.001
 #: Steps by importance, and by chains, which cost twenty times as much.
 _STEPS, _CHAIN_STEPS = 4000, 2000
 #: Of the optimiser.
@@ -218,7 +222,7 @@ def _held_out(points: Points) -> tuple[Points, Tensor | None, Tensor | None]:
     if points.missing is None:
         if number < _FEWEST:
             return points, None, None
-        train, apart = split_indices(number, seed=0)
+        train, apart = split_indices(points.rows, seed=0)
     else:
         whole = (~points.missing.any(1)).nonzero()[:, 0].cpu()
         if len(whole) < _FEWEST:
@@ -228,8 +232,8 @@ def _held_out(points: Points) -> tuple[Points, Tensor | None, Tensor | None]:
                 len(whole),
             )
             return points, None, None
-        _, order = split_indices(len(whole), seed=0)
-        share = len(split_indices(number, seed=0)[1]) / len(whole)
+        _, order = split_indices(points.rows[whole.to(points.rows.device)], seed=0)
+        share = len(split_indices(points.rows, seed=0)[1]) / len(whole)
         if share > len(order) / len(whole):
             generator = torch.Generator().manual_seed(0)
             shuffled = torch.randperm(len(whole), generator=generator)
@@ -406,7 +410,9 @@ class WeightedSteps:
         self.model, self.optim, self.proposal = model, optim, proposal
         energy = model.energy
         self.draws = WeightedDraws()
-        self.draws.start(energy, proposal, _POOL)
+        is_large = energy.event_shape.numel() > FEW_DIMENSIONS
+        self.pool, self.wanted = (_LARGE_POOL, 0.0) if is_large else (_POOL, _LOW)
+        self.draws.start(energy, proposal, self.pool)
         with torch.no_grad():
             self.constant = (energy(rows) - energy.correction(rows)).mean().item()
         model.log_partition.follow_by(energy, self.draws)
@@ -425,27 +431,41 @@ class WeightedSteps:
         self.model.log_partition.follow(energy)
         return loss.item() + self.constant
 
+    def look_afresh(self) -> None:
+        """Have log Z from draws that nothing was learned from."""
+        self.draws.renew(self.model.energy)
+
     @torch.no_grad()
     def keeps_up(self) -> bool:
         """Whether enough draws count, if need be those of a nearer proposal."""
         energy, draws = self.model.log_partition.averaged_energy, self.draws
         fraction = draws.effective_fraction(energy)
-        if fraction >= _LOW:
-            return True
+        if fraction < self.wanted:
+            self.wanted = _AGAIN * fraction
+            near = self._nearer(energy, fraction)
+            if near is not None:
+                self.proposal = near
+                draws.start(self.model.energy, near, self.pool)
+                fraction = draws.effective_fraction(energy)
+                self.wanted = min(_LOW, _AGAIN * fraction)
+        return fraction >= _LOST
+
+    def _nearer(self, energy: Energy, fraction: float) -> Stack | None:
+        """The proposal mixed with a density of its weighted draws, if that helps."""
         try:
             near = _quick(self._smoothed(energy, fraction), energy.support)
         except (ArithmeticError, ValueError):
-            return False
-        halves = torch.full((2,), 0.5).to(draws.x)
-        self.proposal = Stack([self.proposal, near], halves)
-        draws.start(energy, self.proposal, _POOL)
-        return draws.effective_fraction(energy) >= _LOST
+            return None
+        halves = torch.full((2,), 0.5).to(self.draws.x)
+        mixed, trial = Stack([self.proposal, near], halves), WeightedDraws()
+        trial.start(energy, mixed, _POOL // 4)
+        return mixed if trial.effective_fraction(energy) > 2 * fraction else None
 
     def _smoothed(self, energy: Energy, fraction: float) -> Tensor:
         """Draws of the model by their weights, spread out as kernels about them."""
         flat, to_support = unconstrained(energy)
         u = to_support.inv(self.draws.resampled(energy, 2000))
-        number = max(fraction * _POOL, 1.0)
+        number = max(fraction * self.pool, 1.0)
         width = u.std(0) * number ** (-1 / (flat.event_shape.numel() + 4))
         noise = width * torch.randn_like(u)
         if isinstance(flat.support, MixedSupport):

@@ -6,7 +6,8 @@ raises it, so that
 .. math::
     \Delta = \mathbb{E}_{\text{data}}[f] - \mathbb{E}_{q_\theta}[f]         \tag{1}
 
-is near 0. The second mean is one over the walkers that track :math:`\log Z`, which give
+is near 0: of what is learned of the energy, where log Z comes from weighted draws.
+Otherwise the second mean is one over the walkers that track :math:`\log Z`, which give
 no gradient; so (1) is measured for any objective.
 
 *Drift.* The points that gave the gradient, chains or draws of a generator, are moved on
@@ -143,12 +144,14 @@ def energy_gap(energy_model: EnergyModel, data: Tensor) -> EnergyDifference | No
         values = flat(to_support.inv(draws))
         mean, error = values.mean(), values.std() / math.sqrt(len(values))
     elif tracker.draws is not None:
-        mean, error = tracker.draws.mean_energy(energy)
+        mean, error = tracker.draws.mean_correction(energy)
     elif tracker.walkers.is_started and tracker.averaged().is_reliable:
         mean, error = _walker_mean(energy_model)
     else:
         return None
     at_data = flat(to_support.inv(data))
+    if not tracker.is_closed_form and tracker.draws is not None:
+        at_data = energy.correction(data)
     data_error = at_data.std() / math.sqrt(len(at_data))
     value, spread = at_data.mean() - mean, at_data.std()
     return _difference(value, torch.hypot(error, data_error), spread)

@@ -21,6 +21,7 @@ from pyro_ebm.distributions import EnergyDistribution, EnergyModel
 from pyro_ebm.energies import DistributionEnergy
 from pyro_ebm.energies.views.pointwise import check_pointwise
 from pyro_ebm.infer.fit.automatic import (
+    FEW_DIMENSIONS,
     MAX_GRAD_NORM,
     Plan,
     WeightedSteps,
@@ -58,15 +59,15 @@ from pyro_ebm.infer.likelihood import (
 from pyro_ebm.infer.loss import state_for
 from pyro_ebm.infer.objectives.objective import Objective
 from pyro_ebm.mcmc import ImportanceResampling
+from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 
 _LOG = logging.getLogger(__name__)
 #: Wall-clock time of a fit that is told none.
 _SECONDS = 60.0
 #: Points at which the energy is checked.
 _NUM_CHECKED = 8
-#: Records without a better one, and the model still counts as getting better; and
-#: dimensions in which it is not for chains to go on.
-_STILL_BEST, _FEW_DIMENSIONS = 3, 30
+#: Records without a better one, and the model still counts as getting better.
+_STILL_BEST = 3
 
 
 def fit(
@@ -216,6 +217,7 @@ class _Saved(NamedTuple):
 
     model: Any
     state: Any
+    draws: WeightedDraws | None = None  # that log Z came from
 
 
 class _Fit:
@@ -320,7 +322,6 @@ class _Fit:
         start, _ = mean_and_error(self.start_values, self.weights)
         if start > found.validation.value + gain.std_error:
             self._go_back(self.start)
-            self.proposal = self.plan.proposal
             found = self._examined(stopped)
         return found
 
@@ -410,6 +411,8 @@ class _Fit:
                 if not self._is_finite():
                     self._go_back(last_good)
                     return "loss not finite"
+                if isinstance(steps, WeightedSteps):
+                    steps.look_afresh()
                 record = self._record(loss, steps.optim, bar)
                 last_good = self._saved()
                 if self.num_worse == 0:
@@ -465,7 +468,7 @@ class _Fit:
         # Chains are for a model that still got better, in many dimensions; in few
         # it has gone astray, where a density that is fitted to it is no help.
         is_rising = self.num_worse < _STILL_BEST
-        is_large = self.model.energy.event_shape.numel() > _FEW_DIMENSIONS
+        is_large = self.model.energy.event_shape.numel() > FEW_DIMENSIONS
         return "importance failed" if is_rising and is_large else "early stopping"
 
     def _step(self, steps: Any, batch: Tensor, bar: Any) -> float:
@@ -495,12 +498,14 @@ class _Fit:
         return all(bool(p.isfinite().all()) for p in moved)
 
     def _saved(self) -> _Saved:
-        return _Saved(
-            *copy.deepcopy((self.model.state_dict(), self.state.state_dict()))
-        )
+        states = copy.deepcopy((self.model.state_dict(), self.state.state_dict()))
+        return _Saved(*states, self.model.log_partition.draws)
 
     def _go_back(self, saved: _Saved) -> None:
         self.model.load_state_dict(saved.model)
+        if saved.draws is not None:
+            self.proposal = saved.draws.proposal
+            self.model.log_partition.follow_by(self.model.energy, saved.draws)
         if self.state is not self.model.chains:
             self.state.load_state_dict(saved.state)
 
@@ -513,8 +518,11 @@ class _Fit:
             shown = validation = self._likelihood(averaged, self.validation_data)
             self.num_worse += 1
             counts = validation.is_normalized or not self.is_automatic
-            if counts and validation.value > self.best_value:
-                self.best_value, self.num_worse = validation.value, 0
+            value = validation.value
+            if self.is_automatic:  # else a log Z that is too low by chance is chosen
+                value -= validation.std_error_log_partition
+            if counts and value > self.best_value:
+                self.best_value, self.num_worse = value, 0
                 if self.is_automatic:
                     self.best_values = _log_prob(averaged, self.validation_data)
         optim.note_record(shown.value)

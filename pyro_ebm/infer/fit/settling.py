@@ -7,17 +7,27 @@ import warnings
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 
 from pyro_ebm.core.errors import DivergenceError, UnreliableWarning
+from pyro_ebm.core.stopwatch import Stopwatch
 from pyro_ebm.core.verdict import Finding, Reason, Status
 from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.energies import Energy
-from pyro_ebm.partition import LogPartitionEstimate, estimate, importance_sampling
+from pyro_ebm.partition import LogPartitionEstimate, estimate
+from pyro_ebm.partition.importance.importance import estimate_from_weights
+from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 
-#: Time that it may take, and the standard error that is enough.
-_MAX_SECONDS, _TOLERANCE = 20.0, 0.005
-#: Draws of the proposal that the energy was learned with, in two attempts.
-_NUM_DRAWS = (50_000, 250_000)
+#: Time that another estimate may take.
+_MAX_SECONDS = 20.0
+#: Draws of the proposal that the energy was learned with, in as many attempts as
+#: begin within so many seconds.
+_NUM_DRAWS, _LATE = (50_000, 250_000, 1_000_000), 6.0
+#: Numbers in as many draws, at most, but for the first.
+_MOST_NUMBERS = 100_000_000
+#: Standard error from which on another estimate is tried, and half of which is enough
+#: for an end; and that beyond as many dimensions.
+_ENOUGH, _MANY, _ENOUGH_OF_MANY = 0.01, 30, 0.1
 
 
 def settled_log_partition(
@@ -36,10 +46,15 @@ def settled_log_partition(
     tracker = model.log_partition
     if tracker.is_closed_form:
         return tracker.averaged()
-    found = _by_proposal(tracker.averaged_energy, proposal)
+    energy = tracker.averaged_energy
+    is_large = energy.event_shape.numel() > _MANY
+    enough = _ENOUGH_OF_MANY if is_large else _ENOUGH
+    found = None if proposal is None else _by_proposal(energy, proposal, enough / 2)
     tracked = tracker.averaged()
-    if found is None:
-        found = _estimated(tracker.averaged_energy, model.base)
+    if found is None or not found.is_reliable or found.std_error > enough:
+        other = _estimated(energy, model.base)
+        if found is None or not found.is_reliable or _is_better(other, found):
+            found = other
     if found is None or not found.is_reliable:
         return tracked if tracked.is_reliable else _with_advice(tracked, found)
     missed = tracked.value - found.value
@@ -53,15 +68,25 @@ def settled_log_partition(
     return found
 
 
-def _by_proposal(energy: Energy, proposal: Any) -> LogPartitionEstimate | None:
-    """By fresh draws of the proposal; ``None`` where they do not settle it."""
-    for number in _NUM_DRAWS if proposal is not None else ():
-        found = importance_sampling(
-            energy, proposal, num_samples=number, progress_bar=False
-        )
-        if found.is_reliable and found.std_error <= _TOLERANCE:
-            return found
-    return None
+def _by_proposal(
+    energy: Energy, proposal: Any, tolerance: float
+) -> LogPartitionEstimate:
+    """By fresh draws of the proposal, more where few do not settle it."""
+    watch, draws, weights = Stopwatch(), WeightedDraws(), torch.empty(0)
+    for number in _NUM_DRAWS:
+        if len(weights) and number * energy.event_shape.numel() > _MOST_NUMBERS:
+            break
+        draws.start(energy, proposal, number - len(weights))
+        weights = torch.cat([weights.to(draws.x), draws.log_weights(energy)])
+        found = estimate_from_weights(weights, "importance sampling", number)
+        is_late = watch.seconds > _LATE
+        if (found.is_reliable and found.std_error <= tolerance) or is_late:
+            break
+    return found
+
+
+def _is_better(one: LogPartitionEstimate | None, other: LogPartitionEstimate) -> bool:
+    return one is not None and one.is_reliable and one.std_error < other.std_error
 
 
 def _estimated(

@@ -118,10 +118,12 @@ def _equilibrium_faults(found: FitDiagnostics) -> list[str]:
             f"to the other {found.crossings:.2g} times, so that the weights of the "
             "sides are left to chance: take more steps, or more moves a step"
         )
-    if _is_off(found.energy_gap):
+    gap = found.energy_gap
+    # Of a small correction, to double it gains no more than the gap.
+    if gap is not None and abs(gap.value) > SMALL and _is_off(gap):
         faults.append(
             f"the energy of the data differs from that of the model by "
-            f"{found.energy_gap}: go on with more steps, or end with "
+            f"{gap}: go on with more steps, or end with "
             "MaximumLikelihood at a lower learning rate"
         )
     return faults

@@ -12,7 +12,7 @@ References:
     Rubin (1987), J. Amer. Statist. Assoc. 82, 543-546.
 """
 
-__all__ = ["ImportanceResampling", "weighted_draws"]
+__all__ = ["ImportanceResampling", "is_corrected", "weighted_draws"]
 
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -27,8 +27,11 @@ from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.samplers.independent import IndependentChains
 from pyro_ebm.mcmc.samplers.sampler import Draws, SamplingDiagnostics, warn_of
 
-#: Points of the proposal for each that is kept, at most; effective ones.
-_MOST, _EFFECTIVE = 200, 2
+#: Points of the proposal for each that is kept, and numbers of all in any case, at
+#: most; effective points.
+_MOST, _NUMBERS, _EFFECTIVE = 200, 30_000_000, 2
+#: Draws at which a proposal is seen to be the base of an energy, but for rounding.
+_FEW, _ROUNDING = 16, 2e-3
 #: Points that are proposed first, and at a time.
 _FIRST, _CHUNK = 8192, 16_384
 
@@ -71,7 +74,9 @@ class ImportanceResampling:
         points, weights = self._weighted(energy, _FIRST)
         fraction = effective_sample_fraction(weights).item()
         wanted = int(1.2 * _EFFECTIVE * num_draws / max(fraction, 1e-9))
-        if _FIRST < wanted <= max(_MOST * num_draws, _FIRST):
+        enough = _NUMBERS // max(1, energy.event_shape.numel())
+        enough = min(enough, 500_000) if is_corrected(energy, self.proposal) else 0
+        if _FIRST < wanted <= max(_MOST * num_draws, enough):
             more, their_weights = self._weighted(energy, wanted - _FIRST)
             points = torch.cat([points, more])
             weights = torch.cat([weights, their_weights])
@@ -111,11 +116,28 @@ def weighted_draws(
         ``nan`` where the energy is.
     """
     points, log_weights = [], []
+    fn = energy.correction if is_corrected(energy, proposal) else None
     for begin in range(0, number, _CHUNK):
         y = _drawn(energy, proposal, min(_CHUNK, number - begin))
         points.append(y)
-        log_weights.append(-energy(y) - proposal.log_prob(y))
+        log_weights.append(-energy(y) - proposal.log_prob(y) if fn is None else -fn(y))
     return torch.cat(points), torch.cat(log_weights)
+
+
+@torch.no_grad()
+def is_corrected(energy: Energy, proposal: dist.TorchDistribution) -> bool:
+    """Whether an energy corrects a proposal, whose density then drops out of (1).
+
+    Args:
+        energy: Of the target.
+        proposal: A normalised distribution over its events.
+    """
+    if getattr(energy, "base", None) is None:
+        return False
+    with torch.random.fork_rng(devices=[]):  # to look must not move the stream
+        x = _drawn(energy, proposal, _FEW)
+    unlearned = energy(x) - energy.correction(x) + proposal.log_prob(x)
+    return bool(unlearned.abs().max() < _ROUNDING)
 
 
 def _drawn(energy: Energy, proposal: dist.TorchDistribution, number: int) -> Tensor:

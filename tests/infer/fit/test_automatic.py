@@ -145,11 +145,33 @@ def test_the_best_record_is_kept(quick_bases):
 def test_chains_take_over_where_importance_fails(quick_bases, monkeypatch):
     monkeypatch.setattr(automatic.WeightedSteps, "keeps_up", lambda self: False)
     monkeypatch.setattr(automatic, "_CHAIN_STEPS", 60)
-    monkeypatch.setattr(fit_module, "_FEW_DIMENSIONS", 1)
+    monkeypatch.setattr(fit_module, "FEW_DIMENSIONS", 1)
     _, result = learned(num_steps=300, record_interval=50)
     names = [name for name, _ in result.stages]
     assert names == ["ImportanceSampledLikelihood", "MaximumLikelihood"]
     assert result.gain.value > -0.05  # the best record of all
+
+
+def test_the_best_record_of_a_pool_is_settled_by_it_after_chains(
+    quick_bases, monkeypatch
+):
+    """Fault: the proposal of the stage that came last."""
+
+    def ruined(model, *rest):
+        with torch.no_grad():
+            for parameter in model.energy.parameters():
+                parameter.add_(torch.randn_like(parameter))
+
+    is_first = iter([True, True])
+    keeps_up = lambda self: next(is_first, False)  # noqa: E731
+    monkeypatch.setattr(automatic.WeightedSteps, "keeps_up", keeps_up)
+    monkeypatch.setattr(automatic, "_CHAIN_STEPS", 20)
+    monkeypatch.setattr(fit_module, "FEW_DIMENSIONS", 1)
+    monkeypatch.setattr(fit_module, "begin_chains", ruined)
+    _, result = learned(num_steps=200, record_interval=50)
+    assert len(result.stages) == 2
+    assert result.log_partition.method == "importance sampling"
+    assert result.gain.value > -0.05
 
 
 def test_a_model_that_came_out_worse_goes_back_to_its_start(quick_bases, monkeypatch):

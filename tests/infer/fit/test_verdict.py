@@ -34,6 +34,7 @@ from pyro_ebm.infer.fit.diagnosis import (
 from pyro_ebm.infer.fit.verdict import judge
 from pyro_ebm.mcmc import MALA, ULA
 from pyro_ebm.partition import LogPartition, LogPartitionEstimate
+from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 from tests.infer.problems import base
 
 KNOWN = LogPartitionEstimate(1.0, 0.01, 0.9, 1.1, 100.0, Status.OK, "walkers", 10)
@@ -71,6 +72,8 @@ def verdict(found=None, log_partition=KNOWN, stopped="finished", history=()):
         (FitDiagnostics(energy_gap=off(0.9, 0.3)), "ok", None),  # perhaps by chance
         (FitDiagnostics(energy_gap=off(0.4)), "not at equilibrium", "data differs"),
         (FitDiagnostics(energy_gap=off(-0.4)), "not at equilibrium", "more steps"),
+        # Of a correction so small that to double it gains as little.
+        (FitDiagnostics(energy_gap=EnergyDifference(0.04, 0.001, 1.0)), "ok", None),
         (FitDiagnostics(drift=off(-0.4)), "not at equilibrium", "lower the learning"),
         (FitDiagnostics(drift=off(-0.1)), "ok", None),
         (FitDiagnostics(r_hat=1.04), "ok", None),
@@ -160,6 +163,23 @@ def test_energy_gap_by_walkers():
     gap = energy_gap(model, DATA)
     assert abs(gap.value - wanted) < 4 * gap.std_error
     assert 0.02 < gap.std_error < 0.2
+
+
+def test_energy_gap_by_weighted_draws():
+    """Of what is learned alone: a base that is not that of the data is no fault of it.
+
+    Fault: the energy of the base in one of the means, or in both.
+    """
+    energy, draws = NeuralEnergy((2,), (8,), base=base()), WeightedDraws()
+    torch.nn.init.normal_(energy.network[-1].weight)
+    model = EnergyModel(energy, base())
+    draws.start(energy, base(), 40_000)
+    model.log_partition.follow_by(energy, draws)
+    gap = energy_gap(model, DATA)
+    weights = draws.log_weights(energy).softmax(0)
+    wanted = energy.correction(DATA).mean() - weights @ energy.correction(draws.x)
+    assert gap.value == pytest.approx(wanted.item(), abs=1e-4)
+    assert 0 < gap.std_error < 0.2
 
 
 def test_the_mean_over_the_walkers_weighs_their_islands():

@@ -1,12 +1,15 @@
 """Draws by importance resampling."""
 
+import copy
+
 import pyro.distributions as dist
 import pytest
 import torch
 
 from pyro_ebm import EnergyDistribution
-from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
+from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy
 from pyro_ebm.mcmc import ImportanceResampling
+from pyro_ebm.mcmc.samplers.resampling import is_corrected, weighted_draws
 from pyro_ebm.testing import assert_moments
 
 WIDE = dist.StudentT(5.0, torch.zeros(2), 2.0).to_event(1)
@@ -56,3 +59,26 @@ def test_one_draw_at_a_time_is_of_a_pool():
     assert count[0] < 20_000
     assert len(draws.unique(dim=0)) > 95
     assert q.sampling_diagnostics().method == "ImportanceResampling"
+
+
+def test_the_density_of_a_proposal_drops_out_of_its_correction():
+    """Faults: what cancels is evaluated; it is taken to cancel for any proposal."""
+    count = [0]
+
+    class Counted(dist.MultivariateNormal):
+        def log_prob(self, value):
+            count[0] += len(value)
+            return super().log_prob(value)
+
+    base = Counted(torch.ones(2), 0.5 * torch.eye(2))
+    energy = NeuralEnergy((2,), (8,), base=base)
+    torch.nn.init.normal_(energy.network[-1].weight)
+    x, log_weights = weighted_draws(energy, base, 1000)
+    assert count[0] < 200
+    expected = -energy(x) - base.log_prob(x)
+    assert torch.allclose(log_weights, expected, atol=1e-4)
+    assert is_corrected(copy.deepcopy(energy), base)
+    assert not is_corrected(energy, WIDE)
+    count[0] = 0
+    ImportanceResampling(base)(energy, 500)
+    assert count[0] < 200

@@ -1,4 +1,4 @@
-"""Log Z and its gradient from draws that are made once."""
+"""Log Z and its gradient from a pool of weighted draws."""
 
 import math
 
@@ -46,7 +46,8 @@ def test_the_base_inside_an_energy_is_evaluated_once():
     energy = NeuralEnergy((2,), (8,), base=base)
     draws = started(energy)
     assert abs(draws.estimate(energy).value) < 0.05
-    assert torch.allclose(draws.energies(energy), energy(draws.x), atol=1e-5)
+    expected = -energy(draws.x) - NORMAL.log_prob(draws.x)
+    assert torch.allclose(draws.log_weights(energy), expected, atol=1e-4)
     count = [0]
     log_prob = base.log_prob
     energy.base_energy.distribution.log_prob = lambda x: count.append(0) or log_prob(x)
@@ -55,10 +56,42 @@ def test_the_base_inside_an_energy_is_evaluated_once():
     assert count == [0]
 
 
+def test_a_proposal_that_is_not_the_base_inside_is_weighed():
+    """Fault: its density is taken to drop out."""
+    base = dist.Normal(torch.ones(2), 0.7).to_event(1)
+    energy = NeuralEnergy((2,), (8,), base=base)
+    assert started(energy, 1000, proposal=base).known.abs().max() == 0
+    draws = started(energy, 1000)
+    expected = -energy(draws.x) - NORMAL.log_prob(draws.x)
+    assert torch.allclose(draws.log_weights(energy), expected, atol=1e-4)
+
+
+def test_draws_serve_a_few_times_and_values_are_those_of_the_parameters():
+    """Faults: a pool that is never renewed; weights of parameters that have moved."""
+    energy = NeuralEnergy((2,), (8,), base=NORMAL)
+    draws = started(energy, 1000)
+    first = draws.x
+    for _ in range(10):  # five times each
+        draws.some(energy, 500)
+    assert draws.x is first
+    draws.some(energy, 500)
+    assert not torch.isin(draws.x, first).any()
+    before = draws.estimate(energy).value
+    with torch.no_grad():
+        energy.network[-1].bias.add_(1.0)
+    assert draws.estimate(energy).value == pytest.approx(before - 1.0, abs=1e-5)
+    second = draws.x
+    draws.renew(energy)
+    assert draws.x is not second
+    third = draws.x
+    draws.renew(energy)  # none was used
+    assert draws.x is third
+
+
 def test_moments_of_the_model():
     energy = QuadraticEnergy(torch.tensor([1.0, 0.0]))
     draws = started(energy)
-    mean, error = draws.mean_energy(energy)
+    mean, error = draws.mean_correction(energy)
     assert abs(mean - 1.0) < 4 * error
     assert error < 0.02
     again = draws.resampled(energy, 20_000)

@@ -1,0 +1,36 @@
+"""Rows that are held out."""
+
+import torch
+
+from pyro_ebm.bases import kernel_density
+from pyro_ebm.bases.rows import shuffled, split, split_indices
+
+
+def test_equal_rows_are_on_the_same_side():
+    """Fault: rows held out that were seen."""
+    data = torch.randn(20, 3).repeat(5, 1)
+    train, apart = split(data, seed=0)
+    assert len(train) + len(apart) == 100
+    assert 10 <= len(apart) <= 25
+    assert torch.cdist(train, apart).min() > 1e-3
+
+
+def test_rows_that_differ_are_in_the_order_of_the_seed():
+    data, generator = torch.randn(50, 2), torch.Generator().manual_seed(3)
+    expected = torch.randperm(50, generator=generator)
+    assert torch.equal(shuffled(data, 3), expected)
+    train, apart = split_indices(data, 3)
+    assert torch.equal(torch.cat([apart, train]), expected)
+
+
+def test_rows_that_are_all_equal_are_cut_too():
+    train, apart = split(torch.ones(50, 2), seed=0)
+    assert len(train) > len(apart) > 0
+
+
+def test_kernels_are_as_wide_as_without_repetitions():
+    """Fault: spikes at rows that come twice."""
+    data = torch.randn(150, 2)
+    once, twice = kernel_density(data), kernel_density(data.repeat(2, 1))
+    points = torch.randn(500, 2)
+    assert (once.log_prob(points) - twice.log_prob(points)).abs().max() < 0.1
