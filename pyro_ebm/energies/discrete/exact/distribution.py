@@ -13,9 +13,9 @@ with :math:`u_{iv}` added to :math:`-f` where site :math:`i` has its value numbe
 """
 
 __all__ = [
-    "MAX_LISTED",
     "ExactClosedForm",
     "ExactDistribution",
+    "MAX_LISTED",
     "Solver",
     "can_be_enumerated",
     "categorical",

@@ -25,9 +25,9 @@ References:
 """
 
 __all__ = [
-    "MAX_COST",
     "Elimination",
     "Factors",
+    "MAX_COST",
     "elimination_cost",
     "exact_closed_form",
     "exact_sums",
