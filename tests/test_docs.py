@@ -22,12 +22,14 @@ SITE = [page for page in SITE if "_build" not in page.parts]
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *SITE]
 SLOW = {  # pages of the site
     "docs/guide/discrete_learning.md",
+    "docs/guide/distributions.md",
     "docs/guide/infer.md",
     "docs/howto/custom_energy.md",
     "docs/start.md",
     "docs/tutorials/latent_prior.md",
     "docs/tutorials/many_chains.md",
     "docs/tutorials/maximum_likelihood.md",
+    "docs/tutorials/own_energy.md",
     "docs/tutorials/tilt_a_density.md",
     "docs/tutorials/which_estimator.md",
 }

@@ -1,4 +1,4 @@
-"""Several looks at the same log Z, and whether they agree."""
+"""Agreement of several estimates of the same log Z."""
 
 __all__ = ["Value", "disagreement", "gap_of", "pooled", "shortfall", "value_of"]
 
@@ -37,7 +37,7 @@ def pooled(values: list[Value]) -> Value:
 def disagreement(
     runs: list[Value], gap: float, first: Value | None, weighed: Value
 ) -> list[Finding]:
-    """What other looks say against the last run of particles from the proposal.
+    """Findings where other estimates disagree with the last run from the proposal.
 
     Args:
         runs: Of particles from the proposal, each larger than the last.
@@ -64,20 +64,20 @@ def _agree(one: Value, other: Value) -> bool:
 
 
 def value_of(journey: Journey) -> Value:
-    """What the islands of a journey say together."""
+    """Combined estimate of the islands of a journey."""
     value, std_error, _ = combine_replicates(journey.bennett)
     return Value(value, std_error)
 
 
 def gap_of(journey: Journey) -> float:
-    """Nats between what a journey says forwards and backwards."""
+    """Difference of the forward and the reverse estimate of a journey, in nats."""
     forward = combine_replicates(journey.forward)[0]
     reverse = -combine_replicates(-journey.reverse)[0]
     return abs(reverse - forward)
 
 
 def shortfall(value: Value, first: Value) -> list[Finding]:
-    """Whether particles from the base have found more."""
+    """Findings where particles from the base have found more mass."""
     more = first.value - value.value
     if not more > 3 * math.hypot(first.std_error, value.std_error) + _SLACK:
         return []

@@ -1,4 +1,4 @@
-r"""Whether the draws of a distribution are those of its density.
+r"""Test of the draws of a distribution against its density.
 
 A base is believed twice, in its draws and in its density; where they differ, every
 estimate that starts from it is off, with nothing to show it. With a proposal :math:`q`

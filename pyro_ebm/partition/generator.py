@@ -1,4 +1,4 @@
-r"""A generator: a density fitted to an energy, which draws at once and can be weighed.
+r"""Generators: densities fitted to an energy, whose weighted draws need no chains.
 
 .. math::
     g(x) = (1 - \epsilon) \sum_{k=1}^{K} \alpha_k\, \mathcal{N}(x; m_k, S_k)
@@ -74,7 +74,7 @@ _LEAST = 0.1
 
 
 class FittedGenerator(NamedTuple):
-    """A generator, and what its draws are worth.
+    """A generator, with the efficiency of its draws.
 
     Attributes:
         distribution: The density (1), a Pyro distribution over the event.
@@ -184,7 +184,7 @@ def fit_generator(
 def defended(
     learned: dist.TorchDistribution, base: dist.TorchDistribution, like: Tensor
 ) -> dist.TorchDistribution:
-    """The density (1).
+    """Defensive mixture (1) of a generator with the base.
 
     Args:
         learned: The mixture.

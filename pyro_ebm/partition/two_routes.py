@@ -1,4 +1,4 @@
-r"""Log Z by two routes that fail differently, and a verdict on whether they agree.
+r"""Log Z by particles and by modes, with a verdict on whether the two agree.
 
 **A, particles.** Islands of particles travel from the base to the target by sequential
 Monte Carlo. They find mass wherever it can be followed from the base, and lose a mode

@@ -498,6 +498,7 @@ def divergence_on_moons(num_noise, num_steps=300):
     return (log_p.softmax(0) * gap).sum()
 
 
+@pytest.mark.slow
 def test_noise_among_the_negatives_lets_a_network_learn():
     """KL from two moons, 1.3 at the start. With the draws of the generator alone, as
     once, the two chase each other and nothing is learned: asserted."""

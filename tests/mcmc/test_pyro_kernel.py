@@ -115,6 +115,7 @@ def energies_alone(monkeypatch):
     monkeypatch.setattr(hmc, "accept", faulty)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plant", "check"),
     [
@@ -128,6 +129,7 @@ def test_planted_faults_are_caught(plant, check, kernel, monkeypatch):
         check(kernel)
 
 
+@pytest.mark.slow
 def test_disagreement_with_nuts_is_caught(monkeypatch):
     """The difference of the energies counted twice."""
 

@@ -1,4 +1,4 @@
-r"""An energy over flat real vectors, evaluated in double precision where it can be.
+r"""Energies in double precision where they can be, with their rounding.
 
 Most energies are written for any floating-point type, even where the data of the user
 are in single precision. Far out, and where large terms cancel, the difference between

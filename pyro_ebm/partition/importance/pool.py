@@ -1,4 +1,4 @@
-r"""Adaptive importance sampling: draws of several proposals, weighed as one mixture.
+r"""Adaptive importance sampling: draws of several proposals, weighted as one mixture.
 
 Each round draws from the current proposal :math:`q_t` and weighs all draws so far
 against the mixture of all proposals so far,

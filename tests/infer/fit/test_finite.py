@@ -102,6 +102,7 @@ class Linear(torch.nn.Module):
         return -(x @ self.weight)
 
 
+@pytest.mark.slow
 def test_bits_of_which_no_blocks_are_known(monkeypatch):
     monkeypatch.setattr(settling, "_MAX_SECONDS", 0.5)
     monkeypatch.setattr(estimating, "_MAX_STATES", 0)

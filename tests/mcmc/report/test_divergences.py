@@ -79,6 +79,7 @@ def test_a_bound_of_the_data_is_named():
         mcmc.run(model)
 
 
+@pytest.mark.slow
 def test_a_ridge_whose_tips_are_closed_is_unreliable(monkeypatch):
     """End to end, without the small steps that open them; it was ok, and wrong by 20 %.
 

@@ -94,6 +94,7 @@ def test_unadjusted_langevin_does_not():
         assert (ratio - 1).abs().max() < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [HMC(num_leapfrog=3), MALA(max_drift=None)])
 def test_other_kernels_recover_it_too(kernel):
     ratio, *_ = fitted_precision_ratio(kernel, 300)
