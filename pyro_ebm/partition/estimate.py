@@ -222,7 +222,13 @@ def _sampled(
     elif result is None and isinstance(energy.support, MixedSupport):
         result = _by_classes(energy, base, limits, is_shown=progress_bar)
     elif result is None:
-        result, _ = two_routes(energy, base, limits, is_shown=progress_bar)
+        result, _ = two_routes(
+            energy,
+            base,
+            limits,
+            is_shown=progress_bar,
+            is_base_chosen=given is not None,
+        )
     if doubts:
         reasons = (*result.reasons, *doubts)
         result = result._replace(status=Status.UNRELIABLE, reasons=reasons)
