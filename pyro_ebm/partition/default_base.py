@@ -5,7 +5,7 @@ unconstrained space everywhere else. It knows nothing of where the energy has it
 a base to start from, not one to weigh draws of without a look at the weights.
 """
 
-__all__ = ["default_base", "describe", "standard_base"]
+__all__ = ["default_base", "describe", "reach_of", "standard_base"]
 
 from collections.abc import Sequence
 from typing import Any, final
@@ -22,6 +22,8 @@ from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.energies.corrections import without_independent
 from pyro_ebm.energies.discrete.finite import finite_values
 from pyro_ebm.energies.discrete.independent import IndependentSites
+
+_UNCONSTRAINED = "standard normal in unconstrained space"
 
 
 def default_base(energy: Energy) -> dist.TorchDistribution:
@@ -115,10 +117,21 @@ def describe(base: dist.TorchDistribution) -> str:
     if isinstance(scalar, LatentClasses):
         return f"latent classes ({len(scalar.probs)})"
     if isinstance(scalar, _NormalOnSupport):
-        return "standard normal in unconstrained space"
+        return _UNCONSTRAINED
     if type(scalar) is dist.Normal and not scalar.loc.any() and _is_one(scalar.scale):
         return "standard normal"
     return type(scalar).__name__
+
+
+def reach_of(base: dist.TorchDistribution) -> float:
+    """How many times as wide as a default base the modes of an energy may well lie.
+
+    A box is all that there is, and numbers end at some hundred units of a logarithm.
+
+    Args:
+        base: Of :func:`default_base`.
+    """
+    return {"standard normal": 32.0, _UNCONSTRAINED: 4.0}.get(describe(base), 1.0)
 
 
 def _is_one(scale: Tensor) -> bool:

@@ -25,7 +25,7 @@ from pyro_ebm.mcmc import IndependentChains
 from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.base_check import check_draws
-from pyro_ebm.partition.default_base import default_base, describe
+from pyro_ebm.partition.default_base import default_base, describe, reach_of
 from pyro_ebm.partition.exact.closed_form import closed_form
 from pyro_ebm.partition.exact.enumeration import enumeration, num_states
 from pyro_ebm.partition.exact.quadrature import quadrature
@@ -228,7 +228,8 @@ def _sampled(
     elif result is None and isinstance(energy.support, MixedSupport):
         result = _by_classes(energy, base, limits, is_shown=progress_bar)
     elif result is None:
-        result, _ = two_routes(energy, base, limits, is_shown=progress_bar)
+        reach = 1.0 if given is not None else reach_of(base)
+        result, _ = two_routes(energy, base, limits, is_shown=progress_bar, reach=reach)
     if doubts:
         reasons = (*result.reasons, *doubts)
         result = result._replace(status=Status.UNRELIABLE, reasons=reasons)

@@ -84,6 +84,8 @@ _MAX_MIRRORED = 32
 #: of modes met by fewer from which on it matters; how many of them are too many; and
 #: how many times as many draws are looked at for them.
 _ENOUGH, _RARE, _MANY_RARE, _MOST_LOOKS = 3, 0.02, 16, 16
+#: Looks far and wide, descents from the most surprising and as many others, rounds.
+_NUM_FAR, _NUM_SURPRISING, _MAX_FAR = 65_536, 512, 4
 #: Unconstrained values are rarely larger.
 _USUAL = 2.0
 #: Draws of the base that are timed.
@@ -154,7 +156,12 @@ class _Weighed(NamedTuple):
 
 @torch.no_grad()
 def two_routes(
-    energy: Energy, base: dist.TorchDistribution, limits: Limits, *, is_shown: bool
+    energy: Energy,
+    base: dist.TorchDistribution,
+    limits: Limits,
+    *,
+    is_shown: bool,
+    reach: float = 1.0,
 ) -> tuple[LogPartitionEstimate, Proposal]:
     """Log Z by both routes, and a proposal fitted to what they found; see the module.
 
@@ -163,6 +170,8 @@ def two_routes(
         base: A normalised distribution on its event and support.
         limits: Of time and evaluations.
         is_shown: Whether to show a progress bar.
+        reach: How many times as wide as a standard normal in unconstrained space modes
+            are looked for, beside where the base is; 1: nowhere else.
 
     Exactness: *consistent*.
     """
@@ -173,7 +182,7 @@ def two_routes(
     path.target = target
     path.base = CountedEnergy(path.base, max_bytes=MAX_BYTES)
     try:
-        routes = _TwoRoutes(path, target, limits)
+        routes = _TwoRoutes(path, target, limits, reach)
         return routes.run(), routes.proposal
     finally:
         target.bar.close()
@@ -183,9 +192,14 @@ class _TwoRoutes:
     """The state of an estimate: what the routes have found so far."""
 
     def __init__(
-        self, path: GeometricPath, target: CountedEnergy, limits: Limits
+        self,
+        path: GeometricPath,
+        target: CountedEnergy,
+        limits: Limits,
+        reach: float,
     ) -> None:
         self.path, self.target, self.limits = path, target, limits
+        self.reach = reach
         self.pool, self.proposal = Pool(target), Proposal(path)
         self.dim = path.event_shape.numel()
         self.findings: list[Finding] = []
@@ -240,12 +254,44 @@ class _TwoRoutes:
     def descend(self) -> Modes | None:
         """The modes that draws of the base, and mirror images of modes, descend to."""
         modes = self.descended()
+        if modes is not None and self.reach > 1:
+            modes = self.with_far(modes)
         if modes is None or len(modes.loc) > _MAX_MIRRORED:
             return modes
         # Many energies have a symmetry, or nearly one: of signs, say.
         starts = torch.cat([modes.loc, 2 * self.middle - modes.loc])
         most = 2 * len(modes.loc)
         return find_modes(self.value_and_grad, starts, max_modes=most) or modes
+
+    def with_far(self, modes: Modes) -> Modes:
+        """The modes, and those that looks far around them and the base lead to.
+
+        What is behind another mode, or narrow beside it, has more density somewhere
+        than the Laplace approximations together.
+        """
+        for _ in range(_MAX_FAR):
+            number = int(min(_NUM_FAR, self.limits.affordable(self.target, 0.02)))
+            few = int(self.limits.affordable(self.target, 0.02) / _GRADIENTS)
+            few = min(few, _NUM_SURPRISING, number)
+            mixture = self.around(modes).mixture
+            if few < _MIN_STARTS or mixture is None or len(modes.loc) > _MAX_MODES:
+                break
+            middle = torch.cat([torch.zeros_like(modes.loc[:1]), modes.loc])
+            u = torch.randn(number, self.dim).to(middle)
+            u *= self.reach ** torch.rand(number, 1).to(middle)
+            u += middle[torch.randint(len(middle), (number,))]
+            density, square = log_density(self.target, u), mixture.distances(u)
+            normal = (-modes.energy[:, None] - square / 2).logsumexp(0)
+            parts = [modes.loc, u[:few]]
+            for expected in (normal, mixture.log_prob(u)):
+                excess = (density - expected).nan_to_num(-torch.inf, -torch.inf)
+                parts.append(u[excess.argsort(descending=True)[:few]])
+            most = len(modes.loc) + few
+            found = find_modes(self.value_and_grad, torch.cat(parts), max_modes=most)
+            if found is None or len(found.loc) <= len(modes.loc):
+                break
+            modes = found
+        return modes
 
     def descended(self) -> Modes | None:
         """The modes that draws of the base descend to."""

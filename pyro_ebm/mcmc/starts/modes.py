@@ -44,7 +44,8 @@ _MEMORY = 10
 #: The factor ``c`` of (1), and what a step is cut by.
 _SUFFICIENT = 1e-4
 _CUT = 0.3
-#: A start has arrived when it gains no more than this in so many rounds, in nats.
+#: A start has arrived when it gains no more than this in so many rounds, in nats, or
+#: has no more to gain.
 _GAIN = 1e-3
 _PATIENCE = 20
 #: Each time, half of those that have not are given up, the highest first, down to this.
@@ -187,6 +188,7 @@ def _descend(
             continue
         energy = descent.energy
         is_on_its_way = (best - energy).nan_to_num(0.0) > _GAIN
+        is_on_its_way &= descent.decrement > _GAIN
         is_end = ~is_on_its_way & energy.isfinite()
         if number == max_rounds:
             is_end = energy.isfinite()
@@ -224,6 +226,16 @@ class Descent:
         self.memory = Memory(z)
         self.direction = -self.grad
         self.length = 1 / self.grad.norm(dim=-1).clamp(min=1e-300)
+
+    @property
+    def decrement(self) -> Tensor:
+        """What is left to gain by the quadratic model, in nats, shape ``(S,)``.
+
+        References:
+            Boyd & Vandenberghe (2004), Convex Optimization, section 9.5.1.
+        """
+        gain = -(self.grad * self.memory.direction(self.grad)).sum(-1) / 2
+        return torch.where(self.memory.is_used & (gain >= 0), gain, torch.inf)
 
     def select(self, which: Tensor) -> None:
         """Go on with some of them."""
