@@ -196,7 +196,7 @@ class _TwoRoutes:
         path: GeometricPath,
         target: CountedEnergy,
         limits: Limits,
-        reach: float,
+        reach: float = 1.0,
     ) -> None:
         self.path, self.target, self.limits = path, target, limits
         self.reach = reach

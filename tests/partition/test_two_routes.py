@@ -87,6 +87,27 @@ def test_a_narrow_mode_beside_a_wide_one(dim, weights, scales, loc):
     assert found.std_error < 0.03
 
 
+@pytest.mark.parametrize(
+    ("seed", "dim", "spread", "scales"),
+    [(1, 5, 8.0, (1.0,)), (3, 3, 20.0, (0.3, 1.0, 2.0)), (5, 10, 4.0, (0.7, 1.0))],
+)
+def test_modes_far_from_a_base_that_nobody_chose(seed, dim, spread, scales):
+    """Meant to catch: looks at the base alone, where modes hide behind others; high
+    descents given up that have arrived.
+    """
+    make = torch.Generator().manual_seed(seed)
+    loc = spread * torch.randn(6, dim, generator=make, dtype=torch.float64)
+    scale = torch.tensor(scales).double()
+    scale = scale[torch.randint(len(scale), (6, 1), generator=make)]
+    weights = torch.tensor([0.4, 0.2, 0.15, 0.1, 0.1, 0.05]).double()
+    parts = dist.Normal(loc, scale).to_event(1)
+    density = dist.MixtureSameFamily(dist.Categorical(weights), parts)
+    found = sampled(FunctionEnergy(lambda x: 2 - density.log_prob(x), (dim,)))
+    assert found.status == "ok", found
+    assert found.lower <= -2 <= found.upper, found
+    assert found.std_error < 0.02
+
+
 def test_a_shift_of_the_energy_moves_log_z_alone():
     energy, values = gaussian(4), []
     for shift in (0.0, 1000.0):

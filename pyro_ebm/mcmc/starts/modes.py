@@ -44,11 +44,11 @@ _MEMORY = 10
 #: The factor ``c`` of (1), and what a step is cut by.
 _SUFFICIENT = 1e-4
 _CUT = 0.3
-#: A start has arrived when it gains no more than this in so many rounds, in nats, or
-#: has no more to gain.
+#: A start has arrived when it gains no more than this in so many rounds, in nats.
 _GAIN = 1e-3
 _PATIENCE = 20
-#: Each time, half of those that have not are given up, the highest first, down to this.
+#: Each time, half of those that have more to gain are given up, the highest first, down
+#: to this.
 _FEWEST = 256
 #: Starts this many times as far apart as their lower half are not all in earnest.
 _ABSURD = 1e3
@@ -188,15 +188,15 @@ def _descend(
             continue
         energy = descent.energy
         is_on_its_way = (best - energy).nan_to_num(0.0) > _GAIN
-        is_on_its_way &= descent.decrement > _GAIN
         is_end = ~is_on_its_way & energy.isfinite()
         if number == max_rounds:
             is_end = energy.isfinite()
         ends.append(descent.z[is_end])
         lows.append(energy[is_end])
         left = is_on_its_way.nonzero().squeeze(-1)
-        most = max(_FEWEST, len(energy) // 2)
-        left = left[energy[left].argsort()[:most]]
+        is_near = descent.decrement[left] < _GAIN  # its next look will tell
+        most = max(_FEWEST, len(energy) // 2, int(is_near.sum()))
+        left = left[energy[left].where(~is_near, -torch.inf).argsort()[:most]]
         if not len(left):
             break
         descent.select(left)

@@ -108,6 +108,20 @@ def test_two_wells_are_both_found_by_falling_mass():
     )
 
 
+def test_descents_that_have_arrived_are_kept():
+    """Fault: the higher half is given up while all gain, or have just done so."""
+    loc = torch.tensor([[-20.0, 0.0], [0.0, 0.0], [20.0, 0.0]])
+
+    def three_wells(x):
+        wells = (x[..., None, :] - loc).square().sum(-1) / 2
+        return -(torch.tensor([0.0, -3.0, -6.0]) - wells).logsumexp(-1)
+
+    starts = loc.repeat(300, 1) + 3 * torch.randn(900, 2)
+    found = find_modes(with_grad(three_wells), starts)
+    assert len(found.loc) == 3
+    assert (found.hits > 250).all()
+
+
 def test_more_modes_than_are_measured_is_said():
     """Fault: ``is_complete`` is always true."""
     energy = with_grad(lambda x: -5 * x.cos().sum(-1))
