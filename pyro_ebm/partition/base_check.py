@@ -21,14 +21,14 @@ References:
     Shirts (2013), J. Chem. Theory Comput. 9, 909-926.
 """
 
-__all__ = ["at_two_points", "check_draws"]
+__all__ = ["BaseFingerprint", "check_draws"]
 
 import math
 from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.core.verdict import Finding, Reason
@@ -200,7 +200,7 @@ def _fitted(u: Tensor) -> _Student:
 
 
 @torch.no_grad()
-def at_two_points(energy: Energy) -> Tensor:
+def _at_two_points(energy: Energy) -> Tensor:
     """Energies at two points, by which a base is known again, shape ``(2,)``.
 
     Args:
@@ -217,3 +217,39 @@ def at_two_points(energy: Energy) -> Tensor:
     point = torch.arange(1.0, 1 + shape.numel()).reciprocal()
     point = point.reshape(shape).to(**options)
     return base(torch.stack([point, -point]))
+
+
+class BaseFingerprint(nn.Module):
+    """A base, which no state dict holds, and the fingerprint it is checked by.
+
+    Args:
+        base: A normalised distribution.
+    """
+
+    def __init__(self, base: dist.TorchDistribution) -> None:
+        super().__init__()
+        self.energy = DistributionEnergy(base)  # a module, so that .to() moves it
+
+    @property
+    def distribution(self) -> dist.TorchDistribution:
+        """The base."""
+        return self.energy.distribution
+
+    def get_extra_state(self) -> Tensor:
+        """Its energy at two points."""
+        return _at_two_points(self.energy)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        r"""Check that what is loaded was saved with this base.
+
+        Raises:
+            ValueError: If not: :math:`\log Z` and the walkers would be wrong.
+        """
+        own = self.get_extra_state()
+        if not torch.allclose(state.to(own), own, rtol=1e-4, atol=1e-4):
+            raise ValueError(
+                f"base must be the one that log Z was saved with; {self.distribution} "
+                f"has log densities {(-own).tolist()} at two points where that one had "
+                f"{(-state).tolist()}. Build the EnergyModel as it was, then load. The "
+                "parameters alone are in energy.state_dict()."
+            )

@@ -46,10 +46,7 @@ from pyro_ebm.partition.agreement import (
     shortfall,
     value_of,
 )
-from pyro_ebm.partition.base import (
-    LogPartitionEstimate,
-    student_t_quantile,
-)
+from pyro_ebm.partition.base import LogPartitionEstimate, student_t_quantile
 from pyro_ebm.partition.importance.pool import (
     Pool,
     difference,
@@ -90,8 +87,7 @@ _NUM_FAR, _NUM_SURPRISING, _MAX_FAR = 65_536, 512, 4
 _USUAL = 2.0
 #: Draws of the base that are timed.
 _NUM_TIMED = 16
-_NUM_DRAWS, _FEWEST_WEIGHED = 4000, 1000
-_NUM_FITTED = 6000
+_NUM_DRAWS, _FEWEST_WEIGHED, _NUM_FITTED = 4000, 1000, 6000
 _MAX_K = 0.7
 #: With a lighter tail of the weights, they need no second look.
 _GOOD_K = 0.45
@@ -109,8 +105,7 @@ _FEW_DRAWS, _MAX_UNCOVERED = 3.0, 0.005
 _NUM_PLACED, _MAX_LOST = 20_000, 1e-3
 _MAX_HALF_WIDTH = 0.5
 #: Components for the particles, and times that one is added where they are bare.
-_NUM_CLUSTERS = 12
-_MAX_REPAIRS = 4
+_NUM_CLUSTERS, _MAX_REPAIRS = 12, 4
 #: Dimensions up to which a component can be told from some hundred draws.
 _MAX_REPAIRED = 48
 _MAX_DENSE = 200
@@ -127,7 +122,6 @@ _BETTER, _PATIENCE, _EXCELLENT = 1.1, 2, 0.7
 _FINE = 0.8
 #: Effective draws that a map is fitted to at least.
 _FEW_FITTED = 500.0
-
 
 _BY_DRAWS = "independent draws of a proposal fitted to modes and particles"
 _BY_PARTICLES = "SMC from a proposal fitted to modes and particles"

@@ -48,18 +48,18 @@ from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.core.verdict import Finding, Reason, Status, sentence, status_of
-from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
+from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.energies.discrete.sites import SiteEnergy
 from pyro_ebm.mcmc import HMC, ChainState, Gibbs, Kernel
 from pyro_ebm.mcmc.kernels.discrete_langevin import kernel_for
 from pyro_ebm.mcmc.samplers.persistent import StatefulModule
 from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
-from pyro_ebm.partition.base_check import at_two_points
+from pyro_ebm.partition.base_check import BaseFingerprint
 from pyro_ebm.partition.exact.closed_form import closed_form
 from pyro_ebm.partition.normalizability import check_normalizability
 from pyro_ebm.partition.particles.gibbs_annealing import anneal
@@ -194,7 +194,7 @@ class LogPartition(StatefulModule):
         num_leapfrog: int = 3,
     ) -> None:
         super().__init__()
-        self._base = _BaseFingerprint(base)
+        self._base = BaseFingerprint(base)
         self.interval, self.check_interval = interval, check_interval
         self.num_islands, self.num_walkers = num_islands, num_walkers
         self.followed = FollowedEnergy(energy)
@@ -664,39 +664,3 @@ def _pooled(
     share = (own_error / both) ** 2
     unknown = math.sqrt(1 + 8 * share * (1 - share) / (num_islands - 1))
     return own + share * (value - own), own_error * std_error / both * unknown  # (3)
-
-
-class _BaseFingerprint(nn.Module):
-    """A base, which no state dict holds, and the fingerprint it is checked by.
-
-    Args:
-        base: A normalised distribution.
-    """
-
-    def __init__(self, base: dist.TorchDistribution) -> None:
-        super().__init__()
-        self.energy = DistributionEnergy(base)  # a module, so that .to() moves it
-
-    @property
-    def distribution(self) -> dist.TorchDistribution:
-        """The base."""
-        return self.energy.distribution
-
-    def get_extra_state(self) -> Tensor:
-        """Its energy at two points."""
-        return at_two_points(self.energy)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        r"""Check that what is loaded was saved with this base.
-
-        Raises:
-            ValueError: If not: :math:`\log Z` and the walkers would be wrong.
-        """
-        own = self.get_extra_state()
-        if not torch.allclose(state.to(own), own, rtol=1e-4, atol=1e-4):
-            raise ValueError(
-                f"base must be the one that log Z was saved with; {self.distribution} "
-                f"has log densities {(-own).tolist()} at two points where that one had "
-                f"{(-state).tolist()}. Build the EnergyModel as it was, then load. The "
-                "parameters alone are in energy.state_dict()."
-            )
