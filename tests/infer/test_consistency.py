@@ -257,7 +257,7 @@ def test_couplings_of_a_torus_and_their_errors():
     }
     errors = {name: [] for name in objectives}
     covered = {name: [] for name in objectives}
-    for data in law.sample((20, 2000)).to(truth):
+    for data in law.sample((12, 2000)).to(truth):
         for name, (objective, find) in objectives.items():
             energy = find(objective, data)
             error = next(energy.parameters()).detach() - truth
