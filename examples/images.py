@@ -33,8 +33,8 @@ def to_pixels(images):
 
 
 # %% One call: a base, then the network as its correction.
-def learn(train, **settings):
-    energy = pyro_ebm.energies.ConvolutionalEnergy((1, 8, 8), channels=(16, 32))
+def learn(train, channels=(16, 32), **settings):
+    energy = pyro_ebm.energies.ConvolutionalEnergy((1, 8, 8), channels)
     model = pyro_ebm.EnergyModel(energy)
     return model, pyro_ebm.fit(model, train, **settings)
 
@@ -109,7 +109,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.smoke_test:
-        few = {"num_rows": 200, "num_draws": 50, "num_steps": 10, "max_seconds": 3}
-        main(options.seed, **few)
+        few = {"num_rows": 100, "num_draws": 50, "channels": (2, 4)}
+        main(options.seed, **few, num_steps=5, max_seconds=3)
     else:
         main(options.seed, "images.png")
