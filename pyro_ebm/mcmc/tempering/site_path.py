@@ -12,9 +12,9 @@ other energy is mixed by (1) with any base, and moves site by site or by its gra
 """
 
 __all__ = [
-    "WAY_OUT",
     "SitePath",
     "SiteState",
+    "WAY_OUT",
     "is_site_kernel",
     "path_between",
     "reversal",
