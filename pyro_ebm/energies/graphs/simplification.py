@@ -157,8 +157,8 @@ class _Cleaner:
     def _is_blind_to_repeats(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether it takes numbers one by one, or rows that are not repeated along."""
         if node.target is aten._log_softmax.default:
-            last = self.values[node].shape[-1:]
-            return node.args[1] == -1 and source.meta.get("shape", ())[-1:] == last
+            narrow, wide = source.meta.get("shape", ()), self.values[node].shape
+            return bool(node.args[1] == -1 and narrow[-1:] == wide[-1:])
         return torch.Tag.pointwise in tags(node.target) and not is_random(node.target)
 
     @torch.no_grad()
