@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from evidence_problems import load, with_intercept
+from evidence_problems.published import load, with_intercept
 from torch import Tensor
 from workloads import SCHOOLS, WORKLOADS
 

@@ -92,7 +92,9 @@ class _Cleaner:
         """The clean graph."""
         for node in self.recording.graph.nodes:
             if node.op == "call_function":
-                self.new[node] = self._replace(node)
+                new = self.new[node] = self._replace(node)
+                if isinstance(new, fx.Node):
+                    new.meta["shape"] = getattr(self.values.get(node), "shape", ())
             elif node.op == "output":
                 self.graph.output(fx.node.map_arg(node.args[0], self._own))
             elif node not in self.new:
@@ -124,9 +126,40 @@ class _Cleaner:
             return self._copy(node)
         if node.target in _SCATTERS:
             return self._scatter(node)
+        narrow = self._before_expansion(node)
+        if narrow is not None:
+            return narrow
         # Without clones and expansions a view may no longer be one of memory.
         target = aten.reshape.default if node.target in _VIEWS else node.target
         return self._call(target, self._mapped(node.args), self._mapped(node.kwargs))
+
+    def _before_expansion(self, node: fx.Node) -> fx.Node | None:
+        """What does the same to each number, done before these are repeated.
+
+        A plate repeats the scale of its rows, of which one logarithm is enough.
+        """
+        wide = self.new[node.all_input_nodes[0]] if node.all_input_nodes else None
+        if (
+            len(node.all_input_nodes) != 1
+            or not isinstance(wide, fx.Node)
+            or wide.target is not aten.expand.default
+        ):
+            return None
+        source, shape = wide.args[0], self.values[node].shape
+        assert isinstance(source, fx.Node)
+        if not self._is_blind_to_repeats(node, source):
+            return None
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: source)
+        narrow = self._call(node.target, args, kwargs)
+        narrow.meta["shape"] = source.meta.get("shape", ())
+        return self._call(aten.expand.default, (narrow, list(shape)), {})
+
+    def _is_blind_to_repeats(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether it takes numbers one by one, or rows that are not repeated along."""
+        if node.target is aten._log_softmax.default:
+            narrow, wide = source.meta.get("shape", ()), self.values[node].shape
+            return bool(node.args[1] == -1 and narrow[-1:] == wide[-1:])
+        return torch.Tag.pointwise in tags(node.target) and not is_random(node.target)
 
     @torch.no_grad()
     def _evaluated(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:

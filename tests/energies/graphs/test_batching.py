@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from pyro_ebm.energies.graphs.batching import LoopedFunction, TracedFunction
 from pyro_ebm.energies.graphs.recording import UntraceableError, record
-from pyro_ebm.energies.graphs.simplification import clean
+from pyro_ebm.energies.graphs.simplification import _Layouts, clean
 
 MATRIX = torch.tensor([[2.0, 0.3, 0.1], [0.3, 1.5, 0.2], [0.1, 0.2, 1.0]])
 
@@ -82,6 +82,14 @@ def promotion(u):
     return (u * (wrapped / exact)).sum()
 
 
+def repeated(u):
+    rows, one = u.exp().expand(4, 3), u[:1].expand(3)
+    x = rows.log() * rows**2 + rows.log_softmax(-1) + rows.log_softmax(0)
+    columns = u.unsqueeze(-1).exp().expand(3, 4).log_softmax(-1).mT * u.sin()
+    y = one.sin().expand(4, 3).log_softmax(-1) + columns
+    return ((x + y) * torch.arange(12.0).reshape(4, 3)).sum()
+
+
 FUNCTIONS = [
     in_place_recursion,
     in_place_slices,
@@ -92,6 +100,7 @@ FUNCTIONS = [
     detached,
     promotion,
     dynamic_programming,
+    repeated,
 ]
 
 
@@ -100,7 +109,8 @@ FUNCTIONS = [
 def test_traced_is_the_function(function, num_points):
     """Faults planted, and seen to fail: ``select_scatter`` left to vmap, ``-`` among
     the commutative neutral operators, neutral elements that broadcast, equal nodes
-    shared without regard to the types of numbers, ``detach`` always dropped."""
+    shared without regard to the types of numbers, ``detach`` always dropped, a softmax
+    taken before its axis is repeated."""
     u = torch.randn(num_points, 3)
     expected = LoopedFunction(function).value_and_grad(u)
     traced = TracedFunction(function)
@@ -142,6 +152,26 @@ def test_cleaning_leaves_few_operators():
     assert len(operators) <= 13
     u = torch.randn(3)
     torch.testing.assert_close(graph(u), neutral(u))
+
+
+def test_what_is_repeated_is_computed_once():
+    """Meant to catch: a logarithm of the scale for each row of a plate."""
+
+    def function(u):
+        scale, weights = u[0].exp().expand(1000), u[1:].expand(1000, 2)
+        x = -(scale**2).log() * 3 + weights.tanh().log_softmax(-1)[:, 0]
+        return x.sum()
+
+    graph = clean(record(function, torch.randn(3)), differentiable=True)
+    layouts = _Layouts(graph)
+    layouts.run(torch.randn(3))
+    large = [
+        node.target
+        for node, (shape, _) in layouts.of.items()
+        if node.op == "call_function" and shape.numel() > 100
+    ]
+    aten = torch.ops.aten
+    assert set(large) <= {aten.expand.default, aten.select.int, aten.add.Tensor}
 
 
 def test_constants_are_folded_and_live_tensors_are_not():
