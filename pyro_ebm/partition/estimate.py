@@ -77,7 +77,8 @@ def estimate(
         base: A normalised Pyro distribution on the same event and support, wider than
             the target; default: that of an ``EnergyModel``, the prior of a Pyro model,
             else :func:`~pyro_ebm.partition.default_base.default_base`, which the
-            ``method`` of the result names.
+            ``method`` of the result names, and around which modes are looked for far
+            and wide. A base that is given must reach all that counts.
         method: ``"auto"`` takes the closed form where there is one, enumeration of up
             to 2^18 states, quadrature for events of one or two numbers, else
             ``"sampling"``: particles and modes from the base, held against each other,
