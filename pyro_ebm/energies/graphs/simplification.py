@@ -38,6 +38,8 @@ _SHAPE_ONLY = {
     aten.new_ones.default,
     aten.new_full.default,
 }
+#: Numbers from which on it takes time to do the same to each of them.
+_MANY = 64
 _IDENTITIES = {aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default}
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 _SCATTERS = {
@@ -147,7 +149,8 @@ class _Cleaner:
             return None
         source, shape = wide.args[0], self.values[node].shape
         assert isinstance(source, fx.Node)
-        if not self._is_blind_to_repeats(node, source):
+        is_worth_it = shape.numel() >= _MANY
+        if not (is_worth_it and self._is_blind_to_repeats(node, source)):
             return None
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: source)
         narrow = self._call(node.target, args, kwargs)
