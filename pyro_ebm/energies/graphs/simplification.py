@@ -147,15 +147,15 @@ class _Cleaner:
             or wide.target is not aten.expand.default
         ):
             return None
-        source, shape = wide.args[0], self.values[node].shape
+        source, value = wide.args[0], self.values.get(node)
         assert isinstance(source, fx.Node)
-        is_worth_it = shape.numel() >= _MANY
+        is_worth_it = isinstance(value, Tensor) and value.numel() >= _MANY
         if not (is_worth_it and self._is_blind_to_repeats(node, source)):
             return None
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: source)
         narrow = self._call(node.target, args, kwargs)
         narrow.meta["shape"] = source.meta.get("shape", ())
-        return self._call(aten.expand.default, (narrow, list(shape)), {})
+        return self._call(aten.expand.default, (narrow, list(value.shape)), {})
 
     def _is_blind_to_repeats(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether it takes numbers one by one, or rows that are not repeated along."""

@@ -6,9 +6,8 @@ raises it, so that
 .. math::
     \Delta = \mathbb{E}_{\text{data}}[f] - \mathbb{E}_{q_\theta}[f]         \tag{1}
 
-is near 0: of what is learned of the energy, where log Z comes from weighted draws.
-Otherwise the second mean is one over the walkers that track :math:`\log Z`, which give
-no gradient; so (1) is measured for any objective.
+is near 0. The second mean is one over the draws that :math:`\log Z` is tracked by, which
+give no gradient where they are walkers; so (1) is measured for any objective.
 
 *Drift.* The points that gave the gradient, chains or draws of a generator, are moved on
 by a kernel that leaves :math:`e^{-f}` as it is, at fixed parameters. Points in
@@ -48,6 +47,8 @@ from pyro_ebm.mcmc.warmup.adaptation import find_step_size
 
 #: Draws of the noise, and data, that the overlap is measured with.
 _NUM_NOISE = 2048
+#: Draws of the model among weighted ones, of which some may come more than once.
+_NUM_RESAMPLED = 4000
 
 
 class EnergyDifference(NamedTuple):
@@ -87,9 +88,6 @@ class FitDiagnostics(NamedTuple):
         chain_lag: Parameter steps in which the chains forget: the moves that an
             effective draw takes by the moves a step. Of the order of ``num_moves`` it
             is only a lower bound.
-        crossings: Passages of a chain from one side of the data to the other in the
-            last tenth of the steps, over a finite support: a mean that that run
-            implies. Fewer than 1 leave the weights of the sides to chance.
         gradient_snr: Norm of the mean gradient by the size of its noise, over about the
             last 50 steps: large while the fit gets on, small once noise is all there
             is.
@@ -99,6 +97,9 @@ class FitDiagnostics(NamedTuple):
         gain: How much better the model is than its base on held-out points.
         noise_separation: Probability that a datum is told from a noise point; 0.5 says
             that they are alike, 1 that the comparison teaches nothing.
+        crossings: Passages of a chain from one side of the data to the other in the
+            last tenth of the steps, over a finite support: a mean that that run
+            implies. Fewer than 1 leave the weights of the sides to chance.
 
     Example:
         >>> data = torch.randn(500, 2)
@@ -119,12 +120,12 @@ class FitDiagnostics(NamedTuple):
     acceptance: float | None = None
     chain_age: float | None = None
     chain_lag: float | None = None
-    crossings: float | None = None
     gradient_snr: float | None = None
     noise_ess: float | None = None
     noise_k: float | None = None
     noise_separation: float | None = None
     gain: LogLikelihood | None = None
+    crossings: float | None = None
 
 
 @torch.no_grad()
@@ -144,14 +145,15 @@ def energy_gap(energy_model: EnergyModel, data: Tensor) -> EnergyDifference | No
         values = flat(to_support.inv(draws))
         mean, error = values.mean(), values.std() / math.sqrt(len(values))
     elif tracker.draws is not None:
-        mean, error = tracker.draws.mean_correction(energy)
+        found = tracker.draws
+        values = flat(to_support.inv(found.resampled(energy, _NUM_RESAMPLED)))
+        count = min(_NUM_RESAMPLED, found.effective_fraction(energy) * len(found.x))
+        mean, error = values.mean(), values.std() / math.sqrt(count)
     elif tracker.walkers.is_started and tracker.averaged().is_reliable:
         mean, error = _walker_mean(energy_model)
     else:
         return None
     at_data = flat(to_support.inv(data))
-    if not tracker.is_closed_form and tracker.draws is not None:
-        at_data = energy.correction(data)
     data_error = at_data.std() / math.sqrt(len(at_data))
     value, spread = at_data.mean() - mean, at_data.std()
     return _difference(value, torch.hypot(error, data_error), spread)

@@ -118,12 +118,10 @@ def _equilibrium_faults(found: FitDiagnostics) -> list[str]:
             f"to the other {found.crossings:.2g} times, so that the weights of the "
             "sides are left to chance: take more steps, or more moves a step"
         )
-    gap = found.energy_gap
-    # Of a small correction, to double it gains no more than the gap.
-    if gap is not None and abs(gap.value) > SMALL and _is_off(gap):
+    if _is_off(found.energy_gap):
         faults.append(
             f"the energy of the data differs from that of the model by "
-            f"{gap}: go on with more steps, or end with "
+            f"{found.energy_gap}: go on with more steps, or end with "
             "MaximumLikelihood at a lower learning rate"
         )
     return faults

@@ -292,14 +292,15 @@ def path_between(
 
     Raises:
         NotImplementedError: If the support is discrete and infinite.
-        ValueError: If the base does not fit, or is missing.
+        TypeError: If the base is missing.
+        ValueError: If it does not fit.
     """
     if is_finite_support(energy.support):
         return SitePath(energy, base)
     if base is None:
-        raise ValueError(
-            f"base must be a distribution over the support {energy.support}, got None: "
-            "only a finite support has one of its own."
+        raise TypeError(
+            f"base must be a Pyro distribution over the support {energy.support}, got "
+            "None: only a finite support has one of its own."
         )
     return real_path(energy, base)
 

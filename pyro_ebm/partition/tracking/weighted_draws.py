@@ -130,15 +130,6 @@ class WeightedDraws(StatefulModule):
         found = self.log_weights(energy)
         return estimate_from_weights(found, "importance sampling", len(self.x))
 
-    @torch.no_grad()
-    def mean_correction(self, energy: Energy) -> tuple[Tensor, Tensor]:
-        """Mean of what is learned of the energy under the model, and its error."""
-        log_weights = self.log_weights(energy)
-        weights = log_weights.softmax(0)
-        values = (-log_weights - self.known).nan_to_num(0.0, 0.0, 0.0)
-        mean = weights @ values
-        return mean, (weights.square() @ (values - mean).square()).sqrt()
-
     def resampled(self, energy: Energy, number: int) -> Tensor:
         """About draws of the model, with repetitions; shape ``(number, *event)``."""
         weights = self.log_weights(energy).softmax(0)

@@ -91,9 +91,6 @@ def test_draws_serve_a_few_times_and_values_are_those_of_the_parameters():
 def test_moments_of_the_model():
     energy = QuadraticEnergy(torch.tensor([1.0, 0.0]))
     draws = started(energy)
-    mean, error = draws.mean_correction(energy)
-    assert abs(mean - 1.0) < 4 * error
-    assert error < 0.02
     again = draws.resampled(energy, 20_000)
     assert (again.mean(0) - torch.tensor([1.0, 0.0])).abs().max() < 0.05
     assert (again.std(0) - 1).abs().max() < 0.05
