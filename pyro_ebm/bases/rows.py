@@ -103,12 +103,20 @@ def split(data: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return data[train.to(data.device)], data[apart.to(data.device)]
 
 
-def split_indices(data: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def split_indices(
+    data: Tensor, seed: int, *, is_finite: bool = False
+) -> tuple[Tensor, Tensor]:
     """Of the rows of :func:`split`, those to fit to and those held out.
 
     Equal rows are on the same side: else a density of spikes at rows that were seen
-    would be taken for the best.
+    would be taken for the best. Over a finite support there are no spikes, and rows are
+    equal because few can differ: there each is held out by chance.
     """
+    if is_finite:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(data), generator=generator)
+        number = max(1, round(_HELD_OUT * len(order)))
+        return order[number:], order[:number]
     order = shuffled(data, seed)
     number = max(1, round(_HELD_OUT * len(order)))
     rows = data.reshape(len(data), -1)[order.to(data.device)]

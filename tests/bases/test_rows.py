@@ -15,6 +15,15 @@ def test_equal_rows_are_on_the_same_side():
     assert torch.cdist(train, apart).min() > 1e-3
 
 
+def test_over_a_finite_support_each_row_is_held_out_by_chance():
+    """Fault: of few states those that are held out were never seen."""
+    data = torch.arange(20.0)[:, None].repeat(50, 1)
+    train, apart = split_indices(data, 0, is_finite=True)
+    assert sorted([*train.tolist(), *apart.tolist()]) == list(range(1000))
+    assert len(apart) == 150
+    assert len(data[apart].unique()) == len(data[train].unique()) == 20
+
+
 def test_rows_that_differ_are_in_the_order_of_the_seed():
     data, generator = torch.randn(50, 2), torch.Generator().manual_seed(3)
     expected = torch.randperm(50, generator=generator)

@@ -599,6 +599,39 @@ class _NormalMixture(dist.TorchDistribution):
         new._batch_shape = torch.Size(batch_shape)
         return new
 
+    def condition(self, observed: Mapping[Any, Any]) -> "_NormalMixture":
+        """The other units: a machine of these alone, in other fields (3).
+
+        Args:
+            observed: Values by unit: its number, or a tuple of that.
+
+        Raises:
+            ValueError: If a unit is not in the event or none is left, or a value is no
+                finite number.
+        """
+        sites = [int(i[0] if isinstance(i, tuple) else i) for i in observed]
+        free = [i for i in range(*self.event_shape) if i not in sites]
+        value = torch.stack([torch.as_tensor(x) for x in observed.values()])
+        is_known = len(free) + len(sites) == self.event_shape.numel()
+        if not free or not is_known or value.dim() > 1 or not value.isfinite().all():
+            raise ValueError(
+                "observed must hold a finite number for some of the units from 0 to "
+                f"{self.event_shape.numel() - 1} and not for all, got {dict(observed)}."
+            )
+        machine, value = self.energy, value.to(self.energy.weight)
+        scale = torch.as_tensor(machine.scale).expand(self.event_shape)
+        statistic = value / scale[sites].square()
+        rest = RBMEnergy(
+            machine.weight[free],
+            machine.visible_bias[free],
+            machine.hidden_bias + statistic @ machine.weight[sites],
+            visible="gaussian",
+            scale=scale[free],
+        )
+        off = (value - machine.visible_bias[sites]) / scale[sites]
+        layers = replace(_layers(rest), constant=-off.square().sum() / 2)  # (2)
+        return _NormalMixture(rest, layers)
+
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Independent draws, shape ``(*sample, *batch, V)``."""
@@ -610,7 +643,8 @@ class _NormalMixture(dist.TorchDistribution):
         if self._validate_args:
             self._validate_sample(x)
         shape = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
-        return -self.energy(x.expand(*shape, -1)) - self.log_partition
+        log_z = self.log_partition - self._solver.constant
+        return -self.energy(x.expand(*shape, -1)) - log_z
 
 
 def _layers(machine: Any) -> _Layers:

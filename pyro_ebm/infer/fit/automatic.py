@@ -182,9 +182,10 @@ def automatic_plan(
     """
     watch = Stopwatch()
     train, weights = points, None
+    is_finite = is_finite_support(model.energy.support)
     if held_out is None:
-        train, held_out, weights = _held_out(points)
-    if is_finite_support(model.energy.support):
+        train, held_out, weights = _held_out(points, is_finite=is_finite)
+    if is_finite:
         stages = [_finite_stage(model, train.counted(), num_steps)]
         limits = watch, max_seconds, _FINITE_RATE, True, _FINITE_PATIENCE
         return Plan(stages, train, held_out, weights, None, None, *limits)
@@ -212,7 +213,9 @@ def automatic_plan(
     return Plan(stages, train, held_out, weights, base, proposal, watch, max_seconds)
 
 
-def _held_out(points: Points) -> tuple[Points, Tensor | None, Tensor | None]:
+def _held_out(
+    points: Points, *, is_finite: bool
+) -> tuple[Points, Tensor | None, Tensor | None]:
     """Rows to learn from, rows that are held out, and their weights.
 
     Of rows of which some have missing entries only complete ones are held out, at most
@@ -222,7 +225,7 @@ def _held_out(points: Points) -> tuple[Points, Tensor | None, Tensor | None]:
     if points.missing is None:
         if number < _FEWEST:
             return points, None, None
-        train, apart = split_indices(points.rows, seed=0)
+        train, apart = split_indices(points.rows, seed=0, is_finite=is_finite)
     else:
         whole = (~points.missing.any(1)).nonzero()[:, 0].cpu()
         if len(whole) < _FEWEST:

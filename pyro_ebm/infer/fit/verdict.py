@@ -154,5 +154,5 @@ def _is_off(difference: EnergyDifference | None) -> bool:
     return (
         difference is not None
         and abs(difference.value) > NUM_ERRORS * difference.std_error
-        and difference.relative**2 / 2 > SMALL  # (1)
+        and abs(difference.relative) > math.sqrt(2 * SMALL)  # (1)
     )

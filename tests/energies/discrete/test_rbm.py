@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import RBMEnergy
 from pyro_ebm.mcmc import Gibbs
 from pyro_ebm.partition import enumeration, estimate, gibbs_annealing
@@ -244,6 +245,33 @@ def test_real_units_against_a_mixture_of_normals_and_quadrature():
     assert found.value == pytest.approx(exact.log_partition.item(), abs=1e-10)
     assert estimate(energy).status == "exact"
     assert exact.expand((4,)).sample((2,)).shape == (2, 4, 3)
+
+
+def test_real_units_given_others_by_quadrature():
+    """Planted faults: the observed value not over the squared scale, or its own term
+    left out of log Z."""
+    energy = of_kind("gaussian", 3, 2)
+    grid = torch.linspace(-30, 30, 3001)
+    x = torch.stack([torch.full_like(grid, 0.7), grid, torch.full_like(grid, -1.2)], -1)
+    log_z = torch.trapezoid((-energy(x)).exp(), grid).log()
+    given = EnergyDistribution(energy).condition({0: 0.7, 2: -1.2})
+    found = given.closed_form()
+    torch.testing.assert_close(found.log_partition, log_z, rtol=0, atol=1e-10)
+    density = -energy(x) - log_z
+    torch.testing.assert_close(given.log_prob(grid[:, None]), density)
+    torch.testing.assert_close(found.distribution.log_prob(grid[:, None]), density)
+    own = list(energy.parameters())
+    for a, b in zip(
+        torch.autograd.grad(found.log_partition, own),
+        torch.autograd.grad(log_z, own),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    twice = energy.closed_form().distribution.condition({2: -1.2}).condition({0: 0.7})
+    torch.testing.assert_close(twice.log_prob(grid[:, None]), density)
+    for wrong in ({3: 0.0}, {0: torch.nan}, {0: 0.0, 1: 0.0, 2: 0.0}):
+        with pytest.raises(ValueError, match="observed must hold a finite number"):
+            energy.closed_form().distribution.condition(wrong)
 
 
 @pytest.mark.parametrize("kind", ["spin", "categorical", "gaussian"])

@@ -119,6 +119,19 @@ def test_bits_of_which_no_blocks_are_known(monkeypatch):
     assert abs(result.log_partition.value - exact) < 0.1
 
 
+def test_a_table_of_few_states_is_learned():
+    """Fault: states are held out whole, and the start is kept since it likes them more
+    than what has been learned without them."""
+    pyro.set_rng_seed(0)
+    truth = BoltzmannEnergy(torch.randn(4, 4).triu(1), torch.randn(4))
+    truth = truth.closed_form().distribution
+    model = EnergyModel(BoltzmannEnergy(0.01 * torch.randn(4, 4).triu(1)))
+    result = fit(model, truth.sample((500,)), num_steps=300, progress_bar=False)
+    x = truth.enumerate_support()
+    log_p = truth.log_prob(x)
+    assert (log_p.exp() * (log_p - result.distribution.log_prob(x))).sum() < 0.1
+
+
 def test_states_that_there_are_not():
     with pytest.raises(ValueError, match="must lie in the support"):
         fit(EnergyModel(machine()), 2 * torch.ones(100, 40), progress_bar=False)

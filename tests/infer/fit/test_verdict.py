@@ -74,6 +74,8 @@ def verdict(found=None, log_partition=KNOWN, stopped="finished", history=()):
         (FitDiagnostics(energy_gap=off(-0.4)), "not at equilibrium", "more steps"),
         # Of a correction so small that to double it gains as little.
         (FitDiagnostics(energy_gap=EnergyDifference(0.04, 0.001, 1.0)), "ok", None),
+        # Of energies that hardly differ, by rounding: its square overflows.
+        (FitDiagnostics(energy_gap=off(0.4, relative=1e200)), "not at equilibrium", ""),
         (FitDiagnostics(drift=off(-0.4)), "not at equilibrium", "lower the learning"),
         (FitDiagnostics(drift=off(-0.1)), "ok", None),
         (FitDiagnostics(r_hat=1.04), "ok", None),
