@@ -600,15 +600,7 @@ class _NormalMixture(dist.TorchDistribution):
         return new
 
     def condition(self, observed: Mapping[Any, Any]) -> "_NormalMixture":
-        """The other units: a machine of these alone, in other fields (3).
-
-        Args:
-            observed: Values by unit: its number, or a tuple of that.
-
-        Raises:
-            ValueError: If a unit is not in the event or none is left, or a value is no
-                finite number.
-        """
+        """The other units: a machine of these alone, in other fields (3)."""
         sites = [int(i[0] if isinstance(i, tuple) else i) for i in observed]
         free = [i for i in range(*self.event_shape) if i not in sites]
         value = torch.stack([torch.as_tensor(x) for x in observed.values()])

@@ -149,8 +149,9 @@ class _Cleaner:
             return None
         source, value = wide.args[0], self.values.get(node)
         assert isinstance(source, fx.Node)
-        is_worth_it = isinstance(value, Tensor) and value.numel() >= _MANY
-        if not (is_worth_it and self._is_blind_to_repeats(node, source)):
+        if not isinstance(value, Tensor) or value.numel() < _MANY:
+            return None
+        if not self._is_blind_to_repeats(node, source):
             return None
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: source)
         narrow = self._call(node.target, args, kwargs)

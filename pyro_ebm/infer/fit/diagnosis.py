@@ -6,8 +6,8 @@ raises it, so that
 .. math::
     \Delta = \mathbb{E}_{\text{data}}[f] - \mathbb{E}_{q_\theta}[f]         \tag{1}
 
-is near 0. The second mean is one over the draws that :math:`\log Z` is tracked by, which
-give no gradient where they are walkers; so (1) is measured for any objective.
+is near 0. The second mean is one over the draws that :math:`\log Z` is tracked by,
+walkers or weighted ones, whatever the gradient came from.
 
 *Drift.* The points that gave the gradient, chains or draws of a generator, are moved on
 by a kernel that leaves :math:`e^{-f}` as it is, at fixed parameters. Points in

@@ -72,7 +72,7 @@ def test_duplicates_are_no_spikes():
     found = importance_sampling(energy, result.base.distribution, num_samples=20_000)
     assert abs(found.value - result.log_partition.value) < 0.02
     draws = result.distribution.sample((200,))
-    assert (draws.std(0) / data.std(0) - 1).abs().max() < 0.5
+    assert (draws.std(0) / data.std(0)).log().abs().max() < 0.8  # of three points
     assert torch.cdist(draws, data[:3]).amin(1).median() > 0.1
 
 

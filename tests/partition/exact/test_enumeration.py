@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyro.distributions import constraints
 
+from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.core.verdict import Reason
 from pyro_ebm.energies import (
     DistributionEnergy,
@@ -229,8 +230,11 @@ def test_estimate_enumerates_what_is_small():
 def test_particles_and_importance_agree_with_the_sum():
     energy = IsingEnergy((2, 2), 0.3)
     base = finite_targets.ising(2).base
-    for method in ("smc", "ais"):
-        found = estimate(energy, base, method=method)
-        assert abs(found.value - estimate(energy).value) < 4 * found.std_error
+    exact = estimate(energy).value
+    found = estimate(energy, base, method="smc")
+    assert abs(found.value - exact) < 4 * found.std_error
+    with pytest.warns(UnreliableWarning, match="one-sided"):
+        found = estimate(energy, base, method="ais")
+    assert abs(found.value - exact) < 4 * found.std_error
     found = estimate(energy, base, method="importance")
     assert abs(found.value - estimate(energy).value) < 4 * found.std_error
