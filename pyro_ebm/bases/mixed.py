@@ -341,13 +341,19 @@ def latent_classes(
             f"[...], dim=-1, lengths=[...]) and a MixedSupport do; got {support}."
         )
     data, number = _completed(data, missing, where, weights, seed), len(data)
-    if num_classes is not None and not 1 <= num_classes <= number:
+    if weights is not None and not (weights.isfinite() & (weights >= 0)).all():
+        raise ValueError(
+            "weights must be finite and not negative, got "
+            f"{weights.min().item()} to {weights.max().item()}."
+        )
+    is_whole = num_classes is None or num_classes == int(num_classes)
+    if num_classes is not None and not (is_whole and 1 <= num_classes <= number):
         raise ValueError(
             f"num_classes must be from 1 to the number of rows, {number}; got "
             f"{num_classes}."
         )
     if num_classes is not None:
-        return _Table(data, where, weights).fitted(num_classes, seed)
+        return _Table(data, where, weights).fitted(int(num_classes), seed)
     settings = weights, held_out, max_seconds, seed
     found, _ = stacked_classes(data, where, *settings)
     if bool(missing.any()):

@@ -218,8 +218,11 @@ def test_bad_rows_are_refused(change, match):
 def test_other_bad_input_is_refused():
     with pytest.raises(ValueError, match="real and categorical"):
         bases.latent_classes(table(50), support=C.real_vector)
-    with pytest.raises(ValueError, match="num_classes"):
-        bases.latent_classes(table(50), 51, support=SUPPORT)
+    for number in (51, 2.5):
+        with pytest.raises(ValueError, match="num_classes"):
+            bases.latent_classes(table(50), number, support=SUPPORT)
+    with pytest.raises(ValueError, match="weights must be finite and not negative"):
+        bases.latent_classes(table(50), 2, support=SUPPORT, weights=-torch.ones(50))
     with pytest.raises(ValueError, match="kind"):
         bases.fit(table(50), "flow", support=SUPPORT)
     with pytest.raises(TypeError, match="floating-point"):

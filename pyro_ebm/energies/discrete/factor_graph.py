@@ -113,8 +113,7 @@ class FactorGraphEnergy(SiteEnergy):
     ) -> None:
         names = list(num_states) if isinstance(num_states, Mapping) else None
         numbers = num_states.values() if isinstance(num_states, Mapping) else num_states
-        self_states = tuple(int(number) for number in numbers)
-        _require_states(self_states, spins=spins)
+        self_states = _whole_numbers(tuple(numbers), spins=spins)
         place = {name: i for i, name in enumerate(names or range(len(self_states)))}
         groups = _grouped([_read(f, place, self_states) for f in factors])
         if not groups:
@@ -476,6 +475,7 @@ def _read(
             )
         numbers = torch.tensor([[place[name] for name in names]])
     _require_sites(numbers, len(states))
+    numbers = numbers.long()  # bytes would be taken for masks
     sizes = {tuple(states[i] for i in row) for row in numbers.tolist()}
     if len(sizes) > 1:
         raise ValueError(
@@ -535,13 +535,15 @@ def _grouped(groups: list[_Group]) -> list[_Group]:
     return kept
 
 
-def _require_states(states: tuple[int, ...], *, spins: bool) -> None:
-    if not states or min(states) < 1 or (spins and set(states) != {2}):
-        wanted = "2 states, as spins have," if spins else "at least 1 state,"
+def _whole_numbers(states: tuple[Any, ...], *, spins: bool) -> tuple[int, ...]:
+    is_whole = all(not isinstance(q, str) and q == int(q) for q in states)
+    if not states or not is_whole or min(states) < 1 or (spins and set(states) != {2}):
+        wanted = "2 states, as spins have," if spins else "a whole number from 1 on,"
         raise ValueError(
             f"num_states must give each of at least one site {wanted} got "
             f"{_few(states)}."
         )
+    return tuple(int(q) for q in states)
 
 
 def _require_sites(sites: Tensor, number: int) -> None:

@@ -99,7 +99,7 @@ def edges_from(graph: Any, num_sites: int | None = None) -> tuple[Tensor, int]:
         edges, number = torch.tensor(pairs).reshape(-1, 2), len(place)
     elif isinstance(graph, Tensor | Iterable):
         is_array = isinstance(graph, Tensor) or hasattr(graph, "__array__")
-        edges = torch.as_tensor(graph if is_array else list(graph))
+        edges = torch.as_tensor(graph) if is_array else _of_pairs(list(graph))
         number = int(edges.max()) + 1 if edges.numel() else 0
     else:
         raise TypeError(
@@ -112,6 +112,7 @@ def edges_from(graph: Any, num_sites: int | None = None) -> tuple[Tensor, int]:
             "independent: a FactorGraphEnergy of one potential for each."
         )
     _require_simple(edges)
+    edges = edges.long()  # bytes would be taken for masks
     if num_sites is None:
         return edges, number
     if num_sites < number:
@@ -154,6 +155,16 @@ def colouring(num_sites: int, scopes: Iterable[Sequence[int]]) -> Tensor:
             front += sorted(near[i], reverse=True)
     colours = torch.tensor(colour)
     return colours == torch.arange(max(colour) + 1)[:, None]
+
+
+def _of_pairs(pairs: list[Any]) -> Tensor:
+    try:
+        return torch.tensor(pairs)
+    except (ValueError, TypeError):
+        raise ValueError(
+            "graph must hold pairs of numbers of sites, from 0 on, got "
+            f"{str(pairs[:3])[1:-1]}. Sites with names come as a graph of networkx."
+        ) from None
 
 
 def _of_matrix(matrix: Any) -> tuple[Tensor, int]:

@@ -244,9 +244,10 @@ class PottsEnergy(LatticeEnergy):
         *,
         periodic: bool = True,
     ) -> None:
-        if num_categories < 2:
+        if num_categories < 2 or num_categories != int(num_categories):
             raise ValueError(
-                f"num_categories must be at least 2, got {num_categories}."
+                "num_categories must be a whole number from 2 on, got "
+                f"{num_categories}."
             )
         categories = constraints.integer_interval(0, num_categories - 1)
         super().__init__(shape, categories, coupling, periodic=periodic)

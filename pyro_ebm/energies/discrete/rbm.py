@@ -449,7 +449,8 @@ class _Layers:
         scale = getattr(self.units, "scale", self.hidden)
         learned = (self.weight, self.visible, self.hidden, scale)
         if torch.is_grad_enabled() and any(t.requires_grad for t in learned):
-            log_weights = self._log_weights(states[log_weights >= least])
+            # What is nan stays, and is seen in the sum.
+            log_weights = self._log_weights(states[~(log_weights < least)])
         return log_weights.logsumexp(0) + self.constant
 
     def marginals(self) -> Tensor:
@@ -613,13 +614,9 @@ class _NormalMixture(dist.TorchDistribution):
         machine, value = self.energy, value.to(self.energy.weight)
         scale = torch.as_tensor(machine.scale).expand(self.event_shape)
         statistic = value / scale[sites].square()
-        rest = RBMEnergy(
-            machine.weight[free],
-            machine.visible_bias[free],
-            machine.hidden_bias + statistic @ machine.weight[sites],
-            visible="gaussian",
-            scale=scale[free],
-        )
+        hidden = machine.hidden_bias + statistic @ machine.weight[sites]
+        parts = machine.weight[free], machine.visible_bias[free], hidden
+        rest = RBMEnergy(*parts, visible="gaussian", scale=scale[free])
         off = (value - machine.visible_bias[sites]) / scale[sites]
         layers = replace(_layers(rest), constant=-off.square().sum() / 2)  # (2)
         return _NormalMixture(rest, layers)
@@ -627,6 +624,9 @@ class _NormalMixture(dist.TorchDistribution):
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Independent draws, shape ``(*sample, *batch, V)``."""
+        if not self.log_partition.isfinite().all():
+            value = self.log_partition.tolist()
+            raise ValueError(f"parameters must be finite, got log Z = {value}.")
         shape = self._extended_shape(torch.Size(sample_shape))
         return self._solver.draws(shape[:-1].numel()).reshape(shape)
 

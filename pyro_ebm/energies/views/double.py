@@ -263,7 +263,11 @@ def _some_points(energy: Energy) -> Tensor | None:
     if finite_values(energy.support) is not None:
         like = torch.empty(0, **options)
         uniform = IndependentSites.uniform(energy.support, energy.event_shape, like)
-        return uniform.sample(torch.Size([_NUM_CHECKED])).double().flatten(1)
+        return (
+            uniform.sample(torch.Size([_NUM_CHECKED]))
+            .double()
+            .reshape(_NUM_CHECKED, -1)
+        )
     if energy.support.is_discrete:
         return None
     try:

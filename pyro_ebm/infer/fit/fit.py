@@ -246,7 +246,9 @@ class _Fit:
         self.stages, self.proposal = list(plan.stages), plan.proposal
         self.state = nn.Module()
         self.best_value, self.best = -math.inf, _Saved({}, {})
-        self.start, self.start_values = self.best, torch.zeros(2)
+        rows = 2 if self.validation_data is None else len(self.validation_data)
+        # Until log Z is known: a start that has none is worse than what has one.
+        self.start, self.start_values = self.best, torch.full((rows,), -math.inf)
         self.best_values = self.start_values
         self.noise = GradientNoise([])
         self.history: list[FitRecord] = []

@@ -358,6 +358,8 @@ def test_wrong_arguments():
     pair = torch.zeros(2, 2)
     cases = [
         (([2, 0], [((0, 1), pair)]), "num_states must give each"),
+        (([2, 2.5], [((0, 1), pair)]), "a whole number from 1 on, got 2, 2.5"),
+        (([2, "2"], [((0, 1), pair)]), "a whole number from 1 on"),
         (([2, 2], []), "factors must hold at least one"),
         (([2, 2], [((0, 2), pair)]), "sites of a factor must be among 0, 1, got 2"),
         (([2, 2], [((0, 0), pair)]), r"each of its sites once, got \(0, 0\)"),
@@ -386,6 +388,8 @@ def test_wrong_arguments():
         ([(0, 1), (1, 0)], r"\(0, 1\) is there more than once"),
         ([(0.5, 1.0)], "pairs of integers"),
         ([(-1, 1)], "numbers from 0 on"),
+        ([("a", "b")], r"numbers of sites, from 0 on, got \('a', 'b'\)"),
+        ([(0, 1), (1, 2, 3)], "pairs of numbers of sites"),
         ([], "at least one edge, got none"),
         (SimpleNamespace(nodes=[0, 1, 2], edges=[]), "at least one edge, got none"),
         (torch.ones(3, 3), r"scipy\.sparse\.csr_array"),
@@ -404,6 +408,21 @@ def test_wrong_arguments():
         FactorGraphEnergy.ising([(0, 1)], torch.zeros(2))
     with pytest.raises(ValueError, match="at least 3 sites"):
         torus_edges((2, 4))
+
+
+def test_sites_in_bytes():
+    """Fault: indices of unsigned bytes are masks, of the sites and of the tables."""
+    edges, table = torch.tensor([[0, 1], [1, 2]]), torch.randn(2, 2, 2)
+    x = torch.tensor([1.0, 0.0, 1.0])
+    wanted = FactorGraphEnergy([2, 2, 2], [(edges, table)])
+    found = FactorGraphEnergy([2, 2, 2], [(edges.byte(), table)])
+    torch.testing.assert_close(found(x), wanted(x))
+    log_z = wanted.closed_form().log_partition
+    torch.testing.assert_close(found.closed_form().log_partition, log_z)
+    ring = FactorGraphEnergy.ising(edges.byte(), 0.4)
+    wanted = FactorGraphEnergy.ising(edges, 0.4)
+    log_z = wanted.closed_form().log_partition
+    torch.testing.assert_close(ring.closed_form().log_partition, log_z)
 
 
 def graph(ring, tables):

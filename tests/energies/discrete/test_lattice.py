@@ -112,8 +112,9 @@ def test_wrong_arguments():
         IsingEnergy((4, 4), 0.4, torch.zeros(3))
     with pytest.raises(ValueError, match=r"coupling must be one floating.*\(2,\)"):
         IsingEnergy((4, 4), torch.zeros(2))
-    with pytest.raises(ValueError, match="num_categories must be at least 2, got 1"):
-        PottsEnergy((4, 4), 1, 0.4)
+    for number in (1, 2.5):
+        with pytest.raises(ValueError, match=f"whole number from 2 on, got {number}"):
+            PottsEnergy((4, 4), number, 0.4)
 
 
 def test_what_carries_a_graph_stays_live():

@@ -247,6 +247,16 @@ def test_real_units_against_a_mixture_of_normals_and_quadrature():
     assert exact.expand((4,)).sample((2,)).shape == (2, 4, 3)
 
 
+@pytest.mark.parametrize("kind", ["binary", "gaussian"])
+def test_a_machine_of_nan_says_so(kind):
+    """Faults: terms that are nan left out of log Z; no message of ours at a draw."""
+    energy = RBMEnergy(torch.full((3, 2), torch.nan), visible=kind)
+    known = energy.closed_form()
+    assert known.log_partition.isnan()
+    with pytest.raises(ValueError, match=r"must be finite.*got log Z = nan"):
+        known.distribution.sample()
+
+
 def test_real_units_given_others_by_quadrature():
     """Planted faults: the observed value not over the squared scale, or its own term
     left out of log Z."""

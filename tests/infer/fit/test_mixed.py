@@ -259,3 +259,26 @@ def test_rows_outside_the_support_are_refused(column, value):
     data[7, column] = torch.inf
     with pytest.raises(ValueError, match="finite"):
         pyro_ebm.fit(model, data, progress_bar=False)
+
+
+def test_a_start_without_log_z_is_compared_with_none():
+    """Fault: the first record that has one compared with numbers that are not there."""
+
+    class Ridge(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x):
+            return 50 * (x[..., 0] - x[..., 1] - self.loc).square()
+
+    support = C.cat([C.real, C.boolean], dim=-1, lengths=[1, 1])
+    pyro.set_rng_seed(0)
+    bit = torch.bernoulli(torch.full((300,), 0.5))
+    data = torch.stack([0.1 * torch.randn(300) + bit, bit], 1)
+    ridge = Ridge()
+    model = pyro_ebm.EnergyModel(FunctionEnergy(ridge, (2,), support))
+    result = pyro_ebm.fit(model, data, num_steps=300, progress_bar=False)
+    known = [record.validation.is_normalized for record in result.history]
+    assert known[-1] > known[0]
+    assert ridge.loc < 0.4

@@ -142,6 +142,25 @@ def test_single_precision_energies_are_computed_in_double():
     assert found.std_error < 1e-13
 
 
+def test_one_site_without_a_dimension():
+    """Fault: points of an event of shape () taken for vectors."""
+
+    class Bowl(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.middle = torch.nn.Parameter(torch.tensor(3.2, dtype=torch.float32))
+
+        def forward(self, x):
+            return (x - self.middle).square() / 2
+
+    energy = FunctionEnergy(Bowl(), (), constraints.integer_interval(0, 9))
+    states = torch.arange(10, dtype=torch.float32)
+    found = estimate(energy, progress_bar=False)
+    log_z = torch.logsumexp(-energy(states), 0)
+    assert found.status == "exact"
+    assert found.value == pytest.approx(log_z.item(), abs=1e-6)
+
+
 def test_limits_are_kept():
     """Planted fault: time not looked at; all 2^16 states are summed."""
 

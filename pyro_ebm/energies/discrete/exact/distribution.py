@@ -361,7 +361,7 @@ class ExactDistribution(dist.TorchDistribution):
         if value.isfinite().all():
             return
         given = " that agrees with what is observed" if self.observed else ""
-        if value.isnan().any() or (value > 0).any():
+        if value.isnan().any() or value.isposinf().any():
             raise ValueError(
                 "the potentials of an exact distribution must be finite, or -inf for "
                 f"what is forbidden, got log Z = {value.tolist()}. Look for an "
