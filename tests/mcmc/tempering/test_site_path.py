@@ -293,7 +293,7 @@ def test_wrong_arguments():
         smc(QuadraticEnergy(torch.zeros(2)), normal, kernel=Gibbs())
     with pytest.raises(ValueError, match="base must have"):
         ReplicaExchange(normal).run(energy)
-    with pytest.raises(ValueError, match="base must be a distribution.*got None"):
+    with pytest.raises(TypeError, match="base must be a Pyro distribution.*got None"):
         ReplicaExchange().run(QuadraticEnergy(torch.zeros(2)))
     with pytest.raises(ValueError, match="must not be negative"):
         smc(
