@@ -282,7 +282,7 @@ def _plate_nesting(trace: Trace) -> int:
 _SHARE = 0.2
 
 
-class Proposal(NamedTuple):
+class _Proposal(NamedTuple):
     """A normalised density over ``u``.
 
     Attributes:
@@ -331,7 +331,7 @@ def proposal_of(
     energy: PyroModelEnergy,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> Proposal | None:
+) -> _Proposal | None:
     """A guide as a proposal over the points of an energy.
 
     Args:
@@ -364,12 +364,12 @@ def proposal_of(
     if len(own) < len(latent):
         return None
     runs = _SiteRuns(guide, trace, energy, args, kwargs)
-    return Proposal(runs.sample, runs.log_prob)
+    return _Proposal(runs.sample, runs.log_prob)
 
 
 def log_weights(
     energy: PyroModelEnergy,
-    proposal: Proposal,
+    proposal: _Proposal,
     prior: dist.TorchDistribution,
     count: int,
 ) -> Tensor:
@@ -399,7 +399,7 @@ def log_weights(
     return -energy(u) - log_mixture  # (3)
 
 
-def _of_vector(vector: Any, energy: PyroModelEnergy) -> Proposal:
+def _of_vector(vector: Any, energy: PyroModelEnergy) -> _Proposal:
     options = energy.tensor_options()
 
     def log_prob(u: Tensor) -> Tensor:
@@ -410,7 +410,7 @@ def _of_vector(vector: Any, energy: PyroModelEnergy) -> Proposal:
         u = vector.sample(torch.Size((count,)))
         return u.to(**options), vector.log_prob(u).to(**options)
 
-    return Proposal(sample, log_prob)
+    return _Proposal(sample, log_prob)
 
 
 def _vector_of(
