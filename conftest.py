@@ -58,6 +58,7 @@ def fresh_state(dtype, monkeypatch):
     torch.set_default_dtype(dtype)
     torch.set_num_threads(1)
     pyro.clear_param_store()
+    pyro.enable_validation(True)
     pyro.set_rng_seed(0)
     yield
     torch.set_default_dtype(before)
