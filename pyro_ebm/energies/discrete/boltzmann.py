@@ -20,7 +20,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from pyro_ebm.energies.base import live_or_parameter, require_precision
+from pyro_ebm.energies.base import ClosedForm, live_or_parameter, require_precision
 from pyro_ebm.energies.discrete.exact.distribution import ExactClosedForm
 from pyro_ebm.energies.discrete.exact.elimination import (
     MAX_COST,
@@ -114,15 +114,27 @@ class BoltzmannEnergy(SiteEnergy):
             return None
         return exact_closed_form(self, self.factors())
 
-    def annealing_path(self) -> AnnealingPath:
-        """From fair units to this energy, by scaling weights and biases."""
-        is_spins = bool(self.values[0] < 0)
+    def annealing_path(self, log_probs: Tensor | None = None) -> AnnealingPath:
+        """From independent units to this energy: weights are scaled, and biases mixed.
+
+        Args:
+            log_probs: Of the values of the units where it begins, such as those of
+                data, shape ``(2, D)``. Default: fair units.
+        """
+        low, high = self.values.tolist()
+        start = torch.zeros_like(self.bias.detach())
+        if log_probs is not None:
+            start = (log_probs[1] - log_probs[0]) / (high - low)
+        weight, bias = self.weight.detach(), self.bias.detach()
 
         def at(beta: float) -> BoltzmannEnergy:
-            weight, bias = beta * self.weight, beta * self.bias
-            return BoltzmannEnergy(weight, bias, spins=is_spins)
+            mixed = torch.lerp(start, bias, beta)
+            return BoltzmannEnergy(beta * weight, mixed, spins=low < 0)
 
-        return super().annealing_path()._replace(at=at)
+        log_z = torch.logaddexp(low * start, high * start).sum()
+        log_odds = torch.stack([low * start, high * start])
+        base = IndependentSites(self.support, log_odds.log_softmax(0))
+        return AnnealingPath(ClosedForm(log_z, base), at, is_linear=True)
 
     def factors(self) -> Factors:
         """Log potentials of all pairs, and of the units."""

@@ -32,6 +32,7 @@ from torch import Tensor
 from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.energies import Energy
 from pyro_ebm.energies.base import ClosedForm
+from pyro_ebm.energies.discrete.boltzmann import BoltzmannEnergy
 from pyro_ebm.energies.discrete.exact.elimination import Factors
 from pyro_ebm.energies.discrete.finite import (
     AnnealingPath,
@@ -265,16 +266,16 @@ def _path(energy: Energy, base: dist.TorchDistribution | None) -> AnnealingPath:
         base = IndependentSites.uniform(energy.support, energy.event_shape, like)
     first = cast(Energy, base_energy(base, energy))  # None only for no base
     logits = _site_logits(base, energy)
+    is_machine = isinstance(energy, BoltzmannEnergy | RBMEnergy)
+    if is_machine and logits is not None and logits.isfinite().all():
+        return energy.annealing_path(logits)
+    start = ClosedForm(torch.zeros(()), base)
     if logits is not None and isinstance(energy, SiteEnergy):
-        start = ClosedForm(torch.zeros(()), base)
         return AnnealingPath(
             start,
             lambda beta: _BetweenSites(first, logits, energy, beta),
             is_linear=True,
         )
-    if logits is not None and isinstance(energy, RBMEnergy):
-        return energy.annealing_path(logits)
-    start = ClosedForm(torch.zeros(()), base)
     return AnnealingPath(
         start, lambda beta: _Between(first, energy, beta), is_linear=True
     )

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from pyro_ebm.energies import BoltzmannEnergy, RBMEnergy
+from pyro_ebm.energies.discrete.independent import IndependentSites
+from pyro_ebm.mcmc.tempering.site_path import SitePath
 from pyro_ebm.partition import enumeration, estimate
 
 
@@ -38,6 +40,28 @@ def test_closed_form(spins):
     (grad,) = torch.autograd.grad(known.log_partition, energy.bias)
     torch.testing.assert_close(grad, known.distribution.mean)
     assert machine(40).closed_form() is None
+
+
+@pytest.mark.parametrize("spins", [False, True])
+def test_the_path_from_data_stays_in_the_family(spins):
+    """Units as often on as in data at the start, the energy at the end, and what lies
+    between linear. Planted fault: the logit for the field of spins."""
+    energy = machine(spins=spins)
+    log_probs = torch.rand(2, 6).log_softmax(0)
+    path = energy.annealing_path(log_probs)
+    x = energy.closed_form().distribution.sample((50,))
+    assert all(isinstance(path.at(beta), BoltzmannEnergy) for beta in (0.0, 0.3))
+    start = IndependentSites(energy.support, log_probs)
+    torch.testing.assert_close(
+        start.log_prob(x), -path.at(0.0)(x) - path.start.log_partition
+    )
+    torch.testing.assert_close(path.start.distribution.log_probs, log_probs)
+    torch.testing.assert_close(path.at(1.0)(x), energy(x))
+    mixed = torch.lerp(path.at(0.0)(x), energy(x), 0.3)
+    torch.testing.assert_close(path.at(0.3)(x), mixed)
+    found = SitePath(energy, start)
+    assert isinstance(found.at(0.3), BoltzmannEnergy)
+    assert found.log_start == pytest.approx(path.start.log_partition.item())
 
 
 def test_wrong_arguments():
