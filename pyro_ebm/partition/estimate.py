@@ -43,8 +43,9 @@ Method = Literal["auto", "exact", "sampling", "smc", "importance", "ais", "gibbs
 _NUM_CHECKED = 64
 #: Draws that the check of a base against its density takes.
 _NUM_DRAWN = 20_000
-#: States that ``"auto"`` enumerates rather than samples.
-_MAX_STATES = 2**18
+#: States that ``"auto"`` enumerates rather than samples: those, and where they take no
+#: more than a part of the time so many.
+_FEW_STATES, _MAX_STATES = 2**18, 2**22
 #: Nats below the bulk at which mass is none.
 _NOTHING = 100.0
 #: Over a mixed support: draws of a proposal, chains that it is fitted to, about what
@@ -80,13 +81,14 @@ def estimate(
             ``method`` of the result names, and around which modes are looked for far
             and wide. A base that is given must reach all that counts.
         method: ``"auto"`` takes the closed form where there is one, enumeration of up
-            to 2^18 states, quadrature for events of one or two numbers, else
-            ``"sampling"``: particles and modes from the base, held against each other,
-            over a finite support ``"gibbs"``, and over a mixed one importance sampling
-            from the base and from what chains have found. ``"exact"`` is what is exact
-            alone, for up to three numbers or 2^22 states. See :func:`smc`,
-            :func:`importance_sampling`, :func:`annealed_importance_sampling` and
-            :func:`gibbs_annealing` for the others.
+            to 2^18 states (2^22 where they take less than a third of the time),
+            quadrature for events of one or two numbers, else ``"sampling"``: particles
+            and modes from the base, held against each other, over a finite support
+            ``"gibbs"``, and over a mixed one importance sampling from the base and from
+            what chains have found. ``"exact"`` is what is exact alone, for up to three
+            numbers or 2^22 states. See :func:`smc`, :func:`importance_sampling`,
+            :func:`annealed_importance_sampling` and :func:`gibbs_annealing` for the
+            others.
         tolerance: Standard error wanted, in nats.
         max_seconds: Seconds after which the estimate ends with what there is.
         budget: Energy evaluations aimed at; default: as many as the time allows.
@@ -179,9 +181,9 @@ def _exact(
         return None
     states = num_states(energy)
     if result is None and states is not None:
-        if method == "exact" or states <= _MAX_STATES:
+        if method == "exact":
             return enumeration(energy, progress_bar=progress_bar)
-        return None
+        return _enumerated(energy, states, limits, progress_bar=progress_bar)
     if result is None and (method == "exact" or energy.event_shape.numel() <= 2):
         share = 1.0 if method == "exact" else 0.3
         limit = 2**21 if limits.budget is None else limits.budget
@@ -198,6 +200,22 @@ def _exact(
         if method == "auto" and not result.is_reliable and is_doubtful:
             return None
     return result
+
+
+def _enumerated(
+    energy: Energy, states: int, limits: Limits, *, progress_bar: bool
+) -> LogPartitionEstimate | None:
+    """The sum over all states, or ``None`` where there are too many for the time."""
+    if states > _MAX_STATES:
+        return None
+    if states <= _FEW_STATES:
+        return enumeration(energy, progress_bar=progress_bar)
+    if limits.budget is not None and limits.budget < states:
+        return None
+    seconds = 0.3 * limits.left
+    found = enumeration(energy, max_seconds=seconds, progress_bar=progress_bar)
+    is_whole = all(why.reason is not Reason.OUT_OF_BUDGET for why in found.reasons)
+    return found if is_whole else None
 
 
 def _require_sampling(energy: Energy, method: str) -> None:

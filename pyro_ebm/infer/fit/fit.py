@@ -64,6 +64,8 @@ from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 _LOG = logging.getLogger(__name__)
 #: Wall-clock time of a fit that is told none.
 _SECONDS = 60.0
+#: Steps over a finite support between two moves of the walkers, and two checks.
+_FINITE_INTERVALS = 30, 1500
 #: Points at which the energy is checked.
 _NUM_CHECKED = 8
 #: Records without a better one, and the model still counts as getting better.
@@ -189,6 +191,8 @@ def fit(
     is_dear = tracker.is_closed_form or not plan.stages[0].objective.needs
     if plan.decays and is_dear:  # a sum or many sweeps, beside cheap steps
         tracker.interval = run.record_interval
+    elif plan.decays:  # walkers cost as much as a few steps, and as many runs of theirs
+        tracker.interval, tracker.check_interval = _FINITE_INTERVALS
     run.callbacks = callbacks
     if max_grad_norm is not None or not is_automatic:
         run.max_grad_norm = max_grad_norm

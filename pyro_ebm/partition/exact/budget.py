@@ -9,12 +9,13 @@ half of what it may.
 __all__ = ["Budget", "OutOfBudgetError"]
 
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from pyro_ebm.core.stopwatch import Stopwatch
 
 try:
     import resource
@@ -50,13 +51,13 @@ class Budget:
         self.max_evaluations, self.max_seconds = max_evaluations, max_seconds
         self.max_bytes, self.bar = max_bytes, bar
         self.num_evaluations = 0
-        self._start, self._memory = time.monotonic(), _peak_memory()
+        self._watch, self._memory = Stopwatch(), _peak_memory()
         self._chunk, self._longest = _FIRST, 0.0
 
     @property
     def seconds(self) -> float:
-        """Seconds since the beginning."""
-        return time.monotonic() - self._start
+        """Seconds of computing since the beginning."""
+        return self._watch.seconds
 
     @property
     def left(self) -> int:
@@ -89,6 +90,22 @@ class Budget:
             done += len(parts[-1][0])
         return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
 
+    def require_time(self, total: int) -> None:
+        """Check that the time may do for so many points at the pace of those so far.
+
+        Args:
+            total: All points that are wanted.
+
+        Raises:
+            OutOfBudgetError: If they would take more than twice as long.
+        """
+        wanted = self.seconds * total / max(self.num_evaluations, 1)
+        if wanted > 2 * self.max_seconds:
+            raise OutOfBudgetError(
+                f"{self.max_seconds:g} seconds (max_seconds) do not suffice for "
+                f"{total:,} points, which take about {wanted:.2g}"
+            )
+
     def _call(
         self, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor
     ) -> tuple[Tensor, ...]:
@@ -96,9 +113,9 @@ class Budget:
             raise OutOfBudgetError(
                 f"{self.max_seconds:g} seconds (max_seconds) do not suffice"
             )
-        start = time.monotonic()
+        watch = Stopwatch()
         result = function(x)
-        took = time.monotonic() - start
+        took = watch.seconds
         self.num_evaluations += len(x)
         self.bar.update(len(x))
         if len(x) == self._chunk:

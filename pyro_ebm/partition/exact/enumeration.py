@@ -25,8 +25,9 @@ from pyro_ebm.partition.exact.budget import Budget, OutOfBudgetError
 from pyro_ebm.partition.exact.precision import insists_on_single
 from pyro_ebm.partition.progress import bar_settings
 
-#: States whose numbers are held at once.
-_CHUNK = 2**18
+#: States whose numbers are held at once; and those after which it is known how long the
+#: others will take.
+_CHUNK, _FIRST = 2**18, 2**14
 
 
 @torch.no_grad()
@@ -44,7 +45,8 @@ def enumeration(
         energy: Over booleans, integers of an interval or spins, independent or not.
             Its points come in as floating-point numbers.
         max_states: Largest number of points that is worth the time.
-        max_seconds: Seconds after which the sum is given up.
+        max_seconds: Seconds after which the sum is given up; or as soon as it is clear
+            that it would take more than twice as many.
         max_bytes: By how much the memory of the process may grow: how many points are
             given to the energy at once.
         progress_bar: Whether to show the energy evaluations, if it takes more than a
@@ -92,12 +94,14 @@ class _Sums:
 
     def run(self) -> Finding | None:
         """Add up all states; what speaks against the sum."""
-        is_number = True
-        for start in range(0, self.total, _CHUNK):
-            stop = min(start + _CHUNK, self.total)
+        is_number, stop = True, 0
+        while stop < self.total:
+            start, size = stop, _CHUNK if stop else min(_FIRST, _CHUNK)
+            stop = min(start + size, self.total)
             number = torch.arange(start, stop, device=self.log_sum.device)
             try:
                 (value,) = self.budget.evaluate(self._energies, number)
+                self.budget.require_time(self.total)
             except OutOfBudgetError as error:
                 share = self.budget.num_evaluations / self.total
                 text = f"{error}: {share:.1%} of the states were summed"

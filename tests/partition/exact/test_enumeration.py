@@ -11,7 +11,7 @@ import torch
 from pyro.distributions import constraints
 
 from pyro_ebm.core.errors import UnreliableWarning
-from pyro_ebm.core.verdict import Reason
+from pyro_ebm.core.verdict import Reason, Status
 from pyro_ebm.energies import (
     DistributionEnergy,
     FunctionEnergy,
@@ -20,9 +20,10 @@ from pyro_ebm.energies import (
     RBMEnergy,
     spins,
 )
-from pyro_ebm.partition import enumeration, estimate
+from pyro_ebm.partition import LogPartitionEstimate, enumeration, estimate
 from pyro_ebm.testing import CountingEnergy, finite_targets
 
+LOOKED = LogPartitionEstimate(*[0.0] * 5, Status.OK, "sampled", 1)
 BETA_C = math.log(1 + math.sqrt(2)) / 2
 
 
@@ -165,7 +166,9 @@ def test_limits_are_kept():
     """Planted fault: time not looked at; all 2^16 states are summed."""
 
     def slow(x):
-        time.sleep(0.01)
+        end = time.process_time() + 0.01
+        while time.process_time() < end:
+            pass
         return x.sum(-1)
 
     boolean = constraints.independent(constraints.boolean, 1)
@@ -175,6 +178,24 @@ def test_limits_are_kept():
     assert "of the states were summed" in found.reason
     assert found.num_evaluations < 2**16
     assert found.value < 16 * math.log1p(math.exp(-1))
+
+
+def test_a_million_black_box_states_where_there_is_time(monkeypatch):
+    """By default, and not where they would take most of it: then it is seen early.
+    Planted fault: the pace not looked at."""
+    module = importlib.import_module("pyro_ebm.partition.estimate")
+    a, energy = linear((20,), constraints.boolean)
+    found = estimate(energy, progress_bar=False)
+    exact = torch.nn.functional.softplus(-a).sum().item()
+    assert (found.status, found.num_evaluations) == ("exact", 2**20)
+    assert found.value == pytest.approx(exact, abs=1e-9)
+    found = enumeration(energy, max_seconds=1e-3)
+    assert found.reasons[0].reason is Reason.OUT_OF_BUDGET
+    assert found.num_evaluations <= 2**14
+    monkeypatch.setattr(module, "_annealed", lambda *_, **__: LOOKED)
+    assert estimate(energy, max_seconds=1e-3) is LOOKED
+    assert estimate(energy, budget=2**19) is LOOKED
+    assert estimate(linear((23,), constraints.boolean)[1]) is LOOKED
 
 
 def test_evaluations_are_counted():
