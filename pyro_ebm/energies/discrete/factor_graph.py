@@ -37,7 +37,7 @@ from pyro_ebm.energies.discrete.exact.elimination import (
     exact_sums,
 )
 from pyro_ebm.energies.discrete.finite import AnnealingPath, spins
-from pyro_ebm.energies.discrete.graph import colouring, edges_from
+from pyro_ebm.energies.discrete.graph import colouring, couplings_from, edges_from
 from pyro_ebm.energies.discrete.sites import SiteEnergy, path_through, softened
 
 
@@ -140,7 +140,7 @@ class FactorGraphEnergy(SiteEnergy):
     def ising(
         cls,
         graph: Any,
-        coupling: float | Tensor,
+        coupling: float | Tensor | str,
         field: float | Tensor | None = None,
         *,
         num_sites: int | None = None,
@@ -150,7 +150,9 @@ class FactorGraphEnergy(SiteEnergy):
         Args:
             graph: Edges of shape ``(E, 2)`` or a list of pairs, a sparse matrix of
                 scipy, or a graph of networkx; see :func:`grid_edges`.
-            coupling: :math:`J`, a number or shape ``(*batch, E)``.
+            coupling: :math:`J`, a number or shape ``(*batch, E)``; or the name that it
+                has at the edges of a graph of networkx, such as ``"weight"``: unnamed,
+                these do not count.
             field: :math:`h`, a number or shape ``(*batch, D)``; default: none.
             num_sites: :math:`D`, where the last sites have no edge; default: as many
                 as ``graph`` has.
@@ -166,8 +168,9 @@ class FactorGraphEnergy(SiteEnergy):
             -1.5
         """
         edges, number = edges_from(graph, num_sites)
+        own_coupling = couplings_from(graph, coupling)
         factors: list[tuple[Any, Any]] = [
-            (edges, _Scaled(coupling, "coupling", len(edges), _product))
+            (edges, _Scaled(own_coupling, "coupling", len(edges), _product))
         ]
         if field is not None:
             own = torch.arange(number)[:, None]
@@ -179,7 +182,7 @@ class FactorGraphEnergy(SiteEnergy):
         cls,
         graph: Any,
         num_categories: int,
-        coupling: float | Tensor,
+        coupling: float | Tensor | str,
         *,
         num_sites: int | None = None,
     ) -> "FactorGraphEnergy":
@@ -188,7 +191,7 @@ class FactorGraphEnergy(SiteEnergy):
         Args:
             graph: See :meth:`ising`.
             num_categories: :math:`q`.
-            coupling: :math:`J`, a number or shape ``(*batch, E)``.
+            coupling: See :meth:`ising`.
             num_sites: See :meth:`ising`.
 
         Raises:
@@ -196,7 +199,8 @@ class FactorGraphEnergy(SiteEnergy):
             ValueError: As of :meth:`ising`.
         """
         edges, number = edges_from(graph, num_sites)
-        table = _Scaled(coupling, "coupling", len(edges), _equal)
+        own_coupling = couplings_from(graph, coupling)
+        table = _Scaled(own_coupling, "coupling", len(edges), _equal)
         return cls([num_categories] * number, [(edges, table)])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Sites are numbered from 0; those of a lattice row by row, as ``x.flatten()`` does.
 """
 
-__all__ = ["colouring", "edges_from", "grid_edges", "lattice_edges", "torus_edges"]
+__all__ = ["colouring", "couplings_from", "edges_from", "grid_edges", "lattice_edges", "torus_edges"]
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -121,6 +121,27 @@ def edges_from(graph: Any, num_sites: int | None = None) -> tuple[Tensor, int]:
             f"{num_sites}."
         )
     return edges, num_sites
+
+
+def couplings_from(graph: Any, coupling: Any) -> Any:
+    """A coupling as it is, or what a graph has for each edge under this name.
+
+    Args:
+        graph: Of networkx, if ``coupling`` is a name.
+        coupling: Numbers, or the name of an attribute of the edges.
+
+    Raises:
+        ValueError: If it is a name, and the graph or one of its edges has none such.
+    """
+    if not isinstance(coupling, str):
+        return coupling
+    try:
+        return torch.tensor([float(d[coupling]) for _, _, d in graph.edges(data=True)])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            "coupling must be numbers, or the name of an attribute that all edges of a "
+            f"graph of networkx have as a number; got {coupling!r}."
+        ) from None
 
 
 def colouring(num_sites: int, scopes: Iterable[Sequence[int]]) -> Tensor:

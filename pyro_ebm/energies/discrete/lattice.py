@@ -20,6 +20,7 @@ References:
 __all__ = ["IsingEnergy", "LatticeEnergy", "PottsEnergy"]
 
 import functools
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import final
@@ -79,6 +80,8 @@ class LatticeEnergy(SiteEnergy):
                 f"and 1 if not; got {shape} with periodic={periodic}."
             )
         if not isinstance(coupling, Tensor):
+            if not math.isfinite(coupling):
+                raise ValueError(f"coupling must be finite, got {coupling}.")
             coupling = torch.tensor(float(coupling))
         if coupling.shape or not coupling.is_floating_point():
             raise ValueError(

@@ -2,8 +2,8 @@
 
 __all__ = ["Points", "as_points"]
 
-import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -215,11 +215,8 @@ def _first(item: Any) -> Any:
 
 
 def _as_tensor(name: str, data: Any, model: EnergyModel) -> Tensor:
-    if hasattr(data, "to_numpy"):  # of pandas
-        data = data.to_numpy()
-        if data.dtype == object:  # columns of several types, such as flags and counts
-            with contextlib.suppress(TypeError, ValueError):
-                data = data.astype(float)
+    if hasattr(data, "to_numpy"):
+        data = _of_pandas(name, data)
     if not isinstance(data, Tensor):
         try:
             data = torch.tensor(data)  # a copy: an array may be read-only
@@ -233,3 +230,28 @@ def _as_tensor(name: str, data: Any, model: EnergyModel) -> Tensor:
         _LOG.info("%s: converted from %s to %s", name, data.dtype, options["dtype"])
         data = data.to(options["dtype"])
     return data.to(options["device"])
+
+
+def _of_pandas(name: str, data: Any) -> Any:
+    """Numbers of a table, in which what is missing is ``nan``."""
+    found = data.to_numpy()
+    if found.dtype != object:
+        return found
+    try:  # columns of several types, such as flags and counts, or with pandas.NA
+        return data.to_numpy(dtype=float, na_value=math.nan)
+    except (TypeError, ValueError):
+        columns = data.items() if hasattr(data, "items") and data.ndim > 1 else ()
+        words = [key for key, column in columns if not _is_numeric(column)]
+        raise TypeError(
+            f"{name} must be a tensor, an array or a table of numbers, got words or "
+            f"categories in the column(s) {words}. Number them from 0 on, as "
+            "table[column].astype('category').cat.codes does, where -1 is missing."
+        ) from None
+
+
+def _is_numeric(column: Any) -> bool:
+    try:
+        column.to_numpy(dtype=float, na_value=math.nan)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -216,6 +216,11 @@ def _place(energy: Energy, part: Any) -> Tensor:
             f"the part {part!r} is one of a mixed event, and the support of the energy "
             f"is {energy.support}. Take one kernel for all of it, or give indices."
         )
+    if isinstance(part, str) and part not in (getattr(energy, "names", None) or ()):
+        raise ValueError(
+            f"parts must be named 'real' and 'finite', or as the sites of a factor graph "
+            f"are, or be indices; got {part!r}."
+        )
     return chosen_numbers(energy, part).reshape(-1)
 
 

@@ -505,3 +505,18 @@ def test_a_graph_for_each_row_is_learned_by_svi():
     for _ in range(60):
         svi.step()
     assert (pyro.param("weight") - weight).abs().max() < 0.15
+
+
+def test_couplings_that_a_graph_has():
+    """Fault: weights of the edges not looked at, and none said what they are for."""
+    networkx = pytest.importorskip("networkx")
+    graph = networkx.Graph()
+    graph.add_edge("a", "b", weight=2.0)
+    graph.add_edge("b", "c", weight=-1)
+    x = torch.tensor([1.0, 1.0, -1.0])
+    assert FactorGraphEnergy.ising(graph, "weight")(x).item() == -3
+    assert FactorGraphEnergy.potts(graph, 2, "weight")((x + 1) / 2).item() == -2
+    assert FactorGraphEnergy.ising(graph, 1.0)(x).item() == 0
+    for given, name in ((graph, "strength"), ([(0, 1)], "weight")):
+        with pytest.raises(ValueError, match=f"got '{name}'"):
+            FactorGraphEnergy.ising(given, name)

@@ -1,6 +1,7 @@
 """Ising and Potts lattices against sums written out bond by bond."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -129,3 +130,9 @@ def test_what_carries_a_graph_stays_live():
     shared = torch.nn.Parameter(torch.tensor(0.4))
     assert PottsEnergy((3, 3), 3, shared).coupling is shared
     assert isinstance(IsingEnergy((3, 3), 0.4).coupling, torch.nn.Parameter)
+
+
+@pytest.mark.parametrize("coupling", [math.nan, math.inf])
+def test_a_coupling_that_is_no_number(coupling):
+    with pytest.raises(ValueError, match="coupling must be finite"):
+        IsingEnergy((3, 3), coupling)

@@ -43,8 +43,21 @@ def test_a_table_of_pandas():
     mixed = pandas.DataFrame({"a": [True, False], "b": [3, 4]})
     assert as_points("data", mixed, model()).rows.tolist() == [[1, 3], [0, 4]]
     words = pandas.DataFrame({"a": ["x", "y"], "b": [3, 4]})
+    with pytest.raises(TypeError, match=r"of numbers, got words .* \['a'\]\. Number"):
+        as_points("data", words, model())
+    words["a"] = pandas.Categorical(words["a"])
     with pytest.raises(TypeError, match="data must be a tensor, an array or a table"):
         as_points("data", words, model())
+
+
+def test_what_is_missing_for_pandas():
+    """Seen to be refused: columns of which one holds pandas.NA are objects."""
+    pandas = pytest.importorskip("pandas")
+    column = pandas.array([1.5, pandas.NA, 2.0], dtype="Float64")
+    table = pandas.DataFrame({"a": column, "b": [3, 4, 5]})
+    found = as_points("data", table, model(), may_miss=True)
+    assert found.missing.tolist() == [[False, False], [True, False], [False, False]]
+    assert found.rows[:, 1].tolist() == [3, 4, 5]
 
 
 def test_a_conversion_is_said_once(caplog):

@@ -286,6 +286,8 @@ def test_other_bad_input_is_refused():
         Alternating({"real": HMC()}).init(
             QuadraticEnergy(torch.zeros(2)), torch.zeros(3, 2)
         )
+    with pytest.raises(ValueError, match=r"named 'real' and 'finite'.* got 'reel'"):
+        Alternating({"reel": HMC(), "finite": Gibbs()}).init(target(), draws(3))
     for kernel in (HMC(), Gibbs(), DiscreteLangevin()):
         with pytest.raises(ValueError, match="Alternating"):
             kernel.init(target(), draws(3))
