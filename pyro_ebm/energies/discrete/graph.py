@@ -3,7 +3,14 @@
 Sites are numbered from 0; those of a lattice row by row, as ``x.flatten()`` does.
 """
 
-__all__ = ["colouring", "couplings_from", "edges_from", "grid_edges", "lattice_edges", "torus_edges"]
+__all__ = [
+    "colouring",
+    "couplings_from",
+    "edges_from",
+    "grid_edges",
+    "lattice_edges",
+    "torus_edges",
+]
 
 import itertools
 from collections.abc import Iterable, Sequence

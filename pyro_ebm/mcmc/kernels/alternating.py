@@ -218,7 +218,7 @@ def _place(energy: Energy, part: Any) -> Tensor:
         )
     if isinstance(part, str) and part not in (getattr(energy, "names", None) or ()):
         raise ValueError(
-            f"parts must be named 'real' and 'finite', or as the sites of a factor graph "
+            "parts must be named 'real' and 'finite', or as sites of a factor graph "
             f"are, or be indices; got {part!r}."
         )
     return chosen_numbers(energy, part).reshape(-1)
