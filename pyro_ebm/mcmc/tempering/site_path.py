@@ -266,8 +266,8 @@ def _path(energy: Energy, base: dist.TorchDistribution | None) -> AnnealingPath:
         base = IndependentSites.uniform(energy.support, energy.event_shape, like)
     first = cast(Energy, base_energy(base, energy))  # None only for no base
     logits = _site_logits(base, energy)
-    is_machine = isinstance(energy, BoltzmannEnergy | RBMEnergy)
-    if is_machine and logits is not None and logits.isfinite().all():
+    is_finite = logits is not None and bool(logits.isfinite().all())
+    if is_finite and isinstance(energy, BoltzmannEnergy | RBMEnergy):
         return energy.annealing_path(logits)
     start = ClosedForm(torch.zeros(()), base)
     if logits is not None and isinstance(energy, SiteEnergy):

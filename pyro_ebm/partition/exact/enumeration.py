@@ -96,8 +96,8 @@ class _Sums:
         """Add up all states; what speaks against the sum."""
         is_number, stop = True, 0
         while stop < self.total:
-            start, size = stop, _CHUNK if stop else min(_FIRST, _CHUNK)
-            stop = min(start + size, self.total)
+            start, chunk = stop, _CHUNK if stop else min(_FIRST, _CHUNK)
+            stop = min(start + chunk, self.total)
             number = torch.arange(start, stop, device=self.log_sum.device)
             try:
                 (value,) = self.budget.evaluate(self._energies, number)
