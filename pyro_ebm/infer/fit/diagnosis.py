@@ -7,7 +7,11 @@ raises it, so that
     \Delta = \mathbb{E}_{\text{data}}[f] - \mathbb{E}_{q_\theta}[f]         \tag{1}
 
 is near 0. The second mean is one over the draws that :math:`\log Z` is tracked by,
-walkers or weighted ones, whatever the gradient came from.
+walkers or weighted ones, whatever the gradient came from. A base that was fitted to the
+same rows, and stays as it is, may have learned them by heart: then :math:`\Delta` is
+far below 0 at these rows and above at others, whatever has been learned since. So there
+it is also measured of the correction alone, at either kind of rows: what has been
+learned is at fault where both say so.
 
 *Drift.* The points that gave the gradient, chains or draws of a generator, are moved on
 by a kernel that leaves :math:`e^{-f}` as it is, at fixed parameters. Points in
@@ -22,7 +26,13 @@ along their direction of largest variance.
 probability that the ratio is larger at a datum than at a draw of the noise.
 """
 
-__all__ = ["EnergyDifference", "FitDiagnostics", "diagnose", "energy_gap"]
+__all__ = [
+    "EnergyDifference",
+    "FitDiagnostics",
+    "diagnose",
+    "energy_gap",
+    "learned_gap",
+]
 
 import math
 from typing import NamedTuple
@@ -97,6 +107,8 @@ class FitDiagnostics(NamedTuple):
         gain: How much better the model is than its base on held-out points.
         noise_separation: Probability that a datum is told from a noise point; 0.5 says
             that they are alike, 1 that the comparison teaches nothing.
+        learned_gap: (1) of the correction of a base that this fit has fitted: the
+            nearer to 0 of that at held-out and at training rows, and 0 between them.
         crossings: Passages of a chain from one side of the data to the other in the
             last tenth of the steps, over a finite support: a mean that that run
             implies. Fewer than 1 leave the weights of the sides to chance.
@@ -126,43 +138,82 @@ class FitDiagnostics(NamedTuple):
     noise_separation: float | None = None
     gain: LogLikelihood | None = None
     crossings: float | None = None
+    learned_gap: EnergyDifference | None = None
 
 
 @torch.no_grad()
-def energy_gap(energy_model: EnergyModel, data: Tensor) -> EnergyDifference | None:
+def energy_gap(
+    energy_model: EnergyModel, data: Tensor, *, of_correction: bool = False
+) -> EnergyDifference | None:
     """Gap (1) of the averaged parameters, ``None`` while log Z is unknown.
 
     Args:
         energy_model: With walkers, or a closed form.
         data: Shape ``(N, *event)``.
+        of_correction: Whether to leave out the energy of the base.
     """
     tracker = energy_model.log_partition
     energy = tracker.averaged_energy
     flat, to_support = unconstrained(energy)
+
+    def at(x: Tensor) -> Tensor:
+        return energy.correction(x) if of_correction else flat(to_support.inv(x))
+
     if tracker.is_closed_form:
         known = energy.closed_form()
         draws = known.distribution.sample((1000,)) if known is not None else data
-        values = flat(to_support.inv(draws))
+        values = at(draws)
         mean, error = values.mean(), values.std() / math.sqrt(len(values))
     elif tracker.draws is not None:
         found = tracker.draws
-        values = flat(to_support.inv(found.resampled(energy, _NUM_RESAMPLED)))
+        values = at(found.resampled(energy, _NUM_RESAMPLED))
         count = min(_NUM_RESAMPLED, found.effective_fraction(energy) * len(found.x))
         mean, error = values.mean(), values.std() / math.sqrt(count)
     elif tracker.walkers.is_started and tracker.averaged().is_reliable:
-        mean, error = _walker_mean(energy_model)
+        u = tracker.walkers.u
+        corrections = at(to_support(u)) if of_correction else None
+        mean, error = _walker_mean(energy_model, corrections)
     else:
         return None
-    at_data = flat(to_support.inv(data))
+    at_data = at(data)
     data_error = at_data.std() / math.sqrt(len(at_data))
     value, spread = at_data.mean() - mean, at_data.std()
     return _difference(value, torch.hypot(error, data_error), spread)
 
 
-def _walker_mean(energy_model: EnergyModel) -> tuple[Tensor, Tensor]:
-    """Mean energy of the walkers, with the larger of two standard errors."""
+def learned_gap(
+    energy_model: EnergyModel, held_out: Tensor, train: Tensor
+) -> EnergyDifference | None:
+    """Gap (1) of what corrects the base, ``None`` while log Z is unknown.
+
+    What has begun to learn rows by heart lies below 0 at these and above at others, at
+    its best too: so this is the nearer to 0 of the two, or 0 if that is between them.
+
+    Args:
+        energy_model: With a base that stays as it is.
+        held_out: Rows that nothing was learned from, shape ``(N, *event)``.
+        train: Rows that it was learned from, shape ``(M, *event)``.
+    """
+    with torch.random.fork_rng(devices=[]):  # what follows draws as without
+        one = energy_gap(energy_model, held_out, of_correction=True)
+        other = energy_gap(energy_model, train, of_correction=True)
+    if one is None or other is None:
+        return None
+    if one.value * other.value <= 0:
+        return EnergyDifference(0.0, max(one.std_error, other.std_error), 0.0)
+    return min(one, other, key=lambda gap: abs(gap.value))
+
+
+def _walker_mean(
+    energy_model: EnergyModel, energies: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean energy of the walkers, or of their ``energies``, ``(islands, walkers)``.
+
+    With the larger of two standard errors.
+    """
     walkers = energy_model.log_partition.walkers
-    energies = walkers.energy.masked_fill(~walkers.energy.isfinite(), 0.0)
+    energies = walkers.energy if energies is None else energies
+    energies = energies.masked_fill(~energies.isfinite(), 0.0)
     own = (walkers.log_weights.softmax(1) * energies).sum(1)
     weights = walkers.pooled_log_weights.flatten().softmax(0)
     mean = weights @ energies.flatten()

@@ -29,7 +29,12 @@ from pyro_ebm.infer.fit.automatic import (
     chains_instead,
     given_plan,
 )
-from pyro_ebm.infer.fit.diagnosis import FitDiagnostics, diagnose, energy_gap
+from pyro_ebm.infer.fit.diagnosis import (
+    FitDiagnostics,
+    diagnose,
+    energy_gap,
+    learned_gap,
+)
 from pyro_ebm.infer.fit.fit_checks import (
     require_callbacks,
     require_counts,
@@ -337,8 +342,7 @@ class _Fit:
         last = self.stages[len(taken) - 1].objective
         found = self._diagnosed(last)
         model.adopt_average()
-        at_best = self.train_data if not self.is_automatic else self.validation_data
-        gap = energy_gap(model, self.train_data if at_best is None else at_best)
+        found = self._with_gaps(found)
         log_partition = settled_log_partition(model, self.proposal)
         # Another fit must not change it.
         distribution = copy.deepcopy(model.averaged(log_partition))
@@ -346,9 +350,7 @@ class _Fit:
             distribution.sampler = ImportanceResampling(self.proposal)
         held_out = self.validation_data
         gain = None if held_out is None else self._gain(distribution, held_out)
-        found = found._replace(
-            energy_gap=gap, gradient_snr=self.noise.signal_to_noise(), gain=gain
-        )
+        found = found._replace(gradient_snr=self.noise.signal_to_noise(), gain=gain)
         # What keeps an estimator from the truth in general is no fault of a fit.
         bias = [f for f in last.bias() if f.reason is Reason.BIASED_KERNEL]
         is_short = self.plan.decays and self.num_steps < MIN_STEPS
@@ -372,6 +374,16 @@ class _Fit:
             self.plan.base,
             None if held_out is None else _log_prob(distribution, held_out),
         )
+
+    def _with_gaps(self, found: FitDiagnostics) -> FitDiagnostics:
+        """Those of the average, and of what corrects a base that was fitted here."""
+        train, held_out = self.train_data, self.validation_data
+        if not self.is_automatic or held_out is None:
+            return found._replace(energy_gap=energy_gap(self.model, train))
+        found = found._replace(energy_gap=energy_gap(self.model, held_out))
+        if self.plan.base is None:
+            return found
+        return found._replace(learned_gap=learned_gap(self.model, held_out, train))
 
     def _timings(self) -> FitTimings:
         wall, cpu = self.began

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pyro_ebm import EnergyModel, fit
+from pyro_ebm.bases import FittedBase, normal
 from pyro_ebm.core import Finding, Reason, Status
 from pyro_ebm.energies import NeuralEnergy, QuadraticEnergy
 from pyro_ebm.infer import (
@@ -23,13 +24,14 @@ from pyro_ebm.infer import (
     NoiseContrastive,
     RankingNoiseContrastive,
 )
-from pyro_ebm.infer.fit import settling
+from pyro_ebm.infer.fit import automatic, settling
 from pyro_ebm.infer.fit.diagnosis import (
     _drift,
     _run_at_rest,
     _walker_mean,
     diagnose,
     energy_gap,
+    learned_gap,
 )
 from pyro_ebm.infer.fit.verdict import judge
 from pyro_ebm.mcmc import MALA, ULA
@@ -74,6 +76,15 @@ def verdict(found=None, log_partition=KNOWN, stopped="finished", history=()):
         (FitDiagnostics(energy_gap=off(-0.4)), "not at equilibrium", "more steps"),
         # Of energies that hardly differ, by rounding: its square overflows.
         (FitDiagnostics(energy_gap=off(0.4, relative=1e200)), "not at equilibrium", ""),
+        # A base that knows its rows by heart, whatever is learned beside it; or not.
+        (FitDiagnostics(energy_gap=off(0.4), learned_gap=off(0.0)), "ok", None),
+        (FitDiagnostics(energy_gap=off(0.4), learned_gap=off(0.2)), "ok", None),
+        (
+            FitDiagnostics(energy_gap=off(0.4), learned_gap=off(-0.4)),
+            "not at equilibrium",
+            "data differs",
+        ),
+        (FitDiagnostics(learned_gap=off(0.4)), "ok", None),
         (FitDiagnostics(drift=off(-0.4)), "not at equilibrium", "lower the learning"),
         (FitDiagnostics(drift=off(-0.1)), "ok", None),
         (FitDiagnostics(r_hat=1.04), "ok", None),
@@ -182,6 +193,33 @@ def test_energy_gap_by_weighted_draws():
     assert gap.value == pytest.approx(wanted.item(), abs=4 * error)
     assert min(abs(plain - wanted), abs(learned - wanted)) > 4 * error
     assert 0 < gap.std_error < 0.2
+
+
+def test_learned_gap_is_the_nearer_to_zero_of_two_kinds_of_rows():
+    """By weighted draws and by walkers, for an energy of the correction x. Between rows
+    on either side of the model it is 0.
+
+    Planted fault: the whole energy, that of the base included.
+    """
+    energy = NeuralEnergy((2,), (), base=base())
+    output = energy.network[-1]
+    torch.nn.init.zeros_(output.bias)
+    with torch.no_grad():
+        output.weight.copy_(torch.tensor([[1.0, 0.0]]))
+    model, draws = EnergyModel(energy, base()), WeightedDraws()
+    assert learned_gap(model, DATA, DATA) is None
+    draws.start(energy, base(), 40_000)
+    with torch.no_grad():
+        mean = (draws.log_weights(energy).softmax(0) @ draws.x)[0].item()
+    at = {k: torch.randn(400, 2) + mean + k for k in (-2, 1, 3)}
+    for source in (draws, None):
+        model.log_partition.follow_by(energy, source)
+        if source is None:
+            model.log_partition.refresh(energy)
+        for held_out, train, wanted in ((3, 1, 1), (1, 3, 1), (-2, 3, 0), (1, -2, 0)):
+            gap = learned_gap(model, at[held_out], at[train])
+            assert abs(gap.value - wanted) <= 4 * gap.std_error * bool(wanted)
+            assert 0 < gap.std_error < 0.4
 
 
 def test_the_mean_over_the_walkers_weighs_their_islands():
@@ -368,3 +406,42 @@ def test_a_log_partition_that_is_not_known(monkeypatch):
     assert not result.log_partition.is_reliable
     assert any(result.log_partition.reason.startswith(str(r)) for r in result.reasons)
     assert result.diagnostics.energy_gap is None
+
+
+# Bases that know their rows by heart ------------------------------------------------
+
+
+def corrected(monkeypatch, base, data, **settings):
+    """A default fit from a base that stands for the fitted one."""
+    found = FittedBase(base, "normal", 0.0, 0.1, {"normal": 0.0})
+    monkeypatch.setattr(automatic.bases, "fit", lambda *_, **__: found)
+    pyro.set_rng_seed(0)
+    model = EnergyModel(NeuralEnergy(data.shape[1:], (32,)))
+    return fit(model, data, progress_bar=False, **settings)
+
+
+def test_rows_that_the_base_knows_by_heart_are_no_fault_of_the_fit(monkeypatch):
+    """A normal with all covariances of 20 columns from 60 rows: others have an energy
+    that lies a standard deviation above that of the model, by no fault of what corrects
+    it.
+
+    Planted fault: the gap of the whole energy.
+    """
+    data, held_out = torch.randn(60, 20), torch.randn(400, 20)
+    settings = {"num_steps": 20, "validation_data": held_out}
+    result = corrected(monkeypatch, normal(data), data, **settings)
+    gap = result.diagnostics.energy_gap
+    assert gap.value > 4 * gap.std_error
+    assert gap.relative > 0.5
+    assert result.verdict == "ok", str(result)
+
+
+def test_what_is_half_learned_is_seen_beside_a_fitted_base(monkeypatch):
+    """A base of three times the width, whose correction has only begun.
+
+    Planted fault: a gap of what is learned that is 0.
+    """
+    data = torch.randn(600, 2)
+    result = corrected(monkeypatch, normal(3 * data), data, num_steps=100)
+    assert result.diagnostics.gain.value > 0.05
+    assert result.verdict == "not at equilibrium", str(result)
