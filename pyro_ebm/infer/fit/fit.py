@@ -101,8 +101,9 @@ def fit(
     maximum likelihood: a network without a base as a correction of that density, which
     starts as none. Log Z comes from draws of the base while enough of them count, then
     from chains (:mod:`~pyro_ebm.infer.fit.automatic`). The best record by the held-out
-    likelihood is kept, or the start, where the gain is less than two standard errors:
-    the model is never much worse than its base.
+    likelihood is kept, or the start, where the gain is less than two standard errors: a
+    correction is never much worse than its base. Any other energy stays what it is, and
+    has to learn all of the density; the verdict says so where it ends below the base.
 
     The model is trained in place; at the end its parameters are the averaged ones, to
     which the returned :math:`\log Z` belongs: it is followed whatever the objective is,

@@ -72,7 +72,8 @@ def judge(
     if gain is not None and gain.value < -NUM_ERRORS / 2 * gain.std_error - SMALL:
         worse = (
             f"on held-out points the model is worse than its base by {-gain.value:.3f} "
-            f"+- {gain.std_error:.3f} nats a point: take the base"
+            f"+- {gain.std_error:.3f} nats a point: take the base, or an energy that "
+            "corrects it, such as NeuralEnergy"
         )
         broken.append(Finding(Reason.WORSE_THAN_BASE, worse))
     broken += [Finding(Reason.STILL_LEARNING, text) for text in _progress(history)]

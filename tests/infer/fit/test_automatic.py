@@ -288,6 +288,7 @@ def test_a_model_that_is_worse_than_its_base_is_not_ok():
     exact = LogPartitionEstimate(0.0, 0.0, 0.0, 0.0, 1e4, "exact", "closed form", 0)
     found = judge(FitDiagnostics(gain=gain), exact, "finished")
     assert [str(f.reason) for f in found] == ["worse than its base"]
+    assert "or an energy that corrects it" in str(found[0])
 
 
 def test_a_base_cannot_be_given_twice():
