@@ -30,6 +30,7 @@ from pyro_ebm.infer.fit.automatic import (
     given_plan,
 )
 from pyro_ebm.infer.fit.diagnosis import (
+    EnergyDifference,
     FitDiagnostics,
     diagnose,
     energy_gap,
@@ -101,9 +102,8 @@ def fit(
     maximum likelihood: a network without a base as a correction of that density, which
     starts as none. Log Z comes from draws of the base while enough of them count, then
     from chains (:mod:`~pyro_ebm.infer.fit.automatic`). The best record by the held-out
-    likelihood is kept, or the start, where the gain is less than two standard errors: a
-    correction is never much worse than its base. Any other energy stays what it is, and
-    has to learn all of the density; the verdict says so where it ends below the base.
+    likelihood is kept, or the start, where the gain is less than two standard errors:
+    the model is never much worse than its base.
 
     The model is trained in place; at the end its parameters are the averaged ones, to
     which the returned :math:`\log Z` belongs: it is followed whatever the objective is,
@@ -115,7 +115,8 @@ def fit(
     :class:`~pyro_ebm.infer.FitDiagnostics`), for about 2 % of the moves of the fit.
 
     Args:
-        energy_model: What is fitted.
+        energy_model: What is fitted. An energy that does not correct its base has to
+            learn all of the density; the verdict says so where it ends below the base.
         data: Points of shape ``(N, *event)``: a tensor, an array, a table of pandas, a
             ``Dataset``, or a ``DataLoader``, of which a batch at a time is in memory.
             Entries of vectors that are ``nan`` are missing (at random, given the
@@ -343,7 +344,9 @@ class _Fit:
         last = self.stages[len(taken) - 1].objective
         found = self._diagnosed(last)
         model.adopt_average()
-        found = self._with_gaps(found)
+        found = found._replace(learned_gap=self._learned_gap())
+        at_best = self.train_data if not self.is_automatic else self.validation_data
+        gap = energy_gap(model, self.train_data if at_best is None else at_best)
         log_partition = settled_log_partition(model, self.proposal)
         # Another fit must not change it.
         distribution = copy.deepcopy(model.averaged(log_partition))
@@ -351,7 +354,9 @@ class _Fit:
             distribution.sampler = ImportanceResampling(self.proposal)
         held_out = self.validation_data
         gain = None if held_out is None else self._gain(distribution, held_out)
-        found = found._replace(gradient_snr=self.noise.signal_to_noise(), gain=gain)
+        found = found._replace(
+            energy_gap=gap, gradient_snr=self.noise.signal_to_noise(), gain=gain
+        )
         # What keeps an estimator from the truth in general is no fault of a fit.
         bias = [f for f in last.bias() if f.reason is Reason.BIASED_KERNEL]
         is_short = self.plan.decays and self.num_steps < MIN_STEPS
@@ -376,16 +381,6 @@ class _Fit:
             None if held_out is None else _log_prob(distribution, held_out),
         )
 
-    def _with_gaps(self, found: FitDiagnostics) -> FitDiagnostics:
-        """Those of the average, and of what corrects a base that was fitted here."""
-        train, held_out = self.train_data, self.validation_data
-        if not self.is_automatic or held_out is None:
-            return found._replace(energy_gap=energy_gap(self.model, train))
-        found = found._replace(energy_gap=energy_gap(self.model, held_out))
-        if self.plan.base is None:
-            return found
-        return found._replace(learned_gap=learned_gap(self.model, held_out, train))
-
     def _timings(self) -> FitTimings:
         wall, cpu = self.began
         return FitTimings(
@@ -406,6 +401,13 @@ class _Fit:
         return diagnose(
             self.model, objective, self.state, self.train_data, steps, self.batch_size
         )
+
+    def _learned_gap(self) -> EnergyDifference | None:
+        """That of what corrects a base that was fitted here."""
+        held_out = self.validation_data
+        if self.plan.base is None or held_out is None:
+            return None
+        return learned_gap(self.model, held_out, self.train_data)
 
     def _optim(self, optim: Any) -> FitOptim:
         noise = GradientNoise(self.model.energy.parameters())
