@@ -144,4 +144,4 @@ if __name__ == "__main__":
         few = {"num_rows": 100, "num_draws": 50, "channels": (2, 4), "passes": 5}
         main(options.seed, options.size, **few, num_steps=5, max_seconds=3)
     else:
-        main(options.seed, options.size, "images.png", max_seconds=45)
+        main(options.seed, options.size, "images.png")
