@@ -209,6 +209,8 @@ _SIGNIFICANT = 4.5
 _SMALL = 3.0
 #: Steps of Fisher scoring, and the square of a residual of scale 1 that counts.
 _NUM_SCORED, _MAX_SQUARE = 2, 16.0
+#: Spreads beyond which a draw is where a map has overflown.
+_FARTHEST = 1e60
 #: Nats that the largest and the smallest scales may be beyond those of the draws.
 _BEYOND = 0.5
 
@@ -275,6 +277,9 @@ def fit_map(u: Tensor, weights: Tensor, num_independent: float) -> TriangularMap
     """
     loc, scale = _quantile_scale(u, weights)
     z = (u - loc) / scale
+    # Squares of squares may overflow far out, and no weight of zero mends that.
+    is_near = (z.abs() < _FARTHEST).all(1)
+    z, weights = z[is_near], weights[is_near]
     draws = _Draws(weights, num_independent)
     given, told = torch.arange(u.shape[1], device=u.device), _order(z, draws)
     orders = [given] if told.equal(given) else [given, told]

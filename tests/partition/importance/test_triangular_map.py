@@ -250,3 +250,14 @@ def test_draws_on_top_of_each_other_make_no_spike():
     assert found.knots.diff().min() > 0
     assert found.log_prob(x).isfinite().all()
     assert found.sample(1000).isfinite().all()
+
+
+def test_draws_where_a_map_has_overflown_are_none():
+    """Fault: their squares, which no weight of zero keeps out of a sum."""
+    far = torch.tensor([[math.inf] * 3, [math.nan] * 3, [1e200] * 3])
+    draws = bent(2000)
+    weights = torch.cat([torch.zeros(3), equal(2000)])
+    found = fit_map(torch.cat([far, draws]), weights, 2000)
+    alone = fit_map(draws, equal(2000), 2000)
+    torch.testing.assert_close(found.log_prob(draws), alone.log_prob(draws))
+    assert found.sample(100).isfinite().all()
