@@ -64,8 +64,9 @@ from pyro_ebm.partition.progress import MAX_BYTES, CountedEnergy, Limits
 
 #: Islands of particles, and states kept of each ancestor.
 _NUM_ISLANDS = 8
-#: Draws of the base for each particle.
-_FIRST = 4
+#: Draws of the base for each particle; how many of an island should have a finite
+#: energy, and numbers that the draws of all islands hold at most.
+_FIRST, _FEWEST_FINITE, _MOST_NUMBERS = 4, 32, 2**23
 _CHAIN_LENGTH = 16
 #: Evaluations a particle that a run takes, roughly, by which it is sized.
 _COST = 80
@@ -199,6 +200,7 @@ class _TwoRoutes:
         self.findings: list[Finding] = []
         self.lost: list[Finding] = []
         self.middle = torch.zeros(self.dim)  # of the draws of the base
+        self.share_finite = 1.0  # of the draws of the base
         # Some models can be run for one draw of their prior at a time only.
         path.draw_base(_NUM_TIMED)
         start = time.process_time()
@@ -333,6 +335,8 @@ class _TwoRoutes:
             number = min(number, _MIN_STARTS)
         number = min(number, num_starts, len(u))
         energy = -log_density(self.target, u)
+        share = energy.isfinite().double().mean().item()
+        self.share_finite = max(share, 1 / len(u))
         low = u[energy.argsort()[: number // 4]]
         if self.dim <= _MAX_REPAIRED:
             low = torch.cat([low, valleys(u, energy)[: number // 2]])
@@ -401,9 +405,8 @@ class _TwoRoutes:
         """
         end = self.limits.seconds + share * self.limits.left
         try:
-            # More at first: they cost an evaluation each, and no move.
             journey = travel(
-                path.start(_NUM_ISLANDS, _FIRST * num_particles),
+                path.start(_NUM_ISLANDS, self.num_first(path, num_particles)),
                 AdaptiveHMC(path, _CHAIN_LENGTH - 1),
                 num_ancestors=num_particles // _CHAIN_LENGTH,
                 is_over=lambda: (
@@ -422,6 +425,18 @@ class _TwoRoutes:
             self.findings.append(Finding(Reason.OUT_OF_BUDGET, text))
             return None
         return journey
+
+    def num_first(self, path: GeometricPath, num_particles: int) -> int:
+        """Draws of the base an island: they cost an evaluation each, and no move.
+
+        No island may be without a point of finite energy, or it never sets out.
+        """
+        least = _FIRST * num_particles
+        if path is not self.path:
+            return least
+        most = self.limits.affordable(self.target, 0.1), _MOST_NUMBERS / self.dim
+        most = min(*most, self.num_affordable_draws(0.1)) / _NUM_ISLANDS
+        return max(least, int(min(_FEWEST_FINITE / self.share_finite, most)))
 
     def union(
         self,

@@ -68,6 +68,19 @@ def normal(dim, scale=1.5, loc=0.0):
 sampled = functools.partial(estimate, method="sampling", progress_bar=False)
 
 
+def test_a_small_box_in_which_alone_there_is_mass():
+    """One draw of the base in three thousand. Fault: an island without any of them."""
+
+    def slope(x):
+        is_inside = ((x - 1.5).abs() < 0.5).all(-1)
+        return torch.where(is_inside, x.sum(-1), math.inf)
+
+    energy = FunctionEnergy(slope, (4,))
+    found = estimate(energy, tolerance=0.1, progress_bar=False)
+    assert found.status == "ok", found
+    assert found.lower < 4 * math.log(math.exp(-1) - math.exp(-2)) < found.upper
+
+
 @pytest.mark.parametrize(
     ("dim", "weights", "scales", "loc"),
     [
