@@ -53,7 +53,7 @@ _NOTHING = 100.0
 _FIRST_DRAWS, _MOST_DRAWS, _NUM_CHAINS = 20_000, 180_000, 1000
 _COST_OF_CHAINS, _MOST_EVALUATIONS = 3_000_000, 20_000_000
 #: Looks far and wide around a base that is given.
-_NUM_FAR = 8192
+_NUM_FAR = 4096
 #: By how much a run of annealing is larger than the one before.
 _GROWTH = 3
 
@@ -81,7 +81,8 @@ def estimate(
             the target; default: that of an ``EnergyModel``, the prior of a Pyro model,
             else :func:`~pyro_ebm.partition.default_base.default_base`, which the
             ``method`` of the result names, and around which modes are looked for far
-            and wide. A base that is given must reach all that counts.
+            and wide. Around a base that is given there are fewer such looks: it had
+            better reach all that counts.
         method: ``"auto"`` takes the closed form where there is one, enumeration of up
             to 2^18 states (2^22 where they take less than a third of the time),
             quadrature for events of one or two numbers, else ``"sampling"``: particles
