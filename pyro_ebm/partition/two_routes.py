@@ -344,8 +344,8 @@ class _TwoRoutes:
             number = min(number, _MIN_STARTS)
         number = min(number, num_starts, len(u))
         energy = -log_density(self.target, u)
-        share = energy.isfinite().double().mean().item()
-        self.share_finite = max(share, 1 / len(u))
+        finite = int(energy.isfinite().sum())
+        self.share_finite = max(finite, 1) / len(u)
         low = u[energy.argsort()[: number // 4]]
         if self.dim <= _MAX_REPAIRED:
             low = torch.cat([low, valleys(u, energy)[: number // 2]])
@@ -444,8 +444,9 @@ class _TwoRoutes:
         least = _FIRST * num_particles
         if path is not self.path:
             return least
-        most = self.limits.affordable(self.target, 0.1), _MOST_NUMBERS / self.dim
-        most = min(*most, self.num_affordable_draws(0.1)) / _NUM_ISLANDS
+        evaluations = self.limits.affordable(self.target, 0.1)
+        draws = min(self.num_affordable_draws(0.1), _MOST_NUMBERS // self.dim)
+        most = min(evaluations, draws) / _NUM_ISLANDS
         return max(least, int(min(_FEWEST_FINITE / self.share_finite, most)))
 
     def union(
