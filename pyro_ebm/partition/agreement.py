@@ -1,16 +1,30 @@
 """Agreement of several estimates of the same log Z."""
 
-__all__ = ["Value", "disagreement", "gap_of", "pooled", "shortfall", "value_of"]
+__all__ = [
+    "Value",
+    "disagreement",
+    "gap_of",
+    "judge_weights",
+    "pooled",
+    "shortfall",
+    "value_of",
+]
 
 import math
 from typing import NamedTuple
 
+from torch import Tensor
+
 from pyro_ebm.core.verdict import Finding, Reason
+from pyro_ebm.diagnostics import effective_sample_fraction
+from pyro_ebm.diagnostics.pareto import pareto_k
 from pyro_ebm.partition.base import combine_replicates
 from pyro_ebm.partition.particles.engine import Journey
 
 #: What a difference of two looks may be, in nats, beyond three standard errors.
 _SLACK = 0.05
+#: Weights are no good with a heavier tail, or fewer of them effective.
+_MAX_K, _MIN_ESS = 0.7, 200.0
 
 
 class Value(NamedTuple):
@@ -83,3 +97,17 @@ def shortfall(value: Value, first: Value) -> list[Finding]:
         return []
     text = f"particles from the base found more: {first} against {value}"
     return [Finding(Reason.ROUTES_DISAGREE, text)]
+
+
+def judge_weights(log_weights: Tensor) -> list[Finding]:
+    """What weights say against themselves."""
+    k = pareto_k(log_weights)
+    ess = effective_sample_fraction(log_weights).item() * len(log_weights)
+    found = []
+    if not k < _MAX_K:
+        text = f"the tail of the weights is too heavy: k-hat {k:.2f} above {_MAX_K}"
+        found.append(Finding(Reason.HEAVY_WEIGHTS, text))
+    if not ess > _MIN_ESS:
+        text = f"effective sample size {ess:.0f}, below {_MIN_ESS:.0f}"
+        found.append(Finding(Reason.FEW_EFFECTIVE, text))
+    return found

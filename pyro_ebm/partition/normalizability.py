@@ -30,7 +30,13 @@ Not found are singularities within the bulk, and mass that escapes along a curve
 narrow way which no line meets.
 """
 
-__all__ = ["Normalizability", "check_normalizability", "is_placed", "round_trip"]
+__all__ = [
+    "Normalizability",
+    "check_normalizability",
+    "is_placed",
+    "lost_to_rounding",
+    "round_trip",
+]
 
 import math
 from collections.abc import Callable
@@ -73,6 +79,8 @@ _STEPS, _NUM_DESCENTS = 40, 16
 #: Of the reach of a ray, where its three groups of points end; and the size of a group.
 _ENDS = (0.5, 0.75, 1.0)
 _POINTS = 3
+#: Particles that are looked at for rounding, and the share that may be lost to it.
+_NUM_PLACED, _MAX_LOST = 20_000, 1e-3
 #: Suspicious rays that are looked at more closely.
 _MAX_SUSPECTS = 16
 
@@ -492,6 +500,25 @@ def is_placed(energy: Energy, u: Tensor) -> Tensor:
     back = way(u.reshape(*u.shape[:-1], *energy.event_shape)).double().reshape(u.shape)
     u = u.double()
     return ((back - u).abs() <= 1e-2 + 1e-5 * u.abs()).all(-1)
+
+
+def lost_to_rounding(energy: Energy, particles: Tensor) -> list[Finding]:
+    """Whether the change of variables loses particles to rounding.
+
+    Args:
+        energy: Over unconstrained space.
+        particles: Shape ``(N, D)``.
+    """
+    some = particles[torch.randperm(len(particles))[:_NUM_PLACED]]
+    share = 1 - is_placed(energy, some).double().mean().item()
+    if share <= _MAX_LOST:
+        return []
+    text = (
+        f"{share:.2%} of the particles lie nearer to an end of the support than "
+        "numbers can tell apart. Write the energy in a coordinate that is finite "
+        "there, such as the logit or the logarithm"
+    )
+    return [Finding(Reason.NUMERICAL, text)]
 
 
 def round_trip(energy: Energy) -> Callable[[Tensor], Tensor] | None:

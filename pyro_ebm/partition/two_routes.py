@@ -47,6 +47,7 @@ from pyro_ebm.partition.agreement import (
     Value,
     disagreement,
     gap_of,
+    judge_weights,
     pooled,
     shortfall,
     value_of,
@@ -62,7 +63,7 @@ from pyro_ebm.partition.importance.pool import (
 from pyro_ebm.partition.importance.proposal import FlatBase, Proposal
 from pyro_ebm.partition.importance.student_mixture import StudentMixture, fit_clusters
 from pyro_ebm.partition.importance.triangular_map import fit_map
-from pyro_ebm.partition.normalizability import is_placed
+from pyro_ebm.partition.normalizability import lost_to_rounding
 from pyro_ebm.partition.particles.engine import Journey, travel
 from pyro_ebm.partition.particles.movers import AdaptiveHMC
 from pyro_ebm.partition.progress import MAX_BYTES, CountedEnergy, Limits
@@ -94,7 +95,6 @@ _USUAL = 2.0
 #: Draws of the base that are timed.
 _NUM_TIMED = 16
 _NUM_DRAWS, _FEWEST_WEIGHED, _NUM_FITTED = 4000, 1000, 6000
-_MAX_K = 0.7
 #: With a lighter tail of the weights, they need no second look.
 _GOOD_K = 0.45
 #: With a heavier one, the proposal is worked on.
@@ -103,12 +103,9 @@ _LIGHT_K = 0.35
 _CAUTION = 3.0
 #: Relative rounding of an energy in double precision, with a margin.
 _ROUNDING = 1e-10
-_MIN_ESS = 200.0
 #: Draws of the proposal in a region of the target that are too few to know its mass,
 #: and the share of the particles that may lie in such a region.
 _FEW_DRAWS, _MAX_UNCOVERED = 3.0, 0.005
-#: Particles that are looked at for rounding, and the share that may be lost to it.
-_NUM_PLACED, _MAX_LOST = 20_000, 1e-3
 _MAX_HALF_WIDTH = 0.5
 #: Components for the particles, and times that one is added where they are bare.
 _NUM_CLUSTERS, _MAX_REPAIRS = 12, 4
@@ -230,7 +227,7 @@ class _TwoRoutes:
         if journey is not None:
             first = value_of(journey)
             particles = journey.state.u.flatten(0, 1).reshape(-1, self.dim)
-            self.lost = self.misplaced(particles)
+            self.lost = lost_to_rounding(self.path.target, particles)
             before, pool = proposal, self.pool
             proposal = self.union(before, journey, particles)
         weighed = self.weighed(proposal, first, particles)
@@ -574,7 +571,7 @@ class _TwoRoutes:
                 break
             parts.append(self.weigh(proposal, number))
         value = Value(log_mean_exp(log_weights).item(), pareto_std_error(log_weights))
-        findings = self.judge_weights(log_weights)
+        findings = judge_weights(log_weights)
         if first is not None and particles is not None:
             findings += shortfall(value, first)
             findings += self.coverage(proposal, particles, log_weights)
@@ -586,19 +583,6 @@ class _TwoRoutes:
         """Log-weights of fresh draws, shape ``(number,)``."""
         u = proposal.sample(number)
         return of_draws(log_density(self.target, u), proposal.log_prob(u))
-
-    def judge_weights(self, log_weights: Tensor) -> list[Finding]:
-        """What the weights say against themselves."""
-        k = pareto_k(log_weights)
-        ess = effective_sample_fraction(log_weights).item() * len(log_weights)
-        found = []
-        if not k < _MAX_K:
-            text = f"the tail of the weights is too heavy: k-hat {k:.2f} above {_MAX_K}"
-            found.append(Finding(Reason.HEAVY_WEIGHTS, text))
-        if not ess > _MIN_ESS:
-            text = f"effective sample size {ess:.0f}, below {_MIN_ESS:.0f}"
-            found.append(Finding(Reason.FEW_EFFECTIVE, text))
-        return found
 
     def uncovered(self, proposal: Proposal, u: Tensor, log_weights: Tensor) -> Tensor:
         """Particles at which the proposal is too thin, shape ``(N,)``.
@@ -627,19 +611,6 @@ class _TwoRoutes:
             return []
         text = f"{share:.1%} of the particles lie where the proposal is too thin"
         return [Finding(Reason.NOT_COVERED, text)]
-
-    def misplaced(self, particles: Tensor) -> list[Finding]:
-        """Whether the change of variables loses particles to rounding."""
-        some = particles[torch.randperm(len(particles))[:_NUM_PLACED]]
-        share = 1 - is_placed(self.path.target, some).double().mean().item()
-        if share <= _MAX_LOST:
-            return []
-        text = (
-            f"{share:.2%} of the particles lie nearer to an end of the support than "
-            "numbers can tell apart. Write the energy in a coordinate that is finite "
-            "there, such as the logit or the logarithm"
-        )
-        return [Finding(Reason.NUMERICAL, text)]
 
     def from_particles(
         self, proposal: Proposal, first: Value | None, weighed: "_Weighed"

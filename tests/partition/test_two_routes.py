@@ -16,7 +16,14 @@ from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
 from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition import estimate
-from pyro_ebm.partition.agreement import Value, disagreement, gap_of, pooled, shortfall
+from pyro_ebm.partition.agreement import (
+    Value,
+    disagreement,
+    gap_of,
+    judge_weights,
+    pooled,
+    shortfall,
+)
 from pyro_ebm.partition.importance.proposal import FlatBase, Proposal
 from pyro_ebm.partition.importance.student_mixture import StudentMixture
 from pyro_ebm.partition.particles.engine import Journey
@@ -360,11 +367,10 @@ def test_the_gap_is_that_of_forwards_and_backwards():
 
 def test_what_weights_say_against_themselves():
     """Faults: no bound on the tail, or on the number."""
-    judge = functools.partial(_TwoRoutes.judge_weights, None)
     tail = torch.distributions.Exponential(1.0).sample((20_000,))
-    assert reasons(judge(0.3 * tail)) == []
-    assert Reason.HEAVY_WEIGHTS in reasons(judge(1.2 * tail))
-    assert reasons(judge(0.1 * torch.randn(150))) == [Reason.FEW_EFFECTIVE]
+    assert reasons(judge_weights(0.3 * tail)) == []
+    assert Reason.HEAVY_WEIGHTS in reasons(judge_weights(1.2 * tail))
+    assert reasons(judge_weights(0.1 * torch.randn(150))) == [Reason.FEW_EFFECTIVE]
 
 
 def two_gaussians():
