@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.bases.rows import Rows, split
 from pyro_ebm.core.stopwatch import Stopwatch
+from pyro_ebm.core.validation import without_validation
 
 #: Of the optimiser; steps between two looks at the held-out rows, and looks without a
 #: better one after which it ends.
@@ -89,7 +90,8 @@ def new_flow(state: dict[str, Any]) -> "Flow":
 
 def _module(sizes: Sequence[int]) -> nn.Module:
     try:
-        import zuko
+        with without_validation():  # zuko switches all checks off
+            import zuko
     except ImportError as error:
         message = "flow needs zuko: pip install 'pyro-ebm[flows]'."
         raise ImportError(message) from error

@@ -27,6 +27,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from pyro_ebm.core.errors import CompilationWarning
+from pyro_ebm.core.validation import without_validation
 from pyro_ebm.energies.graphs.precision import (
     in_double_precision,
     is_single_precision,
@@ -400,7 +401,7 @@ def _compiled(
     """The graph through ``torch.compile``, or the graph itself where that fails."""
     wanted = graph(u, *live)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without_validation():
             warnings.simplefilter("ignore")  # torch's own, of no use to the caller
             # torch.compile checks guards at each call, which takes as long as a graph.
             compiled: Any = torch._inductor.compile(graph, [u, *live])

@@ -23,11 +23,11 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from pyro import validation_enabled
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ebm.core.errors import CompilationWarning
+from pyro_ebm.core.validation import without_validation
 
 aten = torch.ops.aten
 
@@ -171,7 +171,7 @@ class CompiledFunction:
         self, inputs: _Outputs, num_tensors: int, wanted: _Outputs
     ) -> _Function:
         try:
-            with warnings.catch_warnings(), validation_enabled(is_validate=False):
+            with warnings.catch_warnings(), without_validation():
                 warnings.simplefilter("ignore")  # torch's own, of no use to the caller
                 graph, constants = self._trace(inputs, num_tensors)
                 # Imported by this line only: that takes as long as torch itself.

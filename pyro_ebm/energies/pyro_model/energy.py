@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
-import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.poutine import Trace
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pyro_ebm.core.errors import CompilationWarning, DivergenceError
+from pyro_ebm.core.validation import without_validation
 from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.graphs.batching import (
     CastFunction,
@@ -291,7 +291,7 @@ class PyroModelEnergy(Energy):
         return torch.cat([found, found[again.to(found.device)]])
 
     def _why_not_finite(self, u: Tensor) -> str:
-        with pyro.validation_enabled(is_validate=False), poutine.block():
+        with without_validation(), poutine.block():
             values = self.constrain(u.to(self._own_dtype or u.dtype))
             model = poutine.condition(with_missing_data(self.model), values)
             trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)

@@ -31,7 +31,6 @@ import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
@@ -43,6 +42,7 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to, transform_to
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_ebm.core.validation import without_validation
 from pyro_ebm.energies.corrections import corrected, support_of, without_independent
 from pyro_ebm.energies.graphs.recording import LinAlgError
 
@@ -210,9 +210,10 @@ class WithoutValidation(Messenger):
     """
 
     def __enter__(self) -> Any:
-        self._switch = pyro.validation_enabled(is_validate=False)
+        entered = super().__enter__()  # refuses a second time, with nothing switched
+        self._switch = without_validation()
         self._switch.__enter__()
-        return super().__enter__()
+        return entered
 
     def __exit__(self, *error: Any) -> Any:
         self._switch.__exit__(*error)
