@@ -1,4 +1,4 @@
-r"""Test of the draws of a distribution against its density.
+r"""Tests of a base: its draws against its density, and its reach over finite supports.
 
 A base is believed twice, in its draws and in its density; where they differ, every
 estimate that starts from it is off, with nothing to show it. With a proposal :math:`q`
@@ -17,14 +17,26 @@ Draws that fail are not condemned at once: a second, larger sample decides. Seen
 alarm in 20 runs on each of 40 sound distributions; LKJ of torch for three to six
 dimensions, and a normal whose draws are 3 % too wide, in 40 of 40 runs.
 
+A base over a finite support may also have probability zero where the energy is finite,
+of which no draw of it can tell. The weight of a draw is then compared with points that
+the draws lead to by moves of the energy alone: the base does not reach a point whose
+weight would exceed those of all draws together,
+
+.. math::
+    e^{-f(x)} / p(x) > \sum_n e^{-f(x_n)} / p(x_n)                         \tag{2}
+
+which has a probability of at most one in the effective number of draws under the
+target, if the draws are enough.
+
 References:
     Shirts (2013), J. Chem. Theory Comput. 9, 909-926.
 """
 
-__all__ = ["BaseFingerprint", "check_draws"]
+__all__ = ["BaseFingerprint", "check_draws", "check_reach", "reach_finding"]
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -33,8 +45,12 @@ from torch import Tensor, nn
 from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.energies import DistributionEnergy, Energy, unconstrained
-from pyro_ebm.energies.discrete.finite import finite_values
+from pyro_ebm.energies.discrete.finite import finite_points, finite_values, num_points
 from pyro_ebm.energies.views.double import in_double
+from pyro_ebm.energies.views.unconstrained import is_finite_support
+from pyro_ebm.mcmc.tempering.site_path import SitePath
+from pyro_ebm.partition.particles.movers import adaptive
+from pyro_ebm.partition.particles.resampling import systematic_resample
 
 #: Draws that the proposal is fitted to; draws of it for each draw that is tested.
 _NUM_FITTED = 2000
@@ -54,6 +70,8 @@ _CHUNK = 20_000
 #: one draw may have in the variance of a statistic.
 _MIN_EFFECTIVE = 200.0
 _MAX_SHARE = 0.05
+#: States that are all compared by (2), else chains and their moves.
+_MAX_STATES, _NUM_CHAINS, _NUM_MOVES = 2**12, 128, 4
 
 
 @torch.no_grad()
@@ -102,6 +120,54 @@ def check_draws(
         f"{max(chance, 1e-99):.1g}. "
         "Take another base, or mend its sample.",
     )
+
+
+@torch.no_grad()
+def check_reach(
+    energy: Energy,
+    log_weight: Callable[[Tensor], Tensor],
+    draws: Tensor,
+    log_weights: Tensor,
+) -> tuple[float, int]:
+    """Mass at states that draws of a base do not reach, by (2).
+
+    Args:
+        energy: The target, over a finite support; over others nothing is looked for.
+        log_weight: Log-weights of importance sampling at points of the support.
+        draws: Independent, of the base, shape ``(N, *event)``.
+        log_weights: Theirs, shape ``(N,)``.
+
+    Returns:
+        About the share of the target's mass there, and the evaluations spent.
+    """
+    known = log_weights.nan_to_num(-torch.inf, -torch.inf)
+    if not is_finite_support(energy.support) or not known.isfinite().any():
+        return 0.0, 0
+    number = num_points(energy.support, energy.event_shape) or 0
+    if number <= _MAX_STATES:
+        index = torch.arange(number)
+        x = finite_points(energy.support, energy.event_shape, index, draws)
+        cost, shares = 2 * number, (-energy(x)).double().softmax(0)
+    else:
+        path, chosen = SitePath(energy), systematic_resample(known[None], _NUM_CHAINS)
+        chains = path.evaluate(draws[chosen[-1]])
+        move: Any = adaptive(path, _NUM_MOVES, keeps_all=False)
+        x = move(chains, known, chains, 1.0).x[0]
+        cost, shares = path.num_evaluations + len(x), known.new_ones(len(x)) / len(x)
+    is_beyond = log_weight(x).nan_to_num(-torch.inf, torch.inf) > known.logsumexp(0)
+    return shares[is_beyond].sum().item(), cost
+
+
+def reach_finding(share: float, largest: float = 1e-3) -> tuple[Finding, ...]:
+    """What a share of mass that the base does not reach says, if it is too large."""
+    if share <= largest:
+        return ()
+    text = (
+        f"about {share:.2g} of the mass is at states that the base has no draws of, "
+        "though their energy is finite. Give each value of each site a probability in "
+        "the base"
+    )
+    return (Finding(Reason.BASE_MISSES, text),)
 
 
 def _smallest_chance(flat: Energy, u: Tensor) -> tuple[float, str]:

@@ -8,11 +8,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions import constraints
 
 from pyro_ebm.core.verdict import Reason
-from pyro_ebm.energies import PyroModelEnergy, spins
+from pyro_ebm.energies import FunctionEnergy, IsingEnergy, PyroModelEnergy, spins
 from pyro_ebm.energies.corrections import corrected
 from pyro_ebm.energies.discrete.independent import IndependentSites
+from pyro_ebm.partition import estimate, gibbs_annealing, importance_sampling, smc
 from pyro_ebm.partition.base_check import check_draws
 
 NUMBER = torch.tensor
@@ -111,3 +113,69 @@ def test_draws_that_are_rounded_to_the_edge_are_found():
     """A tenth of them is within 1e-7 of 1, where single precision has one number."""
     beta = dist.Beta(NUMBER(0.1, dtype=torch.float32), 0.1)
     assert check_draws(beta) is not None
+
+
+BITS = constraints.independent(constraints.boolean, 1)
+HALF = torch.full((14,), 0.5)
+
+
+def few(x):
+    """Twelve binary sites, whose states are all looked at."""
+    return -(x[..., 1:] * x[..., :-1]).sum(-1) + 0.3 * x.sum(-1)
+
+
+def mixture():
+    """Each component forbids what the other allows: no site alone is at fault."""
+    probs = HALF.repeat(2, 1)
+    probs[0, :3], probs[1, :3] = 0.0, 1.0
+    return dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.Bernoulli(probs).to_event(1)
+    )
+
+
+def without_a_state():
+    log_probs = torch.zeros(2, 4, 4)
+    log_probs[0, 1, 2] = -torch.inf
+    return IndependentSites(IsingEnergy((4, 4), coupling=0.3).support, log_probs)
+
+
+UNREACHED = {
+    "category": (
+        FunctionEnergy(lambda x: x / 3, (), constraints.integer_interval(0, 3)),
+        dist.Categorical(NUMBER([0.4, 0.0, 0.3, 0.3])),
+    ),
+    "mean field": (
+        FunctionEnergy(few, (12,), BITS),
+        dist.Bernoulli(torch.cat([torch.zeros(1), HALF[1:12]])).to_event(1),
+    ),
+    "mixture": (FunctionEnergy(few, (14,), BITS), mixture()),
+    "lattice": (IsingEnergy((4, 4), coupling=0.3), without_a_state()),
+}
+
+
+@pytest.mark.parametrize("name", UNREACHED)
+@pytest.mark.parametrize("estimator", [importance_sampling, smc])
+def test_states_that_a_base_has_no_draws_of_are_found(estimator, name):
+    """Fault: "ok", and log Z too low by the mass of these states."""
+    energy, base = UNREACHED[name]
+    found = estimator(energy, base, progress_bar=False)
+    if found.is_reliable:  # probabilities of 1e-16 that a path has made larger
+        exact = estimate(energy, method="exact", progress_bar=False).value
+        assert estimator is smc
+        assert abs(found.value - exact) < 4 * found.std_error
+    else:
+        assert Reason.BASE_MISSES in [finding.reason for finding in found.reasons]
+
+
+@pytest.mark.parametrize("name", ["category", "mean field", "mixture"])
+@pytest.mark.parametrize("estimator", [importance_sampling, smc])
+def test_a_base_that_reaches_all_states_is_sound(estimator, name):
+    energy, _ = UNREACHED[name]
+    uniform = IndependentSites.uniform(energy.support, energy.event_shape)
+    assert estimator(energy, uniform, progress_bar=False).status == "ok"
+
+
+def test_annealing_from_a_base_without_a_state_says_so():
+    """Fault: the blocks moved by nan, and no draw had a finite energy."""
+    found = gibbs_annealing(*UNREACHED["lattice"], budget=10_000, progress_bar=False)
+    assert [finding.reason for finding in found.reasons] == [Reason.BASE_MISSES]

@@ -357,7 +357,7 @@ class _BetweenSites(SiteEnergy):
         target = self.sites.site_logits(x)
         if beta == 1:
             return target
-        mixed = torch.lerp(base, target, beta)
+        mixed = (1 - beta) * base + beta * target  # of -inf torch.lerp makes nan
         return mixed.where(target > -torch.inf, -torch.inf)
 
 

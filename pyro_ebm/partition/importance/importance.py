@@ -43,6 +43,7 @@ from pyro_ebm.energies.corrections import shared_support
 from pyro_ebm.energies.normalization import require_normalized
 from pyro_ebm.energies.views.unconstrained import is_unconstrained, same_support
 from pyro_ebm.partition.base import LogPartitionEstimate
+from pyro_ebm.partition.base_check import check_reach, reach_finding
 from pyro_ebm.partition.progress import watched
 
 #: Numbers drawn at once.
@@ -74,6 +75,7 @@ def importance_sampling(
             same event: a base, a fitted Gaussian, a flow. Its support is that of the
             energy, or all real numbers: then draws outside have weight zero.
         num_samples: Draws, an energy evaluation each; at least 25, better thousands.
+            Over a finite support the check of the proposal takes some more.
         progress_bar: Whether to show the energy evaluations, if it takes more than a
             second.
 
@@ -81,7 +83,8 @@ def importance_sampling(
         The estimate with the 95 % interval (2); ``"unreliable"`` if the shape
         :math:`\hat k` of the tail of the weights exceeds 0.7, or
         :math:`1 - 1 / \log_{10} N` if that is less, the effective sample size is below
-        50, or an energy is ``nan`` or ``-inf``.
+        50, an energy is ``nan`` or ``-inf``, or over a finite support the proposal has
+        no draws of states that count.
 
     Raises:
         TypeError: If ``proposal`` is no distribution.
@@ -104,14 +107,22 @@ def importance_sampling(
         )
     check_proposal(energy, proposal, "proposal")
     chunk = max(1, _CHUNK // energy.event_shape.numel())
+    found = []
     with watched(energy, num_samples, is_shown=progress_bar) as target:
-        log_weights = torch.cat(
-            [
-                log_weights_of(target, proposal, proposal.sample(torch.Size((count,))))
-                for count in chunks(num_samples, chunk)
-            ]
-        )
-    return estimate_from_weights(log_weights, "importance sampling", num_samples)
+        for count in chunks(num_samples, chunk):
+            x = proposal.sample(torch.Size((count,)))
+            found.append(log_weights_of(target, proposal, x))
+    log_weights = torch.cat(found)
+    estimate = estimate_from_weights(log_weights, "importance sampling", num_samples)
+    # Of many chunks the last one stands for all.
+    share, spent = check_reach(
+        energy, lambda x: log_weights_of(energy, proposal, x), x, log_weights[-len(x) :]
+    )
+    reasons = (*estimate.reasons, *reach_finding(share))
+    spent += num_samples
+    return estimate._replace(
+        status=status_of(reasons), num_evaluations=spent, reasons=reasons
+    )
 
 
 def log_weights_of(

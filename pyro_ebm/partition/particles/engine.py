@@ -80,6 +80,8 @@ class Journey(NamedTuple):
         reverse: The same by (1) taken backwards; errs upwards.
         ess: Smallest effective fraction of the weights of a step.
         has_arrived: Whether the run came to the end of the path.
+        beyond: Largest share of a population that the one before did not reach: any
+            one of these particles would have had more weight than all of those.
     """
 
     state: Any
@@ -90,6 +92,7 @@ class Journey(NamedTuple):
     reverse: Tensor
     ess: float
     has_arrived: bool
+    beyond: float = 0.0
 
 
 def travel(
@@ -150,7 +153,7 @@ def travel(
         if num_ancestors is not None:
             weights = torch.zeros_like(state.log_weight(high, high))
     ratios = (sums.forward, sums.bennett, sums.reverse, sums.ess)
-    return Journey(state, betas, weights, *ratios, betas[-1] == end)
+    return Journey(state, betas, weights, *ratios, betas[-1] == end, sums.beyond)
 
 
 def _require_end(betas: list[float], max_temperatures: int) -> None:
@@ -168,7 +171,7 @@ class _Sums:
     def __init__(self, like: Tensor) -> None:
         zeros = like.new_zeros(len(like), dtype=torch.float64)
         self.forward, self.bennett, self.reverse = zeros, zeros, zeros
-        self.ess = 1.0
+        self.ess, self.beyond = 1.0, 0.0
 
     def add(self, there: Tensor, back: Tensor) -> None:
         """A step.
@@ -182,6 +185,8 @@ class _Sums:
         self.reverse = self.reverse - log_mean_exp(-back)
         self.bennett = self.bennett + solve(there, back)
         self.ess = min(self.ess, effective_sample_fraction(there).min().item())
+        is_beyond = back > there.logsumexp(-1, keepdim=True)
+        self.beyond = max(self.beyond, is_beyond.double().mean().item())
 
 
 def _next(state: Travels, beta: float, threshold: float) -> float:

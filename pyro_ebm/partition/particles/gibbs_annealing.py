@@ -46,6 +46,7 @@ from pyro_ebm.mcmc import Kernel
 from pyro_ebm.mcmc.kernels.gibbs import Gibbs
 from pyro_ebm.mcmc.tempering.site_path import WAY_OUT, SitePath, reversal
 from pyro_ebm.partition.base import LogPartitionEstimate, student_t_quantile
+from pyro_ebm.partition.base_check import reach_finding
 from pyro_ebm.partition.bridge.bennett import bennett, solve
 from pyro_ebm.partition.particles.engine import travel
 from pyro_ebm.partition.particles.movers import GivenKernels
@@ -99,10 +100,10 @@ def gibbs_annealing(
 
     Returns:
         The estimate; ``"unreliable"`` if the two directions hardly overlap or
-        contradict each other, the islands disagree by more than half a nat, or an
-        energy is ``nan`` or ``-inf``. A mode that no chain enters leaves no trace. The
-        interval is the wider of Student's over the islands and two standard errors of
-        Bennett's ratio.
+        contradict each other, the islands disagree by more than half a nat, an energy
+        is ``nan`` or ``-inf``, or the base has probability 0 where there is mass. A
+        mode that no chain enters leaves no trace. The interval is the wider of
+        Student's over the islands and two standard errors of Bennett's ratio.
 
     Raises:
         DivergenceError: If the energy is finite at no draw of the base.
@@ -129,6 +130,9 @@ def gibbs_annealing(
     mover = type(kernel).__name__
     name = f"{mover} annealing there and back, {sizes.num_temperatures} temperatures"
     found = _judge(path.log_start, there, back, name, path.num_evaluations)
+    share = path.at(0.0)(x).isposinf().double().mean().item()
+    reasons = (*found.reasons, *reach_finding(share))
+    found = found._replace(status=status_of(reasons), reasons=reasons)
     missed = _missed(there, back, cold)
     if found.is_reliable and missed is not None:
         return found._replace(status=status_of((missed,)), reasons=(missed,))

@@ -29,12 +29,17 @@ from torch import Tensor
 
 from pyro_ebm.core.verdict import Finding, Reason, status_of
 from pyro_ebm.energies import Energy
+from pyro_ebm.energies.views.unconstrained import is_finite_support
 from pyro_ebm.mcmc import HMC, Kernel
 from pyro_ebm.mcmc.tempering.site_path import path_between
 from pyro_ebm.partition.base import LogPartitionEstimate, combine_replicates
+from pyro_ebm.partition.base_check import reach_finding
 from pyro_ebm.partition.particles.engine import travel
 from pyro_ebm.partition.particles.movers import adaptive
 from pyro_ebm.partition.progress import watched
+
+#: Share of a population out of reach of the one before that is too much.
+_MAX_BEYOND = 0.02
 
 
 class Islands(NamedTuple):
@@ -55,6 +60,7 @@ class Islands(NamedTuple):
         ess: Smallest effective fraction of the weights on the way.
         num_evaluations: Energy evaluations spent, a point each.
         log_start: Log Z where the path begins.
+        beyond: See :class:`~pyro_ebm.partition.particles.engine.Journey`.
     """
 
     state: Any
@@ -68,6 +74,7 @@ class Islands(NamedTuple):
     ess: float
     num_evaluations: int
     log_start: float = 0.0
+    beyond: float = 0.0
 
 
 def smc(
@@ -96,7 +103,9 @@ def smc(
             second, and on a continuous support.
 
     Returns:
-        The estimate with Student's 95 % interval over the islands.
+        The estimate with Student's 95 % interval over the islands; ``"unreliable"`` if
+        these disagree by more than half a nat, or if the base has no draws of states of
+        a finite support that count.
 
     Raises:
         DivergenceError: If the energy is finite at no draw of the base.
@@ -127,6 +136,8 @@ def smc(
     elif not std_error * math.sqrt(num_islands) < 0.5:
         apart = "the islands disagree by more than 0.5 nats"
         reasons = (Finding(Reason.ISLANDS_DISAGREE, apart),)
+    if is_finite_support(energy.support):
+        reasons = (*reasons, *reach_finding(islands.beyond, _MAX_BEYOND))
     return LogPartitionEstimate(
         value,
         std_error,
@@ -195,6 +206,7 @@ def run_smc(
         journey.ess,
         path.num_evaluations,
         path.log_start,
+        journey.beyond,
     )
 
 
