@@ -21,6 +21,9 @@ replaced by quantiles of (1),
 with ``k`` raised to the end of its own 95 % interval, since a sample that has missed
 the largest weights also shows a tail that is too light.
 
+Over finite supports many weights are equal but for rounding, which has no shape: the
+tail is what exceeds ``c`` by more than that, and exponential where it is one value.
+
 References:
     Vehtari, Simpson, Gelman, Yao & Gabry (2024), Pareto smoothed importance sampling,
     JMLR 25. Zhang & Stephens (2009), Technometrics 51, 316-325.
@@ -35,8 +38,12 @@ import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
+from pyro_ebm.diagnostics.weights import log_mean_exp
+
 #: Fewer weights than this in the tail are not fitted.
 _MIN_TAIL = 5
+#: Excess of the largest weight over the mean, in nats, that is no tail.
+_FLAT = 0.05
 #: Quantile of a standard normal for a one-sided 95 % limit.
 _ONE_SIDED = 1.645
 
@@ -49,7 +56,8 @@ def pareto_k(log_weights: Tensor) -> float:
 
     Returns:
         :math:`\hat k`; ``-inf`` where the largest weights are all equal, ``inf`` where
-        there are too few to fit, about 25, or the tail is one single weight.
+        there are too few to fit, about 25, or the tail is a few single weights, unless
+        these exceed the mean by less than 5 %: then ``-inf`` too.
 
     Raises:
         ValueError: If ``log_weights`` has another shape or holds a ``nan``.
@@ -128,12 +136,16 @@ def _fit(log_weights: Tensor) -> _Tail:
     ordered = ordered - ordered[-1]
     # Lower weights than this are nothing beside the largest.
     cutoff = ordered[-size - 1].clamp(min=math.log(1e-15))
-    if -cutoff < math.sqrt(torch.finfo(log_weights.dtype).eps):  # equal to rounding
+    rounding = math.sqrt(torch.finfo(log_weights.dtype).eps)
+    tail = ordered[ordered > cutoff + rounding]  # of finite supports many are equal
+    if not len(tail):
         return _Tail(-math.inf, 0.0, 1.0, 0)
-    tail = ordered[ordered > cutoff]
     if len(tail) < _MIN_TAIL:
-        return _Tail(math.inf, 0.0, 0.0, 0)
+        is_flat = log_mean_exp(ordered).item() > -_FLAT
+        return _Tail(-math.inf if is_flat else math.inf, 0.0, 1.0, 0)
     excess = tail.exp() * -torch.expm1(cutoff - tail)
+    if tail[0] > -rounding:  # all equal, and the fit may divide by zero: exponential
+        return _Tail(0.0, excess[-1].item(), cutoff.exp().item(), len(tail))
     k, scale = fit_generalized_pareto(excess.cpu())
     return _Tail(k, scale, cutoff.exp().item(), len(tail))
 

@@ -52,6 +52,19 @@ def test_equal_weights_have_no_tail():
     assert pareto_std_error(half) == pytest.approx(math.sqrt(1 / 199))
 
 
+@pytest.mark.parametrize("num_larger", [0, 3, 30, 110])
+def test_weights_of_a_few_values_have_no_tail(num_larger):
+    """Faults: the shape of the rounding, 1.7 to 6; of 100 to 120 equals, an error."""
+    larger = torch.full((num_larger,), 0.05)
+    log_weights = torch.cat([torch.zeros(10_000 - num_larger), larger])
+    log_weights += 1e-15 * torch.rand(10_000)
+    assert pareto_k(log_weights) <= 0
+    plain = log_weights.exp().std() / log_weights.exp().mean() / 100.0001
+    assert plain <= pareto_std_error(log_weights) < 3 * plain + 1e-9
+    few = torch.cat([torch.zeros(9_997), torch.ones(3)])  # who knows what comes next
+    assert pareto_k(few) == math.inf
+
+
 @pytest.mark.parametrize(
     "log_weights",
     [
