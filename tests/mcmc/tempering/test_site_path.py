@@ -193,6 +193,19 @@ def test_shares_of_modes_that_sweeps_do_not_leave():
         assert found.step_sizes.isnan().all()
 
 
+def test_the_error_covers_what_the_ladder_hardly_reaches():
+    """Fault: the spread of the chains alone, 3.7 times less than the error."""
+    support = constraints.integer_interval(0, 3)
+    energy = FunctionEnergy(lambda x: x / 3, (), support)
+    base = IndependentSites(support, torch.tensor([0.4, 1e-12, 0.3, 0.3]).log())
+    exchange = ReplicaExchange(base, num_temperatures=3, warmup_steps=20)
+    found = exchange.run(energy, 100, progress_bar=False)
+    exact = (-torch.arange(4) / 3).logsumexp(0).item()
+    error = abs(found.log_partition - exact)
+    assert error < 2 * found.log_partition_std_error
+    assert error > 0.05
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_estimators_of_log_partition(name):
     """One run of each; and bounds from exact draws enclose the truth.
