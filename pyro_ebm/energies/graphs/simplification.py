@@ -6,15 +6,16 @@ value stays the same at every input, and so does its gradient where that is aske
 :func:`grouped` applies operators that the graph repeats all at once. A model with a
 loop, over data or over time, has the same few operators again and again, each on small
 tensors, and costs so many calls. Those at the same depth of the graph that differ in
-their tensors only are one operator on stacked tensors; and a chain of additions is one
-sum.
+their tensors only are one operator on stacked tensors; a chain of additions is one sum; and a
+linear recurrence is solved as in :mod:`pyro_ebm.energies.graphs.recurrences`.
 """
 
 __all__ = ["clean", "grouped"]
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from graphlib import CycleError, TopologicalSorter
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, fx
@@ -26,6 +27,7 @@ from pyro_ebm.energies.graphs.recording import (
     is_random,
     tags,
 )
+from pyro_ebm.energies.graphs.recurrences import Recurrence, recurrences
 
 aten = torch.ops.aten
 
@@ -392,10 +394,17 @@ def grouped(graph: fx.GraphModule, *inputs: Tensor) -> Callable[..., Any] | None
     layouts.run(*inputs)
     terms = _terms(operators, layouts.of)
     inner = _inner(terms)
-    groups = _groups([n for n in operators if n not in inner], terms, layouts.of)
+    outer = [node for node in operators if node not in inner]
+    paths = recurrences([node for node in outer if node not in terms], layouts.of)
+    try:
+        groups = _groups(outer, terms, paths, layouts.of)
+    except CycleError:  # two of them wait for each other
+        paths = []
+        groups = _groups(outer, terms, paths, layouts.of)
     if len(groups) > _MAX_LEFT * len(operators):
         return None
-    return lambda *inputs: _Run(graph, terms, inputs).outputs(groups)
+    solved = {path.last: path for path in paths}
+    return lambda *inputs: _Run(graph, terms, solved, inputs).outputs(groups)
 
 
 class _Layouts(fx.Interpreter):
@@ -453,16 +462,27 @@ def _inner(terms: dict[fx.Node, list[fx.Node]]) -> set[fx.Node]:
 def _groups(
     operators: Sequence[fx.Node],
     terms: dict[fx.Node, list[fx.Node]],
+    paths: Sequence[Recurrence],
     layouts: dict[fx.Node, Any],
 ) -> list[_Group]:
-    """Operators that can be applied at once, in an order in which they can be."""
+    """Operators that can be applied at once, in an order in which they can be.
+
+    Raises:
+        CycleError: If they cannot while each recurrence is one operator.
+    """
+    known = {n: path.last for path in paths for step in path.steps for n in step}
+    before = {n: terms.get(n, n.all_input_nodes) for n in operators if n not in known}
+    before |= {path.last: path.arguments for path in paths}
+    waits = {n: {known.get(a, a) for a in some} for n, some in before.items()}
     depth: dict[fx.Node, int] = {}
+    for node in TopologicalSorter(waits).static_order():
+        depth[node] = 1 + max((depth[a] for a in waits.get(node, ())), default=-1)
     found: dict[Any, _Group] = {}
     for node in operators:
-        before = terms.get(node, node.all_input_nodes)
-        depth[node] = 1 + max((depth.get(a, 0) for a in before), default=0)
+        if node not in before:
+            continue
         key: Any = None
-        if node not in terms:
+        if node not in terms and node not in known:
             arguments = fx.node.map_arg((node.args, node.kwargs), layouts.__getitem__)
             key = _key(node.target, *arguments)
         found.setdefault((depth[node], node if key is None else key), []).append(node)
@@ -476,12 +496,13 @@ class _Run:
         self,
         graph: fx.GraphModule,
         terms: dict[fx.Node, list[fx.Node]],
+        paths: dict[fx.Node, Recurrence],
         inputs: Sequence[Tensor],
     ) -> None:
-        self.graph, self.terms = graph, terms
+        self.graph, self.terms, self.paths = graph, terms, paths
         self.values: dict[fx.Node, Any] = {}
-        self.place: dict[fx.Node, tuple[int, int]] = {}  # group, and which of it
-        self.stacked: dict[int, Any] = {}
+        self.place: dict[fx.Node, tuple[Any, int]] = {}  # group, and which of it
+        self.stacked: dict[Any, Any] = {}
         given = iter(inputs)
         for node in graph.graph.nodes:
             if node.op == "placeholder":
@@ -492,13 +513,22 @@ class _Run:
     def outputs(self, groups: list[_Group]) -> Any:
         """What the graph returns."""
         for number, group in enumerate(groups):
-            if len(group) == 1:
+            if group[0] in self.paths:
+                path = self.paths[group[0]]
+                columns = path.solved(self.value, self.side_by_side)
+                for nodes, values in zip(zip(*path.steps, strict=True), columns):
+                    self.hold(nodes, values, (number, nodes[0]))
+            elif len(group) == 1:
                 self.values[group[0]] = self.one(group[0])
             else:
-                self.stacked[number] = self.many(group)
-                self.place.update({n: (number, k) for k, n in enumerate(group)})
+                self.hold(group, self.many(group), number)
         output = next(iter(reversed(self.graph.graph.nodes)))
         return fx.node.map_arg(output.args[0], self.value)
+
+    def hold(self, nodes: Sequence[fx.Node], stacked: Any, number: Any) -> None:
+        """Keep the values of some operators, stacked."""
+        self.stacked[number] = stacked
+        self.place.update({node: (number, k) for k, node in enumerate(nodes)})
 
     def value(self, node: fx.Node) -> Any:
         """The value of one operator."""
@@ -511,6 +541,10 @@ class _Run:
         """Apply one operator, or sum up many terms."""
         if node in self.terms:
             return self.side_by_side(self.terms[node]).sum(0)
+        if node.target is aten.stack.default and not node.kwargs:
+            parts, *dim = cast(Any, node.args)
+            if all(part in self.place for part in parts):
+                return self.side_by_side(parts).movedim(0, *dim or [0])
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)
         target: Any = node.target
         return target(*args, **kwargs)
@@ -573,6 +607,7 @@ class _Run:
 
 
 def _chosen(stacked: Tensor, which: list[int]) -> Tensor:
-    if which == list(range(len(stacked))):
-        return stacked
+    first, count = which[0], len(which)
+    if which == list(range(first, first + count)):
+        return stacked if count == len(stacked) else stacked.narrow(0, first, count)
     return stacked.index_select(0, torch.tensor(which, device=stacked.device))

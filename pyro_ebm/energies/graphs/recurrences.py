@@ -1,0 +1,320 @@
+r"""Linear recurrences in a recorded graph, solved in a few operators.
+
+A variance that follows the last one, an autoregressive mean or residuals of a moving
+average are computed by a loop over time. Recorded, it is one long path of additions and
+multiplications, which no stacking shortens, as each step waits for the last. But a step
+is affine in the state, and so the path is
+
+.. math::
+    x_0 = b_0, \qquad x_t = a_t\, x_{t-1} + b_t                            \tag{1}
+
+which doubling solves in :math:`\log_2 T` passes: with :math:`d = 1, 2, 4, \dots`
+
+.. math::
+    x_t \leftarrow x_t + a_t\, x_{t-d}, \qquad
+    a_t \leftarrow a_t\, a_{t-d}                                           \tag{2}
+
+Nothing is divided, and nothing is added that a loop would not add, so it is as exact.
+With :math:`g = \partial f / \partial x` the adjoint is such a recurrence too, backwards:
+
+.. math::
+    \frac{\partial f}{\partial b_t} = \lambda_t = g_t + a_{t+1} \lambda_{t+1}, \qquad
+    \frac{\partial f}{\partial a_t} = \lambda_t\, x_{t-1}                  \tag{3}
+
+References:
+    Hillis & Steele (1986), Data parallel algorithms. Commun. ACM 29(12), 1170-1183.
+"""
+
+__all__ = ["Recurrence", "recurrences"]
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+#: What affine operators do to a state and another value.
+_OPERATORS: dict[Any, Callable[[Any, Any], Any]] = {
+    aten.add.Tensor: operator.add,
+    aten.div.Tensor: operator.truediv,
+    aten.mul.Tensor: operator.mul,
+    aten.neg.default: lambda state, _: -state,
+    aten.rsub.Scalar: lambda state, side: side - state,
+    aten.sub.Tensor: operator.sub,
+}
+#: Those that take the state in either place; the others take it first.
+_EITHER = {aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor}
+_SCALINGS = {aten.div.Tensor, aten.mul.Tensor}
+#: Operator and place of the state that leave its slope as it is.
+_SHIFTS = {(aten.add.Tensor, 0), (aten.add.Tensor, 1), (aten.sub.Tensor, 0)}
+
+#: Steps from which on a path is worth it.
+_MIN_STEPS = 16
+#: Most operators of one step.
+_MAX_PERIOD = 12
+
+_library = torch.library.Library("pyro_ebm", "FRAGMENT")
+_library.define(
+    "linear_recurrence(Tensor a, Tensor b, int dim, bool backwards) -> Tensor"
+)
+
+
+def _linear_recurrence(a: Tensor, b: Tensor, dim: int, backwards: bool) -> Tensor:
+    """The solution of (1) along ``dim``; ``a`` has one fewer there, or the only one.
+
+    Args:
+        a: From :math:`a_1` on, of as many axes as ``b``; the others broadcast.
+        b: From :math:`b_0` on.
+        dim: The axis of time, not negative.
+        backwards: Whether each state follows from the next instead of the last.
+    """
+    shape = list(torch.broadcast_shapes(_but(a.shape, dim), _but(b.shape, dim)))
+    size = shape[dim] = b.shape[dim]
+    x = b.expand(shape).clone(memory_format=torch.contiguous_format)
+    distance = 1
+    while distance < size:  # (2)
+        left = size - distance
+        to, source = (0, distance) if backwards else (distance, 0)
+        last = x.narrow(dim, source, left).clone()
+        x.narrow(dim, to, left).addcmul_(a, last)
+        distance *= 2
+        if a.shape[dim] == 1:
+            a = a * a
+        elif distance < size:
+            left = size - distance
+            ends = distance // 2
+            a = a.narrow(dim, 0, left) * a.narrow(dim, ends, left)
+    return x
+
+
+def _but(shape: Sequence[int], dim: int) -> list[int]:
+    return [*shape[:dim], 1, *shape[dim + 1 :]]
+
+
+def _shape(a: Tensor, b: Tensor, dim: int, backwards: bool) -> Tensor:
+    shape = list(torch.broadcast_shapes(_but(a.shape, dim), _but(b.shape, dim)))
+    shape[dim] = b.shape[dim]
+    return b.new_empty(shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, ctx.dim, ctx.backwards = inputs
+    ctx.shape = b.shape
+    ctx.save_for_backward(a, output)
+
+
+def _adjoint(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    a, x = ctx.saved_tensors
+    size, dim, backwards = x.shape[ctx.dim], ctx.dim, ctx.backwards
+    costate = torch.ops.pyro_ebm.linear_recurrence(a, grad, dim, not backwards)  # (3)
+    late, early = (0, 1) if backwards else (1, 0)
+    slope = costate.narrow(dim, late, size - 1) * x.narrow(dim, early, size - 1)
+    return slope.sum_to_size(a.shape), costate.sum_to_size(ctx.shape), None, None
+
+
+def _many(
+    info: Any, in_dims: Any, a: Tensor, b: Tensor, dim: int, backwards: bool
+) -> tuple[Tensor, int]:
+    a, b = (
+        value.unsqueeze(0) if axis is None else value.movedim(axis, 0)
+        for value, axis in zip((a, b), in_dims, strict=False)
+    )
+    return torch.ops.pyro_ebm.linear_recurrence(a, b, dim + 1, backwards), 0
+
+
+_NAME = "pyro_ebm::linear_recurrence"
+_library.impl("linear_recurrence", _linear_recurrence, "CompositeExplicitAutograd")
+_library.impl("linear_recurrence", _shape, "Meta")
+torch.library.register_autograd(_NAME, _adjoint, setup_context=_keep, lib=_library)
+torch.library.register_vmap(_NAME, _many, lib=_library)
+
+
+class Recurrence(NamedTuple):
+    """A path of a graph along which a state moves by steps of the same operators.
+
+    Attributes:
+        start: What gives the first state.
+        steps: The operators of each step, alike in all but their tensors.
+        sides: Of each operator, the place of the state among its arguments, and what it
+            is combined with: a node, a number or ``None``.
+    """
+
+    start: fx.Node
+    steps: list[list[fx.Node]]
+    sides: dict[fx.Node, tuple[int, Any]]
+
+    @property
+    def last(self) -> fx.Node:
+        """The last operator, after which all states are known."""
+        return self.steps[-1][-1]
+
+    @property
+    def arguments(self) -> list[fx.Node]:
+        """What the states follow from."""
+        sides = (self.sides[node][1] for step in self.steps for node in step)
+        return [self.start, *(side for side in sides if isinstance(side, fx.Node))]
+
+    def solved(
+        self,
+        value: Callable[[fx.Node], Tensor],
+        stacked: Callable[[Sequence[fx.Node]], Tensor],
+    ) -> list[Tensor]:
+        """The values of the first operators of all steps, of the second ones, and so on.
+
+        Args:
+            value: Gives that of a node.
+            stacked: Gives those of some nodes, along a first axis.
+        """
+        start = value(self.start).unsqueeze(0)
+        count, firsts = len(self.steps), self.steps[0]
+        columns = [
+            [step[number] for step in self.steps] for number in range(len(firsts))
+        ]
+        sides = [self._side(nodes, start.dim(), value, stacked) for nodes in columns]
+        a: Any = 1.0
+        b: Any = 0.0
+        for node, side in zip(firsts, sides, strict=True):
+            a, b = self._sloped(node, a, side), self._moved(node, b, side)
+        a = a if isinstance(a, Tensor) else torch.full_like(start, a)
+        b = torch.as_tensor(b).to(start).expand(count, *start.shape[1:])
+        b = torch.cat([start, b])
+        x = torch.ops.pyro_ebm.linear_recurrence(a, b, 0, False)
+        values = [x[:-1]]
+        for node, side in zip(firsts[:-1], sides[:-1], strict=True):
+            values.append(self._moved(node, values[-1], side))
+        return [*values[1:], x[1:]]
+
+    def _side(
+        self,
+        nodes: list[fx.Node],
+        num_axes: int,
+        value: Callable[[fx.Node], Tensor],
+        stacked: Callable[[Sequence[fx.Node]], Tensor],
+    ) -> Any:
+        """What the state is combined with in each step, steps along the first axis."""
+        sides = [self.sides[node][1] for node in nodes]
+        if not isinstance(sides[0], fx.Node):
+            return sides[0]
+        is_same = all(side is sides[0] for side in sides)
+        side = value(sides[0]).unsqueeze(0) if is_same else stacked(sides)
+        return side.reshape(len(side), *[1] * (num_axes - side.dim()), *side.shape[1:])
+
+    def _moved(self, node: fx.Node, state: Any, side: Any) -> Any:
+        """The state after an operator."""
+        if node.target in _SCALINGS and isinstance(state, float) and not state:
+            return state  # as multiplying a zero would be an operator
+        pair = (side, state) if self.sides[node][0] else (state, side)
+        return _OPERATORS[node.target](*pair)
+
+    def _sloped(self, node: fx.Node, slope: Any, side: Any) -> Any:
+        """The derivative of that in the state at the step's beginning."""
+        if node.target in _SCALINGS:
+            return self._moved(node, slope, side)
+        return slope if (node.target, self.sides[node][0]) in _SHIFTS else -slope
+
+
+def recurrences(
+    operators: Sequence[fx.Node], layouts: Mapping[fx.Node, Any]
+) -> list[Recurrence]:
+    """The long linear recurrences among operators, none of which share any.
+
+    Args:
+        operators: In an order in which they can be applied.
+        layouts: Shape and type of each tensor.
+    """
+    sides = {node: _sides(node, layouts) for node in operators}
+    sides = {node: found for node, found in sides.items() if found}
+    found = []
+    while len(path := _longest_path(sides)) > _MIN_STEPS:
+        recurrence = _periodic(path, sides, layouts)
+        if recurrence is not None:
+            found.append(recurrence)
+            path = [path[0], *(n for step in recurrence.steps for n in step)]
+        for node in path[1:]:
+            del sides[node]
+    return found
+
+
+_Sides: TypeAlias = dict[fx.Node, tuple[int, Any]]
+
+
+def _sides(node: fx.Node, layouts: Mapping[fx.Node, Any]) -> _Sides:
+    """In which arguments a node is affine: of each, its place and the other one."""
+    if node.target not in _OPERATORS or node.kwargs:
+        return {}
+    arguments = node.args if len(node.args) == 2 else (*node.args, None)
+    found: _Sides = {}
+    for place in (0, 1) if node.target in _EITHER else (0,):
+        state, side = arguments[place], arguments[1 - place]
+        is_like = isinstance(state, fx.Node) and layouts.get(state) == layouts[node]
+        if not is_like or side is state or not layouts[node][1].is_floating_point:
+            continue
+        if isinstance(side, fx.Node) and layouts[side][1] != layouts[node][1]:
+            continue
+        found[cast(fx.Node, state)] = (place, side)
+    return found
+
+
+def _longest_path(sides: Mapping[fx.Node, _Sides]) -> list[fx.Node]:
+    """Nodes of which each is affine in the one before."""
+    length: dict[fx.Node, int] = {}
+    last: dict[fx.Node, fx.Node] = {}
+    for node, found in sides.items():
+        last[node] = max(found, key=lambda state: length.get(state, 0))
+        length[node] = 1 + length.get(last[node], 0)
+    path = [max(length, key=length.__getitem__)] if length else []
+    while path and path[-1] in last:
+        path.append(last[path[-1]])
+    return path[::-1]
+
+
+def _periodic(
+    path: list[fx.Node],
+    sides: Mapping[fx.Node, _Sides],
+    layouts: Mapping[fx.Node, Any],
+) -> Recurrence | None:
+    """The longest part of a path that repeats its operators, if that is long."""
+    moves = {now: sides[now][last] for last, now in zip(path, path[1:], strict=False)}
+    keys = [
+        (node.target, place, layouts.get(side, (type(side), side)))
+        for node, (place, side) in moves.items()
+    ]
+    covered, negative, begin = max(
+        _longest_repetition(keys, period) for period in range(1, _MAX_PERIOD + 1)
+    )
+    period, nodes = -negative, path[1 + begin : 1 + begin + covered]
+    # Best ends a step where others use its result.
+    ends = [n for n in nodes[period - 1 : 2 * period - 1] if len(n.users) > 1]
+    first = nodes.index(ends[0]) + 1 - period if ends else 0
+    steps = [nodes[k : k + period] for k in range(first, covered - period + 1, period)]
+    later = _later(nodes[first]) if steps else set()
+    is_free = [not any(moves[n][1] in later for n in step) for step in steps]
+    steps = steps[: [*is_free, False].index(False)]
+    if len(steps) < _MIN_STEPS:
+        return None
+    start = path[path.index(steps[0][0]) - 1]
+    return Recurrence(start, steps, {n: moves[n] for step in steps for n in step})
+
+
+def _longest_repetition(keys: Sequence[Any], period: int) -> tuple[int, int, int]:
+    """How many keys are whole periods in a row, the period, negative, and where."""
+    run, best = 0, (0, -period, 0)
+    for number in range(period, len(keys)):
+        run = run + 1 if keys[number] == keys[number - period] else 0
+        covered = (run // period + 1) * period if run else 0
+        if covered > best[0]:
+            best = (covered, -period, number + 1 - run - period)
+    return best
+
+
+def _later(node: fx.Node) -> set[Any]:
+    """A node and all that follow from it."""
+    found, queue = {node}, [node]
+    while queue:
+        new = [user for user in queue.pop().users if user not in found]
+        found.update(new)
+        queue += new
+    return found
