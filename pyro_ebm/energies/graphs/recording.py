@@ -30,13 +30,17 @@ LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 # Operators that vmap would run one by one.
-_DECOMPOSED: dict[Any, Callable[..., Any]] = get_decompositions(
-    [
-        aten._native_batch_norm_legit_no_training,
-        aten.binary_cross_entropy_with_logits,
-        aten.native_batch_norm,
-    ]
-)
+_DECOMPOSED: dict[Any, Callable[..., Any]] = {
+    **get_decompositions(
+        [
+            aten._native_batch_norm_legit_no_training,
+            aten.binary_cross_entropy_with_logits,
+            aten.native_batch_norm,
+        ]
+    ),
+    # Torch's own, in the gradient of a cumulative product, loads its compiler.
+    aten.bitwise_and_.Tensor: lambda x, other: x.copy_(x & other),
+}
 
 
 class UntraceableError(RuntimeError):

@@ -15,7 +15,7 @@ which doubling solves in :math:`\log_2 T` passes: with :math:`d = 1, 2, 4, \dots
     a_t \leftarrow a_t\, a_{t-d}                                           \tag{2}
 
 Nothing is divided, and nothing is added that a loop would not add, so it is as exact.
-With :math:`g = \partial f / \partial x` the adjoint is such a recurrence too, backwards:
+With :math:`g = \partial f / \partial x` the adjoint is one too, backwards:
 
 .. math::
     \frac{\partial f}{\partial b_t} = \lambda_t = g_t + a_{t+1} \lambda_{t+1}, \qquad
@@ -62,8 +62,8 @@ _library.define(
 )
 
 
-def _linear_recurrence(a: Tensor, b: Tensor, dim: int, backwards: bool) -> Tensor:
-    """The solution of (1) along ``dim``; ``a`` has one fewer there, or the only one.
+def _linear_recurrence(a: Tensor, b: Tensor, dim: int, backwards: bool) -> Tensor:  # noqa: FBT001
+    """The solution of (1) along ``dim``, where ``a`` has one fewer, or the only one.
 
     Args:
         a: From :math:`a_1` on, of as many axes as ``b``; the others broadcast.
@@ -71,10 +71,8 @@ def _linear_recurrence(a: Tensor, b: Tensor, dim: int, backwards: bool) -> Tenso
         dim: The axis of time, not negative.
         backwards: Whether each state follows from the next instead of the last.
     """
-    shape = list(torch.broadcast_shapes(_but(a.shape, dim), _but(b.shape, dim)))
-    size = shape[dim] = b.shape[dim]
-    x = b.expand(shape).clone(memory_format=torch.contiguous_format)
-    distance = 1
+    x = torch.empty(_solved_shape(a, b, dim), dtype=b.dtype, device=b.device).copy_(b)
+    size, distance = b.shape[dim], 1
     while distance < size:  # (2)
         left = size - distance
         to, source = (0, distance) if backwards else (distance, 0)
@@ -85,19 +83,19 @@ def _linear_recurrence(a: Tensor, b: Tensor, dim: int, backwards: bool) -> Tenso
             a = a * a
         elif distance < size:
             left = size - distance
-            ends = distance // 2
-            a = a.narrow(dim, 0, left) * a.narrow(dim, ends, left)
+            a = a.narrow(dim, 0, left) * a.narrow(dim, distance // 2, left)
     return x
 
 
-def _but(shape: Sequence[int], dim: int) -> list[int]:
-    return [*shape[:dim], 1, *shape[dim + 1 :]]
-
-
-def _shape(a: Tensor, b: Tensor, dim: int, backwards: bool) -> Tensor:
-    shape = list(torch.broadcast_shapes(_but(a.shape, dim), _but(b.shape, dim)))
+def _solved_shape(a: Tensor, b: Tensor, dim: int) -> list[int]:
+    # Torch's own broadcast_shapes takes longer than the recurrence.
+    shape = [max(pair) for pair in zip(a.shape, b.shape, strict=True)]
     shape[dim] = b.shape[dim]
-    return b.new_empty(shape)
+    return shape
+
+
+def _shape(a: Tensor, b: Tensor, dim: int, backwards: bool) -> Tensor:  # noqa: FBT001
+    return b.new_empty(_solved_shape(a, b, dim))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -116,7 +114,12 @@ def _adjoint(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
 
 
 def _many(
-    info: Any, in_dims: Any, a: Tensor, b: Tensor, dim: int, backwards: bool
+    info: Any,
+    in_dims: Any,
+    a: Tensor,
+    b: Tensor,
+    dim: int,
+    backwards: bool,  # noqa: FBT001
 ) -> tuple[Tensor, int]:
     a, b = (
         value.unsqueeze(0) if axis is None else value.movedim(axis, 0)
@@ -162,7 +165,7 @@ class Recurrence(NamedTuple):
         value: Callable[[fx.Node], Tensor],
         stacked: Callable[[Sequence[fx.Node]], Tensor],
     ) -> list[Tensor]:
-        """The values of the first operators of all steps, of the second ones, and so on.
+        """The values of all steps' first operators, of their second ones, and so on.
 
         Args:
             value: Gives that of a node.
@@ -178,10 +181,13 @@ class Recurrence(NamedTuple):
         b: Any = 0.0
         for node, side in zip(firsts, sides, strict=True):
             a, b = self._sloped(node, a, side), self._moved(node, b, side)
-        a = a if isinstance(a, Tensor) else torch.full_like(start, a)
         b = torch.as_tensor(b).to(start).expand(count, *start.shape[1:])
         b = torch.cat([start, b])
-        x = torch.ops.pyro_ebm.linear_recurrence(a, b, 0, False)
+        if isinstance(a, float) and a == 1.0:
+            x = b.cumsum(0)
+        else:
+            a = a if isinstance(a, Tensor) else torch.full_like(start, a)
+            x = torch.ops.pyro_ebm.linear_recurrence(a, b, 0, backwards=False)
         values = [x[:-1]]
         for node, side in zip(firsts[:-1], sides[:-1], strict=True):
             values.append(self._moved(node, values[-1], side))

@@ -6,8 +6,9 @@ value stays the same at every input, and so does its gradient where that is aske
 :func:`grouped` applies operators that the graph repeats all at once. A model with a
 loop, over data or over time, has the same few operators again and again, each on small
 tensors, and costs so many calls. Those at the same depth of the graph that differ in
-their tensors only are one operator on stacked tensors; a chain of additions is one sum; and a
-linear recurrence is solved as in :mod:`pyro_ebm.energies.graphs.recurrences`.
+their tensors only are one operator on stacked tensors; a chain of additions is one
+sum; and a linear recurrence is solved as in
+:mod:`pyro_ebm.energies.graphs.recurrences`.
 """
 
 __all__ = ["clean", "grouped"]
@@ -44,6 +45,7 @@ _SHAPE_ONLY = {
 _MANY = 64
 _IDENTITIES = {aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default}
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+_SUMS = {aten.sum.default, aten.sum.dim_IntList}
 _SCATTERS = {
     aten.select_scatter.default,
     aten.slice_scatter.default,
@@ -124,6 +126,10 @@ class _Cleaner:
         if same is not None:
             return same
         self._require_static_shape(node)
+        if node.target in _SUMS and self._is_of_one(node):
+            shape = list(self.values[node].shape)
+            argument = self._mapped(node.args[0])
+            return self._call(aten.reshape.default, (argument, shape), {})
         if node.target in (aten.index.Tensor, aten.index_put.default):
             return self._index(node)
         if node.target is aten.copy.default:
@@ -260,16 +266,26 @@ class _Cleaner:
             return None if self.differentiable else new
         if node.target in _IDENTITIES:
             return new
-        if node.target in _CASTS:
+        if node.target in _CASTS or node.target in _SUMS:
             is_same = _layout(self.values[node]) == _layout(self.values[first])
             return new if is_same else None
         if node.target is aten.pow.Tensor_Scalar and node.args[1] == 1:
+            return new
+        if node.target is aten.permute.default and node.args[1] == [
+            *range(self.values[first].dim())
+        ]:
             return new
         if node.target is aten.neg.default:
             is_negated = isinstance(new, fx.Node) and new.target is aten.neg.default
             return new.args[0] if is_negated else None
         neutral = self._neutral(node)
         return None if neutral is None else self.new[neutral]
+
+    def _is_of_one(self, node: fx.Node) -> bool:
+        """Whether a sum has one term for each of its results."""
+        argument, result = self.values[node.all_input_nodes[0]], self.values[node]
+        is_like = argument.dtype is result.dtype and argument.device == result.device
+        return is_like and argument.numel() == result.numel() > 0
 
     def _neutral(self, node: fx.Node) -> fx.Node | None:
         """The other argument, where one is added 0 or multiplied by 1."""
@@ -516,7 +532,9 @@ class _Run:
             if group[0] in self.paths:
                 path = self.paths[group[0]]
                 columns = path.solved(self.value, self.side_by_side)
-                for nodes, values in zip(zip(*path.steps, strict=True), columns):
+                for nodes, values in zip(
+                    zip(*path.steps, strict=True), columns, strict=True
+                ):
                     self.hold(nodes, values, (number, nodes[0]))
             elif len(group) == 1:
                 self.values[group[0]] = self.one(group[0])

@@ -1,0 +1,169 @@
+"""Linear recurrences against loops: values, gradients, and what is none."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_ebm.energies import PyroModelEnergy
+from pyro_ebm.energies.graphs.batching import TracedFunction
+
+solve = torch.ops.pyro_ebm.linear_recurrence
+SIZE = 37
+
+
+def loop(a, b):
+    """States along the first axis."""
+    states = [b[0]]
+    for factor, shift in zip(a.expand(SIZE - 1, *a.shape[1:]), b[1:], strict=True):
+        states.append(factor * states[-1] + shift)
+    return torch.stack(torch.broadcast_tensors(*states))
+
+
+def double(*shape):
+    return torch.randn(shape, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("steps", [1, SIZE - 1])
+@pytest.mark.parametrize(("own", "other"), [((3,), (3,)), ((1,), (3,)), ((3,), (1,))])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_states_and_their_gradients_are_those_of_a_loop(steps, own, other, backwards):
+    a, b = double(steps, *own), double(SIZE, *other)
+    turn = (lambda x: x.flip(0)) if backwards else (lambda x: x)
+    results = [solve(a, b, 0, backwards), turn(loop(turn(a), turn(b)))]
+    weights = torch.randn_like(results[0])
+    grads = [torch.autograd.grad((x * weights).sum(), (a, b)) for x in results]
+    for mine, wanted in zip(
+        (results[0], *grads[0]), (results[1], *grads[1]), strict=True
+    ):
+        torch.testing.assert_close(mine, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_many_recurrences_at_once_and_their_second_derivatives():
+    a, b = double(5, 1), double(5, SIZE)
+    many = torch.vmap(lambda a, b: solve(a, b, 0, backwards=False))(a, b)
+    torch.testing.assert_close(many, loop(a.T, b.T).T)
+    shared = torch.vmap(lambda b: solve(a[0], b, 0, backwards=False))(b)
+    torch.testing.assert_close(shared, loop(a[:1].T, b.T).T)
+    few = (a[0, :1].detach().requires_grad_(), b[0, :6].detach().requires_grad_())
+    assert torch.autograd.gradgradcheck(lambda a, b: solve(a, b, 0, False), few)
+
+
+def test_growth_beyond_all_bounds_is_not_finite():
+    a = torch.full((1,), 1e10, dtype=torch.float64)
+    assert not solve(a, torch.ones(60, dtype=torch.float64), 0, False).isfinite().all()
+
+
+def assert_as_one_by_one(function, u, value, grad):
+    for k, point in enumerate(u):
+        point = point.detach().requires_grad_()
+        wanted = function(point)
+        torch.testing.assert_close(value[k], wanted.detach(), rtol=1e-10, atol=1e-10)
+        (slope,) = torch.autograd.grad(wanted, point)
+        torch.testing.assert_close(grad[k], slope, rtol=1e-10, atol=1e-10)
+
+
+def garch(u):
+    state, values = u[3].exp(), []
+    for y in torch.linspace(-1, 1, 40):
+        state = u[0].exp() + u[1].sigmoid() * (y - u[3]) ** 2 + u[2].sigmoid() * state
+        values.append(state)
+    variances = torch.stack(values)
+    return (variances.log() + u[4:44] ** 2 / variances).sum()
+
+
+def moving_average(u):
+    error, total = 0.2 - u[0], 0.0
+    for y in torch.linspace(-1, 1, 40):
+        mean = u[0] + u[1] * y + u[2].tanh() * error
+        error = y - mean
+        total = total + error**2 * u[3].exp()
+    return total
+
+
+def decay(u):
+    """Divided and negated, of which the last one only is used."""
+    state = u[:3]
+    for _ in range(20):
+        state = -(state / (1 + u[3:6].exp())) - 0.1
+    return state.square().sum()
+
+
+def vectors(u):
+    """Two autoregressions, one driven by the other, and factors that change."""
+    first, second, total = u[:2], u[2:4], 0.0
+    for k in range(24):
+        first = u[4].sigmoid() * first + 0.1 * u[k : k + 2]
+        second = u[k : k + 1].tanh() * second + first
+        total = total + (second**2).sum() - (first * u[5]).sum()
+    return total
+
+
+@pytest.mark.parametrize(
+    ("function", "count"), [(garch, 1), (moving_average, 1), (decay, 1), (vectors, 2)]
+)
+def test_a_traced_loop_is_solved_with_its_values_and_gradients(function, count):
+    traced = TracedFunction(function)
+    u = torch.randn(6, 44, dtype=torch.float64)
+    value, grad = traced.value_and_grad(u)
+    (one_point,) = traced._one_points.values()
+    targets = [node.target for node in one_point.graph.graph.nodes]
+    assert targets.count(solve.default) == count
+    assert targets.count(torch.ops.aten.div.Tensor) < 2
+    assert_as_one_by_one(function, u, value, grad)
+
+
+def squared(u):
+    state = u[0]
+    for k in range(30):
+        state = 0.1 * state**2 + u[k]
+    return state
+
+
+def feedback(u):
+    state, total = u[0], 0.0
+    for k in range(30):
+        state = 0.5 * state + u[k] * state.sin()
+        total = total + state
+    return total
+
+
+def coupled(u):
+    first, second = u[0], u[1]
+    for k in range(30):
+        new = 0.5 * first + 0.2 * second + u[k]
+        first, second = new, 0.3 * second - 0.4 * first
+    return first * second
+
+
+@pytest.mark.parametrize("function", [squared, feedback, coupled])
+def test_what_feeds_back_otherwise_keeps_its_values_and_gradients(function):
+    traced = TracedFunction(function)
+    u = torch.randn(3, 30, dtype=torch.float64)
+    assert_as_one_by_one(function, u, *traced.value_and_grad(u))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32])
+def test_a_model_with_a_loop_is_traced_in_both_precisions(dtype):
+    y = torch.randn(60)
+
+    def model():
+        drift = pyro.sample("drift", dist.Normal(0.0, 1.0))
+        phi = pyro.sample("phi", dist.Uniform(-1.0, 1.0))
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("times", len(y)):
+            noise = pyro.sample("noise", dist.Normal(0.0, 1.0))
+        state, states = drift, []
+        for k in range(len(y)):
+            state = phi * state + scale * noise[k]
+            states.append(state)
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(torch.stack(states), 1.0), obs=y)
+
+    energy = PyroModelEnergy(model)
+    twin = energy.in_double()
+    u = torch.randn(5, 63)
+    single, exact = energy(u), twin(u.double())
+    torch.testing.assert_close(single, exact.float(), rtol=1e-4, atol=1e-3)
+    (one_point,) = twin._function._one_points.values()
+    assert solve.default in [node.target for node in one_point.graph.graph.nodes]
