@@ -121,10 +121,11 @@ def squared(u):
 
 
 def feedback(u):
-    state, total = u[0], 0.0
+    state, other, total = u[0], u[1], 0.0
     for k in range(30):
         state = 0.5 * state + u[k] * state.sin()
-        total = total + state
+        other = 0.8 * other + u[k]
+        total = total + state + other.square()
     return total
 
 
@@ -136,11 +137,16 @@ def coupled(u):
     return first * second
 
 
-@pytest.mark.parametrize("function", [squared, feedback, coupled])
-def test_what_feeds_back_otherwise_keeps_its_values_and_gradients(function):
+@pytest.mark.parametrize(
+    ("function", "count"), [(squared, 0), (feedback, 1), (coupled, 0)]
+)
+def test_what_feeds_back_otherwise_keeps_its_values_and_gradients(function, count):
     traced = TracedFunction(function)
     u = torch.randn(3, 30, dtype=torch.float64)
     assert_as_one_by_one(function, u, *traced.value_and_grad(u))
+    (one_point,) = traced._one_points.values()
+    targets = [node.target for node in one_point.graph.graph.nodes]
+    assert targets.count(solve.default) == count
 
 
 @pytest.mark.parametrize("dtype", [torch.float32])
