@@ -72,12 +72,14 @@ def _linear_recurrence(a: Tensor, b: Tensor, dim: int, backwards: bool) -> Tenso
         backwards: Whether each state follows from the next instead of the last.
     """
     x = torch.empty(_solved_shape(a, b, dim), dtype=b.dtype, device=b.device).copy_(b)
-    size, distance = b.shape[dim], 1
+    y, size, distance = torch.empty_like(x), b.shape[dim], 1
     while distance < size:  # (2)
         left = size - distance
-        to, source = (0, distance) if backwards else (distance, 0)
-        last = x.narrow(dim, source, left).clone()
-        x.narrow(dim, to, left).addcmul_(a, last)
+        to, source, done = (0, distance, left) if backwards else (distance, 0, 0)
+        last, new = x.narrow(dim, source, left), y.narrow(dim, to, left)
+        torch.addcmul(x.narrow(dim, to, left), a, last, out=new)
+        y.narrow(dim, done, distance).copy_(x.narrow(dim, done, distance))
+        x, y = y, x
         distance *= 2
         if a.shape[dim] == 1:
             a = a * a
