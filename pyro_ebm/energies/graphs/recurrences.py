@@ -183,8 +183,8 @@ class Recurrence(NamedTuple):
         b: Any = 0.0
         for node, side in zip(firsts, sides, strict=True):
             a, b = self._sloped(node, a, side), self._moved(node, b, side)
-        b = torch.as_tensor(b).to(start).expand(count, *start.shape[1:])
-        b = torch.cat([start, b])
+        b = b if isinstance(b, Tensor) else torch.full_like(start, b)
+        b = torch.cat([start, b.expand(count, *start.shape[1:])])
         if isinstance(a, float) and a == 1.0:
             x = b.cumsum(0)
         else:

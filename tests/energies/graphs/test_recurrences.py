@@ -113,6 +113,12 @@ def test_a_traced_loop_is_solved_with_its_values_and_gradients(function, count):
     assert_as_one_by_one(function, u, value, grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32])
+def test_numbers_are_as_exact_as_the_points_whatever_the_default(dtype):
+    u = torch.randn(3, 6, dtype=torch.float64)
+    assert_as_one_by_one(decay, u, *TracedFunction(decay).value_and_grad(u))
+
+
 def squared(u):
     state = u[0]
     for k in range(30):
