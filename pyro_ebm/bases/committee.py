@@ -11,12 +11,12 @@ which gives each row a density by a fit that has not seen it. The committee is
 By Jensen's inequality it is at least as good as a member of it in the mean; and all
 rows serve both to fit and to choose.
 
-Missing entries are drawn, in turn with fits to the rows that are filled so: stochastic
-expectation maximisation, first of a small mixture, then of a committee, in the last of
-which each part :math:`f` is left out of draws of its own.
+Where entries are missing all of this is by what was seen: each mixture is fitted to
+rows that a small one has filled, and goes on with expectation maximisation for
+incomplete rows (:mod:`~pyro_ebm.bases.conditional`); (1) has the density of what was
+seen.
 
 References:
-    Celeux & Diebolt (1985), Computational Statistics Quarterly 2, 73-82.
     Smyth & Wolpert (1999), Machine Learning 36, 59-83.
     Ormoneit & Tresp (1998), IEEE Trans. Neural Networks 9, 639-650.
 """
@@ -30,7 +30,11 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.bases.conditional import conditional_draws
+from pyro_ebm.bases.conditional import (
+    conditional_draws,
+    fitted_incomplete,
+    seen_log_prob,
+)
 from pyro_ebm.bases.mixture import (
     NUMBERS,
     ROWS_EACH,
@@ -47,9 +51,8 @@ from pyro_ebm.core.stopwatch import Stopwatch
 _PARTS, _FLOORS, _LEAST = 5, (1e-6, 1e-2, 1e-1), 0.02
 #: Rows that a member is fitted to, at most.
 _MAX_ROWS = 20_000
-#: Steps, components, and rows for each of these, of the small mixture that comes before
-#: the committees where entries are missing.
-_STEPS_OF_SMALL, _SMALL, _ROWS_OF_SMALL = 10, 2, 50
+#: Components, and rows for each, of the mixture that fills missing entries first.
+_SMALL, _ROWS_OF_SMALL = 2, 50
 
 
 def committee(
@@ -103,20 +106,13 @@ def committee(
             f"data must have at least 3 rows for a committee, got {count}. Use "
             "pyro_ebm.bases.normal."
         )
-    parts = _order(rows.u, share, seed).chunk(_PARTS)
-    if missing is None:
-        return rows.distribution(
-            _assembled([rows.u] * _PARTS, parts, share, max_seconds, seed)
-        )
-    filled, gone = rows.u, missing.any(1)
-    found = _small(filled, missing, share)
-    for number in (1, _PARTS):
-        draws = conditional_draws(found, filled[gone], missing[gone], number)
-        versions = [filled.clone() for _ in range(_PARTS)]
-        for index, version in enumerate(versions):
-            version[gone] = draws[min(index, number - 1)]
-        found = _assembled(versions, parts, share, max_seconds / 2, seed)
-    return rows.distribution(found)
+    u, parts = rows.u, _order(rows.u, share, seed).chunk(_PARTS)
+    if missing is not None:
+        small = max(1, min(_SMALL, count // _ROWS_OF_SMALL))
+        index = repetitions(share)
+        found = fitted_incomplete(u[index], missing[index], small, seed, _FLOORS[0])
+        u = conditional_draws(found, u, missing, 1)[0]
+    return rows.distribution(_assembled(u, missing, parts, share, max_seconds, seed))
 
 
 def _started(data: Tensor, missing: Tensor) -> Tensor:
@@ -137,28 +133,19 @@ def _started(data: Tensor, missing: Tensor) -> Tensor:
     return filled
 
 
-def _small(u: Tensor, missing: Tensor, share: Tensor) -> NormalMixture:
-    """A small mixture, from rows that it fills itself."""
-    number = max(1, min(_SMALL, int((share > 0).sum()) // _ROWS_OF_SMALL))
-    gone, index = missing.any(1), repetitions(share)
-    for _ in range(_STEPS_OF_SMALL):
-        found = fitted_mixture(u[index], number, 0)
-        u = u.clone()
-        u[gone] = conditional_draws(found, u[gone], missing[gone], 1)[0]
-    return found
-
-
 def _assembled(
-    versions: Sequence[Tensor],
+    u: Tensor,
+    missing: Tensor | None,
     parts: Sequence[Tensor],
     share: Tensor,
     max_seconds: float,
     seed: int,
 ) -> NormalMixture:
-    """The mixture (1), with fits to versions of the rows that leave out one part each.
+    """The mixture (1).
 
     Args:
-        versions: As many as parts, each of shape ``(N, D)``.
+        u: Rows, shape ``(N, D)``.
+        missing: Entries that are not what was seen, or ``None``.
         parts: Indices of rows.
         share: Weights of the rows.
         max_seconds: That it may take.
@@ -174,7 +161,7 @@ def _assembled(
         if number > 1 and (is_late or number * ROWS_EACH > fewest):
             break
         for floor in _FLOORS:
-            fits, values = _fits(versions, parts, share, number, floor, seed)
+            fits, values = _fits(u, missing, parts, share, number, floor, seed)
             members.append(fits)
             unseen.append(values)
     chances = stacking_weights(torch.stack(unseen), share[order])
@@ -191,7 +178,8 @@ def _order(u: Tensor, share: Tensor, seed: int) -> Tensor:
 
 
 def _fits(
-    versions: Sequence[Tensor],
+    u: Tensor,
+    missing: Tensor | None,
     parts: Sequence[Tensor],
     share: Tensor,
     number: int,
@@ -200,10 +188,15 @@ def _fits(
 ) -> tuple[list[NormalMixture], Tensor]:
     """A fit without each part, and its log density there; shape ``(N,)``."""
     fits, values = [], []
-    for u, part in zip(versions, parts, strict=False):
+    for part in parts:
         others = torch.cat([other for other in parts if other is not part])
         if not bool((share[others] == 1).all()):
             others = others[repetitions(share[others])]
-        fits.append(fitted_mixture(u[others], number, seed, floor))
-        values.append(fits[-1].log_prob(u[part]))
+        if missing is None:
+            fits.append(fitted_mixture(u[others], number, seed, floor))
+            values.append(fits[-1].log_prob(u[part]))
+        else:
+            at = u[others], missing[others]
+            fits.append(fitted_incomplete(*at, number, seed, floor))
+            values.append(seen_log_prob(fits[-1], u[part], missing[part]))
     return fits, torch.cat(values)

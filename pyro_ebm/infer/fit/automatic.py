@@ -91,6 +91,9 @@ _CHEAP = 0.005
 PATIENCE = 15
 #: Part of the time that the base may take, and seconds for a nearer proposal.
 _FOR_BASE, _FOR_PROPOSAL = 0.3, 3.0
+#: Draws for the log Z at the end, the part of the time that they may take, and draws
+#: to see how long they will.
+_AT_THE_END, _FOR_END, _TRIAL = 250_000, 0.25, 2000
 
 
 class Plan(NamedTuple):
@@ -105,9 +108,12 @@ class Plan(NamedTuple):
         proposal: Where weighted draws come from; ``None`` where log Z comes otherwise.
         watch: Of the fit, since before its base.
         max_seconds: After which learning ends.
+        reserved: Seconds after that for a log Z from fresh draws of the proposal.
         rate: Of the optimiser, at its highest.
         decays: Whether weights decay as much as held-out rows want.
         patience: Records without a better one after which it ends.
+        keeps_base: Whether nothing is learned: the model starts as its base, and no
+            rows tell whether a correction is better.
     """
 
     stages: list[Stage]
@@ -121,6 +127,8 @@ class Plan(NamedTuple):
     rate: float = _RATE
     decays: bool = False
     patience: float = PATIENCE
+    keeps_base: bool = False
+    reserved: float = math.inf
 
     @property
     def record_interval(self) -> int:
@@ -209,8 +217,29 @@ def automatic_plan(
     proposal = model.base if base is not None else _towards(model, train.counted())
     objective = ImportanceSampledLikelihood(proposal, _DRAWS)
     steps = _STEPS if num_steps is None else num_steps
+    keeps_base = base is not None and held_out is None and _is_base(model, train.rows)
+    if keeps_base:
+        _LOG.warning("data: too few rows to hold some out; the base is the model")
+        steps = 1
     stages = [Stage(objective, steps)]
-    return Plan(stages, train, held_out, weights, base, proposal, watch, max_seconds)
+    reserved = _for_log_partition(model.energy, proposal, max_seconds)
+    left = max_seconds - reserved
+    plan = Plan(stages, train, held_out, weights, base, proposal, watch, left)
+    return plan._replace(keeps_base=keeps_base, reserved=reserved)
+
+
+def _for_log_partition(energy: Energy, proposal: Any, max_seconds: float) -> float:
+    """Seconds that many draws of the proposal and their weights take, or as may be."""
+    watch = Stopwatch()
+    with torch.random.fork_rng(devices=[]):  # the same parameters for the same seed
+        WeightedDraws().start(energy, proposal, _TRIAL)
+    return min(_AT_THE_END * watch.seconds / _TRIAL, _FOR_END * max_seconds)
+
+
+@torch.no_grad()
+def _is_base(model: EnergyModel, rows: Tensor) -> bool:
+    """Whether what is learned of the energy is nothing yet."""
+    return not bool(model.energy.correction(rows).any())
 
 
 def _held_out(
@@ -229,11 +258,7 @@ def _held_out(
     else:
         whole = (~points.missing.any(1)).nonzero()[:, 0].cpu()
         if len(whole) < _FEWEST:
-            _LOG.warning(
-                "data: %d rows are complete, too few to hold out; the last step of the "
-                "fit is taken",
-                len(whole),
-            )
+            _LOG.warning("data: %d rows are complete, too few to hold out", len(whole))
             return points, None, None
         _, order = split_indices(points.rows[whole.to(points.rows.device)], seed=0)
         share = len(split_indices(points.rows, seed=0)[1]) / len(whole)

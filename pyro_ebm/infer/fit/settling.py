@@ -31,7 +31,7 @@ _ENOUGH, _MANY, _ENOUGH_OF_MANY = 0.01, 30, 0.1
 
 
 def settled_log_partition(
-    model: EnergyModel, proposal: Any = None
+    model: EnergyModel, proposal: Any = None, max_seconds: float = math.inf
 ) -> LogPartitionEstimate:
     r"""The final :math:`\log Z`, which the tracker takes over.
 
@@ -42,17 +42,23 @@ def settled_log_partition(
     Args:
         model: Whose parameters are the averaged ones.
         proposal: What its log Z was learned with, if by importance.
+        max_seconds: After which a reliable log Z is not made more precise.
     """
-    tracker = model.log_partition
+    watch, tracker = Stopwatch(), model.log_partition
     if tracker.is_closed_form:
         return tracker.averaged()
     energy = tracker.averaged_energy
     is_large = energy.event_shape.numel() > _MANY
     enough = _ENOUGH_OF_MANY if is_large else _ENOUGH
-    found = None if proposal is None else _by_proposal(energy, proposal, enough / 2)
+    found, left = None, math.inf
+    if proposal is not None:
+        found = _by_proposal(energy, proposal, enough / 2, max_seconds)
+        if found.is_reliable:
+            left = max_seconds - watch.seconds
     tracked = tracker.averaged()
-    if found is None or not found.is_reliable or found.std_error > enough:
-        other = _estimated(energy, model.base)
+    is_rough = found is None or not found.is_reliable or found.std_error > enough
+    if is_rough and left > 0:
+        other = _estimated(energy, model.base, min(left, _MAX_SECONDS))
         if found is None or not found.is_reliable or _is_better(other, found):
             found = other
     if found is None or not found.is_reliable:
@@ -69,12 +75,14 @@ def settled_log_partition(
 
 
 def _by_proposal(
-    energy: Energy, proposal: Any, tolerance: float
+    energy: Energy, proposal: Any, tolerance: float, max_seconds: float
 ) -> LogPartitionEstimate:
     """By fresh draws of the proposal, more where few do not settle it."""
     watch, draws, weights = Stopwatch(), WeightedDraws(), torch.empty(0)
     for number in _NUM_DRAWS:
-        if len(weights) and number * energy.event_shape.numel() > _MOST_NUMBERS:
+        is_large = number * energy.event_shape.numel() > _MOST_NUMBERS
+        each = watch.seconds / max(len(weights), 1)
+        if len(weights) and (is_large or number * each > max_seconds):
             break
         draws.start(energy, proposal, number - len(weights))
         weights = torch.cat([weights.to(draws.x), draws.log_weights(energy)])
@@ -90,7 +98,7 @@ def _is_better(one: LogPartitionEstimate | None, other: LogPartitionEstimate) ->
 
 
 def _estimated(
-    energy: Energy, base: dist.TorchDistribution
+    energy: Energy, base: dist.TorchDistribution, max_seconds: float
 ) -> LogPartitionEstimate | None:
     """What ``partition.estimate`` says without a warning; ``None`` if it cannot run."""
     try:
@@ -100,7 +108,7 @@ def _estimated(
                 energy,
                 base,
                 tolerance=0.01,
-                max_seconds=_MAX_SECONDS,
+                max_seconds=max_seconds,
                 progress_bar=False,
             )
     except (DivergenceError, NotImplementedError, RuntimeError, ValueError):

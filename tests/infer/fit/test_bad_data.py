@@ -1,11 +1,13 @@
 """Data that nothing, or little, can be learned from: refused, or as documented."""
 
+import logging
+
 import pyro.distributions as dist
 import pytest
 import torch
 
 from pyro_ebm import EnergyModel, fit
-from pyro_ebm.energies import NeuralEnergy
+from pyro_ebm.energies import NeuralEnergy, QuadraticEnergy
 from pyro_ebm.infer import MaximumLikelihood
 from pyro_ebm.partition import importance_sampling
 
@@ -82,3 +84,22 @@ def test_three_rows_are_the_fewest_for_a_base():
     result = quick(network(), torch.randn(3, 2))
     assert result.validation is None
     assert result.log_partition.value == pytest.approx(0.0, abs=0.2)
+
+
+def test_of_few_rows_the_base_is_kept(caplog):
+    """No row says whether the network helps. Fault: it learns the rows by heart."""
+    data, test = torch.randn(16, 2), torch.randn(200, 2)
+    with caplog.at_level(logging.WARNING, "pyro_ebm.infer.fit.automatic"):
+        result = quick(network(), data, num_steps=200)
+    base = result.base.distribution.log_prob(test)
+    torch.testing.assert_close(result.distribution.log_prob(test).detach(), base)
+    assert "too few rows to hold some out" in caplog.text
+    assert result.log_partition.value == pytest.approx(0.0, abs=1e-6)
+
+
+def test_parameters_are_learned_from_few_rows():
+    """An energy that is no correction of its base has no other way."""
+    energy = QuadraticEnergy(torch.zeros(2))
+    optim = torch.optim.Adam(energy.parameters(), 0.05)
+    quick(EnergyModel(energy), 3 + torch.randn(16, 2), num_steps=200, optim=optim)
+    assert energy.loc.min() > 0.2
