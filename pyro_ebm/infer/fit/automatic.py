@@ -93,7 +93,7 @@ PATIENCE = 15
 _FOR_BASE, _FOR_PROPOSAL = 0.3, 3.0
 #: Draws for the log Z at the end, the part of the time that they may take, and draws
 #: to see how long they will.
-_AT_THE_END, _FOR_END, _TRIAL = 250_000, 0.25, 2000
+_AT_THE_END, _FOR_END, _TRIAL = 250_000, 0.25, 10_000
 
 
 class Plan(NamedTuple):

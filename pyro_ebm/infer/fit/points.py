@@ -22,6 +22,9 @@ from pyro_ebm.infer.fit.missing import Candidates
 _LOG = logging.getLogger(__name__)
 #: Rows of a stream that are kept, for the base and for the training curve.
 _KEPT = 10_000
+#: Steps between neighbouring numbers that a standard deviation must have, and that, by
+#: the size of the numbers, which is rounding alone.
+_TOLD_APART, _ROUNDING = 4.0, 1e-12
 #: Steps after which the candidates for missing entries are weighed again.
 _WEIGH_EVERY = 50
 
@@ -228,7 +231,9 @@ def _as_tensor(name: str, data: Any, model: EnergyModel) -> Tensor:
     options = model.energy.tensor_options()
     if data.dtype != options["dtype"] and not data.is_complex():
         _LOG.info("%s: converted from %s to %s", name, data.dtype, options["dtype"])
-        data = data.to(options["dtype"])
+        converted = data.to(options["dtype"])
+        _require_told_apart(name, data, converted)
+        data = converted
     return data.to(options["device"])
 
 
@@ -255,3 +260,26 @@ def _is_numeric(column: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def _require_told_apart(name: str, data: Tensor, converted: Tensor) -> None:
+    """Check that rows are told apart by numbers of the model's type, too.
+
+    Raises:
+        ValueError: If a column varies by less than neighbouring numbers differ by.
+    """
+    if data.dim() == 0 or not len(data) or not converted.is_floating_point():
+        return
+    x = data.reshape(len(data), -1).double()
+    mean, largest = x.nanmean(0), x.abs().nan_to_num(0.0).amax(0)
+    spread = (x - mean).square().nanmean(0).sqrt()
+    step = torch.finfo(converted.dtype).eps * largest
+    is_lost = (spread < _TOLD_APART * step) & (spread > _ROUNDING * largest)
+    if is_lost.any():
+        column = int(is_lost.nonzero()[0])
+        raise ValueError(
+            f"{name} must vary by more than {converted.dtype} tells apart; column "
+            f"{column} has a standard deviation of {spread[column]:.3g} at "
+            f"{mean[column]:.6g}, where numbers are {step[column]:.2g} apart. Subtract "
+            "each column's mean, or learn in float64: EnergyModel(energy.double())."
+        )

@@ -18,8 +18,8 @@ from pyro_ebm.partition import LogPartitionEstimate, estimate
 from pyro_ebm.partition.importance.importance import estimate_from_weights
 from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 
-#: Time that another estimate may take.
-_MAX_SECONDS = 20.0
+#: Time that another estimate may take, and that it needs to be worth it.
+_MAX_SECONDS, _AT_LEAST = 20.0, 5.0
 #: Draws of the proposal that the energy was learned with, in as many attempts as
 #: begin within so many seconds.
 _NUM_DRAWS, _LATE = (50_000, 250_000, 1_000_000), 6.0
@@ -53,11 +53,12 @@ def settled_log_partition(
     found, left = None, math.inf
     if proposal is not None:
         found = _by_proposal(energy, proposal, enough / 2, max_seconds)
-        if found.is_reliable:
-            left = max_seconds - watch.seconds
+        left = max_seconds - watch.seconds
+        if not found.is_reliable:
+            left = max(left, _AT_LEAST)
     tracked = tracker.averaged()
     is_rough = found is None or not found.is_reliable or found.std_error > enough
-    if is_rough and left > 0:
+    if is_rough and left >= _AT_LEAST:
         other = _estimated(energy, model.base, min(left, _MAX_SECONDS))
         if found is None or not found.is_reliable or _is_better(other, found):
             found = other

@@ -13,7 +13,7 @@ import pyro_ebm
 from pyro_ebm import EnergyModel, bases, fit
 from pyro_ebm.energies import FunctionEnergy, NeuralEnergy
 from pyro_ebm.infer import log_likelihood
-from pyro_ebm.infer.fit import automatic
+from pyro_ebm.infer.fit import automatic, settling
 from pyro_ebm.infer.fit.diagnosis import FitDiagnostics
 from pyro_ebm.infer.fit.optimiser import GradientNoise
 from pyro_ebm.infer.fit.verdict import judge
@@ -266,6 +266,42 @@ def test_it_ends_in_time(quick_bases):
     _, result = learned(num_steps=10**7, max_seconds=2.0)
     assert result.stopped in ("out of time", "early stopping")
     assert result.num_steps < 10**6
+
+
+class Slow(dist.MultivariateNormal):
+    """A normal of which a thousand draws take a second by its clock."""
+
+    drawn = 0.0
+
+    def sample(self, sample_shape=()):
+        Slow.drawn += torch.Size(sample_shape).numel()
+        return super().sample(sample_shape)
+
+    @property
+    def seconds(self):
+        return Slow.drawn / 1000
+
+
+def test_log_z_at_the_end_is_in_time(monkeypatch):
+    """Fault: five times the draws because those before have taken a few seconds."""
+    base = Slow(torch.zeros(2), torch.eye(2))
+    for module in (automatic, settling):
+        monkeypatch.setattr(module, "Stopwatch", lambda: base)
+    Slow.drawn = 0.0
+    energy = NeuralEnergy((2,), (8,), base=base)
+    assert automatic._for_log_partition(energy, base, 60.0) == 15.0
+    Slow.drawn = 0.0
+    found = settling._by_proposal(energy, base, 1e-9, 240.0)
+    assert Slow.drawn < 51_000
+    assert found.is_reliable
+    tried, model = [], EnergyModel(energy, base)
+    monkeypatch.setattr(settling, "_ENOUGH", 1e-9)
+    monkeypatch.setattr(settling, "_estimated", lambda *given: tried.append(given))
+    Slow.drawn = 0.0
+    assert settling.settled_log_partition(model, base, 40.0).is_reliable
+    assert not tried
+    settling.settled_log_partition(model, base)
+    assert tried[0][-1] == 20.0
 
 
 def test_the_same_seed_gives_the_same_parameters(quick_bases):

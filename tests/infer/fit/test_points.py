@@ -68,6 +68,24 @@ def test_a_conversion_is_said_once(caplog):
     ]
 
 
+@pytest.mark.parametrize("data", [1e8 + ROWS.double(), 10**9 + torch.arange(200)])
+def test_rows_that_a_type_does_not_tell_apart_are_refused(data):
+    """Fault: three values in place of a hundred, and a density of these."""
+    narrow = EnergyModel(QuadraticEnergy(torch.zeros(2, dtype=torch.float32)))
+    data = data.reshape(100, 2)
+    with pytest.raises(ValueError, match=r"column 0 has a .*learn in float64: Energy"):
+        as_points("data", data, narrow)
+    if data.is_floating_point():
+        data[:, 0] = torch.nan
+        with pytest.raises(ValueError, match=r"column 1 has a"):
+            as_points("data", data, narrow)
+    as_points("data", 1e6 + ROWS.double(), narrow)
+    same = torch.full((100, 2), 0.1 + 0.2, dtype=torch.float64)
+    same[::2] = 0.3  # rounding alone
+    as_points("data", same, narrow)
+    assert as_points("data", 1e8 + ROWS.double(), model()).rows.std() > 0.5
+
+
 def test_batches_go_through_all_rows():
     points = as_points("data", ROWS, model())
     batches = points.batches(25, model())
