@@ -220,8 +220,7 @@ def automatic_plan(
     keeps_base = base is not None and held_out is None and _is_base(model, train.rows)
     if keeps_base:
         _LOG.warning("data: too few rows to hold some out; the base is the model")
-        steps = 1
-    stages = [Stage(objective, steps)]
+    stages = [Stage(objective, 1 if keeps_base else steps)]
     reserved = _for_log_partition(model.energy, proposal, max_seconds)
     left = max_seconds - reserved
     plan = Plan(stages, train, held_out, weights, base, proposal, watch, left)

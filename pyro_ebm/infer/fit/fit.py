@@ -339,8 +339,8 @@ class _Fit:
             found = self._examined(stopped)
         return found
 
-    def _left_for_log_partition(self) -> float:
-        """Seconds; a tenth more than there is, as nothing else is to follow."""
+    def _left(self) -> float:
+        """Seconds for log Z; a tenth more than there is, as nothing else follows."""
         plan = self.plan
         whole = plan.max_seconds + plan.reserved
         return max(whole - plan.watch.seconds, 0.0) + whole / 10
@@ -354,8 +354,7 @@ class _Fit:
         found = found._replace(learned_gap=self._learned_gap())
         at_best = self.train_data if not self.is_automatic else self.validation_data
         gap = energy_gap(model, self.train_data if at_best is None else at_best)
-        limit = self._left_for_log_partition()
-        log_partition = settled_log_partition(model, self.proposal, limit)
+        log_partition = settled_log_partition(model, self.proposal, self._left())
         # Another fit must not change it.
         distribution = copy.deepcopy(model.averaged(log_partition))
         if self.proposal is not None and model.sampler is None:
@@ -477,11 +476,13 @@ class _Fit:
     def _is_chance(self) -> bool:
         """Whether held-out points like the best record no more than by chance.
 
-        Two standard errors, as the same points have chosen the record.
+        Two standard errors, as the same points have chosen the record; of few points
+        more, by Student's law.
         """
         gains = self.best_values - self.start_values
         gain, error = mean_and_error(gains, self.weights)
-        return gain < 2 * error
+        freedom = max(len(gains) - 1, 1)
+        return gain < (2 + 2.5 / freedom + 3 / freedom**2) * error
 
     def _why_stop(self, steps: Any, record: FitRecord, *, is_late: bool) -> str | None:
         """Why a stage ends after a record, or ``None``."""

@@ -212,6 +212,16 @@ def test_a_nearer_proposal_where_few_draws_count():
     assert abs(steps.draws.estimate(energy).value) < 0.05
 
 
+def test_few_rows_say_less():
+    """Of three a gain of 2.5 errors is chance. Fault: as of many."""
+    run = fit_module._Fit.__new__(fit_module._Fit)
+    run.weights, gains = None, torch.tensor([0.3, 1.0, 1.7])
+    for number, is_chance in ((1, True), (30, False)):
+        run.best_values = gains.repeat(number)
+        run.start_values = torch.zeros_like(run.best_values)
+        assert bool(run._is_chance()) is is_chance
+
+
 def test_a_given_base_stays():
     base = dist.Normal(torch.zeros(2), 2.0).to_event(1)
     model = EnergyModel(NeuralEnergy((2,), (16,), base=base), base)
