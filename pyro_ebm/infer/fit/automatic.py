@@ -91,9 +91,8 @@ _CHEAP = 0.005
 PATIENCE = 15
 #: Part of the time that the base may take, and seconds for a nearer proposal.
 _FOR_BASE, _FOR_PROPOSAL = 0.3, 3.0
-#: Draws for the log Z at the end, the part of the time that they may take, and draws
-#: to see how long they will.
-_AT_THE_END, _FOR_END, _TRIAL = 250_000, 0.25, 10_000
+#: Draws for the log Z at the end, and the part of the time that they may take.
+_AT_THE_END, _FOR_END = 250_000, 0.25
 
 
 class Plan(NamedTuple):
@@ -107,8 +106,7 @@ class Plan(NamedTuple):
         base: What was fitted to the rows, or ``None``.
         proposal: Where weighted draws come from; ``None`` where log Z comes otherwise.
         watch: Of the fit, since before its base.
-        max_seconds: After which learning ends.
-        reserved: Seconds after that for a log Z from fresh draws of the proposal.
+        max_seconds: After which learning ends, with log Z of weighted draws.
         rate: Of the optimiser, at its highest.
         decays: Whether weights decay as much as held-out rows want.
         patience: Records without a better one after which it ends.
@@ -128,7 +126,11 @@ class Plan(NamedTuple):
     decays: bool = False
     patience: float = PATIENCE
     keeps_base: bool = False
-    reserved: float = math.inf
+
+    def left(self, seconds_each: float) -> float:
+        """Seconds to learn, before log Z is found from draws that take so long each."""
+        at_end = min(_AT_THE_END * seconds_each, _FOR_END * self.max_seconds)
+        return self.max_seconds - self.watch.seconds - at_end
 
     @property
     def record_interval(self) -> int:
@@ -221,18 +223,8 @@ def automatic_plan(
     if keeps_base:
         _LOG.warning("data: too few rows to hold some out; the base is the model")
     stages = [Stage(objective, 1 if keeps_base else steps)]
-    reserved = _for_log_partition(model.energy, proposal, max_seconds)
-    left = max_seconds - reserved
-    plan = Plan(stages, train, held_out, weights, base, proposal, watch, left)
-    return plan._replace(keeps_base=keeps_base, reserved=reserved)
-
-
-def _for_log_partition(energy: Energy, proposal: Any, max_seconds: float) -> float:
-    """Seconds that many draws of the proposal and their weights take, or as may be."""
-    watch = Stopwatch()
-    with torch.random.fork_rng(devices=[]):  # the same parameters for the same seed
-        WeightedDraws().start(energy, proposal, _TRIAL)
-    return min(_AT_THE_END * watch.seconds / _TRIAL, _FOR_END * max_seconds)
+    plan = Plan(stages, train, held_out, weights, base, proposal, watch, max_seconds)
+    return plan._replace(keeps_base=keeps_base)
 
 
 @torch.no_grad()
@@ -439,11 +431,23 @@ class WeightedSteps:
         self.draws = WeightedDraws()
         is_large = energy.event_shape.numel() > FEW_DIMENSIONS
         self.pool, self.wanted = (_LARGE_POOL, 0.0) if is_large else (_POOL, _LOW)
-        self.draws.start(energy, proposal, self.pool)
+        self.pool_seconds = 0.0
+        self._start()
         with torch.no_grad():
             self.constant = (energy(rows) - energy.correction(rows)).mean().item()
         model.log_partition.follow_by(energy, self.draws)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def _start(self) -> None:
+        """Draw a pool of the proposal, and note how long that takes."""
+        watch = Stopwatch()
+        self.draws.start(self.model.energy, self.proposal, self.pool)
+        self.pool_seconds = watch.seconds
+
+    @property
+    def seconds_each(self) -> float:
+        """Of a draw and its weight."""
+        return self.pool_seconds / self.pool
 
     def step(self, batch: Tensor) -> float:
         """Take a step down the loss, and return it in nats a point."""
@@ -472,7 +476,7 @@ class WeightedSteps:
             near = self._nearer(energy, fraction)
             if near is not None:
                 self.proposal = near
-                draws.start(self.model.energy, near, self.pool)
+                self._start()
                 fraction = draws.effective_fraction(energy)
                 self.wanted = min(_LOW, _AGAIN * fraction)
         return fraction >= _LOST

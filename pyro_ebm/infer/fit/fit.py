@@ -266,7 +266,7 @@ class _Fit:
         self.history: list[FitRecord] = []
         self.steps_of_stages: list[int] = []
         self.began = time.perf_counter(), time.process_time()
-        self.step_seconds, self.next_look = 0.0, 0.0
+        self.step_seconds, self.next_look, self.seconds_each = 0.0, 0.0, 0.0
         self.decays, self.decay = False, 0.0
 
     @property
@@ -339,11 +339,10 @@ class _Fit:
             found = self._examined(stopped)
         return found
 
-    def _left(self) -> float:
-        """Seconds for log Z; a tenth more than there is, as nothing else follows."""
-        plan = self.plan
-        whole = plan.max_seconds + plan.reserved
-        return max(whole - plan.watch.seconds, 0.0) + whole / 10
+    def _limits(self) -> tuple[float, float]:
+        """Seconds for log Z, a tenth more than there are, and those of a draw."""
+        left = max(self.plan.left(0.0), 0.0) + self.plan.max_seconds / 10
+        return left, self.seconds_each
 
     def _examined(self, stopped: str) -> FitResult:
         """Examine the fit, and make the average the model."""
@@ -354,7 +353,7 @@ class _Fit:
         found = found._replace(learned_gap=self._learned_gap())
         at_best = self.train_data if not self.is_automatic else self.validation_data
         gap = energy_gap(model, self.train_data if at_best is None else at_best)
-        log_partition = settled_log_partition(model, self.proposal, self._left())
+        log_partition = settled_log_partition(model, self.proposal, *self._limits())
         # Another fit must not change it.
         distribution = copy.deepcopy(model.averaged(log_partition))
         if self.proposal is not None and model.sampler is None:
@@ -432,7 +431,7 @@ class _Fit:
                 if not math.isfinite(loss):
                     self._go_back(last_good)
                     return "loss not finite"
-                is_late = self._is_late()
+                is_late = self._is_late(steps)
                 is_last = is_late or (self.is_automatic and not left)
                 if self.num_steps % self.record_interval and not is_last:
                     continue
@@ -516,13 +515,14 @@ class _Fit:
         self.step_seconds += time.perf_counter() - began
         return loss
 
-    def _is_late(self) -> bool:
+    def _is_late(self, steps: Any) -> bool:
         """Whether the time is over; looked up every 100 ms, as that takes some."""
         now = time.monotonic()
         if now < self.next_look:
             return False
         self.next_look = now + 0.1
-        return self.plan.watch.seconds > self.plan.max_seconds
+        self.seconds_each = getattr(steps, "seconds_each", 0.0)
+        return self.plan.left(self.seconds_each) < 0
 
     def _is_finite(self) -> bool:
         """Whether the last step left all parameters finite."""

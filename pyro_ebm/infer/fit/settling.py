@@ -23,6 +23,8 @@ _MAX_SECONDS, _AT_LEAST = 20.0, 5.0
 #: Draws of the proposal that the energy was learned with, in as many attempts as
 #: begin within so many seconds.
 _NUM_DRAWS, _LATE = (50_000, 250_000, 1_000_000), 6.0
+#: Of a slow proposal, at least.
+_FEW_DRAWS = 10_000
 #: Numbers in as many draws, at most, but for the first.
 _MOST_NUMBERS = 100_000_000
 #: Standard error from which on another estimate is tried, and half of which is enough
@@ -31,7 +33,10 @@ _ENOUGH, _MANY, _ENOUGH_OF_MANY = 0.01, 30, 0.1
 
 
 def settled_log_partition(
-    model: EnergyModel, proposal: Any = None, max_seconds: float = math.inf
+    model: EnergyModel,
+    proposal: Any = None,
+    max_seconds: float = math.inf,
+    seconds_each: float = 0.0,
 ) -> LogPartitionEstimate:
     r"""The final :math:`\log Z`, which the tracker takes over.
 
@@ -43,6 +48,7 @@ def settled_log_partition(
         model: Whose parameters are the averaged ones.
         proposal: What its log Z was learned with, if by importance.
         max_seconds: After which a reliable log Z is not made more precise.
+        seconds_each: Of a draw of the proposal and its weight.
     """
     watch, tracker = Stopwatch(), model.log_partition
     if tracker.is_closed_form:
@@ -52,7 +58,7 @@ def settled_log_partition(
     enough = _ENOUGH_OF_MANY if is_large else _ENOUGH
     found, left = None, math.inf
     if proposal is not None:
-        found = _by_proposal(energy, proposal, enough / 2, max_seconds)
+        found = _by_proposal(energy, proposal, enough / 2, max_seconds, seconds_each)
         left = max_seconds - watch.seconds
         if not found.is_reliable:
             left = max(left, _AT_LEAST)
@@ -76,11 +82,18 @@ def settled_log_partition(
 
 
 def _by_proposal(
-    energy: Energy, proposal: Any, tolerance: float, max_seconds: float
+    energy: Energy,
+    proposal: Any,
+    tolerance: float,
+    max_seconds: float,
+    seconds_each: float = 0.0,
 ) -> LogPartitionEstimate:
     """By fresh draws of the proposal, more where few do not settle it."""
     watch, draws, weights = Stopwatch(), WeightedDraws(), torch.empty(0)
-    for number in _NUM_DRAWS:
+    for wanted in _NUM_DRAWS:
+        number = wanted
+        if not len(weights) and wanted * seconds_each > max_seconds:
+            number = max(_FEW_DRAWS, int(max_seconds / seconds_each))
         is_large = number * energy.event_shape.numel() > _MOST_NUMBERS
         each = watch.seconds / max(len(weights), 1)
         if len(weights) and (is_large or number * each > max_seconds):

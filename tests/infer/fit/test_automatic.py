@@ -297,13 +297,12 @@ def test_log_z_at_the_end_is_in_time(monkeypatch):
     base = Slow(torch.zeros(2), torch.eye(2))
     for module in (automatic, settling):
         monkeypatch.setattr(module, "Stopwatch", lambda: base)
-    Slow.drawn = 0.0
     energy = NeuralEnergy((2,), (8,), base=base)
-    assert automatic._for_log_partition(energy, base, 60.0) == 15.0
-    Slow.drawn = 0.0
-    found = settling._by_proposal(energy, base, 1e-9, 240.0)
-    assert Slow.drawn < 51_000
-    assert found.is_reliable
+    for each, wanted in ((0.0, 50_000), (0.01, 24_000), (1.0, 10_000)):
+        Slow.drawn = 0.0
+        found = settling._by_proposal(energy, base, 1e-9, 240.0, each)
+        assert wanted <= Slow.drawn < wanted + 1000
+        assert found.is_reliable
     tried, model = [], EnergyModel(energy, base)
     monkeypatch.setattr(settling, "_ENOUGH", 1e-9)
     monkeypatch.setattr(settling, "_estimated", lambda *given: tried.append(given))
@@ -312,6 +311,17 @@ def test_log_z_at_the_end_is_in_time(monkeypatch):
     assert not tried
     settling.settled_log_partition(model, base)
     assert tried[0][-1] == 20.0
+
+
+def test_time_is_kept_for_log_z():
+    """As much as many draws take, up to a quarter. Fault: it comes on top."""
+    watch = type("Watch", (), {"seconds": 30.0})()
+    plan = automatic.Plan([], None, None, None, None, None, watch, 60.0)
+    assert [plan.left(each) for each in (0.0, 2e-5, 1.0)] == [30.0, 25.0, 15.0]
+    base = Slow(torch.zeros(2), torch.eye(2))
+    model = EnergyModel(NeuralEnergy((2,), (8,), base=base), base)
+    steps = automatic.WeightedSteps(model, None, base, torch.zeros(3, 2))
+    assert 0 < steps.seconds_each < 1
 
 
 def test_the_same_seed_gives_the_same_parameters(quick_bases):
