@@ -92,7 +92,7 @@ PATIENCE = 15
 #: Part of the time that the base may take, and seconds for a nearer proposal.
 _FOR_BASE, _FOR_PROPOSAL = 0.3, 3.0
 #: Draws for the log Z at the end, and the part of the time that they may take.
-_AT_THE_END, _FOR_END = 250_000, 0.25
+_AT_THE_END, _FOR_END = 100_000, 0.25
 
 
 class Plan(NamedTuple):
