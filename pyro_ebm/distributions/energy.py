@@ -123,7 +123,8 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         r""":math:`\log Z` in nats, of the energy's batch shape.
 
         Of an :class:`~pyro_ebm.EnergyModel` in ``train()`` it has the gradient
-        :math:`-\mathbb{E}_q[\partial f]` while gradients are on.
+        :math:`-\mathbb{E}_q[\partial f]` while gradients are on, and is estimated
+        where there was no estimate.
         """
         if self._gradient is None or not torch.is_grad_enabled():
             return self._log_partition

@@ -252,7 +252,8 @@ class EnergyModel(Factor, nn.Module):
 
         Where the energy knows its :math:`\log Z` in closed form, that is used, with its
         gradient. Otherwise it is the tracked value; ``is_normalized`` is false while
-        that is unreliable, and before there is one :math:`\log Z` counts as 0.
+        that is unreliable. Before there is one :math:`\log Z` counts as 0, but for
+        ``log_prob`` in ``train()`` with gradients on, which makes the first estimate.
         """
         known = self.energy.closed_form()
         if known is not None:
@@ -321,7 +322,7 @@ class EnergyModel(Factor, nn.Module):
         return [p for p in self.energy.parameters() if p.requires_grad]
 
     def _log_partition_gradient(self) -> torch.Tensor:
-        r"""Zero, with the gradient of :math:`\log Z`.
+        r"""Zero, with the gradient of :math:`\log Z`; the value where it is the first.
 
         Raises:
             NotImplementedError: Under torch's JIT.
@@ -333,7 +334,13 @@ class EnergyModel(Factor, nn.Module):
                 "the first step. Use the ELBO without Jit in its name, or "
                 "energy_model.eval() where nothing is learned."
             )
-        return _with_gradient(self._gradients, self._learned())
+        gradient = _with_gradient(self._gradients, self._learned())
+        if self.log_partition.is_started:
+            return gradient
+        with pyro.poutine.block(), torch.no_grad():
+            self._follow_source()
+        first = self.log_partition.value.clone()
+        return gradient + first if first.isfinite() else gradient
 
     def _gradients(self) -> list[torch.Tensor]:
         """Of log Z in each parameter; found anew when one has moved."""
@@ -351,11 +358,7 @@ class EnergyModel(Factor, nn.Module):
     def _log_partition_graph(self) -> torch.Tensor:
         r"""A tensor with the gradient of :math:`\log Z`, after a step of learning."""
         energy, tracker = self.energy, self.log_partition
-        if self.source == "importance" and tracker.draws is None:
-            draws = WeightedDraws()
-            draws.start(energy, self.base, _POOL)
-            tracker.follow_by(energy, draws)
-        self.follow()
+        self._follow_source()
         if self.source == "importance" and tracker.draws is not None:
             if tracker.status.is_reliable:
                 return tracker.draws.some(energy, _DRAWS).logsumexp(0)
@@ -365,6 +368,15 @@ class EnergyModel(Factor, nn.Module):
         kernel = kernel_for(energy, MALA())
         x = self.chains.follow(energy, sampler, kernel, *_CHAINS)
         return -energy(x).mean()
+
+    def _follow_source(self) -> None:
+        """Let the weighted draws or the walkers that log Z comes from follow."""
+        tracker = self.log_partition
+        if self.source == "importance" and tracker.draws is None:
+            draws = WeightedDraws()
+            draws.start(self.energy, self.base, _POOL)
+            tracker.follow_by(self.energy, draws)
+        self.follow()
 
     def _has_moved(self, since: str) -> bool:
         # By value: an optimiser that writes to .data leaves no trace on the version.

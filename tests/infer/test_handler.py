@@ -345,7 +345,11 @@ def test_plain_svi_learns_and_tracks_log_partition():
 def test_in_eval_and_where_nothing_is_asked_for_nothing_moves():
     energy_model = ring_model()
     x = torch.zeros(3, 2)
-    energy_model().log_prob(x)  # evaluated, not differentiated
+    with torch.no_grad():
+        energy_model().log_prob(x)
+    assert energy_model.log_partition.status == "unreliable"
+    energy_model().log_prob(x)  # evaluated, not differentiated: the first log Z
+    spent = energy_model.log_partition.num_evaluations
     (grad,) = torch.autograd.grad(
         energy_model().log_prob(y := x.clone().requires_grad_()).sum(), y
     )
@@ -353,7 +357,29 @@ def test_in_eval_and_where_nothing_is_asked_for_nothing_moves():
     energy_model.eval()
     energy_model().log_prob(x).sum().backward()
     assert not energy_model.chains.is_started
-    assert energy_model.log_partition.status == "unreliable"
+    assert energy_model.log_partition.num_evaluations == spent
+
+
+@pytest.mark.parametrize("source", ["chains", "importance"])
+@pytest.mark.parametrize("learns", ["by its gradient", "by an objective"])
+def test_the_first_loss_has_a_log_partition(source, learns):
+    """It is not a number of another size. Fault: log Z of 0 before the first step."""
+    pyro.set_rng_seed(0)
+    base = dist.Normal(torch.zeros(2), 2.5).to_event(1)
+    energy_model = EnergyModel(FunctionEnergy(Ring(), (2,)), base, source=source)
+    data = torch.randn(50, 2)
+
+    def model():
+        pyro.module("energy_model", energy_model)
+        with pyro.plate("data", 50):
+            pyro.sample("x", energy_model(), obs=data)
+
+    program = model if learns == "by its gradient" else Learn(model, OBJECTIVE)
+    optim = pyro.optim.Adam({"lr": 1e-4})
+    svi = SVI(program, lambda: None, optim, loss=Trace_ELBO())
+    first, second = svi.step(), svi.step()
+    assert abs(energy_model.log_partition.value) > 0.5
+    assert abs(first - second) / 50 < 0.05
 
 
 def test_weighted_draws_give_the_gradient_too():
