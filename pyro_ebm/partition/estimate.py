@@ -52,8 +52,6 @@ _NOTHING = 100.0
 #: these cost, and evaluations at most.
 _FIRST_DRAWS, _MOST_DRAWS, _NUM_CHAINS = 20_000, 180_000, 1000
 _COST_OF_CHAINS, _MOST_EVALUATIONS = 3_000_000, 20_000_000
-#: Looks far and wide around a base that is given.
-_NUM_FAR = 4096
 #: By how much a run of annealing is larger than the one before.
 _GROWTH = 3
 
@@ -81,8 +79,7 @@ def estimate(
             the target; default: that of an ``EnergyModel``, the prior of a Pyro model,
             else :func:`~pyro_ebm.partition.default_base.default_base`, which the
             ``method`` of the result names, and around which modes are looked for far
-            and wide. Around a base that is given there are fewer such looks: it had
-            better reach all that counts.
+            and wide. A base that is given must reach all that counts.
         method: ``"auto"`` takes the closed form where there is one, enumeration of up
             to 2^18 states (2^22 where they take less than a third of the time),
             quadrature for events of one or two numbers, else ``"sampling"``: particles
@@ -121,13 +118,10 @@ def estimate(
         energy.check_evidence()
     _check(method, tolerance, max_seconds, budget)
     limits = Limits(tolerance, max_seconds, budget)
-    num_far = _NUM_FAR if base is not None else 0
     base = _base_of(target, energy) if base is None else base
     result = _exact(energy, base, method, limits, progress_bar=progress_bar)
     if result is None:
-        result = _sampled(
-            energy, base, method, limits, num_far=num_far, progress_bar=progress_bar
-        )
+        result = _sampled(energy, base, method, limits, progress_bar=progress_bar)
     if not result.is_reliable:
         warnings.warn(str(result), UnreliableWarning, stacklevel=2)
     return result
@@ -240,7 +234,6 @@ def _sampled(
     method: Method,
     limits: Limits,
     *,
-    num_far: int,
     progress_bar: bool,
 ) -> LogPartitionEstimate:
     is_finite = finite_values(energy.support) is not None
@@ -254,12 +247,8 @@ def _sampled(
     elif result is None and isinstance(energy.support, MixedSupport):
         result = _by_classes(energy, base, limits, is_shown=progress_bar)
     elif result is None:
-        far: dict[str, Any] = {}
-        if given is None:
-            far = {"reach": reach_of(base)}
-        elif num_far and not isinstance(energy, PyroModelEnergy):
-            far = {"reach": reach_of(default_base(energy)), "num_far": num_far}
-        result, _ = two_routes(energy, base, limits, is_shown=progress_bar, **far)
+        reach = 1.0 if given is not None else reach_of(base)
+        result, _ = two_routes(energy, base, limits, is_shown=progress_bar, reach=reach)
     if doubts:
         reasons = (*result.reasons, *doubts)
         result = result._replace(status=Status.UNRELIABLE, reasons=reasons)

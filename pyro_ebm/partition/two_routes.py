@@ -36,12 +36,7 @@ from pyro_ebm.core.verdict import Finding, Reason, Status
 from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
 from pyro_ebm.diagnostics.pareto import pareto_k, pareto_std_error
 from pyro_ebm.energies import Energy
-from pyro_ebm.mcmc.starts.modes import (
-    Modes,
-    find_modes,
-    location_and_scale,
-    valleys,
-)
+from pyro_ebm.mcmc.starts.modes import Modes, find_modes, valleys
 from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition.agreement import (
     Value,
@@ -159,7 +154,6 @@ def two_routes(
     *,
     is_shown: bool,
     reach: float = 1.0,
-    num_far: int = _NUM_FAR,
 ) -> tuple[LogPartitionEstimate, Proposal]:
     """Log Z by both routes, and a proposal fitted to what they found; see the module.
 
@@ -168,9 +162,8 @@ def two_routes(
         base: A normalised distribution on its event and support.
         limits: Of time and evaluations.
         is_shown: Whether to show a progress bar.
-        reach: How many times as wide as the base, in unconstrained space, modes are
-            looked for beside where it is; 1: nowhere else.
-        num_far: Points that are looked at there.
+        reach: How many times as wide as a standard normal in unconstrained space modes
+            are looked for, beside where the base is; 1: nowhere else.
 
     Exactness: *consistent*.
     """
@@ -181,7 +174,7 @@ def two_routes(
     path.target = target
     path.base = CountedEnergy(path.base, max_bytes=MAX_BYTES)
     try:
-        routes = _TwoRoutes(path, target, limits, reach, num_far)
+        routes = _TwoRoutes(path, target, limits, reach)
         return routes.run(), routes.proposal
     finally:
         target.bar.close()
@@ -196,17 +189,15 @@ class _TwoRoutes:
         target: CountedEnergy,
         limits: Limits,
         reach: float = 1.0,
-        num_far: int = _NUM_FAR,
     ) -> None:
         self.path, self.target, self.limits = path, target, limits
-        self.reach, self.num_far = reach, num_far
+        self.reach = reach
         self.pool, self.proposal = Pool(target), Proposal(path)
         self.dim = path.event_shape.numel()
         self.findings: list[Finding] = []
         self.lost: list[Finding] = []
-        # Of the draws of the base: middle, spread, share with a finite energy.
-        self.middle, self.spread = torch.zeros(self.dim), torch.ones(self.dim)
-        self.share_finite = 1.0
+        self.middle = torch.zeros(self.dim)  # of the draws of the base
+        self.share_finite = 1.0  # of the draws of the base
         # Some models can be run for one draw of their prior at a time only.
         path.draw_base(_NUM_TIMED)
         start = time.process_time()
@@ -272,14 +263,14 @@ class _TwoRoutes:
         than the Laplace approximations together.
         """
         for _ in range(_MAX_FAR):
-            number = min(self.num_far, int(self.limits.affordable(self.target, 0.02)))
+            number = int(min(_NUM_FAR, self.limits.affordable(self.target, 0.02)))
             few = int(self.limits.affordable(self.target, 0.02) / _GRADIENTS)
-            few = min(few, _NUM_SURPRISING * self.num_far // _NUM_FAR, number)
+            few = min(few, _NUM_SURPRISING, number)
             mixture = self.around(modes).mixture
             if few < _MIN_STARTS or mixture is None or len(modes.loc) > _MAX_MODES:
                 break
-            middle = torch.cat([self.middle[None], modes.loc])
-            u = torch.randn(number, self.dim).to(middle) * self.spread
+            middle = torch.cat([torch.zeros_like(modes.loc[:1]), modes.loc])
+            u = torch.randn(number, self.dim).to(middle)
             u *= self.reach ** torch.rand(number, 1).to(middle)
             u += middle[torch.randint(len(middle), (number,))]
             density, square = log_density(self.target, u), mixture.distances(u)
@@ -348,8 +339,7 @@ class _TwoRoutes:
             low = torch.cat([low, valleys(u, energy)[: number // 2]])
         others = u[: number - len(low)].clone()
         # In many dimensions all draws are far from the middle, where modes may be.
-        self.middle, self.spread = location_and_scale(u)
-        share = torch.rand(len(others) // 2, 1).to(u)
+        self.middle, share = u.median(0).values, torch.rand(len(others) // 2, 1).to(u)
         near = others[: len(share)] - self.middle
         others[: len(share)] = self.middle + share * near
         # Draws of a vague prior are all in absurd places; parameters seldom are.

@@ -128,22 +128,6 @@ def test_modes_far_from_a_base_that_nobody_chose(seed, dim, spread, scales):
     assert found.std_error < 0.02
 
 
-def test_a_mode_beyond_a_base_that_is_given():
-    """Eight of its standard deviations off. Fault: looks about the base alone."""
-    scale, step = 0.6, torch.zeros(8)
-    step[:3] = 8 * scale / 3**0.5
-
-    def two(x):
-        squares = [(x - shift).square().sum(-1) for shift in (0, step)]
-        return -torch.logaddexp(*(-square / 2 / scale**2 for square in squares))
-
-    base = normal(8, scale)
-    found = estimate(FunctionEnergy(two, (8,)), base, progress_bar=False)
-    assert found.status == "ok", found
-    truth = 4 * math.log(2 * math.pi) + 8 * math.log(scale) + math.log(2)
-    assert found.lower < truth < found.upper
-
-
 def test_a_shift_of_the_energy_moves_log_z_alone():
     energy, values = gaussian(4), []
     for shift in (0.0, 1000.0):
