@@ -16,14 +16,16 @@ __all__ = [
     "tail_ess",
 ]
 
-from pyro_ebm.diagnostics.convergence import Convergence, convergence
-from pyro_ebm.diagnostics.energy_bfmi import energy_bfmi
-from pyro_ebm.diagnostics.ess import (
+from pyro_ebm.diagnostics.convergence import (
+    Convergence,
     bulk_ess,
+    convergence,
     mean_std_error,
+    nested_r_hat,
+    r_hat,
     sd_std_error,
     tail_ess,
 )
+from pyro_ebm.diagnostics.energy_bfmi import energy_bfmi
 from pyro_ebm.diagnostics.pareto import pareto_k, pareto_std_error
-from pyro_ebm.diagnostics.rhat import nested_r_hat, r_hat
 from pyro_ebm.diagnostics.weights import effective_sample_fraction, log_mean_exp

@@ -1,20 +1,81 @@
-"""All convergence diagnostics of one site, computed together."""
+r"""R-hat, effective sample sizes and Monte Carlo errors of many chains.
 
-__all__ = ["Convergence", "convergence"]
+With :math:`\bar x_c` and :math:`s_c^2` the mean and variance of chain ``c`` of length
+``N``,
 
+.. math::
+    \hat R^2 = \frac{N - 1}{N}
+        + \frac{\mathrm{Var}_c\, \bar x_c}{\mathrm{mean}_c\, s_c^2}         \tag{1}
+
+is near 1 once each chain alone has seen the whole distribution. A thousand chains need
+not be that long. Start the chains of a group, a *superchain*, at the same point; they
+have forgotten it once the means of the superchains agree,
+
+.. math::
+    n\hat R^2 = 1 + \frac{\mathrm{Var}_k\, \bar x_k}
+        {\mathrm{mean}_k [\mathrm{Var}_{c \in k}\, \bar x_c
+                          + \mathrm{mean}_{c \in k}\, s_c^2]}               \tag{2}
+
+Both are taken of the halves of the chains, which shows a drift that all of them share,
+and of normal scores: those of the draws and those of their distances from the median.
+The larger is reported.
+
+With :math:`\hat\rho_t` the autocorrelation at lag ``t``, estimated from ``C`` chains of
+length ``N`` against the variance between as well as within them, and the sums
+:math:`P_k = \min_{j \le k} (\hat\rho_{2j} + \hat\rho_{2j+1})` up to the first that is
+not positive, at ``k = K``,
+
+.. math::
+    \mathrm{ESS} = \frac{C N}{\tau}, \qquad
+    \tau = -1 + 2 \sum_{k < K} P_k + \max(\hat\rho_{2K}, 0)                 \tag{3}
+
+which is Geyer's initial monotone sequence. From ten draws a chain on this is what ArviZ
+computes; of fewer all lags count, where ArviZ lets none. The *bulk* ESS is that of the
+normal scores of the draws; the *tail* ESS the smaller one of the events that a draw is
+below the 5 % or the 95 % quantile; a standard error takes the ESS of what is averaged,
+
+.. math::
+    \mathrm{se}(\bar x)^2 = \frac{\mathrm{Var}\, x}{\mathrm{ESS}(x)},
+    \qquad
+    \mathrm{se}(s)^2 = \frac{\mathrm{Var}\, (x - \bar x)^2}
+        {4 s^2\, \mathrm{ESS}((x - \bar x)^2)}                              \tag{4}
+
+References:
+    Geyer (1992), Statistical Science 7(4), 473-483. Vehtari, Gelman, Simpson, Carpenter
+    & Bürkner (2021), Bayesian Analysis 16(2), 667-718. Margossian, Hoffman, Sountsov,
+    Riou-Durand, Vehtari & Gelman (2024), Nested R-hat, Bayesian Analysis,
+    arXiv:2110.13017.
+"""
+
+__all__ = [
+    "Convergence",
+    "bulk_ess",
+    "convergence",
+    "mean_std_error",
+    "nested_r_hat",
+    "nested_ratio",
+    "nested_ratio_of_moments",
+    "r_hat",
+    "ratio",
+    "ratio_of_moments",
+    "sd_std_error",
+    "tail_ess",
+]
+
+import math
 from typing import NamedTuple
 
 import torch
+from pyro.ops.tensor_utils import next_fast_len
 from torch import Tensor
 
-from pyro_ebm.diagnostics.ess import (
-    effective_size,
-    mean_error,
-    sd_error,
-    tail_size,
+from pyro_ebm.diagnostics.ranks import (
+    folded,
+    normal_scores,
+    quantiles,
+    split_chains,
+    to_rows,
 )
-from pyro_ebm.diagnostics.ranks import folded, normal_scores, split_chains, to_rows
-from pyro_ebm.diagnostics.rhat import nested_ratio, ratio
 
 #: Numbers that are looked at, half a second to a second a million; more are left out.
 _MAX_NUMBERS = 2**22
@@ -111,8 +172,236 @@ def _judge(rows: Tensor, num_superchains: int, scale: float) -> Convergence:
             nested_ratio(scores, 2 * num_superchains),
             nested_ratio(spread, 2 * num_superchains),
         ),
-        effective_size(scores) * scale,
-        tail_size(rows) * scale,
-        mean_error(rows) / scale**0.5,
-        sd_error(rows) / scale**0.5,
+        _effective_size(scores) * scale,
+        _tail_size(rows) * scale,
+        _mean_error(rows) / scale**0.5,
+        _sd_error(rows) / scale**0.5,
     )
+
+
+def r_hat(draws: Tensor) -> Tensor:
+    r"""Rank-normalised, folded split :math:`\hat R` (1).
+
+    Args:
+        draws: Shape ``(C, N, *event)``, ``N >= 4``; a single chain is compared with
+            itself by its halves.
+
+    Returns:
+        Shape ``event``; above 1.01 the chains have not mixed. ``nan`` of a constant.
+
+    Raises:
+        ValueError: If there is no chain, or fewer than four draws of each.
+
+    Example:
+        >>> same, apart = torch.randn(4, 500), torch.arange(4.0)[:, None]
+        >>> r_hat(same).item() < 1.02, r_hat(same + apart).item() > 1.2
+        (True, True)
+    """
+    halves = split_chains(to_rows(draws))
+    both = torch.stack([ratio(normal_scores(x)) for x in (halves, folded(halves))])
+    return both.amax(0).reshape(draws.shape[2:])
+
+
+def nested_r_hat(draws: Tensor, num_superchains: int) -> Tensor:
+    r"""Rank-normalised, folded split :math:`n\hat R` (2), for many short chains.
+
+    Args:
+        draws: Shape ``(C, N, *event)``, ``N >= 4``; chains of a superchain, which
+            started at the same point, stand side by side.
+        num_superchains: ``K``, a divisor of ``C``.
+
+    Returns:
+        Shape ``event``; above 1.01 the chains have not forgotten their start.
+
+    Raises:
+        ValueError: If ``num_superchains`` does not divide the number of chains, there
+            is no chain, or there are fewer than four draws of each.
+
+    Example:
+        >>> short = torch.randn(512, 1) + torch.randn(512, 4)  # slow to move
+        >>> bool(r_hat(short) > 1.2), bool(nested_r_hat(short, 4) < 1.05)
+        (True, True)
+    """
+    if num_superchains < 1 or draws.shape[0] % num_superchains:
+        raise ValueError(
+            f"num_superchains must divide the number of chains, got {num_superchains} "
+            f"for {draws.shape[0]} chains."
+        )
+    halves = split_chains(to_rows(draws))
+    both = [
+        nested_ratio(normal_scores(x), 2 * num_superchains)
+        for x in (halves, folded(halves))
+    ]
+    return torch.stack(both).amax(0).reshape(draws.shape[2:])
+
+
+def bulk_ess(draws: Tensor) -> Tensor:
+    """Effective sample size of the centre of the distribution, rank-normalised.
+
+    Args:
+        draws: Shape ``(C, N, *event)``, ``N >= 4``.
+
+    Returns:
+        Shape ``event``. All draws count where they are constant.
+
+    Raises:
+        ValueError: If there is no chain, or fewer than four draws of each.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> 3500 < bulk_ess(torch.randn(4, 1000)).item() < 4500
+        True
+    """
+    scores = normal_scores(split_chains(to_rows(draws)))
+    return _effective_size(scores).reshape(draws.shape[2:])
+
+
+def tail_ess(draws: Tensor) -> Tensor:
+    """Effective sample size of the worse of the 5 % and 95 % quantiles.
+
+    Args:
+        draws: Shape ``(C, N, *event)``, ``N >= 4``.
+
+    Returns:
+        Shape ``event``. All draws count where they are constant.
+
+    Raises:
+        ValueError: If there is no chain, or fewer than four draws of each.
+
+    Example:
+        >>> tail_ess(torch.randn(4, 1000, 2)).shape
+        torch.Size([2])
+        >>> bool(tail_ess(torch.randn(4, 1000)) > 2000)  # of independent draws
+        True
+    """
+    return _tail_size(to_rows(draws)).reshape(draws.shape[2:])
+
+
+def mean_std_error(draws: Tensor) -> Tensor:
+    """Monte Carlo standard error of the mean, (4).
+
+    Args:
+        draws: Shape ``(C, N, *event)``, ``N >= 4``.
+
+    Returns:
+        Shape ``event``, in units of the draws.
+
+    Raises:
+        ValueError: If there is no chain, or fewer than four draws of each.
+
+    Example:
+        >>> error = mean_std_error(torch.randn(4, 1000))  # sqrt(1 / 4000) = 0.0158
+        >>> abs(error.item() - 0.0158) < 0.002
+        True
+    """
+    return _mean_error(to_rows(draws)).reshape(draws.shape[2:])
+
+
+def sd_std_error(draws: Tensor) -> Tensor:
+    """Monte Carlo standard error of the standard deviation, (4).
+
+    Args:
+        draws: Shape ``(C, N, *event)``, ``N >= 4``.
+
+    Returns:
+        Shape ``event``, in units of the draws.
+
+    Raises:
+        ValueError: If there is no chain, or fewer than four draws of each.
+
+    Example:
+        >>> error = sd_std_error(torch.randn(4, 1000))  # sqrt(1 / 8000) = 0.0112
+        >>> abs(error.item() - 0.0112) < 0.002
+        True
+    """
+    return _sd_error(to_rows(draws)).reshape(draws.shape[2:])
+
+
+def ratio(rows: Tensor) -> Tensor:
+    """Equation (1) without split or ranks, ``(D, C, N)`` to ``(D,)``."""
+    variance, mean = torch.var_mean(rows, -1)
+    return ratio_of_moments(mean, variance, rows.shape[-1])
+
+
+def nested_ratio(rows: Tensor, num_superchains: int) -> Tensor:
+    """Equation (2) without split or ranks, ``(D, C, N)`` to ``(D,)``."""
+    variance, mean = torch.zeros_like(rows[..., 0]), rows.mean(-1)
+    if rows.shape[-1] > 1:
+        variance = rows.var(-1)
+    return nested_ratio_of_moments(mean, variance, num_superchains)
+
+
+def ratio_of_moments(mean: Tensor, variance: Tensor, length: int) -> Tensor:
+    """Equation (1) from the moments of each chain, ``(D, C)`` to ``(D,)``."""
+    return ((length - 1) / length + mean.var(-1) / variance.mean(-1)).sqrt()  # (1)
+
+
+def nested_ratio_of_moments(
+    mean: Tensor, variance: Tensor, num_superchains: int
+) -> Tensor:
+    """Equation (2) from the moments of each chain, ``(D, C)`` to ``(D,)``."""
+    mean = mean.unflatten(-1, (num_superchains, -1))
+    within = variance.unflatten(-1, (num_superchains, -1)).mean(-1)
+    if mean.shape[-1] > 1:
+        within = within + mean.var(-1)
+    return (1 + mean.mean(-1).var(-1) / within.mean(-1)).sqrt()  # (2)
+
+
+def _tail_size(rows: Tensor) -> Tensor:
+    """Tail ESS, ``(D, C, N)`` to ``(D,)``."""
+    sizes = []
+    for prob in (0.05, 0.95):
+        below = (rows <= quantiles(rows, prob)[:, None, None]).to(rows.dtype)
+        below = below.masked_fill(rows.isnan(), torch.nan)
+        sizes.append(_effective_size(split_chains(below)))
+    return torch.minimum(*sizes)
+
+
+def _mean_error(rows: Tensor) -> Tensor:
+    """Standard error of the mean, ``(D, C, N)`` to ``(D,)``."""
+    return (rows.var((-2, -1)) / _effective_size(split_chains(rows))).sqrt()  # (4)
+
+
+def _sd_error(rows: Tensor) -> Tensor:
+    """Standard error of the standard deviation, ``(D, C, N)`` to ``(D,)``."""
+    square = (rows - rows.mean((-2, -1), keepdim=True)) ** 2
+    spread, variance = torch.var_mean(square, (-2, -1), correction=0)
+    size = _effective_size(split_chains(square))
+    return (spread / (4 * variance * size)).sqrt()  # (4)
+
+
+def _effective_size(rows: Tensor) -> Tensor:
+    """Equation (3) for chains as they are, ``(D, C, N)`` to ``(D,)``."""
+    num_chains, length = rows.shape[-2:]
+    total = num_chains * length
+    rho = torch.nn.functional.pad(_autocorrelation(rows), (0, 2 + length % 2))
+    pairs = rho.unflatten(-1, (-1, 2)).sum(-1)
+    # The last pair only ends the sum, unless there are so few of them.
+    limit = length // 2 if length < 5 else (length - 3) // 2
+    index = torch.arange(pairs.shape[-1], device=rows.device)
+    stop = torch.where(pairs > 0, limit, index).amin(-1, keepdim=True).clamp(max=limit)
+    kept = torch.where(index < stop, pairs.cummin(-1).values, 0.0).sum(-1)
+    end = rho.gather(-1, 2 * stop)
+    end = torch.where(pairs.gather(-1, stop) > 0, end, end.clamp(min=0)).squeeze(-1)
+    tau = -1 + 2 * kept + end  # (3)
+    # Antithetic chains may beat independence, by a factor that cannot be trusted.
+    tau = tau.clamp(min=1 / math.log10(total))
+    constant = rows.amax((-2, -1)) == rows.amin((-2, -1))
+    return torch.where(constant, 1.0, 1 / tau) * total
+
+
+def _autocorrelation(rows: Tensor) -> Tensor:
+    """Of all chains together, ``(D, C, N)`` to ``(D, N)``."""
+    length = rows.shape[-1]
+    mean = rows.mean(-1, keepdim=True)
+    size = next_fast_len(2 * length)
+    # The transform is linear: average the chains first, and go back once.
+    power = torch.view_as_real(torch.fft.rfft(rows - mean, size)).square().mean(-3)
+    covariance = torch.fft.irfft(power.sum(-1), size)[:, :length] / length
+    variance = covariance[:, :1]
+    if rows.shape[-2] > 1:
+        variance = variance + mean.squeeze(-1).var(-1, keepdim=True)
+    within = covariance[:, :1] * length / (length - 1)
+    rho = 1 - (within - covariance) / variance
+    rho[:, :1] = variance / variance  # 1, and not a number where nothing is
+    return rho

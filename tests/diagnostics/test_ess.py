@@ -1,5 +1,6 @@
 """Effective sample sizes and standard errors, against AR(1) chains and ArviZ."""
 
+import importlib
 import warnings
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 
 from pyro_ebm.diagnostics import (
     bulk_ess,
-    ess,
     mean_std_error,
     sd_std_error,
     tail_ess,
 )
+
+# The function of the same name hides the module.
+module = importlib.import_module("pyro_ebm.diagnostics.convergence")
 
 
 def ar1(rho, num_chains, num_draws, *event):
@@ -131,8 +134,8 @@ def test_float32():
 
 def test_planted_fault_is_caught(monkeypatch):
     """The autocorrelation against the variance within chains, without pairs."""
-    plain = ess._autocorrelation
-    monkeypatch.setattr(ess, "_autocorrelation", lambda rows: plain(rows) * 0.9)
+    plain = module._autocorrelation
+    monkeypatch.setattr(module, "_autocorrelation", lambda rows: plain(rows) * 0.9)
     with pytest.raises(AssertionError):
         test_ar1_in_closed_form(0.5)
 

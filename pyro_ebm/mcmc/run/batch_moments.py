@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.diagnostics import Convergence
-from pyro_ebm.diagnostics.rhat import nested_ratio_of_moments, ratio_of_moments
+from pyro_ebm.diagnostics.convergence import nested_ratio_of_moments, ratio_of_moments
 from pyro_ebm.mcmc.base import ChainState, StepInfo
 
 #: Draws that wait to be constrained together; the length of the first batches.
