@@ -1,6 +1,7 @@
 """Mixtures of experts: weights of normalised densities, in plates, NUTS and SVI."""
 
 import copy
+import functools
 import math
 import pickle
 
@@ -59,13 +60,21 @@ def known(energy, **settings):
     return EnergyDistribution(energy, partition.quadrature(energy), **settings)
 
 
+@functools.cache
+def estimates_of_wells():
+    return [partition.quadrature(well) for well in wells()]
+
+
 def two_wells(weights=WEIGHTS):
     """Chains of each start around it."""
     experts = []
-    for energy, loc, scale in zip(wells(), (-3.0, 1.0), (0.1, 0.7), strict=True):
+    places, estimates = ((-3.0, 0.1), (1.0, 0.7)), estimates_of_wells()
+    for energy, place, estimate in zip(wells(), places, estimates, strict=True):
         energy.requires_grad_(False)
-        base = dist.Normal(torch.tensor(loc), scale)
-        experts.append(known(energy, sampler=IndependentChains(base, num_steps=50)))
+        sampler = IndependentChains(
+            dist.Normal(*map(torch.tensor, place)), num_steps=50
+        )
+        experts.append(EnergyDistribution(energy, estimate, sampler=sampler))
     return MixtureOfExperts(experts, weights)
 
 
@@ -380,13 +389,16 @@ def parameters_of(energies, logits):
 def stochastic_gradients(energies, logits, count=8):
     """Of the loss of maximum likelihood, each with new chains."""
     modules = nn.ModuleList(energies)
-    bases = [dist.Normal(torch.tensor(m), 0.6) for m in (-3.2, 0.6)]
+    samplers = [
+        IndependentChains(dist.Normal(torch.tensor(m), 0.6)) for m in (-3.2, 0.6)
+    ]
+    estimates = [partition.quadrature(f) for f in energies]
 
     def model():
         pyro.module("energies", modules)
         experts = [
-            known(f, sampler=IndependentChains(base))
-            for f, base in zip(energies, bases, strict=True)
+            EnergyDistribution(f, estimate, sampler=sampler)
+            for f, estimate, sampler in zip(energies, estimates, samplers, strict=True)
         ]
         with pyro.plate("data", len(DATA)):
             q = MixtureOfExperts(experts, logits.softmax(-1))
