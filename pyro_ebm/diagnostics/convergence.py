@@ -18,7 +18,14 @@ have forgotten it once the means of the superchains agree,
 
 Both are taken of the halves of the chains, which shows a drift that all of them share,
 and of normal scores: those of the draws and those of their distances from the median.
-The larger is reported.
+The larger is reported. The draw whose rank among all :math:`S` is :math:`r`, averaged
+over equal draws, has the score
+
+.. math::
+    z = \Phi^{-1}\!\left(\frac{r - 3/8}{S + 1/4}\right)                     \tag{3}
+
+so that what is computed from it exists for tails of any weight, and stays the same
+under an increasing map of the draws.
 
 With :math:`\hat\rho_t` the autocorrelation at lag ``t``, estimated from ``C`` chains of
 length ``N`` against the variance between as well as within them, and the sums
@@ -27,7 +34,7 @@ not positive, at ``k = K``,
 
 .. math::
     \mathrm{ESS} = \frac{C N}{\tau}, \qquad
-    \tau = -1 + 2 \sum_{k < K} P_k + \max(\hat\rho_{2K}, 0)                 \tag{3}
+    \tau = -1 + 2 \sum_{k < K} P_k + \max(\hat\rho_{2K}, 0)                 \tag{4}
 
 which is Geyer's initial monotone sequence. From ten draws a chain on this is what ArviZ
 computes; of fewer all lags count, where ArviZ lets none. The *bulk* ESS is that of the
@@ -38,13 +45,13 @@ below the 5 % or the 95 % quantile; a standard error takes the ESS of what is av
     \mathrm{se}(\bar x)^2 = \frac{\mathrm{Var}\, x}{\mathrm{ESS}(x)},
     \qquad
     \mathrm{se}(s)^2 = \frac{\mathrm{Var}\, (x - \bar x)^2}
-        {4 s^2\, \mathrm{ESS}((x - \bar x)^2)}                              \tag{4}
+        {4 s^2\, \mathrm{ESS}((x - \bar x)^2)}                              \tag{5}
 
 References:
     Geyer (1992), Statistical Science 7(4), 473-483. Vehtari, Gelman, Simpson, Carpenter
     & Bürkner (2021), Bayesian Analysis 16(2), 667-718. Margossian, Hoffman, Sountsov,
     Riou-Durand, Vehtari & Gelman (2024), Nested R-hat, Bayesian Analysis,
-    arXiv:2110.13017.
+    arXiv:2110.13017. Blom (1958), Statistical estimates and transformed beta-variables.
 """
 
 __all__ = [
@@ -55,10 +62,12 @@ __all__ = [
     "nested_r_hat",
     "nested_ratio",
     "nested_ratio_of_moments",
+    "quantiles",
     "r_hat",
     "ratio",
     "ratio_of_moments",
     "sd_std_error",
+    "split_chains",
     "tail_ess",
 ]
 
@@ -68,14 +77,6 @@ from typing import NamedTuple
 import torch
 from pyro.ops.tensor_utils import next_fast_len
 from torch import Tensor
-
-from pyro_ebm.diagnostics.ranks import (
-    folded,
-    normal_scores,
-    quantiles,
-    split_chains,
-    to_rows,
-)
 
 #: Numbers that are looked at, half a second to a second a million; more are left out.
 _MAX_NUMBERS = 2**22
@@ -278,7 +279,7 @@ def tail_ess(draws: Tensor) -> Tensor:
 
 
 def mean_std_error(draws: Tensor) -> Tensor:
-    """Monte Carlo standard error of the mean, (4).
+    """Monte Carlo standard error of the mean, (5).
 
     Args:
         draws: Shape ``(C, N, *event)``, ``N >= 4``.
@@ -298,7 +299,7 @@ def mean_std_error(draws: Tensor) -> Tensor:
 
 
 def sd_std_error(draws: Tensor) -> Tensor:
-    """Monte Carlo standard error of the standard deviation, (4).
+    """Monte Carlo standard error of the standard deviation, (5).
 
     Args:
         draws: Shape ``(C, N, *event)``, ``N >= 4``.
@@ -359,7 +360,7 @@ def _tail_size(rows: Tensor) -> Tensor:
 
 def _mean_error(rows: Tensor) -> Tensor:
     """Standard error of the mean, ``(D, C, N)`` to ``(D,)``."""
-    return (rows.var((-2, -1)) / _effective_size(split_chains(rows))).sqrt()  # (4)
+    return (rows.var((-2, -1)) / _effective_size(split_chains(rows))).sqrt()  # (5)
 
 
 def _sd_error(rows: Tensor) -> Tensor:
@@ -367,11 +368,11 @@ def _sd_error(rows: Tensor) -> Tensor:
     square = (rows - rows.mean((-2, -1), keepdim=True)) ** 2
     spread, variance = torch.var_mean(square, (-2, -1), correction=0)
     size = _effective_size(split_chains(square))
-    return (spread / (4 * variance * size)).sqrt()  # (4)
+    return (spread / (4 * variance * size)).sqrt()  # (5)
 
 
 def _effective_size(rows: Tensor) -> Tensor:
-    """Equation (3) for chains as they are, ``(D, C, N)`` to ``(D,)``."""
+    """Equation (4) for chains as they are, ``(D, C, N)`` to ``(D,)``."""
     num_chains, length = rows.shape[-2:]
     total = num_chains * length
     rho = torch.nn.functional.pad(_autocorrelation(rows), (0, 2 + length % 2))
@@ -383,7 +384,7 @@ def _effective_size(rows: Tensor) -> Tensor:
     kept = torch.where(index < stop, pairs.cummin(-1).values, 0.0).sum(-1)
     end = rho.gather(-1, 2 * stop)
     end = torch.where(pairs.gather(-1, stop) > 0, end, end.clamp(min=0)).squeeze(-1)
-    tau = -1 + 2 * kept + end  # (3)
+    tau = -1 + 2 * kept + end  # (4)
     # Antithetic chains may beat independence, by a factor that cannot be trusted.
     tau = tau.clamp(min=1 / math.log10(total))
     constant = rows.amax((-2, -1)) == rows.amin((-2, -1))
@@ -405,3 +406,67 @@ def _autocorrelation(rows: Tensor) -> Tensor:
     rho = 1 - (within - covariance) / variance
     rho[:, :1] = variance / variance  # 1, and not a number where nothing is
     return rho
+
+
+# Ranks -----------------------------------------------------------------------------
+
+
+def to_rows(draws: Tensor) -> Tensor:
+    """Draws of shape ``(C, N, *event)`` as ``(D, C, N)``, in double precision.
+
+    Raises:
+        ValueError: If there is no chain, or fewer than four draws of each.
+    """
+    if draws.dim() < 2 or draws.shape[0] < 1 or draws.shape[1] < 4:
+        raise ValueError(
+            "draws must have shape (num_chains, num_draws, *event) with at least 1 "
+            f"chain and 4 draws, got {tuple(draws.shape)}. Draw more, or put the "
+            "dimension of chains first: draws[None] for a single chain."
+        )
+    return draws.reshape(*draws.shape[:2], -1).double().movedim(2, 0)
+
+
+def split_chains(rows: Tensor) -> Tensor:
+    """Halves of the chains: ``(D, C, N)`` to ``(D, 2 C, N // 2)``.
+
+    First halves come first; a draw in the middle is left out.
+    """
+    half = rows.shape[-1] // 2
+    return torch.cat([rows[..., :half], rows[..., -half:]], -2)
+
+
+def folded(rows: Tensor) -> Tensor:
+    """Folded draws: absolute deviations from the median of all chains."""
+    return (rows - quantiles(rows, 0.5)[:, None, None]).abs()
+
+
+def quantiles(rows: Tensor, prob: float) -> Tensor:
+    """Quantile over all chains by linear interpolation, ``(D, C, N)`` to ``(D,)``."""
+    flat = rows.flatten(-2)
+    position = prob * (flat.shape[-1] - 1)
+    below = min(int(position), flat.shape[-1] - 2)
+    low = flat.kthvalue(below + 1).values
+    high = flat.kthvalue(below + 2).values
+    return torch.lerp(low, high, position - below)
+
+
+def normal_scores(rows: Tensor) -> Tensor:
+    """The scores (3) among all chains, in the shape ``(D, C, N)`` of ``rows``."""
+    flat = rows.flatten(-2)
+    ordered, order = flat.sort(-1)
+    ranks = torch.empty_like(flat).scatter_(-1, order, _average_ranks(ordered))
+    scores = torch.special.ndtri((ranks - 0.375) / (flat.shape[-1] + 0.25))  # (3)
+    return scores.masked_fill(flat.isnan(), torch.nan).reshape(rows.shape)
+
+
+def _average_ranks(ordered: Tensor) -> Tensor:
+    """Ranks from 1 of sorted values; equal ones share the mean of theirs."""
+    size = ordered.shape[-1]
+    index = torch.arange(size, device=ordered.device)
+    differs = ordered[..., 1:] != ordered[..., :-1]
+    edge = torch.ones_like(ordered[..., :1], dtype=torch.bool)
+    is_first = torch.cat([edge, differs], -1)
+    is_last = torch.cat([differs, edge], -1)
+    first = torch.where(is_first, index, 0).cummax(-1).values
+    last = torch.where(is_last, index, size).flip(-1).cummin(-1).values.flip(-1)
+    return (first + last).to(ordered.dtype) / 2 + 1

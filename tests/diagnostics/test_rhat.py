@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_ebm.diagnostics import nested_r_hat, r_hat
-from pyro_ebm.diagnostics.ranks import normal_scores
+from pyro_ebm.diagnostics.convergence import normal_scores
 
 # The function of the same name hides the module.
 module = importlib.import_module("pyro_ebm.diagnostics.convergence")

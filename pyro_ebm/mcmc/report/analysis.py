@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.diagnostics import Convergence, convergence, energy_bfmi
-from pyro_ebm.diagnostics.ranks import quantiles
+from pyro_ebm.diagnostics.convergence import quantiles
 from pyro_ebm.mcmc.base import bias_of
 from pyro_ebm.mcmc.report.advice import advise, hole_in_support, starts_in_a_tail
 from pyro_ebm.mcmc.report.results import Diagnostics, Moments, verdict

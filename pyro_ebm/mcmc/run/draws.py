@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_ebm.diagnostics.convergence import ratio
-from pyro_ebm.diagnostics.ranks import split_chains
+from pyro_ebm.diagnostics.convergence import ratio, split_chains
 from pyro_ebm.mcmc.base import ChainState, StepInfo
 
 #: A progress bar looks at no more draws, chains and coordinates than this of each.

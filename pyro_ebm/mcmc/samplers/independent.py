@@ -15,8 +15,7 @@ from pyro_ebm.bases.mixed import LatentClasses
 from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.core.verdict import Finding, Reason, status_of
-from pyro_ebm.diagnostics.convergence import ratio
-from pyro_ebm.diagnostics.ranks import split_chains
+from pyro_ebm.diagnostics.convergence import ratio, split_chains
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.views.pointwise import check_pointwise

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from pyro_ebm.diagnostics.convergence import nested_ratio, ratio
-from pyro_ebm.diagnostics.ranks import split_chains
+from pyro_ebm.diagnostics.convergence import nested_ratio, ratio, split_chains
 from pyro_ebm.mcmc.base import ChainState
 from pyro_ebm.mcmc.run import batch_moments
 from pyro_ebm.mcmc.run.batch_moments import BatchMoments
