@@ -1,10 +1,10 @@
-"""HTML tables for notebooks, without styles of their own.
+"""HTML tables for notebooks, without styles of their own, and what stands in them.
 
 There is no script in them and no colour, so that they are readable on light and dark
 pages alike.
 """
 
-__all__ = ["columns_table", "rows_table"]
+__all__ = ["columns_table", "rows_table", "with_error"]
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,3 +55,8 @@ def rows_table(title: str, rows: Mapping[str, str]) -> str:
     )
     caption = f'<caption style="{_CAPTION}">{html.escape(title)}</caption>'
     return f"<table>{caption}<tbody>{body}</tbody></table>"
+
+
+def with_error(value: float, error: float) -> str:
+    """A value with its error, which is left out where it is 0."""
+    return f"{value:.4f}" + (f" +- {error:.4f}" if error else "")

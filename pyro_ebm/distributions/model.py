@@ -25,11 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.bases.saving import from_state, to_state
-from pyro_ebm.core.html import rows_table
+from pyro_ebm.core.html import rows_table, with_error
 from pyro_ebm.core.verdict import in_words
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.operators import Factor
-from pyro_ebm.distributions.representation import with_error
 from pyro_ebm.energies import DistributionEnergy, Energy
 from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.views.unconstrained import (

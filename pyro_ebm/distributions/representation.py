@@ -1,12 +1,12 @@
 r"""Text and HTML of distributions and models."""
 
-__all__ = ["distribution_html", "log_partition_text", "with_error"]
+__all__ = ["distribution_html", "log_partition_text"]
 
 from typing import Any
 
 import torch
 
-from pyro_ebm.core.html import rows_table
+from pyro_ebm.core.html import rows_table, with_error
 
 
 def log_partition_text(distribution: Any) -> str:
@@ -54,8 +54,3 @@ def distribution_html(distribution: Any, formula: str, problem: str = "") -> str
         "verdict": f"not normalizable: {problem}" if problem else verdict,
     }
     return rows_table(type(distribution).__name__, rows)
-
-
-def with_error(value: float, error: float) -> str:
-    """A value with its error, which is left out where it is 0."""
-    return f"{value:.4f}" + (f" +- {error:.4f}" if error else "")

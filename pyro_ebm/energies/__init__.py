@@ -39,7 +39,7 @@ __all__ = [
     "unconstrained",
 ]
 
-from pyro_ebm.energies.algebra import ExpEnergy, SumEnergy
+from pyro_ebm.energies.algebra import ExpEnergy, MixtureEnergy, SumEnergy
 from pyro_ebm.energies.base import ClosedForm, Energy
 from pyro_ebm.energies.closed_form.products import register_product
 from pyro_ebm.energies.discrete.boltzmann import BoltzmannEnergy
@@ -58,14 +58,12 @@ from pyro_ebm.energies.memory import (
     SpinMemoryEnergy,
     VectorMemoryEnergy,
 )
-from pyro_ebm.energies.mixture import MixtureEnergy
 from pyro_ebm.energies.neural import ConvolutionalEnergy, NeuralEnergy
 from pyro_ebm.energies.pyro_model.energy import PyroModelEnergy
 from pyro_ebm.energies.quadratic import QuadraticEnergy
 from pyro_ebm.energies.views.batch import select
 from pyro_ebm.energies.views.clamped import ClampedEnergy
-from pyro_ebm.energies.views.linear_map import LinearMapEnergy
-from pyro_ebm.energies.views.part import PartEnergy
+from pyro_ebm.energies.views.part import LinearMapEnergy, PartEnergy
 from pyro_ebm.energies.views.unconstrained import (
     UnconstrainedEnergy,
     unconstrained,

@@ -1,4 +1,4 @@
-r"""Sums, multiples and exponentials of energies.
+r"""Sums, multiples, exponentials and mixtures of energies.
 
 A sum of energies is a product of distributions, up to a constant (eq. (1.3) to (1.6)):
 
@@ -12,14 +12,23 @@ constants. Of Gaussian and of conjugate parts it is known
 :mod:`pyro_ebm.energies.closed_form.products`), and of finite sites whose sums can be
 done (:mod:`pyro_ebm.energies.discrete.exact.elimination`); otherwise
 :mod:`pyro_ebm.partition` estimates it.
+
+A mixture is minus the log of a weighted sum of densities:
+
+.. math::
+    f(x) &= -\log \sum_{k=1}^K \exp(\ell_k - f_k(x))                        \tag{2} \\
+    \nabla f(x) &= \sum_k r_k(x)\, \nabla f_k(x), \qquad
+        r_k(x) = \exp(\ell_k - f_k(x) + f(x))                              \tag{3} \\
+    Z &= \sum_k \exp(\ell_k)\, Z_k                                         \tag{4}
 """
 
-__all__ = ["ExpEnergy", "SumEnergy", "require_same_space"]
+__all__ = ["ExpEnergy", "MixtureEnergy", "SumEnergy"]
 
 import numbers
 from collections.abc import Sequence
 from typing import Any, final
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor, nn
@@ -76,7 +85,7 @@ class SumEnergy(Energy):
         if not energies:
             raise ValueError("energies must hold at least one Energy, got none.")
         first = energies[0]
-        require_same_space(*energies)
+        _require_same_space(*energies)
         weights = [1.0] * len(energies) if weights is None else list(weights)
         if len(weights) != len(energies):
             raise ValueError(
@@ -234,6 +243,100 @@ class ExpEnergy(Energy):
         return value, grad * value.reshape(value.shape + (1,) * self.event_dim)
 
 
+@final
+class MixtureEnergy(Energy):
+    r"""The mixture (2) of unnormalised densities :math:`e^{-f_k}`.
+
+    By (4) the weight of the *normalised* component :math:`q_k = e^{-f_k} / Z_k` is
+    proportional to :math:`\exp(\ell_k)\, Z_k`, not to :math:`\exp(\ell_k)`: adding
+    :math:`c` to :math:`f_k` lowers the weight of its component by :math:`e^{-c}`. For
+    chosen weights :math:`w_k` pass :math:`\ell_k = \log w_k - \log Z_k`.
+
+    Args:
+        energies: The components :math:`f_k`, at least one.
+        logits: :math:`\ell_k`, shape ``(K,)``, default: zeros. A ``nn.Parameter`` is
+            learned.
+
+    Raises:
+        TypeError: If a component is no energy.
+        ValueError: If there is no component, if they differ in event shape or support,
+            or if ``logits`` are not ``K`` finite numbers.
+
+    Example:
+        >>> gaussian = pyro_ebm.energies.QuadraticEnergy
+        >>> parts = [gaussian(torch.zeros(2)), gaussian(torch.ones(2))]
+        >>> f = MixtureEnergy(parts, torch.tensor([0.0, 1.0]))
+        >>> closed = f.closed_form()
+        >>> closed.distribution.mixture_distribution.probs
+        tensor([0.2689, 0.7311], grad_fn=<SoftmaxBackward0>)
+    """
+
+    def __init__(
+        self, energies: Sequence[Energy], logits: Tensor | None = None
+    ) -> None:
+        if not energies:
+            raise ValueError("energies must hold at least one Energy, got none.")
+        _require_same_space(*energies)
+        logits = torch.zeros(len(energies)) if logits is None else logits
+        if logits.shape != (len(energies),) or not logits.isfinite().all():
+            raise ValueError(
+                f"logits must be {len(energies)} finite numbers, one for each of the "
+                f"energies; got {logits}. Leave out a component of weight 0."
+            )
+        shape = broadcast_shape(*(energy.batch_shape for energy in energies))
+        super().__init__(energies[0].event_shape, energies[0].support, shape)
+        self.energies: Sequence[Energy] = nn.ModuleList(energies)  # type: ignore[assignment]
+        if isinstance(logits, nn.Parameter):
+            self.logits = logits
+        else:
+            self.register_buffer("logits", logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate (2) at ``x`` of shape ``(*sample, *batch, *event)``."""
+        energies = torch.stack([energy(x) for energy in self.energies], -1)
+        return -torch.logsumexp(self.logits - energies, -1)  # (2)
+
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weigh the parts' own gradients by the responsibilities (3)."""
+        parts = [energy.value_and_grad(x) for energy in self.energies]
+        log_weights = self.logits.detach() - torch.stack([p[0] for p in parts], -1)
+        value = -torch.logsumexp(log_weights, -1)
+        grad = torch.zeros_like(x)
+        responsibilities = log_weights.softmax(-1).unbind(-1)
+        for r, (_, part_grad) in zip(responsibilities, parts, strict=True):
+            r = r.reshape(r.shape + (1,) * self.event_dim)
+            # A component outside its domain has no weight and often no gradient.
+            grad = grad + (r * part_grad).where(r != 0, 0.0)  # (3)
+        return value, grad
+
+    def closed_form(self) -> ClosedForm | None:
+        r""":math:`\log Z` by (4), where every component is Gaussian by its own account.
+
+        Exactness: *exact* where it is not ``None``.
+        """
+        known = (energy.closed_form() for energy in self.energies)
+        closed = [form for form in known if form is not None]
+        parts = [form.distribution for form in closed]
+        gaussian = [part for part in parts if isinstance(part, dist.MultivariateNormal)]
+        if len(gaussian) < len(self.energies):
+            return None
+        shape = self.batch_shape
+        constants = [c.log_partition.expand(shape) for c in closed]
+        log_weights = self.logits + torch.stack(constants, -1)
+        gaussian = [part.expand(shape) for part in gaussian]
+        components = dist.MultivariateNormal(
+            torch.stack([p.loc for p in gaussian], -2),
+            scale_tril=torch.stack([p.scale_tril for p in gaussian], -3),
+            validate_args=False,
+        )
+        mixture = dist.MixtureSameFamily(
+            dist.Categorical(logits=log_weights, validate_args=False),
+            components,
+            validate_args=False,
+        )
+        return ClosedForm(torch.logsumexp(log_weights, -1), mixture)  # (4)
+
+
 @gaussian_form.register
 def _(energy: SumEnergy) -> GaussianForm | None:
     forms = []
@@ -326,7 +429,7 @@ def _keep_scalar(module: nn.Module, name: str, value: float | Tensor) -> None:
         module.register_buffer(name, value)
 
 
-def require_same_space(first: Energy, *others: Energy) -> None:
+def _require_same_space(first: Energy, *others: Energy) -> None:
     """Check that energies can be combined.
 
     Raises:

@@ -48,13 +48,12 @@ from pyro_ebm.infer.fit.fit_record import FitRecord
 from pyro_ebm.infer.fit.fit_result import Anomaly, FitResult, FitTimings
 from pyro_ebm.infer.fit.missing import Imputed
 from pyro_ebm.infer.fit.stages import Stage
-from pyro_ebm.infer.handler import Learn
+from pyro_ebm.infer.handler import Learn, ObjectiveLoss
 from pyro_ebm.infer.likelihood import (
     LogLikelihood,
     log_likelihood,
     log_likelihood_difference,
 )
-from pyro_ebm.infer.loss import ObjectiveLoss
 from pyro_ebm.infer.objectives.contrast.flow_contrastive import FlowContrastive
 from pyro_ebm.infer.objectives.contrast.noise_contrastive import (
     NoiseContrastive,
@@ -83,5 +82,4 @@ from pyro_ebm.infer.objectives.score.site_conditionals import (
     Pseudolikelihood,
     RatioMatching,
 )
-from pyro_ebm.infer.uncertainty.sandwich import ParameterErrors
-from pyro_ebm.infer.uncertainty.standard_errors import parameter_errors
+from pyro_ebm.infer.uncertainty.standard_errors import ParameterErrors, parameter_errors

@@ -5,26 +5,40 @@ site by one whose ``log_prob`` has the same value, the same gradient in the poin
 in the parameters the gradient of the objective. Because it stands where the
 distribution stood, inside its ``.mask``, ``.to_event`` and ``.expand``, both terms of
 eq. (1.16) see the same plates, scales, masks and subsampling, under any ELBO.
+
+For loops without Pyro an objective is a loss of plain torch.
 """
 
-__all__ = ["Learn"]
+__all__ = ["Learn", "ObjectiveLoss", "require_learnable", "state_for"]
 
-from collections.abc import Callable
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, final
 
 import pyro
 import pyro.distributions as dist
+import pyro.nn.module
 import torch
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_ebm.distributions import EnergyDistribution, MixtureOfExperts
+from pyro_ebm.core.errors import UnregisteredParameterWarning
+from pyro_ebm.distributions import EnergyDistribution, EnergyModel, MixtureOfExperts
+from pyro_ebm.distributions.energy import leaves
 from pyro_ebm.distributions.model import an_objective_learns
+from pyro_ebm.energies import Energy
+from pyro_ebm.energies.discrete.finite import finite_values
+from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.normalization import inner_distributions
-from pyro_ebm.infer.checks import require_learnable, require_objective
-from pyro_ebm.infer.objectives.objective import Objective, Surrogate
-from pyro_ebm.mcmc import PersistentChains
+from pyro_ebm.infer.objectives.objective import (
+    Objective,
+    Surrogate,
+    as_distribution,
+    require_objective,
+)
+from pyro_ebm.mcmc import IndependentChains, PersistentChains
 
 
 class Learn(nn.Module):
@@ -144,6 +158,69 @@ class Learn(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+@final
+class ObjectiveLoss(nn.Module):
+    """The mean of an objective over a batch, negated: a module to minimise.
+
+    Its parameters are those of the energy and what the objective learns beside it, such
+    as the log Z of noise contrast or a generator; its ``state_dict`` holds chains too.
+    Under SVI, :class:`~pyro_ebm.infer.Learn` takes the same steps.
+
+    Args:
+        model: What is learned. Of an :class:`~pyro_ebm.EnergyModel`, log Z follows the
+            parameters at each call.
+        objective: The estimator.
+
+    Raises:
+        TypeError: If an argument is of another type.
+
+    Example:
+        >>> energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+        >>> loss = ObjectiveLoss(energy, pyro_ebm.infer.MaximumLikelihood())
+        >>> optim = torch.optim.Adam(loss.parameters(), lr=1e-2)
+        >>> loss(torch.randn(100, 2)).backward()
+        >>> optim.step()
+    """
+
+    def __init__(self, model: Energy | EnergyModel, objective: Objective) -> None:
+        super().__init__()
+        if not isinstance(model, Energy | EnergyModel):
+            raise TypeError(
+                f"model must be an Energy or EnergyModel, got {type(model).__name__}. "
+                "Wrap a callable in pyro_ebm.energies.FunctionEnergy."
+            )
+        require_objective(objective)
+        self.model = model
+        self.objective = objective
+        self.state = state_for(objective, model)
+        self._is_checked = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Minus the mean objective at data ``x`` of shape ``(*batch, *event)``."""
+        distribution = as_distribution(self.model)
+        if not self._is_checked:
+            self._is_checked = True
+            with _points_of(distribution) as points:
+                self.objective.check(distribution, points)
+        if distribution.owner is not None and torch.is_grad_enabled():
+            distribution.owner.follow()
+        return self.objective.loss(distribution, x, self.state)
+
+
+def state_for(objective: Objective, model: Energy | EnergyModel) -> nn.Module:
+    """A state for an objective, where the model's parameters are.
+
+    Args:
+        objective: The estimator.
+        model: What is learned; an :class:`~pyro_ebm.EnergyModel` keeps its own chains.
+    """
+    state = objective.make_state()
+    if isinstance(state, PersistentChains) and isinstance(model, EnergyModel):
+        state = model.chains
+    energy = model.energy if isinstance(model, EnergyModel) else model
+    return state.to(**energy.tensor_options())
+
+
 class _ObjectiveMessenger(Messenger):
     """One run of a model: each energy is worked on once, however many its sites."""
 
@@ -249,3 +326,90 @@ def _has_energy(fn: Any) -> bool:
     return any(
         isinstance(part, EnergyDistribution) or _has_energy(part) for part in inner
     )
+
+
+# Checks at the first step, for errors that would be silent --------------------------
+
+
+@contextmanager
+def _points_of(distribution: EnergyDistribution, count: int = 64) -> Iterator[Tensor]:
+    """Some points of the support, where chains would start, shape ``(N, *event)``.
+
+    In the block gradients are on, and random numbers are those of a fork: a run that
+    goes on from a ``state_dict`` checks again, and then draws what the first did.
+    """
+    energy = distribution.energy
+    device = energy.tensor_options()["device"]
+    devices = [device] if device.type == "cuda" else []
+    with torch.enable_grad(), torch.random.fork_rng(devices):
+        if finite_values(energy.support) is not None:
+            like = torch.empty(0, **energy.tensor_options())
+            uniform = IndependentSites.uniform(energy.support, energy.event_shape, like)
+            yield uniform.sample(torch.Size((count,)))
+        else:
+            sampler = distribution.sampler or IndependentChains()
+            yield sampler.start(energy, count)
+
+
+def require_learnable(
+    name: str,
+    distribution: EnergyDistribution,
+    latents: list[Tensor],
+    objective: Objective,
+) -> None:
+    """Check the energy at a site.
+
+    Args:
+        name: The site.
+        distribution: What stands there.
+        latents: Values of the latent sites that the model has drawn before.
+        objective: What is put there; it makes checks of its own.
+
+    Raises:
+        NotImplementedError: If the energy depends on a latent variable.
+
+    Warns:
+        UnregisteredParameterWarning: If a parameter that the energy depends on is not
+            the one in Pyro's parameter store.
+    """
+    energy = distribution.energy
+    with _points_of(distribution) as x:
+        objective.check(distribution, x)
+        value = energy(x).sum()
+    if not value.requires_grad:
+        return
+    if latents:
+        grads = torch.autograd.grad(
+            value, latents, allow_unused=True, retain_graph=True
+        )
+        if any(grad is not None for grad in grads):
+            raise NotImplementedError(
+                f"the energy at site {name!r} depends on a latent variable, so its log "
+                "Z does too: an objective is for one energy only. "
+                "Make the energy a function of the pair (an energy of a larger event), "
+                "or give an exact or amortised log_partition and no handler."
+            )
+    if not pyro.nn.module._is_module_local_param_enabled():
+        _warn_unregistered(name, distribution, leaves(value, x))
+
+
+def _warn_unregistered(
+    site: str, distribution: EnergyDistribution, parameters: list[Tensor]
+) -> None:
+    store = pyro.get_param_store()
+    names = {id(p): name for name, p in distribution.energy.named_parameters()}
+    missing = [
+        names.get(id(leaf), f"a tensor of shape {tuple(leaf.shape)} in a closure")
+        for leaf in parameters
+        if store.param_name(leaf) is None
+    ]
+    if missing:
+        warnings.warn(
+            f"the energy at site {site!r} has parameters that Pyro does not know, and "
+            f"no optimiser will train: {', '.join(missing)}. Call pyro.module(name, "
+            "energy_model) in the model, or make the energy an attribute of a "
+            "PyroModule. If it was registered under a name in use before, "
+            "pyro.clear_param_store() first.",
+            UnregisteredParameterWarning,
+            stacklevel=2,
+        )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc import MCMC
-from pyro_ebm.plots.style import Palette, axes_or_current, palette_of
+from pyro_ebm.plots.style import axes_or_current, palette_of
 
 #: More chains than this are drawn as bands, and ranked in groups.
 _MANY = 8
@@ -62,7 +62,7 @@ def trace(
         for k, row in enumerate(rows):
             ax.plot(number, row, color=palette[k % 4], linewidth=0.8, alpha=0.8)
     else:
-        _fan(ax, number, rows, palette)
+        _fan(ax, number, rows)
     ax.set(
         xlabel="draw of each chain",
         ylabel=chosen.name,
@@ -227,7 +227,8 @@ def _choose(draws: Any, site: str | None, index: Any) -> _Chosen:
     return _Chosen(name, rows, num_groups or few)
 
 
-def _fan(ax: Any, number: Any, rows: Any, palette: Palette) -> None:
+def _fan(ax: Any, number: Any, rows: Any) -> None:
+    palette = palette_of(ax)
     low, left, middle, right, high = np.quantile(
         rows, [0.05, 0.25, 0.5, 0.75, 0.95], axis=0
     )

@@ -10,7 +10,7 @@ References:
     PLoS ONE 13(7), e0199239 (cividis).
 """
 
-__all__ = ["COLOR_MAP", "Palette", "axes_or_current", "palette_of", "style"]
+__all__ = ["COLOR_MAP", "axes_or_current", "palette_of", "style"]
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ except ImportError as error:
 COLOR_MAP = "cividis"
 
 
-class Palette(NamedTuple):
+class _Palette(NamedTuple):
     """Colours of lines and text on one background."""
 
     first: str
@@ -42,10 +42,10 @@ class Palette(NamedTuple):
 
 
 _PALETTES = {
-    "light": Palette(
+    "light": _Palette(
         "#0072B2", "#D55E00", "#009E73", "#B5608F", "#22262B", "#8A9099", "#FFFFFF"
     ),
-    "dark": Palette(
+    "dark": _Palette(
         "#56B4E9", "#E69F00", "#1FBF92", "#D98CB8", "#DDE1E6", "#858C95", "#15181C"
     ),
 }
@@ -103,7 +103,7 @@ def style(mode: Literal["light", "dark"] = "light") -> Iterator[None]:
         yield
 
 
-def palette_of(ax: Any) -> Palette:
+def palette_of(ax: Any) -> _Palette:
     """The colours that stand out from the background of some axes."""
     face = to_rgba(ax.get_facecolor())
     if face[3] < 0.5:  # transparent: what lies behind decides

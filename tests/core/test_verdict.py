@@ -11,7 +11,7 @@ import pyro_ebm
 from pyro_ebm.core import Finding, Reason, Status
 from pyro_ebm.core.verdict import in_words, sentence, status_of
 from pyro_ebm.infer import FitResult
-from pyro_ebm.infer.uncertainty.sandwich import ParameterErrors
+from pyro_ebm.infer.uncertainty.standard_errors import ParameterErrors
 from pyro_ebm.mcmc.report.results import Diagnostics
 from pyro_ebm.mcmc.tempering.tempered_draws import TemperedDraws
 from pyro_ebm.partition import LogPartitionEstimate, LogRatioEstimate

@@ -1,6 +1,6 @@
 """Marginal distributions of some coordinates of an event, in closed form."""
 
-__all__ = ["independent_marginal", "marginal"]
+__all__ = ["marginal"]
 
 from typing import Any
 
@@ -26,12 +26,16 @@ _UNIVARIATE = (
 )
 
 
-def marginal(distribution: Any, numbers: Tensor) -> dist.TorchDistribution | None:
+def marginal(
+    distribution: Any, numbers: Tensor, *, only_independent: bool = False
+) -> dist.TorchDistribution | None:
     """The distribution of some coordinates of a normal or of independent ones.
 
     Args:
         distribution: Over one event.
         numbers: Of the coordinates in the flattened event, shape ``(U,)``.
+        only_independent: Whether it is wanted only where the coordinates are
+            independent by construction.
 
     Returns:
         A distribution over vectors of shape ``(U,)``; ``None`` for other families, and
@@ -44,18 +48,9 @@ def marginal(distribution: Any, numbers: Tensor) -> dist.TorchDistribution | Non
     """
     if distribution.batch_shape:
         return None
-    if isinstance(distribution, torch_dist.MultivariateNormal):
+    if isinstance(distribution, torch_dist.MultivariateNormal) and not only_independent:
         covariance = distribution.covariance_matrix[numbers][:, numbers]
         return dist.MultivariateNormal(distribution.loc[numbers], covariance)
-    return independent_marginal(distribution, numbers)
-
-
-def independent_marginal(
-    distribution: Any, numbers: Tensor
-) -> dist.TorchDistribution | None:
-    """The same for independent coordinates only."""
-    if distribution.batch_shape:
-        return None
     event_shape = distribution.event_shape
     distribution = without_independent(distribution)
     if not isinstance(distribution, _UNIVARIATE):

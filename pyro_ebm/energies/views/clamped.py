@@ -38,7 +38,7 @@ from pyro_ebm.energies.closed_form.gaussian import (
     gaussian_closed_form,
     gaussian_form,
 )
-from pyro_ebm.energies.closed_form.marginal import independent_marginal
+from pyro_ebm.energies.closed_form.marginal import marginal
 from pyro_ebm.energies.discrete.exact.distribution import (
     ExactClosedForm,
     site_number,
@@ -175,7 +175,7 @@ class ClampedEnergy(Energy):
             return ExactClosedForm.of(whole.distribution.condition(states))
         if whole is not None:
             free, observed = (
-                independent_marginal(whole.distribution, numbers)
+                marginal(whole.distribution, numbers, only_independent=True)
                 for numbers in (self.free, self.fixed)
             )
             if free is not None and observed is not None:

@@ -56,13 +56,13 @@ from pyro_ebm.infer.fit.points import Points, as_points
 from pyro_ebm.infer.fit.settling import settled_log_partition
 from pyro_ebm.infer.fit.stages import ObjectiveSteps, Stage, as_stages, begin_chains
 from pyro_ebm.infer.fit.verdict import MIN_STEPS, judge
+from pyro_ebm.infer.handler import state_for
 from pyro_ebm.infer.likelihood import (
     LogLikelihood,
     log_likelihood,
     log_likelihood_difference,
     mean_and_error,
 )
-from pyro_ebm.infer.loss import state_for
 from pyro_ebm.infer.objectives.objective import Objective
 from pyro_ebm.mcmc import ImportanceResampling
 from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws

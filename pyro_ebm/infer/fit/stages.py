@@ -16,9 +16,13 @@ from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution, EnergyModel
 from pyro_ebm.energies import unconstrained
-from pyro_ebm.infer.checks import require_learnable, require_objective
 from pyro_ebm.infer.fit.optimiser import FitOptim
-from pyro_ebm.infer.objectives.objective import Objective, as_distribution
+from pyro_ebm.infer.handler import require_learnable
+from pyro_ebm.infer.objectives.objective import (
+    Objective,
+    as_distribution,
+    require_objective,
+)
 from pyro_ebm.mcmc import IndependentChains
 
 

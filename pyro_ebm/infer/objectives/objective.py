@@ -11,7 +11,7 @@ negative points or its bias, the estimator says by the methods below; nothing is
 off its type or the names of its settings.
 """
 
-__all__ = ["Need", "Objective", "Surrogate", "Terms"]
+__all__ = ["Need", "Objective", "Surrogate", "Terms", "require_objective"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -330,4 +330,17 @@ def _require_continuous(energy: Energy, objective: str) -> None:
             f"{energy.support} is discrete. Take NoiseContrastive with noise on that "
             "support, or ExactMaximumLikelihood if it has few points; on a mixed one "
             "MaximumLikelihood."
+        )
+
+
+def require_objective(objective: Any) -> None:
+    """Check that an objective is one.
+
+    Raises:
+        TypeError: If it is no :class:`Objective`.
+    """
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            "objective must be an Objective such as MaximumLikelihood(), got "
+            f"{objective!r}."
         )

@@ -25,8 +25,12 @@ from torch import Tensor, nn
 from pyro_ebm.core.verdict import Finding
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Energy
-from pyro_ebm.infer.checks import require_objective
-from pyro_ebm.infer.objectives.objective import Objective, Surrogate, Terms
+from pyro_ebm.infer.objectives.objective import (
+    Objective,
+    Surrogate,
+    Terms,
+    require_objective,
+)
 from pyro_ebm.mcmc import Kernel
 
 #: What an objective with negatives says that it needs, one of these.
