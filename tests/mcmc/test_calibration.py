@@ -71,14 +71,23 @@ def calibrate(*args, **settings):
 MODELS = [regression, gamma_poisson]
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("kernel", [HMC(num_leapfrog=4), ChEES()])
+@pytest.mark.parametrize(
+    ("model", "kernel"),
+    [
+        (regression, HMC(num_leapfrog=4)),
+        (gamma_poisson, HMC(num_leapfrog=4)),
+        (gamma_poisson, ChEES()),
+        pytest.param(regression, ChEES(), marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_of_the_truth_are_uniform(model, kernel):
     """Planted faults below."""
     calibrate(model, kernel)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", [gamma_poisson, pytest.param(regression, marks=pytest.mark.slow)]
+)
 def test_wrong_prior_is_caught(model):
     with pytest.raises(AssertionError):
         calibrate(model, HMC(num_leapfrog=4), prior_scale=0.5)

@@ -68,7 +68,7 @@ def test_conjugate_normal(kernel):
 
 def test_conjugate_gamma_on_a_constrained_site(kernel):
     """First and second moments; planted faults below."""
-    draws = run(kernel, gamma_model, DATA).get_samples()["rate"]
+    draws = run(kernel, gamma_model, DATA, num_samples=700).get_samples()["rate"]
     concentration, rate = 2.0 + len(DATA), 1.0 + DATA.sum().item()
     assert (draws > 0).all()
     assert_chain_moments(draws, concentration / rate, concentration / rate**2)
@@ -80,7 +80,7 @@ def test_agrees_with_nuts_and_with_many_chains():
     First and second moments of each pair, ``|z| < 4``; planted fault below.
     """
     center = (2 + len(DATA)) / (1 + DATA.sum())
-    nuts = MCMC(NUTS(gamma_model), 800, 150, disable_progbar=True)
+    nuts = MCMC(NUTS(gamma_model), 500, 150, disable_progbar=True)
     nuts.run(DATA)
     many = pyro_ebm.mcmc.MCMC(KERNELS["hmc"], 50, 100, 256, progress_bar=False)
     many.run(gamma_model, DATA)
@@ -167,7 +167,7 @@ def test_sites_of_different_shapes(kernel):
 
 
 def test_diagnostics_are_those_after_warmup(kernel):
-    mcmc = run(kernel, normal_model, DATA, num_samples=800)
+    mcmc = run(kernel, normal_model, DATA, num_samples=500)
     diagnostics = mcmc.diagnostics()
     rate = diagnostics["acceptance rate"]["chain 0"]
     assert abs(rate - kernel.target_accept_prob) < 0.15
@@ -238,7 +238,7 @@ def test_a_potential_and_its_transforms():
     starts = {"u": torch.zeros(2), "v": torch.zeros(())}
     transforms = {"u": torch.distributions.transforms.ExpTransform().inv}
     kernel = PyroKernel(HMC(num_leapfrog=2), None, log_gamma, transforms=transforms)
-    mcmc = MCMC(kernel, 1500, 300, initial_params=starts, disable_progbar=True)
+    mcmc = MCMC(kernel, 700, 300, initial_params=starts, disable_progbar=True)
     mcmc.run()
     samples = mcmc.get_samples()
     assert_chain_moments(samples["u"][:, 0], 1.5, 0.75)
