@@ -28,8 +28,7 @@ from pyro_ebm.mcmc.run.target import (
     resolve_target,
     standardised,
 )
-from pyro_ebm.mcmc.starts.centring import choose_non_centred
-from pyro_ebm.mcmc.starts.start import start_chains
+from pyro_ebm.mcmc.starts.start import choose_non_centred, start_chains
 
 
 @final

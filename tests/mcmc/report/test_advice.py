@@ -10,7 +10,7 @@ import torch
 from pyro_ebm.core import Reason
 from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.mcmc import HMC, MCMC
-from pyro_ebm.mcmc.report.advice import advise
+from pyro_ebm.mcmc.report.analysis import advise
 from pyro_ebm.mcmc.report.results import Diagnostics
 
 CHAINS, GROUPS, DRAWS = 64, 8, 50

@@ -12,7 +12,7 @@ from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.energies import FunctionEnergy
 from pyro_ebm.mcmc import MCMC, ChEES
 from pyro_ebm.mcmc.kernels.chees import TrajectoryAdaptation
-from pyro_ebm.mcmc.report.advice import hole_in_support, starts_in_a_tail
+from pyro_ebm.mcmc.report.analysis import hole_in_support, starts_in_a_tail
 
 CHAINS, DRAWS = 64, 200
 

@@ -10,8 +10,7 @@ import torch
 
 from pyro_ebm.mcmc import HMC, ChEES
 from pyro_ebm.mcmc.run.target import resolve_target
-from pyro_ebm.mcmc.starts.centring import _score, choose_non_centred
-from pyro_ebm.mcmc.starts.start import start_chains
+from pyro_ebm.mcmc.starts.start import _score, choose_non_centred, start_chains
 
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 

@@ -12,8 +12,7 @@ import torch
 
 from pyro_ebm.mcmc import HMC, ChEES
 from pyro_ebm.mcmc.run.target import resolve_target
-from pyro_ebm.mcmc.starts.modes import Descent, Memory
-from pyro_ebm.mcmc.starts.pathfinder import _Normals, find_approximations
+from pyro_ebm.mcmc.starts.modes import Descent, Memory, _Normals, find_approximations
 from pyro_ebm.mcmc.starts.start import start_chains
 
 
