@@ -24,6 +24,7 @@ SLOW = {  # pages of the site
     "docs/guide/discrete_learning.md",
     "docs/guide/distributions.md",
     "docs/guide/infer.md",
+    "docs/guide/partition.md",
     "docs/howto/custom_energy.md",
     "docs/start.md",
     "docs/tutorials/latent_prior.md",
