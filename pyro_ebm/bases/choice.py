@@ -119,9 +119,7 @@ def fit(
         Rows.of(data, support)
     fitters = _fitters(support, seed, progress_bar=progress_bar)
     _check(data, held_out, kind, fitters)
-    wanted = [kind]
-    if kind == "auto":
-        wanted = ["independent"] if is_whole else _worth_trying(data)
+    wanted = _worth_trying(data) if kind == "auto" else [kind]
     train, apart = split(data, seed) if held_out is None else (data, held_out)
     seconds = max_seconds / 2 if held_out is None else max_seconds
     fitted = _fitted(fitters, wanted, train, seconds, skip=kind == "auto")
@@ -141,8 +139,7 @@ def fit(
     if held_out is None:
         again = _fitted(fitters, names, data, seconds, skip=False)
         chosen = again[best] if best != "stack" else _mixed(again, mixture.probs)
-    error = _error(scores[best])
-    return FittedBase(chosen, best, compared[best], error, compared)
+    return FittedBase(chosen, best, compared[best], _error(scores[best]), compared)
 
 
 def _fit_mixed(
@@ -225,6 +222,8 @@ def _plain(support: Constraint | None, data: Tensor) -> Constraint | None:
 
 
 def _worth_trying(data: Tensor) -> list[str]:
+    if not data.is_floating_point():
+        return ["independent"]
     enough = max(_ENOUGH_FOR_FLOW, _EACH_FOR_FLOW * data[0].numel())
     kinds = ["normal", "kernel_density", "independent"]
     if find_spec("sklearn") is not None:

@@ -177,11 +177,7 @@ def run_smc(
         stop_after: Temperatures after which the run ends where it is, short of 1.
         kernel: Over a finite support.
     """
-    if num_islands < 2 or chain_length < 2 or num_particles % chain_length:
-        raise ValueError(
-            "num_islands must be at least 2 and chain_length, at least 2, must divide "
-            f"num_particles; got {num_islands}, {chain_length} and {num_particles}."
-        )
+    _require_counts(num_islands, num_particles, chain_length)
     path = path_between(energy, base)
     curve = _Curve()
     move = adaptive(path, chain_length - 1, kernel)
@@ -208,6 +204,14 @@ def run_smc(
         path.log_start,
         journey.beyond,
     )
+
+
+def _require_counts(num_islands: int, num_particles: int, chain_length: int) -> None:
+    if num_islands < 2 or chain_length < 2 or num_particles % chain_length:
+        raise ValueError(
+            "num_islands must be at least 2 and chain_length, at least 2, must divide "
+            f"num_particles; got {num_islands}, {chain_length} and {num_particles}."
+        )
 
 
 class _Curve:

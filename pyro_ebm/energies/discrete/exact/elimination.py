@@ -219,8 +219,7 @@ def _greedy_order(
         others = near.pop(i)
         del scores[i]
         for j in others:
-            near[j] |= others
-            near[j] -= {i, j}
+            near[j] = (near[j] | others) - {i, j}
         touched = others.union(*(near[j] for j in others)) if best[0] else others
         for j in touched:
             if (new := score(j)) != scores[j]:
