@@ -13,7 +13,16 @@ from enum import Enum
 from typing import NamedTuple
 
 
-class Status(str, Enum):
+class _Word(str, Enum):
+    """A word that prints as itself."""
+
+    __str__ = str.__str__
+
+    def __repr__(self) -> str:
+        return str.__repr__(self)
+
+
+class Status(_Word):
     """How far a result can be trusted; equal to the string that it prints as.
 
     Example:
@@ -30,18 +39,13 @@ class Status(str, Enum):
     #: There is evidence that the integral is infinite.
     NOT_NORMALIZABLE = "not_normalizable"
 
-    __str__ = str.__str__
-
-    def __repr__(self) -> str:
-        return str.__repr__(self)
-
     @property
     def is_reliable(self) -> bool:
         """Whether the result can be used as it is."""
         return self in (Status.EXACT, Status.OK)
 
 
-class Reason(str, Enum):
+class Reason(_Word):
     """The reasons for which a result can be unreliable.
 
     Example:
@@ -91,11 +95,6 @@ class Reason(str, Enum):
     NOISE_TOO_FAR = "noise too far from data"
     UNKNOWN_LOG_PARTITION = "log Z unknown: run partition.estimate"
     INCONSISTENT_ESTIMATOR = "the estimator does not tend to the truth"
-
-    __str__ = str.__str__
-
-    def __repr__(self) -> str:
-        return str.__repr__(self)
 
 
 class Finding(NamedTuple):

@@ -16,7 +16,6 @@ __all__ = [
     "evaluate",
     "far_limit",
     "flat_event",
-    "massless_limit",
     "move_to_others",
     "replace_nonfinite",
     "select",
@@ -321,15 +320,6 @@ def far_limit(size: int) -> float:
         size: Coordinates of a point.
     """
     return 20 + 3 * size
-
-
-def massless_limit(size: int) -> float:
-    """Excess free energy, in nats, beyond which a region holds negligible mass.
-
-    Args:
-        size: Coordinates of a point, as the estimates of its volume err in each.
-    """
-    return 10 + 2 * math.sqrt(size)
 
 
 def move_to_others(state: ChainState, is_lost: Tensor) -> ChainState:

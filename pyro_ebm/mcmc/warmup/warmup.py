@@ -17,6 +17,7 @@ target invariant.
 __all__ = ["Warmup"]
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ from pyro_ebm.mcmc.base import (
     StepInfo,
     far_limit,
     flat_event,
-    massless_limit,
     move_to_others,
 )
 from pyro_ebm.mcmc.kernels.metric import (
@@ -316,7 +316,7 @@ class Warmup(nn.Module):
         if self._has_scale and self._num_draws:
             scales = diagonal_metrics(*self.moments.covariance().chunk(2))
             free = self._free_energies(scales)
-            low, limit = _lower_quarter(free), massless_limit(scales.shape[1])
+            low, limit = _lower_quarter(free), _massless_limit(scales.shape[1])
             is_lost = is_lost | (free > low + limit)
             if not is_last:
                 self._update_metric(scales, is_lost)
@@ -433,6 +433,15 @@ class Warmup(nn.Module):
         if hasattr(self._given, "low_rank"):
             changes["low_rank"] = factor if is_low else None
         return dataclasses.replace(self._given, **changes)
+
+
+def _massless_limit(size: int) -> float:
+    """Excess free energy, in nats, beyond which a region holds negligible mass.
+
+    Args:
+        size: Coordinates of a point, as the estimates of its volume err in each.
+    """
+    return 10 + 2 * math.sqrt(size)
 
 
 def _lower_quarter(values: Tensor) -> Tensor:

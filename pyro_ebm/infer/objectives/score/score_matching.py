@@ -20,6 +20,8 @@ References:
 __all__ = ["ScoreMatching", "SlicedScoreMatching", "Slopes", "slopes"]
 
 import warnings
+from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, final
 
@@ -38,9 +40,38 @@ from pyro_ebm.infer.objectives.objective import (
 )
 
 
+class _ByCurvature(Objective):
+    """What (1) and (2) have in common: all but the directions of the curvature."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"gradient", "second derivatives"})
+
+    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
+        """Refuse discrete supports, warn of kinks; see :meth:`Objective.check`."""
+        require_curvature(distribution.energy, x, type(self).__name__)
+
+    def surrogate(
+        self, distribution: EnergyDistribution, state: nn.Module
+    ) -> Surrogate:
+        """See :meth:`Objective.surrogate`."""
+        energy = distribution.energy
+
+        def surrogate(x: Tensor) -> Terms:
+            found = slopes(energy, x)
+            objective = -found.grad.square().sum(-1) / 2
+            for curvature in self._curvatures(found):
+                objective = objective + curvature
+            return Terms(objective, found.energy)
+
+        return surrogate
+
+    @abstractmethod
+    def _curvatures(self, found: "Slopes") -> Iterator[Tensor]:
+        """Terms whose sum is the trace of the Hessian, or is it in the mean."""
+
+
 @final
 @dataclass(frozen=True)
-class ScoreMatching(Objective):
+class ScoreMatching(_ByCurvature):
     r"""Exact score matching (1), by the trace of the Hessian; for few dimensions.
 
     Raises:
@@ -62,31 +93,14 @@ class ScoreMatching(Objective):
         -1.0
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"gradient", "second derivatives"})
-
-    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
-        """Refuse discrete supports, warn of kinks; see :meth:`Objective.check`."""
-        require_curvature(distribution.energy, x, type(self).__name__)
-
-    def surrogate(
-        self, distribution: EnergyDistribution, state: nn.Module
-    ) -> Surrogate:
-        """See :meth:`Objective.surrogate`."""
-        energy = distribution.energy
-
-        def surrogate(x: Tensor) -> Terms:
-            found = slopes(energy, x)
-            objective = -found.grad.square().sum(-1) / 2
-            for axis in torch.eye(found.grad.shape[-1]).to(x):
-                objective = objective + found.curvature(axis)
-            return Terms(objective, found.energy)  # (1)
-
-        return surrogate
+    def _curvatures(self, found: "Slopes") -> Iterator[Tensor]:
+        for axis in torch.eye(found.grad.shape[-1]).to(found.grad):
+            yield found.curvature(axis)  # (1)
 
 
 @final
 @dataclass(frozen=True)
-class SlicedScoreMatching(Objective):
+class SlicedScoreMatching(_ByCurvature):
     r"""Sliced score matching (2): the curvature in random directions.
 
     Args:
@@ -110,8 +124,6 @@ class SlicedScoreMatching(Objective):
         -1.0
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"gradient", "second derivatives"})
-
     num_directions: int = 1
 
     def __post_init__(self) -> None:
@@ -120,26 +132,10 @@ class SlicedScoreMatching(Objective):
                 f"num_directions must be at least 1, got {self.num_directions}."
             )
 
-    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
-        """Refuse discrete supports, warn of kinks; see :meth:`Objective.check`."""
-        require_curvature(distribution.energy, x, type(self).__name__)
-
-    def surrogate(
-        self, distribution: EnergyDistribution, state: nn.Module
-    ) -> Surrogate:
-        """See :meth:`Objective.surrogate`."""
-        energy = distribution.energy
-
-        def surrogate(x: Tensor) -> Terms:
-            found = slopes(energy, x)
-            objective = -found.grad.square().sum(-1) / 2
-            for _ in range(self.num_directions):
-                signs = torch.randint_like(found.grad, 2) * 2 - 1
-                curvature = found.curvature(signs)
-                objective = objective + curvature / self.num_directions
-            return Terms(objective, found.energy)  # (2)
-
-        return surrogate
+    def _curvatures(self, found: "Slopes") -> Iterator[Tensor]:
+        for _ in range(self.num_directions):
+            signs = torch.randint_like(found.grad, 2) * 2 - 1
+            yield found.curvature(signs) / self.num_directions  # (2)
 
 
 class Slopes(NamedTuple):
