@@ -209,13 +209,8 @@ def automatic_plan(
             held_out_weights=weights,
             progress_bar=progress_bar,
         )
-    elif points.missing is not None and bool(points.missing.any()):
-        raise ValueError(
-            "data with missing entries need a model without a base, whose base is then "
-            "fitted to what is there: EnergyModel(energy). Or drop the rows with nan."
-        )
     else:
-        require_cover(model.base, train.rows, awaits_base=False)
+        _require_given_base(model, points, train)
     proposal = model.base if base is not None else _towards(model, train.counted())
     objective = ImportanceSampledLikelihood(proposal, _DRAWS)
     steps = _STEPS if num_steps is None else num_steps
@@ -225,6 +220,15 @@ def automatic_plan(
     stages = [Stage(objective, 1 if keeps_base else steps)]
     plan = Plan(stages, train, held_out, weights, base, proposal, watch, max_seconds)
     return plan._replace(keeps_base=keeps_base)
+
+
+def _require_given_base(model: EnergyModel, points: Points, train: Points) -> None:
+    if points.missing is not None and bool(points.missing.any()):
+        raise ValueError(
+            "data with missing entries need a model without a base, whose base is then "
+            "fitted to what is there: EnergyModel(energy). Or drop the rows with nan."
+        )
+    require_cover(model.base, train.rows, awaits_base=False)
 
 
 @torch.no_grad()

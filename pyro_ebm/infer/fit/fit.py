@@ -183,10 +183,8 @@ def fit(
     require_counts(patience=patience, num_steps=num_steps)
     require_callbacks(callbacks, max_grad_norm)
     points = as_points("data", data, energy_model, weights, may_miss=is_automatic)
-    held_out = validation_data
-    if held_out is not None:
-        held_out = as_points("validation_data", held_out, energy_model).rows
-    elif not is_automatic:
+    held_out = _rows_held_out(validation_data, energy_model)
+    if held_out is None and not is_automatic:
         require_no_patience(patience)
     began = time.perf_counter(), time.process_time()
     limits = num_steps, max_seconds
@@ -195,16 +193,25 @@ def fit(
     run.began = began
     run.batch_size = batch_size
     run.record_interval = record_interval or plan.record_interval
-    tracker = energy_model.log_partition
-    is_dear = tracker.is_closed_form or not plan.stages[0].objective.needs
-    if plan.decays and is_dear:  # a sum or many sweeps, beside cheap steps
-        tracker.interval = run.record_interval
-    elif plan.decays:  # walkers cost as much as a few steps, and as many runs of theirs
-        tracker.interval, tracker.check_interval = _FINITE_INTERVALS
+    _space_out(energy_model, plan, run.record_interval)
     run.callbacks = callbacks
     if max_grad_norm is not None or not is_automatic:
         run.max_grad_norm = max_grad_norm
     return run.run(optim, progress_bar=progress_bar)
+
+
+def _rows_held_out(data: Any, model: EnergyModel) -> Tensor | None:
+    return None if data is None else as_points("validation_data", data, model).rows
+
+
+def _space_out(model: EnergyModel, plan: Plan, record_interval: int) -> None:
+    """Track log Z over a finite support in proportion to what a step costs there."""
+    tracker = model.log_partition
+    is_dear = tracker.is_closed_form or not plan.stages[0].objective.needs
+    if plan.decays and is_dear:  # a sum or many sweeps, beside cheap steps
+        tracker.interval = record_interval
+    elif plan.decays:  # walkers cost as much as a few steps, and as many runs of theirs
+        tracker.interval, tracker.check_interval = _FINITE_INTERVALS
 
 
 def _plan(
@@ -360,9 +367,8 @@ class _Fit:
             distribution.sampler = ImportanceResampling(self.proposal)
         held_out = self.validation_data
         gain = None if held_out is None else self._gain(distribution, held_out)
-        found = found._replace(
-            energy_gap=gap, gradient_snr=self.noise.signal_to_noise(), gain=gain
-        )
+        snr = self.noise.signal_to_noise()
+        found = found._replace(energy_gap=gap, gradient_snr=snr, gain=gain)
         # What keeps an estimator from the truth in general is no fault of a fit.
         bias = [f for f in last.bias() if f.reason is Reason.BIASED_KERNEL]
         is_short = self.plan.decays and self.num_steps < MIN_STEPS
