@@ -46,7 +46,6 @@ from pyro_ebm.energies.discrete.finite import num_points
 from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.discrete.sites import SiteEnergy
 from pyro_ebm.energies.views.unconstrained import is_finite_support, is_unconstrained
-from pyro_ebm.infer.fit.fit_checks import require_cover
 from pyro_ebm.infer.fit.optimiser import FitOptim, weights_of
 from pyro_ebm.infer.fit.points import Points
 from pyro_ebm.infer.fit.stages import Stage
@@ -228,7 +227,36 @@ def _require_given_base(model: EnergyModel, points: Points, train: Points) -> No
             "data with missing entries need a model without a base, whose base is then "
             "fitted to what is there: EnergyModel(energy). Or drop the rows with nan."
         )
-    require_cover(model.base, train.rows, awaits_base=False)
+    _require_cover(model.base, train.rows, awaits_base=False)
+
+
+@torch.no_grad()
+def _require_cover(base: Any, rows: Tensor, *, awaits_base: bool) -> None:
+    """Check that a base that was not fitted to the rows is somewhere near them.
+
+    Args:
+        base: Of the model.
+        rows: Shape ``(N, *event)``.
+        awaits_base: Whether the base is the one that stands in for one to be fitted.
+
+    Raises:
+        ValueError: If half of the rows have a density lower by 1,000 nats a number
+            than all of 1,000 draws.
+    """
+    with torch.random.fork_rng(devices=[]):
+        draws = base.sample((1000,))
+    lowest = base.log_prob(draws).min()
+    typical = base.log_prob(rows[:2000].to(draws)).median()
+    if typical > lowest - 1000 * max(1, rows[0].numel()):
+        return
+    advice = "Build the EnergyModel without a base: fit then fits one"
+    if awaits_base:
+        advice = "Leave objective at 'auto', which fits a base"
+    raise ValueError(
+        f"the base of the model does not cover the data: their log density there is "
+        f"{float(typical):.3g} in the median, and at least {float(lowest):.3g} at "
+        f"1,000 of its draws. {advice}; or standardise the data."
+    )
 
 
 @torch.no_grad()
@@ -323,7 +351,7 @@ def given_plan(
     Raises:
         ValueError: If the base does not cover the data.
     """
-    require_cover(model.base, points.rows, awaits_base=model.awaits_base)
+    _require_cover(model.base, points.rows, awaits_base=model.awaits_base)
     limit = math.inf if max_seconds is None else max_seconds
     return Plan(stages, points, held_out, None, None, None, Stopwatch(), limit)
 

@@ -16,7 +16,6 @@ from pyro_ebm.bases.rows import repetitions
 from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.energies.views.unconstrained import is_unconstrained
-from pyro_ebm.infer.fit.fit_checks import require_points, require_weights
 from pyro_ebm.infer.fit.missing import Candidates
 
 _LOG = logging.getLogger(__name__)
@@ -146,7 +145,7 @@ def as_points(
                 "beforehand: give it torch.utils.data.WeightedRandomSampler(weights)."
             )
         rows = _first_rows(name, data, model)
-        require_points(name, rows, model)
+        _require_points(name, rows, model)
         return Points(rows, data)
     if isinstance(data, Dataset):
         if isinstance(data, IterableDataset):
@@ -158,7 +157,7 @@ def as_points(
         data = torch.stack([_first(item) for item in items])
     rows = _as_tensor(name, data, model)
     if weights is not None:
-        weights = require_weights(weights, len(rows)).to(rows.device)
+        weights = _require_weights(weights, len(rows)).to(rows.device)
     points = Points(rows, None, weights)
     if may_miss and rows.dim() and bool(rows.isnan().any()):
         points = _incomplete(name, points, model)
@@ -168,7 +167,7 @@ def as_points(
         if isinstance(support, MixedSupport):
             inside = support.bijection()(support.two_points(filled))[0]
         filled = filled.where(~points.missing, inside)
-    require_points(name, filled, model)
+    _require_points(name, filled, model)
     return points
 
 
@@ -180,7 +179,7 @@ def _incomplete(name: str, points: Points, model: EnergyModel) -> Points:
     is_mixed = isinstance(support, MixedSupport)
     is_vector = is_mixed or (len(event) == 1 and is_unconstrained(support))
     if not is_vector or rows.shape[1:] != event:
-        require_points(name, rows, model)  # which says what else is wrong
+        _require_points(name, rows, model)  # which says what else is wrong
     empty = missing.all(0)
     if bool(empty.any()):
         raise ValueError(
@@ -283,3 +282,92 @@ def _require_told_apart(name: str, data: Tensor, converted: Tensor) -> None:
             f"{mean[column]:.6g}, where numbers are {step[column]:.2g} apart. Subtract "
             "each column's mean, or learn in float64: EnergyModel(energy.double())."
         )
+
+
+def _require_points(name: str, points: Tensor, energy_model: EnergyModel) -> None:
+    """Check data.
+
+    Args:
+        name: Of the argument.
+        points: What was given.
+        energy_model: What is to be fitted to them.
+
+    Raises:
+        TypeError: If they are no tensor.
+        ValueError: If they have another dtype or shape, are not finite, or outside of
+            the support.
+    """
+    event_shape = energy_model.energy.event_shape
+    dtype = energy_model.energy.tensor_options()["dtype"]
+    if not isinstance(points, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, got {type(points).__name__}. Convert it: "
+            f"torch.as_tensor({name}, dtype={dtype})."
+        )
+    if points.dtype != dtype:
+        raise ValueError(
+            f"{name} must have the dtype {dtype} of the energy, got {points.dtype}. "
+            f"Convert it: {name}.to({dtype}); or the model, by energy_model.to(dtype)."
+        )
+    if points.dim() != len(event_shape) + 1 or points.shape[1:] != event_shape:
+        raise ValueError(
+            f"{name} must have shape (N, *event), event_shape {tuple(event_shape)}, "
+            f"got {tuple(points.shape)}."
+        )
+    if len(points) < 2:
+        raise ValueError(
+            f"{name} must hold at least two points, got {len(points)}: nothing can be "
+            "learned from fewer."
+        )
+    if not points.isfinite().all():
+        raise ValueError(
+            f"{name} must hold finite numbers; got {len(points)} points with "
+            f"{int((~points.isfinite()).sum())} nan or infinite numbers. Drop those "
+            "rows. Where fit chooses the estimator, and the energy is one of vectors "
+            "of real numbers, or with categorical columns, nan counts as missing."
+        )
+    inside = energy_model.energy.support.check(points)
+    if not inside.all():
+        raise ValueError(
+            f"{name} must lie in the support {energy_model.energy.support}; "
+            f"{int((~inside).sum())} of {len(points)} points do not. Transform the "
+            "data, or give the energy their support."
+        )
+
+
+def _require_weights(weights: Any, number: int) -> Tensor:
+    """Check the weights of rows.
+
+    Args:
+        weights: What was given.
+        number: Of rows.
+
+    Returns:
+        Shape ``(number,)``, double.
+
+    Raises:
+        ValueError: If there is not one for each row, or one is negative or not finite,
+            or fewer than two are positive.
+    """
+    found = torch.as_tensor(
+        weights.to_numpy() if hasattr(weights, "to_numpy") else weights
+    )
+    if found.shape != (number,):
+        raise ValueError(
+            f"weights must have shape ({number},), one for each row of the data, got "
+            f"{tuple(found.shape)}."
+        )
+    found = found.detach().double()
+    is_bad = ~(found.isfinite() & (found >= 0))
+    if bool(is_bad.any()):
+        at = int(is_bad.nonzero()[0])
+        raise ValueError(
+            f"weights must be finite and not negative; {int(is_bad.sum())} are not, "
+            f"the first of them {float(found[at])} at row {at}."
+        )
+    if int((found > 0).sum()) < 2:
+        raise ValueError(
+            "weights must be positive for at least two rows, got "
+            f"{int((found > 0).sum())}. Leave weights out for rows that count the same."
+        )
+    return found
