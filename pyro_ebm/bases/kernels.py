@@ -17,9 +17,11 @@ References:
     Krichevsky & Trofimov (1981), IEEE Trans. Information Theory 27, 199-207.
 """
 
-__all__ = ["Kernels", "independent", "kernel_density"]
+__all__ = ["Kernels", "NormalKernels", "independent", "kernel_density"]
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -68,7 +70,39 @@ def kernel_density(
     return rows.distribution(Kernels(probs, centres, width.expand_as(centres)))
 
 
-class Kernels(dist.MixtureSameFamily):
+class NormalKernels(dist.MixtureSameFamily):
+    """Mixtures of normals with independent coordinates, however many, soon drawn.
+
+    Args:
+        probs: Weights of the kernels, shape ``(*batch, n)``.
+        kernels: ``Normal``, or that with ``to_event``; batch shape ``(*batch, n)``.
+    """
+
+    def __init__(self, probs: Tensor, kernels: dist.TorchDistribution) -> None:
+        weights = dist.Categorical(probs, validate_args=False)
+        super().__init__(weights, kernels, validate_args=False)
+
+    @property
+    def normal(self) -> dist.Normal:
+        """The kernels, coordinate by coordinate."""
+        kernels: Any = self.component_distribution
+        return kernels.base_dist if kernels.event_shape else kernels
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws, ``(*sample, *batch, *event)``; none of a kernel that is not chosen."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        axis = len(shape) - len(self.event_shape)
+        chosen = self.mixture_distribution.sample(sample_shape)
+        index = chosen.reshape(chosen.shape + (1,) * (len(shape) - axis + 1))
+        index = index.expand(*shape[:axis], 1, *shape[axis:])
+        loc, scale = (
+            part.expand(*sample_shape, *part.shape).gather(axis, index).squeeze(axis)
+            for part in (self.normal.loc, self.normal.scale)
+        )
+        return torch.normal(loc, scale)
+
+
+class Kernels(NormalKernels):
     """A mixture of normal kernels of one shape, whose density takes little memory.
 
     Args:
@@ -78,11 +112,8 @@ class Kernels(dist.MixtureSameFamily):
     """
 
     def __init__(self, probs: Tensor, loc: Tensor, scale: Tensor) -> None:
-        super().__init__(
-            dist.Categorical(probs, validate_args=False),
-            dist.Normal(loc, scale, validate_args=False).to_event(1),
-            validate_args=False,
-        )
+        kernels = dist.Normal(loc, scale, validate_args=False)
+        super().__init__(probs, kernels.to_event(1))
         self._centres, self._width = loc / scale[0], scale[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -135,12 +166,9 @@ def independent(
     centres = rows.u[_chosen(len(rows.u), seed)[:most]].mT  # (D, n)
     width = torch.cat([_width(column[:, None]) for column in centres])
     probs = torch.full_like(centres, 1 / centres.shape[1])
-    kernels = dist.MixtureSameFamily(
-        dist.Categorical(probs, validate_args=False),
-        dist.Normal(centres, width[:, None].expand_as(centres), validate_args=False),
-        validate_args=False,
-    )
-    return rows.distribution(kernels.to_event(1))
+    widths = width[:, None].expand_as(centres)
+    kernels = dist.Normal(centres, widths, validate_args=False)
+    return rows.distribution(NormalKernels(probs, kernels).to_event(1))
 
 
 def _chosen(number: int, seed: int) -> Tensor:

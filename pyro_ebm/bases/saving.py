@@ -9,7 +9,7 @@ import torch
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.bases.flow import Flow, new_flow
-from pyro_ebm.bases.kernels import Kernels
+from pyro_ebm.bases.kernels import Kernels, NormalKernels
 from pyro_ebm.bases.mixed import LatentClasses
 from pyro_ebm.bases.mixture import NormalMixture
 from pyro_ebm.bases.rows import Rows
@@ -94,10 +94,9 @@ def _of_rows(base: Any) -> _State:
             state = {"loc": parts.loc, "scale_tril": parts.scale_tril}
             return {"kind": "gaussian_mixture", "probs": probs, **state}
         if isinstance(inner, Kernels):
-            kernels: Any = parts.base_dist
-            state = {"loc": kernels.loc, "scale": kernels.scale}
+            state = {"loc": inner.normal.loc, "scale": inner.normal.scale}
             return {"kind": "kernel_density", "probs": probs, **state}
-        if isinstance(parts, dist.Normal):
+        if isinstance(inner, NormalKernels):
             state = {"loc": parts.loc, "scale": parts.scale}
             return {"kind": "independent", "probs": probs, **state}
     raise TypeError(
@@ -118,7 +117,5 @@ def _over_rows(state: _State) -> dist.TorchDistribution:
         return NormalMixture(state["probs"], state["loc"], state["scale_tril"])
     if kind == "kernel_density":
         return Kernels(state["probs"], state["loc"], state["scale"])
-    weights = dist.Categorical(state["probs"], validate_args=False)
     kernels = dist.Normal(state["loc"], state["scale"], validate_args=False)
-    mixture = dist.MixtureSameFamily(weights, kernels, validate_args=False)
-    return mixture.to_event(1)
+    return NormalKernels(state["probs"], kernels).to_event(1)

@@ -7,6 +7,7 @@ from pyro.distributions import constraints
 
 from pyro_ebm import partition
 from pyro_ebm.bases import independent, kernel_density
+from pyro_ebm.bases.kernels import NormalKernels
 from pyro_ebm.energies import DistributionEnergy
 
 
@@ -75,3 +76,19 @@ def test_counts():
     torch.testing.assert_close(base.log_prob(values).exp(), expected)
     with pytest.raises(ValueError, match="whole numbers from 0.*got -1"):
         independent(torch.tensor([[0, -1]]))
+
+
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_draws_are_of_the_kernel_that_was_chosen(shape):
+    """Both moments, and batches. Fault: all kernels drawn with one weight."""
+    torch.manual_seed(0)
+    probs = torch.tensor([0.7, 0.2, 0.1]).expand(*shape, 3)
+    loc = torch.tensor([[0.0, 5.0], [3.0, -1.0], [-4.0, 2.0]]).expand(*shape, 3, 2)
+    scale = torch.tensor([[0.5, 2.0], [1.0, 0.1], [2.0, 1.0]]).expand(*shape, 3, 2)
+    mixture = NormalKernels(probs, dist.Normal(loc, scale).to_event(1))
+    x = mixture.sample((20_000,))
+    assert x.shape == (20_000, *shape, 2)
+    error = mixture.variance.sqrt() / 20_000**0.5
+    assert ((x.mean(0) - mixture.mean).abs() < 4 * error).all()
+    assert ((x.var(0) / mixture.variance - 1).abs() < 0.06).all()
+    assert mixture.sample().shape == (*shape, 2)
