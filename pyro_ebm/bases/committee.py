@@ -40,6 +40,7 @@ from pyro_ebm.bases.mixture import (
     ROWS_EACH,
     NormalMixture,
     fitted_mixture,
+    imported,
     joined_mixture,
 )
 from pyro_ebm.bases.rows import Rows, repetitions, shuffled
@@ -151,6 +152,7 @@ def _assembled(
         max_seconds: That it may take.
         seed: Of the first components.
     """
+    imported()  # which is no measure of what larger mixtures take
     watch, began, members, unseen = Stopwatch(), 0.0, [], []
     order = torch.cat(tuple(parts))
     fewest = len(order) - max(map(len, parts))

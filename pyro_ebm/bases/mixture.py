@@ -6,6 +6,7 @@ __all__ = [
     "ROWS_EACH",
     "fitted_mixture",
     "gaussian_mixture",
+    "imported",
     "joined_mixture",
     "normal",
 ]
@@ -13,6 +14,7 @@ __all__ = [
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyro.distributions as dist
@@ -197,6 +199,21 @@ def joined_mixture(parts: Sequence[NormalMixture], weights: Tensor) -> NormalMix
     )
 
 
+def imported() -> tuple[Any, Any]:
+    """Scikit-learn's mixture and its limit of threads; the first time takes a second.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+    """
+    try:
+        from sklearn.mixture import GaussianMixture
+        from threadpoolctl import threadpool_limits  # comes with scikit-learn
+    except ImportError as error:
+        message = "gaussian_mixture needs scikit-learn: pip install 'pyro-ebm[bases]'."
+        raise ImportError(message) from error
+    return GaussianMixture, threadpool_limits
+
+
 def fitted_mixture(
     u: Tensor, num_components: int, seed: int, floor: float = _FLOOR
 ) -> NormalMixture:
@@ -211,16 +228,11 @@ def fitted_mixture(
     Raises:
         ImportError: If scikit-learn is not installed.
     """
-    try:
-        from sklearn.mixture import GaussianMixture
-        from threadpoolctl import threadpool_limits  # comes with scikit-learn
-    except ImportError as error:
-        message = "gaussian_mixture needs scikit-learn: pip install 'pyro-ebm[bases]'."
-        raise ImportError(message) from error
+    mixture, threadpool_limits = imported()
     x = u.double().cpu().numpy()
     loc, scale = x.mean(0), x.std(0)
     scale = np.where(scale > 0, scale, 1.0)
-    model = GaussianMixture(num_components, reg_covar=floor, random_state=seed)
+    model = mixture(num_components, reg_covar=floor, random_state=seed)
     # So small a problem takes several threads seven times as long as one.
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore")  # 100 steps are enough for a base

@@ -1,6 +1,8 @@
 """Committees of mixtures: who has seen what, and what they are worth."""
 
 import importlib
+import subprocess
+import sys
 
 import pyro.distributions as dist
 import pytest
@@ -68,6 +70,26 @@ def test_it_is_normalised_and_on_its_support():
 def test_no_larger_mixtures_after_its_time():
     small = bases.committee(ring(100), max_seconds=0.0)
     assert len(small.loc) <= 15  # three floors of one component, in five parts
+
+
+def test_the_time_of_an_import_counts_for_nothing():
+    """In a process that has not used it. Fault: one normal for eight of them."""
+    program = """
+import sys, time, torch, pyro_ebm
+class Slow:
+    def find_spec(self, name, *rest):
+        if name == "sklearn.mixture":
+            end = time.process_time() + 2
+            while time.process_time() < end:
+                pass
+sys.meta_path.insert(0, Slow())
+torch.manual_seed(0)
+data = pyro_ebm.datasets.eight_gaussians(300)
+print(len(pyro_ebm.bases.committee(data, max_seconds=3.0).loc))
+"""
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(found.stdout) > 15
 
 
 def test_mixtures_joined_are_their_mixture():
