@@ -144,3 +144,21 @@ def test_missing_entries_are_filled():
     empty[:, 1] = torch.nan
     with pytest.raises(ValueError, match="no entry at all in column 1. Leave it out"):
         bases.committee(empty)
+
+
+def test_many_rows_have_the_time_for_large_mixtures(monkeypatch):
+    """Two parts, no floor. Fault: five and three, whose time is over at two normals."""
+    seen = []
+
+    def fitted(u, number, seed, floor):
+        seen.append((number, len(u), floor))
+        return original(u, number, seed, floor)
+
+    original = module.fitted_mixture
+    monkeypatch.setattr(module, "fitted_mixture", fitted)
+    bases.committee(ring(9500), max_seconds=0.0)
+    assert len(seen) == 15
+    seen.clear()
+    found = bases.committee(ring(9600), max_seconds=0.0)
+    assert seen == [(1, 4800, 1e-6)] * 2
+    assert len(found.loc) == 2
