@@ -398,7 +398,8 @@ def test_a_generator_survives_saving(amortized):
     again.load_state_dict(torch.load(buffer, weights_only=True))
     x = torch.randn(5, 2)
     first, second = model().sampler.proposal, again().sampler.proposal
-    assert torch.equal(first.log_prob(x), second.log_prob(x))
+    # Not to the bit, as the last one depends on where in memory the numbers lie.
+    torch.testing.assert_close(first.log_prob(x), second.log_prob(x))
     torch.manual_seed(1)
     expected = model().sample((600,))
     torch.manual_seed(1)
