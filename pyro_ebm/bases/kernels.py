@@ -82,12 +82,15 @@ class NormalKernels(dist.MixtureSameFamily):
         weights = dist.Categorical(probs, validate_args=False)
         super().__init__(weights, kernels, validate_args=False)
 
+    expand = dist.TorchDistribution.expand  # torch's is for its own class alone
+
     @property
     def normal(self) -> dist.Normal:
         """The kernels, coordinate by coordinate."""
         kernels: Any = self.component_distribution
         return kernels.base_dist if kernels.event_shape else kernels
 
+    @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws, ``(*sample, *batch, *event)``; none of a kernel that is not chosen."""
         shape = self._extended_shape(torch.Size(sample_shape))

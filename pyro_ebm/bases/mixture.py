@@ -138,6 +138,8 @@ class NormalMixture(dist.MixtureSameFamily):
         eye = torch.eye(loc.shape[-1]).to(loc)
         self._whitening = torch.linalg.solve_triangular(scale_tril, eye, upper=False)
 
+    expand = dist.TorchDistribution.expand  # torch's is for its own class alone
+
     @property
     def loc(self) -> Tensor:
         """Means of the components, shape ``(K, D)``."""

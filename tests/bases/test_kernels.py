@@ -1,12 +1,15 @@
 """Independent coordinates: kernels and counts."""
 
+import functools
+
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
 
 from pyro_ebm import partition
-from pyro_ebm.bases import independent, kernel_density
+from pyro_ebm.bases import gaussian_mixture, independent, kernel_density
 from pyro_ebm.bases.kernels import NormalKernels
 from pyro_ebm.energies import DistributionEnergy
 
@@ -92,3 +95,32 @@ def test_draws_are_of_the_kernel_that_was_chosen(shape):
     assert ((x.mean(0) - mixture.mean).abs() < 4 * error).all()
     assert ((x.var(0) / mixture.variance - 1).abs() < 0.06).all()
     assert mixture.sample().shape == (*shape, 2)
+
+
+@pytest.mark.parametrize(
+    "fitted",
+    [
+        kernel_density,
+        independent,
+        functools.partial(gaussian_mixture, num_components=2),
+        functools.partial(kernel_density, support=constraints.real),
+    ],
+)
+def test_what_was_fitted_stands_in_a_plate(fitted):
+    """Fault: classes with a constructor of their own, and torch's ``expand``."""
+    x = torch.randn(60, 2)
+    base = fitted(x)
+    with pyro.plate("rows", 5):
+        draws = pyro.sample("x", base)
+    assert draws.shape == (5, 2)
+    assert len(draws.unique(dim=0)) == 5
+    many = base.expand([5])
+    torch.testing.assert_close(many.log_prob(x[:5]), base.log_prob(x[:5]))
+    torch.testing.assert_close(many.log_prob(x[0]), base.log_prob(x[0]).expand(5))
+
+
+def test_draws_carry_no_gradient():
+    """Fault: a gradient of zero, which would be believed."""
+    loc = torch.zeros(3, requires_grad=True)
+    mixture = NormalKernels(torch.ones(3), dist.Normal(loc, 1.0))
+    assert not mixture.sample((2,)).requires_grad

@@ -3,10 +3,9 @@
 The step size follows the mean acceptance throughout. The metric comes from the draws of
 all chains and the gradients there, in windows that end at 10, 20, 40 and 70 % of the
 warm-up; at each end the step size is searched for again and everything else starts anew
-in the new metric. It is diagonal, or dense where that leaves much less to do, by
-:mod:`pyro_ebm.mcmc.kernels.metric`, or, of many coordinates, diagonal but for a few
-directions, by :mod:`pyro_ebm.mcmc.kernels.metric`; each group of chains has the same
-say in it.
+in the new metric (:mod:`pyro_ebm.mcmc.kernels.metric`). It is diagonal, or dense where
+that leaves much less to do, or, of many coordinates, diagonal but for a few directions;
+each group of chains has the same say in it.
 
 Chains that have not arrived, whose energy is far above that of others, have no say in
 the step size either, and at the end of a window go on from where others are, as do
