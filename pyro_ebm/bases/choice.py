@@ -86,7 +86,8 @@ def fit(
         held_out: Rows to compare by, shape ``(M, *event)``; the base is then fitted to
             ``data`` alone. Default: about a seventh of ``data``, and what was chosen is
             fitted once more, to all rows.
-        max_seconds: Seconds for the flow, which is given up where they are over.
+        max_seconds: Seconds for all fits: the committee stops at larger mixtures, and
+            the flow is given up, where they are over.
         seed: Of the held-out rows, and of the fits.
         progress_bar: Whether to show the steps of the flow.
 

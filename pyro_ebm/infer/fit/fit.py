@@ -130,7 +130,8 @@ def fit(
         num_steps: Parameter steps, at most; default 4,000, and 2,000 with an estimator
             given; stages have their own.
         max_seconds: Seconds, by the clock or by the processor where others share it, in
-            which base and steps end; default: 60, and no limit with an estimator given.
+            which base, steps and the final log Z by draws of the base end; default:
+            60, and no limit with an estimator given.
         batch_size: Points a step, drawn without replacement within an epoch.
         optim: A Pyro optimiser or scheduler, or a torch optimiser of the model's
             parameters, or a ``torch.optim.lr_scheduler`` of one, which also moves what
@@ -155,10 +156,11 @@ def fit(
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If the data are not finite, have another event shape or dtype, are
-            outside the support, if the weights do not fit them, if the base that
-            the model was given does not cover them, if ``patience`` is given without
-            validation data, ``num_steps`` with stages, or if a count is not positive.
+        ValueError: If the data are not finite, have another event shape, vary by less
+            than the model's dtype tells apart, or are outside the support, if the
+            weights do not fit them, if the base that the model was given does not cover
+            them, if ``patience`` is given without validation data, ``num_steps`` with
+            stages, or if a count is not positive.
         DivergenceError: If no chain can move any more; the model is then left as it
             was at the last record.
 
