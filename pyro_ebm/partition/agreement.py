@@ -1,4 +1,4 @@
-"""Agreement of several estimates of the same log Z."""
+"""Agreement of several estimates of the same log Z, and doubts about one by weights."""
 
 __all__ = [
     "Value",

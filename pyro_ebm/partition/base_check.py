@@ -135,13 +135,14 @@ def check_reach(
         energy: The target, over a finite support; over others nothing is looked for.
         log_weight: Log-weights of importance sampling at points of the support.
         draws: Independent, of the base, shape ``(N, *event)``.
-        log_weights: Theirs, shape ``(N,)``.
+        log_weights: Theirs first, and of more draws behind; shape ``(M,)``.
 
     Returns:
         About the share of the target's mass there, and the evaluations spent.
     """
     known = log_weights.nan_to_num(-torch.inf, -torch.inf)
-    if not is_finite_support(energy.support) or not known.isfinite().any():
+    is_known = known[: len(draws)].isfinite().any()
+    if not is_finite_support(energy.support) or not is_known:
         return 0.0, 0
     number = num_points(energy.support, energy.event_shape) or 0
     if number <= _MAX_STATES:
@@ -149,10 +150,11 @@ def check_reach(
         x = finite_points(energy.support, energy.event_shape, index, draws)
         cost, shares = 2 * number, (-energy(x)).double().softmax(0)
     else:
-        path, chosen = SitePath(energy), systematic_resample(known[None], _NUM_CHAINS)
+        some = known[: len(draws)]
+        path, chosen = SitePath(energy), systematic_resample(some[None], _NUM_CHAINS)
         chains = path.evaluate(draws[chosen[-1]])
         move: Any = adaptive(path, _NUM_MOVES, keeps_all=False)
-        x = move(chains, known, chains, 1.0).x[0]
+        x = move(chains, some, chains, 1.0).x[0]
         cost, shares = path.num_evaluations + len(x), known.new_ones(len(x)) / len(x)
     is_beyond = log_weight(x).nan_to_num(-torch.inf, torch.inf) > known.logsumexp(0)
     return shares[is_beyond].sum().item(), cost

@@ -432,7 +432,9 @@ class _Functions(fx.Interpreter):
         return result
 
 
-def _is_same(first: Tensor, second: Tensor) -> bool:
+def _is_same(first: Any, second: Any) -> bool:
+    if not isinstance(first, Tensor):  # a number or nothing, beside tensors
+        return bool(first == second)
     layouts = [(x.shape, x.stride(), x.dtype, x.device) for x in (first, second)]
     return layouts[0] == layouts[1] and torch.allclose(
         first, second, rtol=0, atol=0, equal_nan=True

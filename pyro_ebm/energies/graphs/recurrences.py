@@ -15,6 +15,7 @@ which doubling solves in :math:`\log_2 T` passes: with :math:`d = 1, 2, 4, \dots
     a_t \leftarrow a_t\, a_{t-d}                                           \tag{2}
 
 Nothing is divided, and nothing is added that a loop would not add, so it is as exact.
+Where the products of the slopes overflow, (1) is followed step by step.
 With :math:`g = \partial f / \partial x` the adjoint is one too, backwards:
 
 .. math::
@@ -72,7 +73,7 @@ def _linear_recurrence(a: Tensor, b: Tensor, dim: int, backwards: bool) -> Tenso
         backwards: Whether each state follows from the next instead of the last.
     """
     x = torch.empty(_solved_shape(a, b, dim), dtype=b.dtype, device=b.device).copy_(b)
-    y, size, distance = torch.empty_like(x), b.shape[dim], 1
+    y, size, distance, slopes = torch.empty_like(x), b.shape[dim], 1, a
     while distance < size:  # (2)
         left = size - distance
         to, source, done = (0, distance, left) if backwards else (distance, 0, 0)
@@ -86,6 +87,17 @@ def _linear_recurrence(a: Tensor, b: Tensor, dim: int, backwards: bool) -> Tenso
         elif distance < size:
             left = size - distance
             a = a.narrow(dim, 0, left) * a.narrow(dim, distance // 2, left)
+    # Slopes may overflow where the states do not.
+    return x if x.isfinite().all() else _one_by_one(slopes, x.copy_(b), dim, backwards)
+
+
+def _one_by_one(a: Tensor, x: Tensor, dim: int, backwards: bool) -> Tensor:  # noqa: FBT001
+    """The same by (1) itself, in place, where ``x`` is ``b`` at first."""
+    last, states = x.shape[dim] - 1, x.unbind(dim)
+    slopes = a.unbind(dim) * (last if a.shape[dim] == 1 else 1)
+    for k in range(last - 1, -1, -1) if backwards else range(last):
+        to, source = (k, k + 1) if backwards else (k + 1, k)
+        states[to].addcmul_(slopes[k], states[source])  # (1)
     return x
 
 
@@ -251,8 +263,8 @@ _Sides: TypeAlias = dict[fx.Node, tuple[int, Any]]
 
 def _sides(node: fx.Node, layouts: Mapping[fx.Node, Any]) -> _Sides:
     """In which arguments a node is affine: of each, its place and the other one."""
-    if node.target not in _OPERATORS or node.kwargs:
-        return {}
+    if node.target not in _OPERATORS or node.kwargs or len(node.args) > 2:
+        return {}  # with a factor alpha
     arguments = node.args if len(node.args) == 2 else (*node.args, None)
     found: _Sides = {}
     for place in (0, 1) if node.target in _EITHER else (0,):

@@ -107,16 +107,17 @@ def importance_sampling(
         )
     check_proposal(energy, proposal, "proposal")
     chunk = max(1, _CHUNK // energy.event_shape.numel())
-    found = []
+    found: list[Tensor] = []
+    kept: list[Tensor] = []
     with watched(energy, num_samples, is_shown=progress_bar) as target:
         for count in chunks(num_samples, chunk):
             x = proposal.sample(torch.Size((count,)))
+            kept = kept or [x]  # a full chunk, as the last one need not be
             found.append(log_weights_of(target, proposal, x))
     log_weights = torch.cat(found)
     estimate = estimate_from_weights(log_weights, "importance sampling", num_samples)
-    # Of many chunks the last one stands for all.
     share, spent = check_reach(
-        energy, lambda x: log_weights_of(energy, proposal, x), x, log_weights[-len(x) :]
+        energy, lambda x: log_weights_of(energy, proposal, x), kept[0], log_weights
     )
     reasons = (*estimate.reasons, *reach_finding(share))
     spent += num_samples

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from pyro_ebm.energies.graphs.batching import LoopedFunction, TracedFunction
+from pyro_ebm.energies.graphs.batching import LoopedFunction, TracedFunction, _rebound
 from pyro_ebm.energies.graphs.recording import UntraceableError, record
 from pyro_ebm.energies.graphs.simplification import _Layouts, clean
 
@@ -317,3 +317,10 @@ def test_memory_of_a_few_sizes_is_kept():
             traced.value_and_grad(u[:size])
     assert len(traced._batches) == 24
     assert 30 in {key[0] for key in traced._batches}
+
+
+def test_operators_that_return_no_tensor_are_compared_too():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.ops.aten.is_nonzero.default, (x,)))
+    assert _rebound(fx.GraphModule({}, graph), torch.ones(()))(torch.zeros(())) is False

@@ -54,6 +54,23 @@ def test_growth_beyond_all_bounds_is_not_finite():
     assert not solve(a, torch.ones(60, dtype=torch.float64), 0, False).isfinite().all()
 
 
+@pytest.mark.parametrize("steps", [1, SIZE - 1])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_products_of_slopes_that_overflow_do_no_harm(steps, backwards):
+    a = torch.full((steps, 1), 1e30, dtype=torch.float64).requires_grad_()
+    b = torch.zeros(SIZE, 2, dtype=torch.float64)
+    b[3 if backwards else -4, 1] = 2.0  # of which three states follow
+    b.requires_grad_()
+    turn = (lambda x: x.flip(0)) if backwards else (lambda x: x)
+    results = [solve(a, b, 0, backwards), turn(loop(turn(a), turn(b)))]
+    assert results[1].max().item() == pytest.approx(2e90)
+    assert results[0].equal(results[1])
+    ends = [x[-4:] if backwards else x[:4] for x in results]  # zeros with slopes
+    mine, wanted = (torch.autograd.grad(x.sum(), (a, b)) for x in ends)
+    for one, other in zip(mine, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def assert_as_one_by_one(function, u, value, grad):
     for k, point in enumerate(u):
         point = point.detach().requires_grad_()
@@ -99,8 +116,17 @@ def vectors(u):
     return total
 
 
+def with_alpha(u):
+    """One loop that has another factor, beside one that can be solved."""
+    state = u[5]
+    for _ in range(20):
+        state = torch.rsub(state * u[4].tanh(), 1.0, alpha=0.5)
+    return decay(u) + state
+
+
 @pytest.mark.parametrize(
-    ("function", "count"), [(garch, 1), (moving_average, 1), (decay, 1), (vectors, 2)]
+    ("function", "count"),
+    [(garch, 1), (moving_average, 1), (decay, 1), (vectors, 2), (with_alpha, 1)],
 )
 def test_a_traced_loop_is_solved_with_its_values_and_gradients(function, count):
     traced = TracedFunction(function)

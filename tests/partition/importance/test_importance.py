@@ -143,6 +143,17 @@ def test_batches_do_not_change_the_number_of_draws(monkeypatch):
     assert estimate.status == "ok"
 
 
+def test_a_last_batch_of_one_draw_tells_nothing_of_the_proposal(monkeypatch):
+    """Fault: "the base misses" 0.4 of the mass, which is above the weight of that."""
+    monkeypatch.setattr("pyro_ebm.partition.importance.importance._CHUNK", 2000 * 16)
+    logits = torch.linspace(-1, 1, 16)
+    energy = DistributionEnergy(dist.Bernoulli(logits=logits).to_event(1))
+    proposal = dist.Bernoulli(logits=0.9 * logits).to_event(1)
+    for _ in range(5):
+        estimate = importance_sampling(energy, proposal, num_samples=4001)
+        assert estimate.status == "ok"
+
+
 def test_proposal_on_all_of_space_is_cut_to_the_support():
     """Planted fault: no check of the support; logarithms of negative numbers."""
     target = targets.gamma()
