@@ -283,7 +283,7 @@ class _SurrogateDistribution(EnergyDistribution):
         new.surrogate = surrogate
         if not new._is_known and new.owner is not None:
             first = new.owner.log_partition.value  # estimated since it was built
-            new._log_partition = first.clone().nan_to_num(0.0)
+            new._log_partition = first.where(first.isfinite(), 0.0)
         return new
 
     def log_prob(self, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from pyro_ebm import EnergyDistribution, EnergyModel
 from pyro_ebm.core.errors import UnregisteredParameterWarning
 from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
 from pyro_ebm.infer import Learn, MaximumLikelihood
+from pyro_ebm.infer.handler import _SurrogateDistribution
 from pyro_ebm.infer.objectives.objective import Objective, Terms
 from pyro_ebm.testing import CountingEnergy
 
@@ -385,6 +386,16 @@ def test_the_first_loss_has_a_log_partition(source, learns):
     first, second = svi.step(), svi.step()
     assert abs(energy_model.log_partition.value) > 0.5
     assert abs(first - second) / 50 < 0.05
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf])
+def test_a_log_partition_that_is_no_number_is_none(value):
+    """Fault: minus infinity was taken for the largest negative number."""
+    energy_model, x = ring_model().eval(), torch.zeros(3, 2)
+    energy_model.log_partition.value.fill_(value)
+    distribution = energy_model()
+    put = _SurrogateDistribution.of(distribution, lambda x: (x.sum(-1), x.sum(-1)))
+    assert put.log_prob(x).equal(x.sum(-1))
 
 
 def test_weighted_draws_give_the_gradient_too():

@@ -25,14 +25,14 @@ at the point :math:`z`,
 .. math::
     q &= \mathcal{N}(z - H \nabla f(z),\, H), \qquad
     \mathrm{ELBO} = \mathbb{E}_q[-f(x) - \log q(x)]                        \tag{3} \\
-    J &= (I - s_m v_m^\top) \cdots (I - s_1 v_1^\top)\, A^{1/2}, \qquad
+    J &= (I - s_m v_m^\top) \cdots (I - s_1 v_1^\top)\, \Lambda^{1/2}, \qquad
     v_j = \rho_j \Bigl(y_j - \tfrac{b_j}{\sqrt{\rho_j s_j^\top b_j}}\Bigr),
     \quad b_j = H_{j-1}^{-1} s_j                                          \tag{4}
 
 where :math:`s_j` are the last steps, :math:`y_j` the changes of the gradient along
-them, :math:`\rho_j = 1 / s_j^\top y_j`, and :math:`A` is a diagonal matrix that has
-learned from all steps. Draws of these approximations, with the gradients there, give
-the metric in which chains start.
+them, :math:`\rho_j = 1 / s_j^\top y_j`, and :math:`\Lambda` is a diagonal matrix that
+has learned from all steps. Draws of these approximations, with the gradients there,
+give the metric in which chains start.
 
 References:
     Zhang, Carpenter, Gelman & Vehtari (2022), JMLR 23(306), 1-49.
@@ -532,13 +532,13 @@ def find_approximations(
 
 
 class _Normals:
-    """Normal approximations (4) where some descents have got to.
+    r"""Normal approximations (4) where some descents have got to.
 
     Args:
         z: Points, shape ``(K, D)``.
         grad: The gradients there.
         memory: Of the descents.
-        diagonal: Of :math:`A`, shape ``(K, D)``.
+        diagonal: Of :math:`\Lambda`, shape ``(K, D)``.
     """
 
     def __init__(
