@@ -21,7 +21,7 @@ References:
     Seyboldt, Carlson & Carpenter (2026), arXiv:2603.18845.
 """
 
-__all__ = ["choose_non_centred", "start_chains"]
+__all__ = ["Start", "choose_non_centred", "start_chains"]
 
 import dataclasses
 from typing import Any, NamedTuple
