@@ -49,6 +49,7 @@ from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.importance.importance import (
     check_proposal,
     estimate_from_weights,
+    judge_weights,
 )
 from pyro_ebm.partition.importance.pool import tempered
 from pyro_ebm.partition.particles.movers import AdaptiveHMC
@@ -162,7 +163,7 @@ def fit_generator(
     watch, rounds = Stopwatch(), _Rounds(energy, base)
     limits = Limits(_TOLERANCE, _SHARE * max_seconds, None)
     known = rounds.explore(limits, is_shown=progress_bar)
-    best, fraction, waited, number, last = base, -1.0, 0, 0, 0.0
+    best, worth, most, waited, number, last = base, (False, -1.0), -1.0, 0, 0, 0.0
     with tqdm(desc="generator", delay=1, disable=not progress_bar) as bar:
         for power in range(int(math.log2(_MOST)) + 1):
             began = watch.seconds
@@ -170,13 +171,14 @@ def fit_generator(
             if waited == _PATIENCE or is_late:
                 break
             found = rounds.fit(2**power)
-            now = rounds.weigh(found)
-            waited = 0 if now > fraction else waited + 1
-            if now > fraction:
-                best, fraction, number = found, now, 2**power
+            now = (_, fraction) = rounds.weigh(found)
+            waited = 0 if fraction > most else waited + 1
+            most = max(most, fraction)
+            if now > worth:
+                best, worth, number = found, now, 2**power
             last = watch.seconds - began
             bar.update()
-            bar.set_postfix_str(f"{2**power} normals, {now:.3f} effective")
+            bar.set_postfix_str(f"{2**power} normals, {fraction:.3f} effective")
     _, weights = weighted_draws(energy, best, _DRAWS)
     return _judged(best, weights, known, number, watch.seconds)
 
@@ -234,13 +236,17 @@ class _Rounds:
         learned = bases.gaussian_mixture(x, number, support=where)
         return defended(learned, self.base, x)
 
-    def weigh(self, generator: Any) -> float:
-        """The effective fraction of its draws, which become the points if they can."""
+    def weigh(self, generator: Any) -> tuple[bool, float]:
+        """Whether its weights stand, and the effective fraction of its draws.
+
+        The draws become the points if they can. A generator whose weights have a heavy
+        tail is worth less than any whose weights have none.
+        """
         x, log_weights = weighted_draws(self.energy, generator, _DRAWS)
         fraction = _fraction(log_weights)
         if fraction * _DRAWS > _ENOUGH:
             self.u, self.log_weights = self.path.transform.inv(x), log_weights
-        return fraction
+        return not judge_weights(log_weights).reasons, fraction
 
 
 def _clean(log_weights: Tensor) -> Tensor:

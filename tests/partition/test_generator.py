@@ -17,7 +17,7 @@ from pyro_ebm.energies import (
 from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.mcmc import ImportanceResampling
 from pyro_ebm.mcmc.samplers.resampling import weighted_draws
-from pyro_ebm.partition import fit_generator
+from pyro_ebm.partition import fit_generator, generator
 from pyro_ebm.partition.generator import learned_part
 
 DIM = 6
@@ -55,6 +55,16 @@ def test_two_modes_of_different_widths():
     assert drawn.diagnostics.effective_fraction == pytest.approx(
         found.effective_fraction, abs=0.05
     )
+
+
+def test_a_light_tail_comes_before_a_larger_fraction(monkeypatch):
+    """Fault: the largest fraction alone, whatever its weights."""
+    worths = iter([(True, 0.1), (False, 0.9), (True, 0.8), (True, 0.7), (True, 0.6)])
+    monkeypatch.setattr(generator._Rounds, "weigh", lambda *_: next(worths))
+    wide = dist.Normal(torch.zeros(2), 2.0).to_event(1)
+    found = fit_generator(QuadraticEnergy(torch.ones(2)), wide, progress_bar=False)
+    assert found.num_components == 4
+    assert next(worths) == (True, 0.6)  # Two rounds without a larger fraction: no more.
 
 
 def test_the_error_of_the_effective_fraction_is_its_spread():
