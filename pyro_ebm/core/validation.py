@@ -1,11 +1,13 @@
-"""Switch off the checks of distributions for a while, and leave them as they were."""
+"""Checks of shapes, and those of distributions switched off for a while."""
 
-__all__ = ["without_validation"]
+__all__ = ["expands_to", "without_validation"]
 
 import contextlib
 from collections.abc import Iterator
 
 import pyro
+import torch
+from pyro.distributions.util import broadcast_shape
 from torch.distributions import Distribution
 
 
@@ -31,3 +33,11 @@ def without_validation() -> Iterator[None]:
             yield
     finally:
         Distribution.set_default_validate_args(before)
+
+
+def expands_to(batch_shape: torch.Size, shape: torch.Size) -> bool:
+    """Whether tensors of a batch shape expand to a shape."""
+    try:
+        return tuple(broadcast_shape(batch_shape, shape)) == tuple(shape)
+    except ValueError:
+        return False

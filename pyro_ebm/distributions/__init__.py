@@ -12,9 +12,9 @@ __all__ = [
     "ProductOfExperts",
 ]
 
-from pyro_ebm.distributions.bound import LogPartitionBound
 from pyro_ebm.distributions.conditional import Conditional
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.mixture import MixtureOfExperts
 from pyro_ebm.distributions.model import EnergyModel
 from pyro_ebm.distributions.product import ProductOfExperts
+from pyro_ebm.distributions.terms import LogPartitionBound

@@ -4,7 +4,7 @@ r"""An energy as a Pyro distribution.
     \log q(x) = -f(x) - \log Z                                              \tag{1}
 """
 
-__all__ = ["EnergyDistribution", "leaves"]
+__all__ = ["EnergyDistribution"]
 
 import dataclasses
 import math
@@ -27,15 +27,16 @@ from torch import Tensor, nn
 from torch.distributions import constraints, kl_divergence, register_kl
 
 from pyro_ebm.core.errors import UnreliableWarning
+from pyro_ebm.core.html import with_error
+from pyro_ebm.core.validation import expands_to
 from pyro_ebm.core.verdict import Status
 from pyro_ebm.distributions.operators import Factor
-from pyro_ebm.distributions.pool import draw, last_diagnostics
-from pyro_ebm.distributions.representation import distribution_html, log_partition_text
+from pyro_ebm.distributions.pool import Pool
+from pyro_ebm.distributions.representation import distribution_html
 from pyro_ebm.energies import ClosedForm, Energy, PyroModelEnergy
-from pyro_ebm.energies.base import expands_to
 from pyro_ebm.energies.discrete.exact.distribution import can_be_enumerated, enumerated
 from pyro_ebm.energies.discrete.finite import require_inside
-from pyro_ebm.energies.pyro_modules import name_pyro_modules
+from pyro_ebm.energies.pyro_modules import leaves_of, name_pyro_modules
 from pyro_ebm.energies.views.batch import JointEnergy
 from pyro_ebm.mcmc import IndependentChains, Sampler, SamplingDiagnostics
 from pyro_ebm.partition import LogPartitionEstimate
@@ -259,7 +260,7 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
                 if any(isinstance(handler, InitMessenger) for handler in _PYRO_STACK):
                     draws = sampler.start(target, num_draws)
                 else:
-                    draws = draw(target, sampler, num_draws)
+                    draws = Pool.of(target, sampler).take(target, num_draws)
         draws = draws.reshape(shape)
         self._proposal = weakref.ref(draws) if _draws_are_weighed() else None
         return draws
@@ -284,7 +285,7 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         if self.sampler is None and self.closed_form() is not None:
             return SamplingDiagnostics("closed form", Status.EXACT)
         with torch.inference_mode(mode=False):
-            found = last_diagnostics(self.energy, self._sampler)
+            found = Pool.last_diagnostics(self.energy, self._sampler)
         if found is None:
             raise RuntimeError(
                 "there are no draws of the energy as it is now: call sample first."
@@ -449,7 +450,7 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
     def _require_no_latent_energy(self, value: Tensor, x: Tensor) -> None:
         """Refuse a value that depends on anything but ``x`` and parameters."""
         own = {id(p) for p in self.energy.parameters() if p.requires_grad}
-        foreign = [leaf for leaf in leaves(value, x) if id(leaf) not in own]
+        foreign = [leaf for leaf in leaves_of(value, x) if id(leaf) not in own]
         store = pyro.get_param_store()
         latent = any(
             not isinstance(leaf, nn.Parameter) and store.param_name(leaf) is None
@@ -519,6 +520,20 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
     def _validate_sample(self, value: Tensor) -> None:
         require_inside(self.support, value)
 
+    def _log_partition_text(self) -> str:
+        r""":math:`\log Z` with its error, if it is known."""
+        values = torch.as_tensor(self._log_partition).detach()  # moves no chains
+        if values.dim() and self.is_normalized:
+            return f"{values.min():.4f} to {values.max():.4f}"
+        value, error = (
+            torch.as_tensor(number).detach().double().mean().item()
+            for number in (values, self.log_partition_std_error)
+        )
+        shown = with_error(value, error)
+        if self.is_normalized:
+            return shown
+        return f"unknown ({shown} is unreliable)" if error > 0 else "unknown"
+
     def _formula(self) -> str:
         return type(self.energy).__name__
 
@@ -526,7 +541,7 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         shape = f"batch_shape: {tuple(self.batch_shape)}, "
         return (
             f"{type(self).__name__}({self._formula()}, {shape}event_shape: "
-            f"{tuple(self.event_shape)}, log Z: {log_partition_text(self)})"
+            f"{tuple(self.event_shape)}, log Z: {self._log_partition_text()})"
         )
 
     def _repr_html_(self) -> str:
@@ -580,21 +595,6 @@ class _IndependentEnergies(dist.Independent):
     def score_parts(self, *args: Any, **kwargs: Any) -> Any:
         self.base_dist.require_fit_for_guide()
         return super().score_parts(*args, **kwargs)
-
-
-def leaves(value: Tensor, x: Tensor) -> list[Tensor]:
-    """Leaf tensors that a value depends on, other than through ``x``."""
-    seen: set[Any] = {x.grad_fn}
-    found, stack = [], [value.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        stack += [parent for parent, _ in node.next_functions]
-    return found
 
 
 def _as_scalar(

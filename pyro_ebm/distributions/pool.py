@@ -4,7 +4,7 @@ A few dozen chains cost little more than one, and a sampler runs that many whate
 wanted. What is left over is kept for later calls, as long as the energy stands.
 """
 
-__all__ = ["Pool", "draw", "last_diagnostics"]
+__all__ = ["Pool"]
 
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,38 +27,12 @@ _NUM_PROBES = 4
 _POOLS: "WeakKeyDictionary[Energy, Pool]" = WeakKeyDictionary()
 
 
-def draw(energy: Energy, sampler: Sampler, num_draws: int) -> Tensor:
-    """Independent draws that were not returned before, shape ``(num_draws, *event)``.
-
-    Fewer than the sampler runs chains at least come from a pool. It is dropped when a
-    parameter or buffer of the energy is written to, when the energy has changed at some
-    of the draws, as it may by a closure, and when torch's seed is set anew.
-
-    Args:
-        energy: Target of the sampler.
-        sampler: That makes the draws.
-        num_draws: How many.
-
-    Warns:
-        UnreliableWarning: If the sampler says that its draws are unreliable, once as
-            long as the energy stands.
-    """
-    pool = _POOLS.get(energy)
-    if pool is None or not pool.stands(energy, sampler):
-        pool = _POOLS[energy] = Pool(energy, sampler)
-    return pool.take(energy, num_draws)
-
-
-def last_diagnostics(energy: Energy, sampler: Sampler) -> SamplingDiagnostics | None:
-    """Diagnostics of the last draws, if the energy has not changed since."""
-    pool = _POOLS.get(energy)
-    if pool is None or not pool.is_of(energy, sampler):
-        return None
-    return pool.diagnostics
-
-
 class Pool:
     """Draws of one energy by one sampler, handed out in order, none twice.
+
+    It is dropped when a parameter or buffer of the energy is written to, when the
+    energy has changed at some of the draws, as it may by a closure, and when torch's
+    seed is set anew.
 
     Args:
         energy: As it is now.
@@ -74,6 +48,29 @@ class Pool:
         self._seed = torch.initial_seed()
         self._origin: Tensor | None = None
         self._has_warned = False
+
+    @staticmethod
+    def of(energy: Energy, sampler: Sampler) -> "Pool":
+        """The pool of an energy, a new one where the last does not stand.
+
+        Args:
+            energy: Target of the sampler.
+            sampler: That makes the draws.
+        """
+        pool = _POOLS.get(energy)
+        if pool is None or not pool.stands(energy, sampler):
+            pool = _POOLS[energy] = Pool(energy, sampler)
+        return pool
+
+    @staticmethod
+    def last_diagnostics(
+        energy: Energy, sampler: Sampler
+    ) -> SamplingDiagnostics | None:
+        """Diagnostics of the last draws, if the energy has not changed since."""
+        pool = _POOLS.get(energy)
+        if pool is None or not pool.is_of(energy, sampler):
+            return None
+        return pool.diagnostics
 
     def is_of(self, energy: Energy, sampler: Sampler) -> bool:
         """Whether sampler, parameters and buffers are the same, and not written to."""
@@ -104,7 +101,17 @@ class Pool:
         return torch.allclose(energy(points), values, equal_nan=True)
 
     def take(self, energy: Energy, num_draws: int) -> Tensor:
-        """Draws that were never handed out."""
+        """Independent draws that were not returned before, ``(num_draws, *event)``.
+
+        Args:
+            energy: That of the pool.
+            num_draws: How many; fewer than the sampler runs chains at least come from
+                what is left over of earlier ones.
+
+        Warns:
+            UnreliableWarning: If the sampler says that its draws are unreliable, once
+                as long as the energy stands.
+        """
         spare = getattr(self._sampler, "min_chains", 1)
         if num_draws >= spare:
             return self._fresh(energy, num_draws)

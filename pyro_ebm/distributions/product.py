@@ -37,18 +37,11 @@ from torch import Tensor
 
 from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.core.verdict import Finding, Reason, Status
-from pyro_ebm.distributions.bound import LogPartitionBound, hoelder_bound
 from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.mixture import MixtureOfExperts
 from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.representation import distribution_html
-from pyro_ebm.distributions.terms import (
-    Term,
-    default_base,
-    normalised_experts,
-    number_of,
-    terms_of,
-)
+from pyro_ebm.distributions.terms import LogPartitionBound, Terms
 from pyro_ebm.energies import ClosedForm, Energy, SumEnergy
 from pyro_ebm.energies.closed_form.gaussian import ImproperProductError
 from pyro_ebm.energies.discrete.finite import finite_values
@@ -137,7 +130,7 @@ class ProductOfExperts(EnergyDistribution):
     ) -> None:
         powers = [1.0] * len(experts) if weights is None else list(weights)
         #: The factors, each with its energy and weight, simplified.
-        self.terms = terms_of(experts, powers)
+        self.terms = Terms.of(experts, powers)
         energy = SumEnergy(
             [term.energy for term in self.terms], [term.weight for term in self.terms]
         )
@@ -148,7 +141,7 @@ class ProductOfExperts(EnergyDistribution):
         self._base = base
         if sampler is None and closed is None and not energy.support.is_discrete:
             if base is None:
-                self._base = default_base(self.terms, energy)
+                self._base = self.terms.default_base(energy)
             sampler = IndependentChains(base=self._base)
         super().__init__(
             energy, log_partition, sampler=sampler, validate_args=validate_args
@@ -159,7 +152,7 @@ class ProductOfExperts(EnergyDistribution):
     def base(self) -> dist.TorchDistribution | None:
         r"""Reference for :math:`\log Z` and start of chains."""
         if self._base is None:
-            self._base = default_base(self.terms, self.energy)
+            self._base = self.terms.default_base(self.energy)
         return self._base
 
     def _find_closed_form(self, energy: SumEnergy) -> ClosedForm | None:
@@ -279,7 +272,7 @@ class ProductOfExperts(EnergyDistribution):
         self, budget: int, *, progress_bar: bool = True, **_: Any
     ) -> tuple[LogPartitionEstimate | None, int]:
         """Importance sampling from the normalised experts, if a pilot finds it good."""
-        known = normalised_experts(self.terms)
+        known = self.terms.normalised()
         num_pilot = budget // 10
         if not known or num_pilot < _MIN_PILOT:
             return None, 0
@@ -305,7 +298,7 @@ class ProductOfExperts(EnergyDistribution):
     def upper_bound(self) -> LogPartitionBound:
         r"""A bound of :math:`\log Z` from the experts' own :math:`\log Z_k`.
 
-        See :func:`pyro_ebm.distributions.bound.hoelder_bound`.
+        Hoelder's: the sum of :math:`w_k \log Z_k`, for weights that add up to one.
 
         Raises:
             ValueError: If weights are negative or do not add up to one, or the
@@ -319,13 +312,13 @@ class ProductOfExperts(EnergyDistribution):
             >>> product.upper_bound().value, round(product.log_partition.item(), 4)
             (0.0, -0.5)
         """
-        return hoelder_bound(self.terms)
+        return self.terms.upper_bound()
 
     def _formula(self) -> str:
         formula = ""
         for term in self.terms:
             sign = " * " if formula else ""
-            weight = number_of(term.weight)
+            weight = term.power
             if formula and weight == -1:
                 sign, weight = " / ", 1
             power = "" if weight == 1 else f" ** {weight:.6g}"
@@ -353,16 +346,16 @@ def _multiply(*factors: tuple[Any, float | Tensor]) -> EnergyDistribution:
     """The product of powers; where only one expert is left, that very object."""
     experts, powers = zip(*factors, strict=True)
     product = ProductOfExperts(experts, powers)
-    terms = product.terms
+    kept = [(term.expert, term.weight) for term in product.terms]
     if len(factors) == 1:  # of a product of its own keep base, sampler and log Z
-        terms = [Term(experts[0], product.energy, powers[0])]
-    (first, *more) = terms
-    is_single = not more and not isinstance(first.weight, Tensor) and first.weight == 1
-    if not is_single or not isinstance(first.expert, EnergyDistribution):
+        kept = list(factors)
+    ((expert, power), *more) = kept
+    is_single = not more and not isinstance(power, Tensor) and power == 1
+    if not is_single or not isinstance(expert, EnergyDistribution):
         return product
-    if first.expert.batch_shape == product.batch_shape:
-        return first.expert
-    return first.expert.expand(product.batch_shape)
+    if expert.batch_shape == product.batch_shape:
+        return expert
+    return expert.expand(product.batch_shape)
 
 
 Factor._product = staticmethod(_multiply)

@@ -1,34 +1,10 @@
-r"""Text and HTML of distributions and models."""
+"""HTML table of a distribution, for notebooks."""
 
-__all__ = ["distribution_html", "log_partition_text"]
+__all__ = ["distribution_html"]
 
 from typing import Any
 
-import torch
-
-from pyro_ebm.core.html import rows_table, with_error
-
-
-def log_partition_text(distribution: Any) -> str:
-    r""":math:`\log Z` of an ``EnergyDistribution`` with its error, if it is known.
-
-    Args:
-        distribution: With ``log_partition``, its error and ``is_normalized``.
-    """
-    values = torch.as_tensor(distribution._log_partition).detach()
-    if values.dim() and distribution.is_normalized:
-        return f"{values.min():.4f} to {values.max():.4f}"
-    value, error = (
-        torch.as_tensor(number).detach().double().mean().item()
-        for number in (
-            distribution._log_partition,  # drawing it must move no chains
-            distribution.log_partition_std_error,
-        )
-    )
-    shown = with_error(value, error)
-    if distribution.is_normalized:
-        return shown
-    return f"unknown ({shown} is unreliable)" if error > 0 else "unknown"
+from pyro_ebm.core.html import rows_table
 
 
 def distribution_html(distribution: Any, formula: str, problem: str = "") -> str:
@@ -40,7 +16,7 @@ def distribution_html(distribution: Any, formula: str, problem: str = "") -> str
         problem: Why there is no partition function; empty if nothing is known against
             it.
     """
-    log_partition = log_partition_text(distribution)
+    log_partition = distribution._log_partition_text()
     unit = " nats" if distribution.is_normalized else ""
     verdict = "known" if distribution.is_normalized else "not known"
     if not distribution.is_normalized and "unreliable" in log_partition:

@@ -4,10 +4,17 @@ r"""Factors of a product of experts, collected and simplified.
     \prod_k e^{-w_k f_k(x)}                                                \tag{1}
 
 Equal factors are collected, :math:`p^a p^b = p^{a + b}`, so that each is evaluated
-once, and those whose powers cancel are left out.
+once, and those whose powers cancel are left out. For weights that add up to one,
+Hoelder's inequality gives
+
+.. math::
+    Z = \int \prod_k \left(e^{-f_k(x)}\right)^{w_k} dx \le \prod_k Z_k^{w_k},
+    \qquad w_k \ge 0,\ \sum_k w_k = 1                                      \tag{2}
+
+with equality if and only if all :math:`e^{-f_k} / Z_k` are the same distribution.
 """
 
-__all__ = ["Term", "default_base", "normalised_experts", "number_of", "terms_of"]
+__all__ = ["LogPartitionBound", "Term", "Terms"]
 
 import math
 import numbers
@@ -33,6 +40,27 @@ _ROUNDING = 1e-15
 _SAME_POWER = 1e-6
 #: Characters of a distribution in a formula.
 _MAX_NAME = 50
+
+
+class LogPartitionBound(NamedTuple):
+    r"""A bound of :math:`\log Z` in nats.
+
+    Attributes:
+        value: The bound.
+        std_error: Its standard error; 0 where all :math:`\log Z_k` are exact.
+
+    Exactness: *upper bound*, given exact :math:`\log Z_k`.
+
+    Example:
+        >>> experts = [dist.Normal(0.0, 1.0), dist.Normal(2.0, 1.0)]
+        >>> product = pyro_ebm.distributions.ProductOfExperts(experts, [0.5, 0.5])
+        >>> bound = product.upper_bound()
+        >>> bound.std_error, bound.value > product.log_partition.item()
+        (0.0, True)
+    """
+
+    value: float
+    std_error: float
 
 
 class Term(NamedTuple):
@@ -67,9 +95,14 @@ class Term(NamedTuple):
         return full if is_short else f"{type(expert).__name__}(...)"
 
     @property
+    def power(self) -> float:
+        """The weight, without the gradient that it may have."""
+        return _number_of(self.weight)
+
+    @property
     def is_positive(self) -> bool:
         """Whether the power is."""
-        return number_of(self.weight) > 0
+        return self.power > 0
 
     @property
     def is_zero(self) -> bool:
@@ -77,74 +110,122 @@ class Term(NamedTuple):
         return not isinstance(self.weight, Tensor) and self.weight == 0
 
 
-def terms_of(experts: Sequence[Any], weights: Sequence[float | Tensor]) -> list[Term]:
-    """The factors of a product, flattened and simplified.
+class Terms(tuple[Term, ...]):
+    """The factors of a product, of which there is at least one."""
 
-    Args:
-        experts: At least one.
-        weights: As many.
+    __slots__ = ()
 
-    Returns:
-        At least one term; one of weight zero where all cancel.
+    @classmethod
+    def of(cls, experts: Sequence[Any], weights: Sequence[float | Tensor]) -> "Terms":
+        """The factors of (1), flattened and simplified.
 
-    Raises:
-        TypeError: If an expert is neither distribution nor energy.
-        ValueError: If an expert has a batch of its own, or a weight is not finite.
-        NotImplementedError: If Pyro models with constrained sites are multiplied.
-    """
-    if not experts:
-        raise ValueError("experts must hold at least one distribution, got none.")
-    if len(weights) != len(experts):
-        raise ValueError(
-            f"weights must hold one number for each of the {len(experts)} experts, got "
-            f"{len(weights)}."
-        )
-    terms: dict[int, Term] = {}
-    for k, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
-        _require_number(weight, k)
-        for term in _flattened(expert, weight, k):
-            same = terms.get(term.key)
-            if same is None:
-                terms[term.key] = term
-            elif _is_learned(same.weight) or _is_learned(term.weight):
-                terms[-len(terms)] = term  # a sum would no longer be a parameter
-            else:
-                total = _plus(same.weight, term.weight)
-                terms[term.key] = same._replace(weight=total)
-    kept = [term for term in terms.values() if not term.is_zero]
-    _require_one_jacobian(kept)
-    return kept or list(terms.values())[:1]
+        Args:
+            experts: At least one.
+            weights: As many.
+
+        Returns:
+            At least one term; one of weight zero where all cancel.
+
+        Raises:
+            TypeError: If an expert is neither distribution nor energy.
+            ValueError: If an expert has a batch of its own, or a weight is not finite.
+            NotImplementedError: If Pyro models with constrained sites are multiplied.
+        """
+        if not experts:
+            raise ValueError("experts must hold at least one distribution, got none.")
+        if len(weights) != len(experts):
+            raise ValueError(
+                f"weights must hold one number for each of the {len(experts)} experts, "
+                f"got {len(weights)}."
+            )
+        terms: dict[int, Term] = {}
+        for k, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
+            _require_number(weight, k)
+            for term in _flattened(expert, weight, k):
+                same = terms.get(term.key)
+                if same is None:
+                    terms[term.key] = term
+                elif _is_learned(same.weight) or _is_learned(term.weight):
+                    terms[-len(terms)] = term  # a sum would no longer be a parameter
+                else:
+                    total = _plus(same.weight, term.weight)
+                    terms[term.key] = same._replace(weight=total)
+        kept = [term for term in terms.values() if not term.is_zero]
+        _require_one_jacobian(kept)
+        return cls(kept or list(terms.values())[:1])
+
+    def normalised(self) -> list[dist.TorchDistribution]:
+        """Normalised distributions that experts of positive power are or bring along.
+
+        The power itself where its closed form is known, else the expert, else its base.
+        """
+        found = (_normalised(term) for term in self if term.is_positive)
+        return [distribution for distribution in found if distribution is not None]
+
+    def default_base(self, energy: Energy) -> dist.TorchDistribution | None:
+        """The widest normalised expert, or a mixture where that is not known.
+
+        Without any it is standard normal in unconstrained space, or ``None`` for
+        discrete energies.
+
+        Args:
+            energy: Of the product.
+        """
+        known = self.normalised()
+        if not known:
+            return None if energy.support.is_discrete else standard_base(energy)
+        volumes = [_log_volume(distribution) for distribution in known]
+        if len(known) > 1 and not all(map(math.isfinite, volumes)):
+            return MixtureOfExperts(known)
+        return known[max(range(len(known)), key=volumes.__getitem__)]
+
+    def upper_bound(self) -> LogPartitionBound:
+        r"""Evaluate the logarithm of the bound (2).
+
+        Returns:
+            The bound. Its error is that of estimated :math:`\log Z_k`, taken for
+            independent.
+
+        Raises:
+            ValueError: If weights are negative or do not add up to one, or the
+                :math:`\log Z_k` of an expert is not known.
+
+        Exactness: *upper bound*, given exact :math:`\log Z_k`.
+        """
+        weights = [term.power for term in self]
+        if min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
+            raise ValueError(
+                "weights must be positive and add up to 1 for Hoelder's bound, got "
+                f"{weights}. Estimate log Z: product.estimate_log_partition()."
+            )
+        known = list(zip(weights, map(_log_partition_of, self), strict=True))
+        return LogPartitionBound(
+            sum(w * value for w, (value, _) in known),
+            math.hypot(*(w * error for w, (_, error) in known)),
+        )  # (2)
 
 
-def normalised_experts(terms: Sequence[Term]) -> list[dist.TorchDistribution]:
-    """Normalised distributions that the experts of positive power are or bring along.
-
-    The power itself where its closed form is known, else the expert, else its base.
-    """
-    found = (_normalised(term) for term in terms if term.is_positive)
-    return [distribution for distribution in found if distribution is not None]
-
-
-def default_base(
-    terms: Sequence[Term], energy: Energy
-) -> dist.TorchDistribution | None:
-    """The widest normalised expert, or a mixture of them where that is not known.
-
-    Without any it is standard normal in unconstrained space, or ``None`` for discrete
-    energies.
-    """
-    known = normalised_experts(terms)
-    if not known:
-        return None if energy.support.is_discrete else standard_base(energy)
-    volumes = [_log_volume(distribution) for distribution in known]
-    if len(known) > 1 and not all(map(math.isfinite, volumes)):
-        return MixtureOfExperts(known)
-    return known[max(range(len(known)), key=volumes.__getitem__)]
-
-
-def number_of(value: float | Tensor) -> float:
-    """A number, without the gradient that it may have."""
+def _number_of(value: float | Tensor) -> float:
     return float(value.detach() if isinstance(value, Tensor) else value)
+
+
+def _log_partition_of(term: Term) -> tuple[float, float]:
+    """Log Z of an expert and its standard error."""
+    closed = term.energy.closed_form()
+    if closed is not None:
+        return _number_of(closed.log_partition), 0.0
+    expert = term.expert
+    if isinstance(expert, EnergyModel):
+        with torch.no_grad():
+            expert = expert()
+    if not isinstance(expert, EnergyDistribution) or not expert.is_normalized:
+        raise ValueError(
+            "the log Z of every expert must be known for a bound, and that of "
+            f"{term.name} is not. Estimate it: EnergyDistribution(energy, "
+            "pyro_ebm.partition.estimate(energy, base))."
+        )
+    error = expert.log_partition_std_error
+    return _number_of(expert.log_partition), _number_of(error)
 
 
 def _require_one_jacobian(terms: Sequence[Term]) -> None:
@@ -159,7 +240,7 @@ def _require_one_jacobian(terms: Sequence[Term]) -> None:
         for term in terms
         if isinstance(term.energy, PyroModelEnergy) and term.energy.is_constrained
     ]
-    total = sum(number_of(term.weight) for term in models)
+    total = sum(term.power for term in models)
     if not models or abs(total - 1) < _SAME_POWER:
         return
     raise NotImplementedError(
@@ -229,7 +310,7 @@ def _log_volume(distribution: Any) -> float:
     if isinstance(distribution, MixtureOfExperts):
         return math.inf  # wide by its distances, not by what it covers
     try:
-        volume = number_of(distribution.variance.double().log().sum())
+        volume = _number_of(distribution.variance.double().log().sum())
     except NotImplementedError:
         return math.inf
     return math.inf if math.isnan(volume) else volume

@@ -13,7 +13,6 @@ An energy :math:`f: \mathcal{X} \to \mathbb{R}`, in nats, is half of a distribut
 __all__ = [
     "ClosedForm",
     "Energy",
-    "expands_to",
     "live_or_parameter",
     "require_no_batch",
     "require_precision",
@@ -27,7 +26,6 @@ from typing import Any, ClassVar, NamedTuple
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.util import broadcast_shape
 from pyro.nn import PyroModule
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -37,6 +35,7 @@ from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.core.spaces import of_columns
+from pyro_ebm.core.validation import expands_to
 from pyro_ebm.energies.corrections import shared_support
 
 
@@ -376,14 +375,6 @@ class Energy(nn.Module):
     def exp(self) -> "Energy":
         r"""The energy :math:`\exp(f(x))`, the question of the text's section 1.3."""
         return Energy._exp(self)
-
-
-def expands_to(batch_shape: torch.Size, shape: torch.Size) -> bool:
-    """Whether tensors of a batch shape expand to a shape."""
-    try:
-        return tuple(broadcast_shape(batch_shape, shape)) == tuple(shape)
-    except ValueError:
-        return False
 
 
 def require_no_batch(energy: "Energy", name: str = "energy") -> None:

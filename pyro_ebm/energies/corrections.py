@@ -19,6 +19,7 @@ References:
 __all__ = [
     "corrected",
     "map_tensors",
+    "parts_of",
     "shared_support",
     "support_of",
     "without_independent",
@@ -72,11 +73,7 @@ def corrected(distribution: Any) -> Any:
         >>> corrected(dist.VonMises(0.0, 1.0)).support
         Interval(lower_bound=-3.141592653589793, upper_bound=3.141592653589793)
     """
-    parts = {
-        name: corrected(part)
-        for name, part in getattr(distribution, "__dict__", {}).items()
-        if isinstance(part, Distribution)
-    }
+    parts = {name: corrected(part) for name, part in parts_of(distribution).items()}
     changed = {n: p for n, p in parts.items() if p is not vars(distribution)[n]}
     if isinstance(distribution, torch.distributions.LKJCholesky):
         changed["_beta"] = _row_lengths(distribution)
@@ -88,6 +85,12 @@ def corrected(distribution: Any) -> Any:
     if circular is not None:
         clone.__class__ = circular
     return clone
+
+
+def parts_of(distribution: Any) -> dict[str, Distribution]:
+    """The distributions that one is directly made of, by their attributes."""
+    parts = getattr(distribution, "__dict__", {}).items()
+    return {name: part for name, part in parts if isinstance(part, Distribution)}
 
 
 def _row_lengths(lkj: Any) -> dist.Beta:

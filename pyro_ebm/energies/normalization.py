@@ -4,19 +4,13 @@ A base, a proposal, noise, a prior: wherever log Z is measured against a density
 density has to be normalised, or the result is off by a constant that nothing shows.
 """
 
-__all__ = ["inner_distributions", "require_normalized", "unnormalized_part"]
+__all__ = ["require_normalized", "unnormalized_part"]
 
-from collections.abc import Iterator
 from typing import Any
 
 import pyro.distributions as dist
-from torch.distributions import Distribution
 
-
-def inner_distributions(distribution: Any) -> Iterator[Distribution]:
-    """The distributions that one is directly made of."""
-    parts = getattr(distribution, "__dict__", {}).values()
-    return (part for part in parts if isinstance(part, Distribution))
+from pyro_ebm.energies.corrections import parts_of
 
 
 def unnormalized_part(distribution: Any) -> Any:
@@ -31,7 +25,7 @@ def unnormalized_part(distribution: Any) -> Any:
         return None if own else distribution
     if isinstance(distribution, dist.MaskedDistribution | dist.ImproperUniform):
         return distribution
-    found = map(unnormalized_part, inner_distributions(distribution))
+    found = map(unnormalized_part, parts_of(distribution).values())
     return next((part for part in found if part is not None), None)
 
 

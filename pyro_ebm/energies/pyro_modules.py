@@ -1,4 +1,4 @@
-"""Names and copies of Pyro modules inside an energy.
+"""Parameters of an energy: names and copies of Pyro modules, leaves of a graph.
 
 A ``PyroModule`` finds its parameters in Pyro's store by name, and one that is handed to
 an energy, with no module of Pyro around it, has no name. Two of them would share one
@@ -6,7 +6,7 @@ an energy, with no module of Pyro around it, has no name. Two of them would shar
 original.
 """
 
-__all__ = ["apart_from_store", "name_pyro_modules"]
+__all__ = ["apart_from_store", "leaves_of", "name_pyro_modules"]
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 from pyro.nn import PyroModule
 from pyro.nn.module import _Context
-from torch import nn
+from torch import Tensor, nn
 
 #: Who has which name. What is gone has none, so that a name can come back.
 _NAMED: "WeakValueDictionary[str, PyroModule]" = WeakValueDictionary()
@@ -84,3 +84,18 @@ def _tops(module: nn.Module) -> Iterator[PyroModule]:
         return
     for part in module.children():
         yield from _tops(part)
+
+
+def leaves_of(value: Tensor, x: Tensor) -> list[Tensor]:
+    """Leaf tensors that a value depends on, other than through ``x``."""
+    seen: set[Any] = {x.grad_fn}
+    found, stack = [], [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        stack += [parent for parent, _ in node.next_functions]
+    return found

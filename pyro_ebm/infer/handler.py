@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from pyro_ebm.core.errors import UnregisteredParameterWarning
 from pyro_ebm.distributions import EnergyDistribution, EnergyModel, MixtureOfExperts
-from pyro_ebm.distributions.energy import leaves
 from pyro_ebm.distributions.model import an_objective_learns
 from pyro_ebm.energies import Energy
+from pyro_ebm.energies.corrections import parts_of
 from pyro_ebm.energies.discrete.finite import finite_values
 from pyro_ebm.energies.discrete.independent import IndependentSites
-from pyro_ebm.energies.normalization import inner_distributions
+from pyro_ebm.energies.pyro_modules import leaves_of
 from pyro_ebm.infer.objectives.objective import (
     Objective,
     Surrogate,
@@ -322,9 +322,9 @@ def _map_energy(
 
 
 def _has_energy(fn: Any) -> bool:
-    inner = inner_distributions(fn)
     return any(
-        isinstance(part, EnergyDistribution) or _has_energy(part) for part in inner
+        isinstance(part, EnergyDistribution) or _has_energy(part)
+        for part in parts_of(fn).values()
     )
 
 
@@ -390,7 +390,7 @@ def require_learnable(
                 "or give an exact or amortised log_partition and no handler."
             )
     if not pyro.nn.module._is_module_local_param_enabled():
-        _warn_unregistered(name, distribution, leaves(value, x))
+        _warn_unregistered(name, distribution, leaves_of(value, x))
 
 
 def _warn_unregistered(

@@ -100,7 +100,7 @@ def test_draws_of_a_changed_energy_are_new(how):
             SHIFT[0] = 100.0
     base = dist.Normal(LOC if how == "buffer" else LOC + 100, 1.0).to_event(1)
     other = IndependentChains(base, warmup_steps=40, num_steps=40)
-    stale = pool.last_diagnostics(energy, sampler)
+    stale = pool.Pool.last_diagnostics(energy, sampler)
     assert (stale is None) == (how not in ("closure", "data", "sampler"))
     x = one_by_one(
         energy, 3, sampler=other if how in ("buffer", "sampler") else sampler

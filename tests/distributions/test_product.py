@@ -17,7 +17,6 @@ from pyro_ebm import EnergyDistribution, EnergyModel
 from pyro_ebm.core import Status
 from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.distributions import MixtureOfExperts, ProductOfExperts
-from pyro_ebm.distributions.terms import normalised_experts
 from pyro_ebm.energies import (
     DistributionEnergy,
     FunctionEnergy,
@@ -522,7 +521,7 @@ def test_models_bring_their_base(p):
     assert (sampled * bowl(0.0)).base is base
     standard = (p * bowl(0.0)).base
     assert (standard.loc, standard.scale) == (0, 1)
-    assert normalised_experts((p * bowl(0.0)).terms) == []
+    assert (p * bowl(0.0)).terms.normalised() == []
 
 
 def test_positive_and_discrete_supports():
