@@ -7,8 +7,16 @@ finitely many integers, with the support of either part. torch writes it as
 from columns.
 """
 
-__all__ = ["MixedSupport", "of_columns", "require_not_mixed", "states_of"]
+__all__ = [
+    "MixedSupport",
+    "of_columns",
+    "require_not_mixed",
+    "scalar_of",
+    "states_of",
+    "support_at",
+]
 
+import copy
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any, final
@@ -158,9 +166,7 @@ def of_columns(support: Constraint, event_shape: Sequence[int]) -> Constraint:
         >>> of_columns(constraints.cat(parts, dim=-1, lengths=[2, 1]), (3,))
         MixedSupport(0-1: Real(), 2: Boolean())
     """
-    cat = support
-    while isinstance(cat, constraints.independent):
-        cat = cat.base_constraint
+    cat = scalar_of(support)
     is_vector = len(event_shape) == 1 and getattr(cat, "dim", None) in (-1, 0)
     if not isinstance(cat, constraints.cat) or not cat.is_discrete or not is_vector:
         return support
@@ -171,6 +177,38 @@ def of_columns(support: Constraint, event_shape: Sequence[int]) -> Constraint:
         )
     pairs = zip(cat.cseq, cat.lengths, strict=True)
     return _joint([column for part, n in pairs for column in _columns(part, n)])
+
+
+def scalar_of(support: Constraint) -> Constraint:
+    """The constraint inside all ``independent`` wrappers, that of each number."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def support_at(
+    support: Constraint, event_shape: Sequence[int], numbers: "Sequence[int] | Tensor"
+) -> Constraint:
+    """The support of a vector of some coordinates; bounds may differ between them.
+
+    Args:
+        support: Of an energy; it does not tie coordinates together.
+        event_shape: Shape of one point.
+        numbers: Of the coordinates in the flattened event, as many as the vector has.
+    """
+    if isinstance(support, MixedSupport):
+        return support.at(numbers)
+    scalar, shape = scalar_of(support), tuple(event_shape)
+    chosen = torch.as_tensor(numbers, dtype=torch.long)
+    bounds = {
+        name: bound.expand(shape).reshape(-1)[chosen.to(bound.device)]
+        for name, bound in vars(scalar).items()
+        if isinstance(bound, Tensor) and bound.dim()
+    }
+    if bounds:
+        scalar = copy.copy(scalar)
+        vars(scalar).update(bounds)
+    return constraints.independent(scalar, 1)
 
 
 def require_not_mixed(support: Constraint, kernel: str) -> None:
@@ -216,8 +254,7 @@ def _joint(columns: Sequence[Constraint]) -> Constraint:
 
 def _columns(part: Constraint, number: int) -> list[Constraint]:
     """The constraint of each of the columns that one of ``constraints.cat`` is for."""
-    while isinstance(part, constraints.independent):
-        part = part.base_constraint
+    part = scalar_of(part)
     bounds = {
         name: bound.expand(number)
         for name, bound in vars(part).items()

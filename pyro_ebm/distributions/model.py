@@ -48,9 +48,9 @@ from pyro_ebm.partition import LogPartition, LogPartitionEstimate
 from pyro_ebm.partition.default_base import default_base, standard_base
 from pyro_ebm.partition.generator import (
     FittedGenerator,
-    defended,
     fit_generator,
-    learned_part,
+    restored,
+    saved,
 )
 from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 
@@ -220,7 +220,7 @@ class EnergyModel(Factor, nn.Module):
         """The base, where it was fitted to data, and the generator, if there is one."""
         state = dict(self._fitted_base)
         if self._generator is not None:
-            state["generator"] = to_state(learned_part(self._generator.distribution))
+            state["generator"] = saved(self._generator.distribution)
         return state or torch.empty(0)
 
     def set_extra_state(self, state: Any) -> None:
@@ -231,19 +231,17 @@ class EnergyModel(Factor, nn.Module):
         """
         if not isinstance(state, dict):
             return
-        is_real = is_unconstrained(self.energy.support)
-        support = None if is_real else self.energy.support
         if "kind" in state and self.awaits_base:
             base: dist.TorchDistribution
             if state["kind"] == "sites":
                 base = IndependentSites(self.energy.support, state["log_probs"])
             else:
-                base = from_state(state, support)
+                is_real = is_unconstrained(self.energy.support)
+                base = from_state(state, None if is_real else self.energy.support)
             self.use_base(base, base.sample((2,)))  # loaded after this: any will do
         if "generator" in state:
-            learned = from_state(state["generator"], support)
             self._generator = DistributionEnergy(
-                defended(learned, self.base, state["generator"]["loc"])
+                restored(state["generator"], self.base, self.energy.support)
             )
 
     def forward(self) -> EnergyDistribution:

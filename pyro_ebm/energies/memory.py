@@ -22,7 +22,11 @@ By (2), :math:`e^{-f}` is a sum of products over the sites. So :math:`\log Z` is
 .. math::
     \log Z = \log \sum_\mu \prod_i 2 \cosh(\beta \xi^\mu_i)                 \tag{3}
 
-and the distribution is a mixture of independent spins, which is sampled exactly.
+and the distribution is a mixture of independent spins, which is sampled exactly. One
+spin in a field :math:`h` has
+
+.. math::
+    p(s) = e^{h s} / (2 \cosh h), \qquad \mathbb{E}[s] = \tanh h             \tag{8}
 
 **Vectors.** The descent in a memory of vectors is attention. With patterns
 :math:`\xi^1, \dots, \xi^P` and log-weights :math:`\ell`,
@@ -59,13 +63,15 @@ __all__ = [
     "AssociativeMemory",
     "HopfieldEnergy",
     "Retrieval",
+    "Spin",
     "SpinMemoryEnergy",
     "VectorMemoryEnergy",
 ]
 
 import math
 from abc import abstractmethod
-from typing import NamedTuple, final
+from collections.abc import Sequence
+from typing import Any, NamedTuple, final
 
 import pyro.distributions as dist
 import torch
@@ -73,7 +79,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyro_ebm.energies.base import ClosedForm, Energy
-from pyro_ebm.energies.discrete.finite import Spin, log_two_cosh, spins
+from pyro_ebm.energies.discrete.finite import spins
 
 
 class Retrieval(NamedTuple):
@@ -257,7 +263,7 @@ class SpinMemoryEnergy(AssociativeMemory):
         Exactness: *exact*.
         """
         fields = self.sharpness * self.patterns
-        log_weights = log_two_cosh(fields).sum(-1)
+        log_weights = _log_two_cosh(fields).sum(-1)
         mixture = dist.MixtureSameFamily(
             dist.Categorical(logits=log_weights, validate_args=False),
             Spin(fields, validate_args=False).to_event(1),
@@ -268,6 +274,68 @@ class SpinMemoryEnergy(AssociativeMemory):
     def extra_repr(self) -> str:
         """Sizes, for ``repr``."""
         return f"num_patterns={len(self.patterns)}, sharpness={self.sharpness}"
+
+
+@final
+class Spin(dist.TorchDistribution):
+    r"""A spin -1 or +1 in a field, eq. (8); a Bernoulli variable by another name.
+
+    Args:
+        field: :math:`h` in nats, any shape: that of the batch.
+
+    Exactness: ``log_prob`` is *exact*.
+
+    Example:
+        >>> spin = Spin(torch.tensor([0.0, 20.0]))
+        >>> spin.mean, spin.log_prob(torch.ones(2))
+        (tensor([0., 1.]), tensor([-0.6931,  0.0000]))
+    """
+
+    arg_constraints = {"field": constraints.real}
+    support = spins
+
+    def __init__(
+        self,
+        field: Tensor,
+        validate_args: bool | None = None,  # noqa: FBT001
+    ) -> None:
+        self.field = field
+        super().__init__(field.shape, validate_args=validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean (8), shape of the batch."""
+        return self.field.tanh()
+
+    @property
+    def variance(self) -> Tensor:
+        """One less the squared mean."""
+        return 1 - self.mean.square()
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "Spin":
+        """The same distribution with another batch shape."""
+        new = self._get_checked_instance(type(self), _instance)
+        new.field = self.field.expand(torch.Size(batch_shape))
+        super(Spin, new).__init__(torch.Size(batch_shape), validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Independent draws, shape ``(*sample, *batch)``."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        up = torch.bernoulli((2 * self.field.detach()).sigmoid().expand(shape))
+        return 2 * up - 1
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-probability (8) in nats, shape ``(*sample, *batch)``."""
+        if self._validate_args:
+            self._validate_sample(x)
+        return self.field * x - _log_two_cosh(self.field)  # (8)
+
+
+def _log_two_cosh(field: Tensor) -> Tensor:
+    """The log partition function of a spin in a field, without overflow."""
+    return torch.logaddexp(field, -field)
 
 
 def _require_patterns(patterns: Tensor) -> Tensor:

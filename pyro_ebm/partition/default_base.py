@@ -17,7 +17,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.bases.mixed import LatentClasses
-from pyro_ebm.core.spaces import MixedSupport
+from pyro_ebm.core.spaces import MixedSupport, scalar_of
 from pyro_ebm.energies import Energy, unconstrained
 from pyro_ebm.energies.corrections import without_independent
 from pyro_ebm.energies.discrete.finite import finite_values
@@ -142,9 +142,7 @@ def _finite_ends(
     energy: Energy, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor] | None:
     """Lower and upper ends of a box, each of the event's shape, if it is bounded."""
-    scalar: Any = energy.support
-    while isinstance(scalar, constraints.independent):
-        scalar = scalar.base_constraint
+    scalar: Any = scalar_of(energy.support)
     if not (hasattr(scalar, "lower_bound") and hasattr(scalar, "upper_bound")):
         return None
     if scalar.is_discrete:
@@ -169,10 +167,7 @@ class _UniformOnBox(dist.Uniform):
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> Constraint:
-        scalar: Any = self._stated
-        while isinstance(scalar, constraints.independent):
-            scalar = scalar.base_constraint
-        return scalar
+        return scalar_of(self._stated)
 
     def expand(
         self, batch_shape: Sequence[int], _instance: Any = None

@@ -26,7 +26,7 @@ References:
     Hesterberg (1995), Technometrics 37, 185-194 (the defensive part).
 """
 
-__all__ = ["FittedGenerator", "defended", "fit_generator", "learned_part"]
+__all__ = ["FittedGenerator", "fit_generator", "restored", "saved"]
 
 import math
 from typing import Any, NamedTuple
@@ -34,9 +34,11 @@ from typing import Any, NamedTuple
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions.constraints import Constraint
 from tqdm.auto import tqdm
 
 from pyro_ebm import bases
+from pyro_ebm.bases.saving import from_state, to_state
 from pyro_ebm.bases.stack import Stack
 from pyro_ebm.core.stopwatch import Stopwatch
 from pyro_ebm.core.verdict import Finding, Reason, Status, in_words, status_of
@@ -183,23 +185,30 @@ def fit_generator(
     return _judged(best, weights, known, number, watch.seconds)
 
 
-def defended(
-    learned: dist.TorchDistribution, base: dist.TorchDistribution, like: Tensor
+def saved(generator: Any) -> dict[str, Any]:
+    """The mixture of a generator for a ``state_dict``; the base is saved elsewhere."""
+    return to_state(generator.parts[1])
+
+
+def restored(
+    state: dict[str, Any], base: dist.TorchDistribution, support: Constraint
 ) -> dist.TorchDistribution:
-    """Defensive mixture (1) of a generator with the base.
+    """The generator that was saved, for a base and a support that are given.
 
     Args:
-        learned: The mixture.
+        state: From :func:`saved`.
         base: The defensive part.
-        like: Of the device and dtype that both have.
+        support: Of the energy.
     """
+    where = None if is_unconstrained(support) else support
+    return _defended(from_state(state, where), base, state["loc"])
+
+
+def _defended(
+    learned: dist.TorchDistribution, base: dist.TorchDistribution, like: Tensor
+) -> dist.TorchDistribution:
+    """The mixture (1), of the device and dtype of a tensor that both have."""
     return Stack([base, learned], torch.tensor([_DEFENCE, 1 - _DEFENCE]).to(like))
-
-
-def learned_part(generator: Any) -> dist.TorchDistribution:
-    """The mixture of a generator, without the base."""
-    part: dist.TorchDistribution = generator.parts[1]
-    return part
 
 
 class _Rounds:
@@ -234,7 +243,7 @@ class _Rounds:
         support = self.energy.support
         where = None if is_unconstrained(support) else support
         learned = bases.gaussian_mixture(x, number, support=where)
-        return defended(learned, self.base, x)
+        return _defended(learned, self.base, x)
 
     def weigh(self, generator: Any) -> tuple[bool, float]:
         """Whether its weights stand, and the effective fraction of its draws.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions import ProductOfExperts
 from pyro_ebm.energies import Energy
-from pyro_ebm.plots.style import COLOR_MAP, axes_or_current
+from pyro_ebm.plots.style import axes_or_current, palette_of
 
 #: Depth of an image of log density below its peak, in nats.
 _DEPTH = 10.0
@@ -313,7 +313,7 @@ def _show(
         origin="lower",
         extent=[*grid.frame["xlim"], *grid.frame["ylim"]],
         aspect="auto",
-        cmap=COLOR_MAP,
+        cmap=palette_of(ax).color_map,
         vmin=low - shift if log else 0.0,
         interpolation="bilinear",
     )
@@ -337,8 +337,9 @@ def _contours(
     height = np.minimum(finite - finite.min(), 2 * max_height)
     x, y = grid.x.cpu().numpy(), grid.y.cpu().numpy()
     levels = np.linspace(0.0, max_height, 11)
+    reverse = f"{palette_of(ax).color_map}_r"
     filled = ax.contourf(
-        x, y, height, levels, cmap=f"{COLOR_MAP}_r", extend="max", antialiased=True
+        x, y, height, levels, cmap=reverse, extend="max", antialiased=True
     )
     ax.contour(x, y, height, levels, colors="#15181C", linewidths=0.3, alpha=0.6)
     if colorbar:

@@ -10,7 +10,7 @@ References:
     PLoS ONE 13(7), e0199239 (cividis).
 """
 
-__all__ = ["COLOR_MAP", "axes_or_current", "palette_of", "style"]
+__all__ = ["axes_or_current", "palette_of", "style"]
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +25,6 @@ except ImportError as error:
         "pyro_ebm.plots needs matplotlib: pip install 'pyro-ebm[plots]'"
     ) from error
 
-#: Of all images; it rises in lightness throughout.
-COLOR_MAP = "cividis"
-
 
 class _Palette(NamedTuple):
     """Colours of lines and text on one background."""
@@ -39,6 +36,11 @@ class _Palette(NamedTuple):
     text: str
     faint: str
     background: str
+
+    @property
+    def color_map(self) -> str:
+        """Of all images; it rises in lightness throughout."""
+        return "cividis"
 
 
 _PALETTES = {
@@ -56,7 +58,6 @@ _COMMON = {
     "axes.titlelocation": "left",
     "axes.titlesize": "medium",
     "figure.constrained_layout.use": True,
-    "image.cmap": COLOR_MAP,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
     "savefig.dpi": 150,
@@ -88,6 +89,7 @@ def style(mode: Literal["light", "dark"] = "light") -> Iterator[None]:
     palette = _PALETTES[mode]
     settings: Any = dict(_COMMON)
     settings["axes.prop_cycle"] = cycler(color=palette[:4])
+    settings["image.cmap"] = palette.color_map
     for name in ("axes.facecolor", "figure.facecolor"):
         settings[name] = palette.background
     for name in (

@@ -17,7 +17,7 @@ from pyro_ebm.energies import (
     SpinMemoryEnergy,
     VectorMemoryEnergy,
 )
-from pyro_ebm.energies.discrete.finite import Spin
+from pyro_ebm.energies.memory import Spin
 from pyro_ebm.partition import enumeration, quadrature
 from pyro_ebm.testing import assert_moments
 
@@ -154,7 +154,7 @@ def test_what_has_not_converged_is_said():
 
 
 def test_log_z_of_spins_is_that_of_enumeration():
-    """Seen to fail with ``log_two_cosh`` of the overlap instead of each site."""
+    """Seen to fail with ``_log_two_cosh`` of the overlap instead of each site."""
     for patterns in (random_spins(4, 8), torch.randn(4, 8)):
         memory = SpinMemoryEnergy(patterns, 0.7)
         closed = memory.closed_form()

@@ -18,7 +18,6 @@ from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.mcmc import ImportanceResampling
 from pyro_ebm.mcmc.samplers.resampling import weighted_draws
 from pyro_ebm.partition import fit_generator, generator
-from pyro_ebm.partition.generator import learned_part
 
 DIM = 6
 
@@ -113,7 +112,7 @@ def test_the_density_is_that_of_its_parts():
     energy = QuadraticEnergy(torch.ones(2))
     base = dist.Normal(torch.zeros(2), 3.0).to_event(1)
     found = fit_generator(energy, base, max_seconds=2, progress_bar=False)
-    x, learned = torch.randn(5, 2), learned_part(found.distribution)
+    x, learned = torch.randn(5, 2), found.distribution.parts[1]
     wanted = torch.logaddexp(
         base.log_prob(x) + math.log(0.05), learned.log_prob(x) + math.log(0.95)
     )

@@ -7,37 +7,30 @@ sites the integral of the partition function is a sum,
     Z = \sum_{x \in \mathcal{X}} e^{-f(x)} .
 
 The sites have the same values :math:`V`, or each its own number of states
-:math:`V_i = \{0, \dots, q_i - 1\}`. One spin in a field :math:`h` has
-
-.. math::
-    p(s) = e^{h s} / (2 \cosh h), \qquad s \in \{-1, 1\}, \quad
-    \mathbb{E}[s] = \tanh h                                                \tag{1}
+:math:`V_i = \{0, \dots, q_i - 1\}`.
 """
 
 __all__ = [
     "AnnealingPath",
-    "Spin",
     "finite_points",
     "finite_values",
-    "log_two_cosh",
     "num_points",
     "num_states",
     "require_inside",
     "site_states",
     "spins",
-    "support_at",
 ]
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, final
+from typing import NamedTuple
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
-from torch.distributions.constraints import Constraint, real
+from torch.distributions.constraints import Constraint
 
+from pyro_ebm.core.spaces import scalar_of
 from pyro_ebm.energies.base import ClosedForm, Energy
 
 
@@ -86,8 +79,7 @@ def finite_values(support: Constraint) -> tuple[float, ...] | None:
         >>> finite_values(dist.constraints.integer_interval(0, 2))
         (0.0, 1.0, 2.0)
     """
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = scalar_of(support)
     if isinstance(support, type(constraints.boolean)):
         return (0.0, 1.0)
     if isinstance(support, _Spins):
@@ -119,8 +111,7 @@ def num_states(support: Constraint, event_shape: Sequence[int]) -> Tensor | None
         >>> num_states(support, (2,))
         tensor([2, 3])
     """
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = scalar_of(support)
     if finite_values(support) is None:
         return None
     high = torch.as_tensor(getattr(support, "upper_bound", 1))
@@ -158,25 +149,6 @@ def site_states(support: Constraint, event_shape: Sequence[int]) -> list[int]:
         states: list[int] = number.flatten().tolist()
         return states
     return [len(finite_values(support) or ())] * math.prod(event_shape)
-
-
-def support_at(
-    support: Constraint, event_shape: Sequence[int], sites: Sequence[int]
-) -> Constraint:
-    """The support of some sites of an event, as one vector.
-
-    Args:
-        support: Of an energy; finite.
-        event_shape: Shape of one point.
-        sites: Their numbers in the flattened event.
-    """
-    scalar = support
-    while isinstance(scalar, constraints.independent):
-        scalar = scalar.base_constraint
-    states = num_states(scalar, event_shape)
-    if states is not None:
-        scalar = constraints.integer_interval(0, states.flatten()[list(sites)] - 1)
-    return constraints.independent(scalar, 1)
 
 
 def finite_points(
@@ -232,65 +204,3 @@ def require_inside(support: Constraint, x: Tensor) -> None:
             f"{inside.numel()} points do not, the first is {outside.tolist()}. "
             "Give the energy the support of the data, or transform the data."
         )
-
-
-@final
-class Spin(dist.TorchDistribution):
-    r"""A spin -1 or +1 in a field, eq. (1); a Bernoulli variable by another name.
-
-    Args:
-        field: :math:`h` in nats, any shape: that of the batch.
-
-    Exactness: ``log_prob`` is *exact*.
-
-    Example:
-        >>> spin = Spin(torch.tensor([0.0, 20.0]))
-        >>> spin.mean, spin.log_prob(torch.ones(2))
-        (tensor([0., 1.]), tensor([-0.6931,  0.0000]))
-    """
-
-    arg_constraints = {"field": real}
-    support: Constraint = spins
-
-    def __init__(
-        self,
-        field: Tensor,
-        validate_args: bool | None = None,  # noqa: FBT001
-    ) -> None:
-        self.field = field
-        super().__init__(field.shape, validate_args=validate_args)
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean (1), shape of the batch."""
-        return self.field.tanh()
-
-    @property
-    def variance(self) -> Tensor:
-        """One less the squared mean."""
-        return 1 - self.mean.square()
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "Spin":
-        """The same distribution with another batch shape."""
-        new = self._get_checked_instance(type(self), _instance)
-        new.field = self.field.expand(torch.Size(batch_shape))
-        super(Spin, new).__init__(torch.Size(batch_shape), validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Independent draws, shape ``(*sample, *batch)``."""
-        shape = self._extended_shape(torch.Size(sample_shape))
-        up = torch.bernoulli((2 * self.field.detach()).sigmoid().expand(shape))
-        return 2 * up - 1
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Log-probability (1) in nats, shape ``(*sample, *batch)``."""
-        if self._validate_args:
-            self._validate_sample(x)
-        return self.field * x - log_two_cosh(self.field)  # (1)
-
-
-def log_two_cosh(field: Tensor) -> Tensor:
-    """The log partition function of a spin in a field, without overflow."""
-    return torch.logaddexp(field, -field)

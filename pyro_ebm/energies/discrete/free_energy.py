@@ -23,6 +23,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.spaces import support_at
 from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.discrete.exact.distribution import (
     ExactClosedForm,
@@ -35,7 +36,7 @@ from pyro_ebm.energies.discrete.exact.elimination import (
     elimination_cost,
     exact_sums,
 )
-from pyro_ebm.energies.discrete.finite import site_states, support_at
+from pyro_ebm.energies.discrete.finite import site_states
 from pyro_ebm.energies.discrete.sites import SiteEnergy
 
 

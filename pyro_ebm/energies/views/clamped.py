@@ -18,20 +18,18 @@ and constant :math:`-c_v`; :math:`\tilde\eta` is the observed part of :math:`\et
 \Sigma_{vv}^{-1} \Sigma_{vu}` of the covariance.
 """
 
-__all__ = ["ClampedEnergy", "Index", "chosen_numbers", "support_at"]
+__all__ = ["ClampedEnergy", "Index", "chosen_numbers"]
 
-import copy
 import math
 from collections.abc import Iterable, Mapping
 from types import EllipsisType
 from typing import Any, TypeAlias, final
 
 import torch
-from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.core.spaces import MixedSupport
+from pyro_ebm.core.spaces import MixedSupport, scalar_of, support_at
 from pyro_ebm.energies.base import ClosedForm, Energy
 from pyro_ebm.energies.closed_form.gaussian import (
     GaussianForm,
@@ -119,8 +117,9 @@ class ClampedEnergy(Energy):
                 f"observed holds all {len(fixed)} numbers of the event: no coordinate "
                 "is left to have a distribution. The density there is log_prob(x)."
             )
-        _require_inside(support_at(energy, fixed), value)
-        super().__init__((len(free),), support_at(energy, free), energy.batch_shape)
+        whole = energy.support, energy.event_shape
+        _require_inside(support_at(*whole, fixed), value)
+        super().__init__((len(free),), support_at(*whole, free), energy.batch_shape)
         self.energy = energy
         self.register_buffer("value", value)
         for name, numbers in (
@@ -230,40 +229,13 @@ def _require_separable(energy: Energy) -> None:
             f"{energy.support}. Give it a finite one, such as "
             "independent(integer_interval(a, b), n)."
         )
-    scalar = _scalar(energy.support)
+    scalar = scalar_of(energy.support)
     if scalar.event_dim or hasattr(scalar, "cseq"):
         raise NotImplementedError(
             "energy must have a support that is the same interval in each coordinate, "
             f"or real, to be clamped; {energy.support} is not. Write the energy of the "
             "free coordinates as a FunctionEnergy with their own support."
         )
-
-
-def _scalar(support: Constraint) -> Constraint:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
-
-
-def support_at(energy: Energy, numbers: Tensor) -> Constraint:
-    """The support of a vector of some coordinates; bounds may differ between them.
-
-    Args:
-        energy: Whose support does not tie coordinates together.
-        numbers: Of the coordinates in the flattened event, shape ``(U,)``.
-    """
-    if isinstance(energy.support, MixedSupport):
-        return energy.support.at(numbers)
-    scalar, shape = _scalar(energy.support), tuple(energy.event_shape)
-    bounds = {
-        name: bound.expand(shape).reshape(-1)[numbers.to(bound.device)]
-        for name, bound in vars(scalar).items()
-        if isinstance(bound, Tensor) and bound.dim()
-    }
-    if bounds:
-        scalar = copy.copy(scalar)
-        vars(scalar).update(bounds)
-    return constraints.independent(scalar, 1)
 
 
 def _flatten_observed(
@@ -343,7 +315,7 @@ def _require_inside(support: Constraint, value: Tensor) -> None:
     if isinstance(support, MixedSupport):
         inside = support.check_columns(value)
     else:
-        support = _scalar(support)
+        support = scalar_of(support)
         inside = support.check(value)
     inside = inside & value.isfinite()
     if not inside.all():

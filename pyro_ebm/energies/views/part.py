@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to, constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.core.spaces import MixedSupport
+from pyro_ebm.core.spaces import MixedSupport, scalar_of
 from pyro_ebm.energies.base import ClosedForm, Energy, require_no_batch
 from pyro_ebm.energies.closed_form.gaussian import (
     GaussianForm,
@@ -361,9 +361,7 @@ def _part(numbers: Tensor, index: Any, part_shape: torch.Size) -> Tensor:
 
 def _support_of_each(expert: Energy, event_dim: int) -> Constraint:
     """The support of a whole event whose coordinates are like those of the expert."""
-    scalar = expert.support
-    while isinstance(scalar, constraints.independent):
-        scalar = scalar.base_constraint
+    scalar = scalar_of(expert.support)
     bounds = (value for value in vars(scalar).values() if isinstance(value, Tensor))
     if scalar.event_dim or hasattr(scalar, "cseq") or any(b.dim() for b in bounds):
         raise ValueError(

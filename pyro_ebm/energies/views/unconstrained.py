@@ -11,7 +11,6 @@ has the same partition function as :math:`f`, and :math:`T` maps its draws to dr
 
 __all__ = [
     "UnconstrainedEnergy",
-    "has_states",
     "is_finite_support",
     "is_unconstrained",
     "same_support",
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.core.spaces import MixedSupport
+from pyro_ebm.core.spaces import MixedSupport, scalar_of
 from pyro_ebm.energies.base import Energy, require_no_batch
 from pyro_ebm.energies.discrete.finite import finite_values
 
@@ -142,15 +141,6 @@ def is_finite_support(support: Constraint) -> bool:
     return support.is_discrete and finite_values(support) is not None
 
 
-def has_states(support: Constraint) -> bool:
-    """Whether a support is finite, or a part of it is: chains then draw from states.
-
-    Args:
-        support: Of an energy or a distribution.
-    """
-    return isinstance(support, MixedSupport) or is_finite_support(support)
-
-
 def is_unconstrained(support: Constraint) -> bool:
     """Whether a support is all of real space, whatever its event dimensions.
 
@@ -164,7 +154,7 @@ def is_unconstrained(support: Constraint) -> bool:
         False
     """
     # Comparing types alone would take a subclass, such as a bounded real, for real.
-    return type(_scalar(support)) is type(constraints.real)
+    return type(scalar_of(support)) is type(constraints.real)
 
 
 def same_support(first: Constraint, second: Constraint) -> bool:
@@ -183,7 +173,7 @@ def same_support(first: Constraint, second: Constraint) -> bool:
     """
     if first.event_dim != second.event_dim:
         return False
-    first, second = _scalar(first), _scalar(second)
+    first, second = scalar_of(first), scalar_of(second)
     if str(first) == str(second):
         return True
     if isinstance(first, MixedSupport) and isinstance(second, MixedSupport):
@@ -207,12 +197,6 @@ def _bounds(support: Constraint) -> tuple[Tensor, Tensor] | None:
     lower = getattr(support, "lower_bound", -torch.inf)
     upper = getattr(support, "upper_bound", torch.inf)
     return torch.as_tensor(lower), torch.as_tensor(upper)
-
-
-def _scalar(support: Constraint) -> Constraint:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
 
 
 def _is_inside(support: Constraint, x: Tensor, batch_shape: torch.Size) -> Tensor:

@@ -28,9 +28,9 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from pyro_ebm.core.spaces import MixedSupport
+from pyro_ebm.core.spaces import MixedSupport, support_at
 from pyro_ebm.energies import Energy
-from pyro_ebm.energies.views.clamped import chosen_numbers, support_at
+from pyro_ebm.energies.views.clamped import chosen_numbers
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
 from pyro_ebm.mcmc.kernels.metric import (
     MAX_DENSE,
@@ -234,7 +234,8 @@ class _Conditional(Energy):
     """
 
     def __init__(self, energy: Energy, x: Tensor, place: Tensor) -> None:
-        super().__init__((len(place),), support_at(energy, place))
+        support = support_at(energy.support, energy.event_shape, place)
+        super().__init__((len(place),), support)
         # In a tuple: it is no part of this throw-away view, nor are its parameters.
         self._whole, self._x, self._place = (energy,), x, place
 

@@ -47,8 +47,9 @@ from pyro.infer.importance import vectorized_importance_weights
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution
 
+from pyro_ebm.core.spaces import scalar_of
 from pyro_ebm.energies import PyroModelEnergy
 from pyro_ebm.energies.corrections import without_independent
 from pyro_ebm.energies.graphs.recording import LinAlgError
@@ -565,9 +566,8 @@ def _log_density(trace: Trace, count: int) -> Tensor:
 def _log_prob(site: Any) -> Tensor:
     """Of a site whose value another model has given; ``-inf`` outside."""
     log_prob: Tensor = site["log_prob"]
-    scalar: Any = support_of(site["fn"])
-    while isinstance(scalar, constraints.independent):
-        scalar = scalar.base_constraint
+    support: Any = support_of(site["fn"])
+    scalar: Any = scalar_of(support)
     if scalar is None or scalar.event_dim:  # simplices and such are not that exact
         return log_prob
     inside = scalar.check(site["value"])

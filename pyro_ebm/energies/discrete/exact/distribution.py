@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
+from pyro_ebm.core.spaces import support_at
 from pyro_ebm.energies.base import ClosedForm, Energy
 from pyro_ebm.energies.discrete.finite import (
     finite_points,
@@ -39,7 +40,6 @@ from pyro_ebm.energies.discrete.finite import (
     num_points,
     num_states,
     require_inside,
-    support_at,
 )
 from pyro_ebm.energies.discrete.independent import IndependentSites
 

@@ -26,10 +26,11 @@ from typing import Any, ClassVar, cast, final
 import torch
 from torch import Tensor, nn
 
+from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.core.verdict import Finding
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Energy, unconstrained
-from pyro_ebm.energies.views.unconstrained import has_states
+from pyro_ebm.energies.views.unconstrained import is_finite_support
 from pyro_ebm.infer.objectives.objective import (
     Need,
     Objective,
@@ -102,7 +103,8 @@ class ByPersistentChains(ByChains):
 
     def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
         """Refuse an energy without a gradient, unless its support has states."""
-        if not has_states(distribution.energy.support):
+        support = distribution.energy.support
+        if not (isinstance(support, MixedSupport) or is_finite_support(support)):
             require_differentiable(distribution.energy, x, type(self).__name__)
 
     def mover(self, energy: Energy, state: nn.Module) -> tuple[Kernel, int] | None:
