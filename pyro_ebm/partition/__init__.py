@@ -48,4 +48,4 @@ from pyro_ebm.partition.particles.thermodynamic import (
     ThermodynamicCurve,
     thermodynamic_integration,
 )
-from pyro_ebm.partition.tracking.tracking import LogPartition
+from pyro_ebm.partition.tracking.log_partition import LogPartition

@@ -1,7 +1,7 @@
 r"""Running average of an energy's parameters, and weighted walkers that follow it.
 
-See :mod:`pyro_ebm.partition.tracking.tracking` for what they are good for. A walker
-``n`` of island ``i`` has a weight, and
+See :mod:`pyro_ebm.partition.tracking.log_partition` for what they are good for. A
+walker ``n`` of island ``i`` has a weight, and
 
 .. math::
     \log Z_i = o_i + \log \frac1N \sum_n w_{in}                           \tag{1}

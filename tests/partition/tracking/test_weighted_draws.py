@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_ebm.energies import NeuralEnergy, QuadraticEnergy
-from pyro_ebm.partition.tracking.tracking import LogPartition
+from pyro_ebm.partition.tracking.log_partition import LogPartition
 from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 
 NORMAL = dist.Normal(torch.zeros(2), 1.5).to_event(1)

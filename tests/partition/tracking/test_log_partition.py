@@ -12,7 +12,7 @@ from torch import nn
 import pyro_ebm
 from pyro_ebm.energies import Energy, FunctionEnergy, NeuralEnergy, QuadraticEnergy
 from pyro_ebm.partition import LogPartition, quadrature
-from pyro_ebm.partition.tracking.tracking import _pooled
+from pyro_ebm.partition.tracking.log_partition import _pooled
 from pyro_ebm.partition.tracking.walkers import FollowedEnergy
 from pyro_ebm.testing import CountingEnergy
 
