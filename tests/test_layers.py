@@ -1,4 +1,4 @@
-"""The package's architecture, read from its source: layers, cycles and module form.
+"""The package's architecture, read from its source: layers, cycles, form and tests.
 
 Each rule is a function from the package's root to the faults found there, so that the
 tests below can plant one fault at a time in a small tree and see it found.
@@ -310,3 +310,42 @@ def test_future_import_may_stand_above_all(tmp_path):
     source = '"""A."""\n\nfrom __future__ import annotations\n\n__all__ = ["A"]\n'
     plant(tmp_path, {"errors.py": source})
     assert list(check_all(tmp_path)) == []
+
+
+#: Tests in folders that are of no one module, and what they hold together.
+ACROSS = {
+    "distributions/test_pyro_inference.py": "energies under each of Pyro's algorithms",
+    "energies/test_contract.py": "the contract of all energies",
+    "infer/fit/test_bad_data.py": "fit, told data that it must refuse",
+    "infer/fit/test_finite.py": "fit over finite supports",
+    "infer/fit/test_mixed.py": "fit over mixed supports",
+    "infer/fit/test_weights.py": "fit with weighted rows",
+    "infer/test_consistency.py": "the limits of all objectives",
+    "infer/test_estimators.py": "what is known of each objective",
+    "infer/test_objectives.py": "the contract of all objectives",
+    "mcmc/test_calibration.py": "posteriors by the whole of MCMC",
+    "mcmc/test_contract.py": "the contract of all kernels",
+    "mcmc/test_invariance.py": "the law of all kernels",
+}
+
+
+def unmirrored(root):
+    """Tests in the folders of ``root`` that stand where no module of the package is."""
+    for path in sorted(root.glob("*/**/test_*.py")):
+        place = path.relative_to(root)
+        module = ROOT / place.with_name(place.name.removeprefix("test_"))
+        if not module.exists() and place.as_posix() not in ACROSS:
+            yield f"tests/{place} is a test of no module: name it after one"
+
+
+def test_tests_mirror_the_package(tmp_path):
+    """Planted: a test of a module that is gone, and one of a module that is there."""
+    tests = Path(__file__).parent
+    assert list(unmirrored(tests)) == []
+    assert all((tests / name).exists() for name in ACROSS)
+    for name in ("test_gone.py", "test_base.py"):
+        (tmp_path / "mcmc" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "mcmc" / name).touch()
+    assert [fault.split()[0] for fault in unmirrored(tmp_path)] == [
+        "tests/mcmc/test_gone.py"
+    ]

@@ -1,4 +1,4 @@
-"""Energies over the plane, and products of experts side by side."""
+"""Densities and energies over the plane, and products of experts side by side."""
 
 import math
 
@@ -17,19 +17,95 @@ from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
 BOUNDS = [(-3.0, 3.0), (-2.0, 4.0)]
 
 
-@pytest.fixture
-def ax():
-    figure, ax = plt.subplots()
-    yield ax
-    plt.close(figure)
-
-
 def bowl(loc=(1.0, 2.0)):
     return QuadraticEnergy(torch.tensor(loc))
 
 
 def normal(scale):
     return dist.Normal(torch.zeros(2), torch.tensor(scale)).to_event(1)
+
+
+def test_density_has_its_peak_where_the_distribution_has(ax):
+    distribution = dist.MultivariateNormal(torch.tensor([1.0, 2.0]), torch.eye(2) / 9)
+    assert plots.density(distribution, BOUNDS, ax, num_points=61) is ax
+    image = ax.images[0]
+    row, column = divmod(image.get_array().argmax(), 61)
+    assert (column / 10 - 3, row / 10 - 2) == pytest.approx((1.0, 2.0))
+    assert image.get_extent() == [-3, 3, -2, 4]
+    assert image.origin == "lower"
+
+
+def test_log_density_is_cut_below_its_peak(ax):
+    energy = pyro_ebm.energies.QuadraticEnergy(torch.zeros(2))
+    plots.density(pyro_ebm.EnergyDistribution(energy), BOUNDS, ax, log=True)
+    low, high = ax.images[0].get_clim()
+    assert high - low == pytest.approx(10.0)
+
+
+def test_density_shows_points_over_the_image(ax):
+    normal = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    data, samples = torch.zeros(3, 2), torch.ones(4, 2)
+    plots.density(normal, BOUNDS, ax, data=data, samples=samples)
+    assert [len(line.get_xdata()) for line in ax.lines] == [3, 4]
+    assert ax.get_xlim() == (-3, 3)
+    assert ax.get_ylim() == (-2, 4)
+
+
+def test_density_says_what_it_shows(ax):
+    normal = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    plots.density(normal, BOUNDS, ax, log=True, colorbar=True)
+    assert ax.get_title() == r"log density $\log q(x)$"
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("$x_1$", "$x_2$")
+    assert ax.figure.axes[-1].get_ylabel() == r"$\log q(x)$ (nats)"
+
+
+def test_density_says_that_it_is_not_normalised(ax):
+    energy = pyro_ebm.energies.FunctionEnergy(lambda x: x.square().sum(-1), (2,))
+    plots.density(pyro_ebm.EnergyDistribution(energy), BOUNDS, ax)
+    assert ax.get_title() == "unnormalised density $e^{-f(x)}$"
+
+
+def test_density_is_empty_outside_of_the_support(ax):
+    """With validation on, log_prob would refuse the points outside."""
+    square = dist.Uniform(torch.zeros(2), 1.0, validate_args=True).to_event(1)
+    plots.density(square, [(-1.0, 2.0)] * 2, ax, num_points=31)
+    shown = ax.images[0].get_array().filled(math.nan)
+    assert (shown[12:18, 12:18] == 1).all()
+    assert not (shown[:9] > 0).any()
+
+
+def test_density_computes_in_the_type_of_the_distribution(ax):
+    seen = []
+
+    class Seen(pyro_ebm.energies.QuadraticEnergy):
+        def forward(self, x):
+            seen.append(x.dtype)
+            return super().forward(x)
+
+    energy = Seen(torch.zeros(2, dtype=torch.float32))
+    distribution = pyro_ebm.EnergyDistribution(energy, 0.0)
+    moved = dist.TransformedDistribution(
+        distribution, [dist.transforms.AffineTransform(0.0, 1.0, 1)]
+    )
+    for q in (distribution, moved):
+        plots.density(q, BOUNDS, ax)
+    assert set(seen) == {torch.float32}
+
+
+def test_density_uses_the_current_axes(ax):
+    plt.sca(ax)
+    normal = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    assert plots.density(normal, BOUNDS) is ax
+
+
+@pytest.mark.parametrize(
+    ("dim", "bounds"),
+    [(3, BOUNDS), (2, BOUNDS[:1]), (2, [(0.0, 0.0), (0.0, 1.0)])],
+)
+def test_density_refuses(dim, bounds, ax):
+    normal = dist.Normal(torch.zeros(dim), 1.0).to_event(1)
+    with pytest.raises(ValueError, match="event_shape|bounds"):
+        plots.density(normal, bounds, ax)
 
 
 def test_contours_are_heights_in_nats(ax):
