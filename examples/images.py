@@ -142,6 +142,6 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.smoke_test:
         few = {"num_rows": 100, "num_draws": 50, "channels": (2, 4), "passes": 5}
-        main(options.seed, options.size, **few, num_steps=5, max_seconds=3)
+        main(options.seed, 4, **few, num_steps=5, max_seconds=3)
     else:
         main(options.seed, options.size, "images.png")
