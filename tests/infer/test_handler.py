@@ -24,6 +24,7 @@ from pyro_ebm.energies import FunctionEnergy, QuadraticEnergy
 from pyro_ebm.infer import Learn, MaximumLikelihood
 from pyro_ebm.infer.handler import _SurrogateDistribution
 from pyro_ebm.infer.objectives.objective import Objective, Terms
+from pyro_ebm.partition import LogPartition
 from pyro_ebm.testing import CountingEnergy
 
 ELBOS = {
@@ -92,8 +93,11 @@ class ExactDraws:
 
 
 def ring_model(radius=1.5, module=None):
+    """Few walkers, as they give no gradient."""
     energy = FunctionEnergy(Ring(radius) if module is None else module, (2,))
-    return EnergyModel(energy, sampler=ExactDraws())
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    few = LogPartition(energy, base, num_islands=2, num_walkers=8)
+    return EnergyModel(energy, base, sampler=ExactDraws(), log_partition=few)
 
 
 def exact_log_partition(energy):
