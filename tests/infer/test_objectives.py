@@ -39,6 +39,7 @@ from pyro_ebm.infer import (
 )
 from pyro_ebm.infer.objectives.contrast.noise import LearnedLogPartition
 from pyro_ebm.mcmc import HMC, MALA
+from pyro_ebm.partition import LogPartition
 from pyro_ebm.testing import CountingEnergy
 from tests.infer.problems import Affine, GammaEnergy, base
 
@@ -194,7 +195,8 @@ def test_the_gradient_is_nil_at_the_truth(name):
 def network():
     torch.manual_seed(11)
     energy = NeuralEnergy((2,), (8,), base=base())
-    return EnergyModel(energy, base())
+    few = LogPartition(energy, base(), num_islands=2, num_walkers=8)
+    return EnergyModel(energy, base(), log_partition=few)
 
 
 def trained_by_svi(objective, energy_model, data, num_steps=6):

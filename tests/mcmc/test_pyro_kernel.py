@@ -37,11 +37,11 @@ def gamma_model(data):
         pyro.sample("obs", dist.Exponential(rate), obs=data)
 
 
-def run(kernel, model, *args, num_samples=1500, **kwargs):
+def run(kernel, model, *args, num_samples=1500, warmup_steps=300, **kwargs):
     mcmc = MCMC(
         PyroKernel(kernel, model),
         num_samples=num_samples,
-        warmup_steps=300,
+        warmup_steps=warmup_steps,
         disable_progbar=True,
         **kwargs,
     )
@@ -150,7 +150,7 @@ def many_sites():
 
 
 def test_sites_of_different_shapes(kernel):
-    mcmc = run(kernel, many_sites, num_samples=30)
+    mcmc = run(kernel, many_sites, num_samples=30, warmup_steps=60)
     shapes = {name: value.shape for name, value in mcmc.get_samples().items()}
     assert shapes == {
         "z_matrix": (30, 2, 3),
@@ -216,6 +216,7 @@ def test_several_chains_as_with_pyros_kernels(context, monkeypatch):
     starts = {"rate": torch.tensor([-3.0, 3.0])}
     settings = {"num_chains": 2, "mp_context": context, "initial_params": starts}
     size = 5 if context == "spawn" else 400
+    settings["warmup_steps"] = 5 if context == "spawn" else 300
     mcmc = run(HMC(num_leapfrog=2), gamma_model, DATA, num_samples=size, **settings)
     draws = mcmc.get_samples(group_by_chain=True)["rate"]
     assert draws.shape == (2, size)
@@ -269,7 +270,8 @@ def test_same_seed_same_chain(kernel):
     chains = []
     for _ in range(2):
         pyro.set_rng_seed(5)
-        chains.append(run(kernel, normal_model, DATA, num_samples=20).get_samples())
+        mcmc = run(kernel, normal_model, DATA, num_samples=20, warmup_steps=20)
+        chains.append(mcmc.get_samples())
     assert torch.equal(chains[0]["loc"], chains[1]["loc"])
 
 
