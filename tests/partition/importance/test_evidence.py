@@ -250,9 +250,9 @@ def test_plates_and_several_sites():
     alone = evidence(nested, None, budget=200_000)
     for found in (
         evidence(nested, proposal, budget=200_000),
-        evidence(nested, single, budget=10_000),
+        evidence(nested, single, budget=4000),
     ):
-        assert found.is_reliable  # ten thousand single runs come with a note
+        assert found.is_reliable  # single runs come with a note
         error = math.hypot(found.std_error, alone.std_error)
         assert abs(found.value - alone.value) < 4 * error
 
