@@ -167,7 +167,7 @@ def test_sites_of_different_shapes(kernel):
 
 
 def test_diagnostics_are_those_after_warmup(kernel):
-    mcmc = run(kernel, normal_model, DATA, num_samples=500)
+    mcmc = run(kernel, normal_model, DATA, num_samples=300)
     diagnostics = mcmc.diagnostics()
     rate = diagnostics["acceptance rate"]["chain 0"]
     assert abs(rate - kernel.target_accept_prob) < 0.15
