@@ -34,9 +34,9 @@ DSM = DenoisingScoreMatching(0.3)
 DATA = torch.randn(200, 2, dtype=torch.float64, generator=torch.manual_seed(0)) + 0.5
 
 
-def neural(num_walkers=64):
+def neural():
     energy = NeuralEnergy((2,), (8,), base=base())
-    tracker = LogPartition(energy, base(), num_walkers=num_walkers)
+    tracker = LogPartition(energy, base(), num_walkers=64)
     return EnergyModel(energy, base(), log_partition=tracker)
 
 
@@ -202,7 +202,7 @@ def test_wrong_stages():
 def test_nan_goes_back_to_the_last_record(objective, after):
     """A weight becomes nan in the second stage: at once after a record, or by the very
     step after which there is one, where it was once kept as the last good state."""
-    model = neural(num_walkers=4)  # of which nothing is asked
+    model = neural()
     seen, count = [], 0
     optim = adam(model)
 

@@ -85,7 +85,7 @@ def test_unadjusted_langevin_does_not():
     """At precision a and step e its chains have variance 1 / (a - e a^2 / 2): they
     match variance v at a = (1 - sqrt(1 - 2 e / v)) / e, 35 % above 1 / v."""
     kernel = UnadjustedLangevin()
-    ratio, *_ = fitted_precision_ratio(kernel)
+    ratio, *_ = fitted_precision_ratio(kernel, 300)
     root = (1 - 2 * kernel.epsilon / 0.49) ** 0.5
     expected = 0.49 * (1 - root) / kernel.epsilon
     assert expected > 1.3
