@@ -103,5 +103,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="quickstart.png", help="the picture")
     options = parser.parse_args()
-    quick = {"num_steps": 50, "max_seconds": 5, "num_rows": 250, "num_draws": 100}
+    quick = {"num_steps": 50, "max_seconds": 3, "num_rows": 250, "num_draws": 100}
     main(options.seed, options.output, **(quick if options.smoke_test else {}))

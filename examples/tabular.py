@@ -68,5 +68,5 @@ if __name__ == "__main__":
     parser.add_argument("--smoke-test", action="store_true", help="in a few seconds")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    quick = {"num_steps": 50, "max_seconds": 5} if options.smoke_test else {}
+    quick = {"num_steps": 50, "max_seconds": 3} if options.smoke_test else {}
     main(options.seed, **quick)
