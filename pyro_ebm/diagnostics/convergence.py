@@ -141,11 +141,7 @@ def convergence(draws: Tensor, num_superchains: int | None = None) -> Convergenc
     """
     num_chains, event = draws.shape[0], draws.shape[2:]
     num_superchains = num_chains if num_superchains is None else num_superchains
-    if num_superchains < 1 or num_chains % num_superchains:
-        raise ValueError(
-            f"num_superchains must divide the number of chains, got {num_superchains} "
-            f"for {num_chains} chains."
-        )
+    _require_divisor(num_superchains, num_chains)
     some, num_superchains = _some_chains(draws, num_superchains)
     size = max(_CHUNK // max(some.shape[0] * some.shape[1], 1), 1)
     parts = [
@@ -153,6 +149,14 @@ def convergence(draws: Tensor, num_superchains: int | None = None) -> Convergenc
         for part in some.reshape(*some.shape[:2], -1).split(size, -1)
     ]
     return Convergence(*(torch.cat(p).reshape(event) for p in zip(*parts, strict=True)))
+
+
+def _require_divisor(num_superchains: int, num_chains: int) -> None:
+    if num_superchains < 1 or num_chains % num_superchains:
+        raise ValueError(
+            f"num_superchains must divide the number of chains, got {num_superchains} "
+            f"for {num_chains} chains."
+        )
 
 
 def _some_chains(draws: Tensor, num_superchains: int) -> tuple[Tensor, int]:
@@ -223,11 +227,7 @@ def nested_r_hat(draws: Tensor, num_superchains: int) -> Tensor:
         >>> bool(r_hat(short) > 1.2), bool(nested_r_hat(short, 4) < 1.05)
         (True, True)
     """
-    if num_superchains < 1 or draws.shape[0] % num_superchains:
-        raise ValueError(
-            f"num_superchains must divide the number of chains, got {num_superchains} "
-            f"for {draws.shape[0]} chains."
-        )
+    _require_divisor(num_superchains, draws.shape[0])
     halves = split_chains(to_rows(draws))
     both = [
         nested_ratio(normal_scores(x), 2 * num_superchains)
