@@ -118,6 +118,8 @@ _MAX_PLACES, _SHARE_MAPPED = 100, 0.05
 _BETTER, _PATIENCE, _EXCELLENT = 1.1, 2, 0.7
 #: Efficiency that few ellipsoids have where there is a ridge or a heavy tail.
 _FINE = 0.8
+#: Looks by draws of refitted proposals.
+_MAX_LOOKS = 5
 #: Effective draws that a map is fitted to at least.
 _FEW_FITTED = 500.0
 
@@ -143,7 +145,10 @@ class _Weighed(NamedTuple):
     value: Value
     ess: float
     findings: list[Finding]
-    is_good: bool
+    k: float
+    is_bent: bool  # the proposal has a map of a ridge or a funnel
+    draws: Tensor
+    log_weights: Tensor  # of the draws that are kept, shape (N,)
 
 
 @torch.no_grad()
@@ -221,23 +226,26 @@ class _TwoRoutes:
             self.lost = lost_to_rounding(self.path.target, particles)
             before, pool = proposal, self.pool
             proposal = self.union(before, journey, particles)
-        weighed = self.weighed(proposal, first, particles)
+        proposal, looks = self.settled(proposal, first, particles)
         if (
             journey is not None
             and particles is not None
-            and not weighed.is_good
+            and looks[-1].findings
             and proposal.triangular is not None
         ):
             # A map that has not sufficed is no base for particles either.
             self.pool = pool
             proposal = self.union(before, journey, particles, is_mapped=False)
-            weighed = self.weighed(proposal, first, particles)
+            proposal, more = self.settled(proposal, first, particles)
+            looks += more
         self.proposal = proposal
-        if weighed.is_good:
-            return self.estimate(
-                [weighed.value], weighed.findings, weighed.ess, _BY_DRAWS
-            )
-        return self.from_particles(proposal, first, weighed)
+        if first is not None and self.is_settled(looks):
+            last, before = looks[-1], looks[-2:-1]
+            value, std_error = last.value
+            apart = [abs(value - look.value.value) / 2 for look in before]
+            value = Value(value, max([std_error, *apart]))
+            return self.estimate([value], [], last.ess, _BY_DRAWS)
+        return self.from_particles(proposal, first, looks)
 
     # Route B.
 
@@ -539,6 +547,38 @@ class _TwoRoutes:
 
     # The estimate.
 
+    def settled(
+        self, proposal: Proposal, first: Value | None, particles: Tensor | None
+    ) -> "tuple[Proposal, list[_Weighed]]":
+        """Weighted draws of a proposal that is refitted to them while that helps.
+
+        The end of a ridge, or of a heavy tail, comes nearer with each look.
+        """
+        looks = [self.weighed(proposal, first, particles)]
+        for _ in range(_MAX_LOOKS):
+            last = looks[-1]
+            is_late = self.limits.left < 0.5 * self.limits.max_seconds
+            if self.is_settled(looks) or is_late or last.ess < _FEW_FITTED:
+                break
+            weights = tempered(last.log_weights, _FEW_FITTED).softmax(0)
+            proposal = proposal.refitted(last.draws, weights)
+            looks.append(self.weighed(proposal, first, particles))
+        return proposal, looks
+
+    def is_settled(self, looks: "list[_Weighed]") -> bool:
+        """Whether the last look needs no other, by its weights and by the one before.
+
+        One alone does where ellipsoids have light weights, as there is no ridge.
+        """
+        last = looks[-1]
+        if last.findings or not last.k < _GOOD_K:
+            return False
+        if len(looks) == 1:
+            return last.k < _LIGHT_K and not last.is_bent
+        change = last.value.value - looks[-2].value.value
+        error = math.hypot(last.value.std_error, looks[-2].value.std_error)
+        return abs(change) < 2 * error
+
     def weighed(
         self, proposal: Proposal, first: Value | None, particles: Tensor | None
     ) -> "_Weighed":
@@ -546,7 +586,8 @@ class _TwoRoutes:
         start = self.limits.seconds
         number = 20_000 if self.dim <= _MAX_REPAIRED else 4000
         number = min(number, int(self.limits.affordable(self.target, 0.5)))
-        parts = [self.weigh(proposal, max(number, _FEWEST_WEIGHED))]
+        kept = self.weigh(proposal, max(number, _FEWEST_WEIGHED))
+        parts = [kept[1]]
         each = (self.limits.seconds - start) / len(parts[0])
         while True:
             log_weights = torch.cat(parts)
@@ -559,20 +600,21 @@ class _TwoRoutes:
             number = int(min(wanted - len(log_weights), left, 200_000))
             if number < 2000 or len(log_weights) > 1_000_000:
                 break
-            parts.append(self.weigh(proposal, number))
+            parts.append(self.weigh(proposal, number)[1])
         value = Value(log_mean_exp(log_weights).item(), pareto_std_error(log_weights))
         findings = judge_weights(log_weights)
         if first is not None and particles is not None:
             findings += shortfall(value, first)
             findings += self.coverage(proposal, particles, log_weights)
         k, ess = pareto_k(log_weights), fraction * len(log_weights)
-        is_good = not findings and k < _GOOD_K and first is not None
-        return _Weighed(value, ess, findings, is_good)
+        triangular = proposal.triangular
+        is_bent = triangular is not None and triangular.has_terms
+        return _Weighed(value, ess, findings, k, is_bent, *kept)
 
-    def weigh(self, proposal: Proposal, number: int) -> Tensor:
-        """Log-weights of fresh draws, shape ``(number,)``."""
+    def weigh(self, proposal: Proposal, number: int) -> tuple[Tensor, Tensor]:
+        """Fresh draws, and their log-weights, shape ``(number,)``."""
         u = proposal.sample(number)
-        return of_draws(log_density(self.target, u), proposal.log_prob(u))
+        return u, of_draws(log_density(self.target, u), proposal.log_prob(u))
 
     def uncovered(self, proposal: Proposal, u: Tensor, log_weights: Tensor) -> Tensor:
         """Particles at which the proposal is too thin, shape ``(N,)``.
@@ -603,7 +645,7 @@ class _TwoRoutes:
         return [Finding(Reason.NOT_COVERED, text)]
 
     def from_particles(
-        self, proposal: Proposal, first: Value | None, weighed: "_Weighed"
+        self, proposal: Proposal, first: Value | None, looks: "list[_Weighed]"
     ) -> LogPartitionEstimate:
         """Particles that travel once more, held against what there is.
 
@@ -611,6 +653,8 @@ class _TwoRoutes:
         found, from the base again, and more of them.
         """
         runs: list[Value] = []
+        clean = [look for look in looks if not look.findings]
+        weighed = clean[-1] if clean else looks[-1]
         if first is None or not shortfall(weighed.value, first):
             base = FlatBase(proposal, self.path.event_shape)
             runs, gap = self.travelled(GeometricPath(self.target, base), 512)
@@ -628,7 +672,7 @@ class _TwoRoutes:
             values.append(weighed.value)
         elif len(runs) > 1:
             values.append(runs[-2])
-        return self.estimate(values, findings, weighed.ess, _BY_PARTICLES)
+        return self.estimate(values, findings, weighed.ess, _BY_PARTICLES, gap)
 
     def travelled(
         self, path: GeometricPath, num_particles: int
@@ -657,14 +701,18 @@ class _TwoRoutes:
         findings: Sequence[Finding],
         ess: float,
         method: str,
+        gap: float = 0.0,
     ) -> LogPartitionEstimate:
-        """The estimate with its verdict, from one value or from two that agree."""
+        """The estimate with its verdict, from one value or from two that agree.
+
+        Its interval reaches as far as the directions of a journey are apart.
+        """
         findings = [*self.lost, *findings]
         value, std_error = pooled(values)
         num_errors = student_t_quantile(3)
         if method == _BY_PARTICLES:
             num_errors *= _CAUTION
-        half = num_errors * std_error
+        half = max(num_errors * std_error, gap)
         if not math.isfinite(value):
             findings.append(Finding(Reason.NOT_FINITE, "the estimate is not finite"))
         elif not half < _MAX_HALF_WIDTH:
