@@ -148,7 +148,8 @@ def check_reach(
     if number <= _MAX_STATES:
         index = torch.arange(number)
         x = finite_points(energy.support, energy.event_shape, index, draws)
-        cost, shares = 2 * number, (-energy(x)).double().softmax(0)
+        log_density = (-energy(x)).double().nan_to_num(-torch.inf, -torch.inf)
+        cost, shares = 2 * number, log_density.softmax(0)
     else:
         some = known[: len(draws)]
         path, chosen = SitePath(energy), systematic_resample(some[None], _NUM_CHAINS)

@@ -175,6 +175,19 @@ def test_a_base_that_reaches_all_states_is_sound(estimator, name):
     assert estimator(energy, uniform, progress_bar=False).status == "ok"
 
 
+def test_the_mass_out_of_reach_is_known_where_an_energy_is_nan():
+    """Planted fault: "about nan of the mass is at states that ..."."""
+    _, base = UNREACHED["category"]
+    energy = FunctionEnergy(
+        lambda x: torch.where(x == 3, torch.nan, x / 3),
+        (),
+        constraints.integer_interval(0, 3),
+    )
+    found = importance_sampling(energy, base, progress_bar=False)
+    assert Reason.BASE_MISSES in [finding.reason for finding in found.reasons]
+    assert "nan of the mass" not in found.reason
+
+
 def test_annealing_from_a_base_without_a_state_says_so():
     """Fault: the blocks moved by nan, and no draw had a finite energy."""
     found = gibbs_annealing(*UNREACHED["lattice"], budget=10_000, progress_bar=False)

@@ -8,6 +8,7 @@ half of what it may.
 
 __all__ = ["Budget", "OutOfBudgetError"]
 
+import math
 import sys
 from collections.abc import Callable
 
@@ -52,7 +53,7 @@ class Budget:
         self.max_bytes, self.bar = max_bytes, bar
         self.num_evaluations = 0
         self._watch, self._memory = Stopwatch(), _peak_memory()
-        self._chunk, self._longest = _FIRST, 0.0
+        self._chunk, self._longest, self._each = _FIRST, 0.0, math.inf
 
     @property
     def seconds(self) -> float:
@@ -91,7 +92,9 @@ class Budget:
         return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
 
     def require_time(self, total: int) -> None:
-        """Check that the time may do for so many points at the pace of those so far.
+        """Check that the time may do for so many points at the best pace so far.
+
+        The first points also pay for tracing.
 
         Args:
             total: All points that are wanted.
@@ -99,7 +102,7 @@ class Budget:
         Raises:
             OutOfBudgetError: If they would take more than twice as long.
         """
-        wanted = self.seconds * total / max(self.num_evaluations, 1)
+        wanted = self.seconds + self._each * (total - self.num_evaluations)
         if wanted > 2 * self.max_seconds:
             raise OutOfBudgetError(
                 f"{self.max_seconds:g} seconds (max_seconds) do not suffice for "
@@ -116,6 +119,7 @@ class Budget:
         watch = Stopwatch()
         result = function(x)
         took = watch.seconds
+        self._each = min(self._each, took / max(len(x), 1))
         self.num_evaluations += len(x)
         self.bar.update(len(x))
         if len(x) == self._chunk:

@@ -66,3 +66,17 @@ def test_limits_raise_before_they_are_passed():
 
     with pytest.raises(OutOfBudgetError, match=r"0.02 seconds \(max_seconds\)"):
         timed.evaluate(slow, torch.zeros(10**6))
+
+
+def test_the_pace_is_that_of_the_best_chunk():
+    """Planted fault: the mean pace, in which the first call pays for tracing."""
+    limited, seconds = budget(max_seconds=10.0), [0.3, 0.0]
+
+    def traced(part):
+        end = time.process_time() + seconds.pop(0)
+        while time.process_time() < end:
+            pass
+        return (part,)
+
+    limited.evaluate(traced, torch.zeros(64 + 128))
+    limited.require_time(100_000)  # 156 seconds at the mean pace
