@@ -118,8 +118,9 @@ _MAX_PLACES, _SHARE_MAPPED = 100, 0.05
 _BETTER, _PATIENCE, _EXCELLENT = 1.1, 2, 0.7
 #: Efficiency that few ellipsoids have where there is a ridge or a heavy tail.
 _FINE = 0.8
-#: Looks by draws of refitted proposals.
-_MAX_LOOKS = 5
+#: Looks by draws of refitted proposals, and the efficiency of a map that follows a
+#: ridge to its end.
+_MAX_LOOKS, _FAITHFUL = 6, 0.85
 #: Effective draws that a map is fitted to at least.
 _FEW_FITTED = 500.0
 
@@ -147,6 +148,7 @@ class _Weighed(NamedTuple):
     findings: list[Finding]
     k: float
     is_bent: bool  # the proposal has a map of a ridge or a funnel
+    is_rough: bool  # and one that is not efficient
     draws: Tensor
     log_weights: Tensor  # of the draws that are kept, shape (N,)
 
@@ -230,7 +232,7 @@ class _TwoRoutes:
         if (
             journey is not None
             and particles is not None
-            and looks[-1].findings
+            and all(look.findings for look in looks)
             and proposal.triangular is not None
         ):
             # A map that has not sufficed is no base for particles either.
@@ -507,12 +509,15 @@ class _TwoRoutes:
             if not math.isfinite(tried.value.value):
                 break
             # On a ridge each round gets farther, and the value rises.
-            is_rising = tried.value.value > highest + tried.value.std_error / 2
+            lowest = tried.value.value - 2 * tried.value.std_error
+            is_rising = lowest > highest
             is_gain = is_rising or tried.efficiency > _BETTER * most
             patience = _PATIENCE if is_gain else patience - 1
             most = max(most, tried.efficiency)
-            highest = max(highest, tried.value.value)
-            if tried.efficiency > most / _WORTH:
+            highest = max(highest, lowest)
+            # What misses mass is efficient where it is.
+            has_more = lowest > best.value.value
+            if tried.efficiency > most / _WORTH or has_more:
                 best = tried
             is_done = best.efficiency > _EXCELLENT and not found.has_terms
             if is_done or not patience:
@@ -568,10 +573,10 @@ class _TwoRoutes:
     def is_settled(self, looks: "list[_Weighed]") -> bool:
         """Whether the last look needs no other, by its weights and by the one before.
 
-        One alone does where ellipsoids have light weights, as there is no ridge.
+        Weights say little where a map follows a ridge roughly: its end may be missed.
         """
         last = looks[-1]
-        if last.findings or not last.k < _GOOD_K:
+        if last.findings or last.is_rough or not last.k < _GOOD_K:
             return False
         if len(looks) == 1:
             return last.k < _LIGHT_K and not last.is_bent
@@ -609,7 +614,8 @@ class _TwoRoutes:
         k, ess = pareto_k(log_weights), fraction * len(log_weights)
         triangular = proposal.triangular
         is_bent = triangular is not None and triangular.has_terms
-        return _Weighed(value, ess, findings, k, is_bent, *kept)
+        is_rough = is_bent and fraction < _FAITHFUL
+        return _Weighed(value, ess, findings, k, is_bent, is_rough, *kept)
 
     def weigh(self, proposal: Proposal, number: int) -> tuple[Tensor, Tensor]:
         """Fresh draws, and their log-weights, shape ``(number,)``."""
@@ -705,14 +711,14 @@ class _TwoRoutes:
     ) -> LogPartitionEstimate:
         """The estimate with its verdict, from one value or from two that agree.
 
-        Its interval reaches as far as the directions of a journey are apart.
+        Its interval is wider by as much as the directions of a journey are apart.
         """
         findings = [*self.lost, *findings]
         value, std_error = pooled(values)
         num_errors = student_t_quantile(3)
         if method == _BY_PARTICLES:
             num_errors *= _CAUTION
-        half = max(num_errors * std_error, gap)
+        half = num_errors * std_error + gap
         if not math.isfinite(value):
             findings.append(Finding(Reason.NOT_FINITE, "the estimate is not finite"))
         elif not half < _MAX_HALF_WIDTH:
