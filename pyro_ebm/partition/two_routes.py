@@ -241,7 +241,7 @@ class _TwoRoutes:
             proposal, more = self.settled(proposal, first, particles)
             looks += more
         self.proposal = proposal
-        if first is not None and self.is_settled(looks):
+        if self.is_settled(looks, first):
             last, before = looks[-1], looks[-2:-1]
             value, std_error = last.value
             apart = [abs(value - look.value.value) / 2 for look in before]
@@ -563,20 +563,23 @@ class _TwoRoutes:
         for _ in range(_MAX_LOOKS):
             last = looks[-1]
             is_late = self.limits.left < 0.5 * self.limits.max_seconds
-            if self.is_settled(looks) or is_late or last.ess < _FEW_FITTED:
+            budget = self.limits.budget or math.inf
+            is_late |= self.target.num_evaluations > budget / 2
+            if is_late or last.ess < _FEW_FITTED or self.is_settled(looks, first):
                 break
             weights = tempered(last.log_weights, _FEW_FITTED).softmax(0)
             proposal = proposal.refitted(last.draws, weights)
             looks.append(self.weighed(proposal, first, particles))
         return proposal, looks
 
-    def is_settled(self, looks: "list[_Weighed]") -> bool:
+    def is_settled(self, looks: "list[_Weighed]", first: Value | None) -> bool:
         """Whether the last look needs no other, by its weights and by the one before.
 
         Weights say little where a map follows a ridge roughly: its end may be missed.
         """
         last = looks[-1]
-        if last.findings or last.is_rough or not last.k < _GOOD_K:
+        is_clean = not last.findings and last.k < _GOOD_K
+        if not is_clean or last.is_rough or first is None:
             return False
         if len(looks) == 1:
             return last.k < _LIGHT_K and not last.is_bent
@@ -678,6 +681,8 @@ class _TwoRoutes:
             values.append(weighed.value)
         elif len(runs) > 1:
             values.append(runs[-2])
+        # Particles do not come to the end of a ridge, from which backwards looks.
+        gap *= any(look.is_bent for look in looks)
         return self.estimate(values, findings, weighed.ess, _BY_PARTICLES, gap)
 
     def travelled(
