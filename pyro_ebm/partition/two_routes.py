@@ -147,10 +147,17 @@ class _Weighed(NamedTuple):
     ess: float
     findings: list[Finding]
     k: float
+    efficiency: float
     is_bent: bool  # the proposal has a map of a ridge or a funnel
-    is_rough: bool  # and one that is not efficient
     draws: Tensor
     log_weights: Tensor  # of the draws that are kept, shape (N,)
+
+    def is_beyond(self, first: Value) -> bool:
+        """Whether there is a ridge of which particles from the base lack a part."""
+        if not self.is_bent:
+            return False
+        error = math.hypot(first.std_error, self.value.std_error)
+        return self.value.value - first.value > 2 * error
 
 
 @torch.no_grad()
@@ -242,7 +249,10 @@ class _TwoRoutes:
             looks += more
         self.proposal = proposal
         if self.is_settled(looks, first):
-            last, before = looks[-1], looks[-2:-1]
+            last, before = (
+                looks[-1],
+                [look for look in looks[-2:-1] if not look.findings],
+            )
             value, std_error = last.value
             apart = [abs(value - look.value.value) / 2 for look in before]
             value = Value(value, max([std_error, *apart]))
@@ -573,16 +583,19 @@ class _TwoRoutes:
         return proposal, looks
 
     def is_settled(self, looks: "list[_Weighed]", first: Value | None) -> bool:
-        """Whether the last look needs no other, by its weights and by the one before.
+        """Whether the last look needs no other.
 
-        Weights say little where a map follows a ridge roughly: its end may be missed.
+        Where particles have not come to the end of a ridge, draws may miss it as well:
+        two looks have to agree, by a map that follows the ridge closely. So they have
+        where the first was not good enough.
         """
         last = looks[-1]
-        is_clean = not last.findings and last.k < _GOOD_K
-        if not is_clean or last.is_rough or first is None:
+        if last.findings or not last.k < _GOOD_K or first is None:
             return False
         if len(looks) == 1:
-            return last.k < _LIGHT_K and not last.is_bent
+            return not last.is_beyond(first)
+        if last.is_bent and last.efficiency < _FAITHFUL:
+            return False
         change = last.value.value - looks[-2].value.value
         error = math.hypot(last.value.std_error, looks[-2].value.std_error)
         return abs(change) < 2 * error
@@ -617,8 +630,7 @@ class _TwoRoutes:
         k, ess = pareto_k(log_weights), fraction * len(log_weights)
         triangular = proposal.triangular
         is_bent = triangular is not None and triangular.has_terms
-        is_rough = is_bent and fraction < _FAITHFUL
-        return _Weighed(value, ess, findings, k, is_bent, is_rough, *kept)
+        return _Weighed(value, ess, findings, k, fraction, is_bent, *kept)
 
     def weigh(self, proposal: Proposal, number: int) -> tuple[Tensor, Tensor]:
         """Fresh draws, and their log-weights, shape ``(number,)``."""
@@ -681,7 +693,6 @@ class _TwoRoutes:
             values.append(weighed.value)
         elif len(runs) > 1:
             values.append(runs[-2])
-        # Particles do not come to the end of a ridge, from which backwards looks.
         gap *= any(look.is_bent for look in looks)
         return self.estimate(values, findings, weighed.ess, _BY_PARTICLES, gap)
 

@@ -392,20 +392,21 @@ def test_good_weights_are_enough_only_with_particles_that_agree():
     assert not state.is_settled([state.weighed(proposal, more, u)], more)
 
 
-def test_heavier_weights_take_a_second_look_that_agrees():
-    """Faults: one look at a ridge is enough; a value that still rises."""
+def test_a_ridge_beyond_the_particles_takes_two_looks_that_agree():
+    """Faults: one look is enough; a value that still rises; a map that is rough."""
     energy, particles = two_gaussians()
     state, u = routes(energy, normal(2, 4.0)), particles.flatten(0, 1)
     proposal = at(state.path, (6.0, 0.0), (-6.0, 0.0))
     truth = Value(math.log(4 * math.pi), 0.01)
-    light = state.weighed(proposal, truth, u)
-    heavy, bent = light._replace(k=0.4), light._replace(is_bent=True)
-    for look in (heavy, bent):
-        assert not state.is_settled([look], truth)
-        assert state.is_settled([look, look], truth)
-    low = light._replace(value=Value(light.value.value - 0.1, 0.01))
-    assert not state.is_settled([low, light], truth)
-    assert not state.is_settled([light, bent._replace(is_rough=True)], truth)
+    look = state.weighed(proposal, truth, u)._replace(is_bent=True)
+    assert state.is_settled([look], truth)
+    assert not state.is_settled([look._replace(k=0.5)], truth)
+    short = Value(truth.value - 0.1, 0.01)
+    assert not state.is_settled([look], short)
+    assert state.is_settled([look, look], short)
+    low = look._replace(value=Value(look.value.value - 0.1, 0.01))
+    assert not state.is_settled([low, look], short)
+    assert not state.is_settled([look, look._replace(efficiency=0.5)], short)
 
 
 @pytest.mark.parametrize(
@@ -423,6 +424,7 @@ def test_the_end_of_a_ridge_is_found_or_the_interval_says_so(name):
     assert found.status == "ok", found
     assert found.lower <= target.log_partition <= found.upper, found
     assert abs(found.value - target.log_partition) < 0.02
+
 
 def test_error_bars_and_what_is_too_wide():
     """Faults: no caution where particles have the last word; no widest error."""
