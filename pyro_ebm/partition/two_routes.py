@@ -236,6 +236,7 @@ class _TwoRoutes:
             before, pool = proposal, self.pool
             proposal = self.union(before, journey, particles)
         proposal, looks = self.settled(proposal, first, particles)
+        given_up: list[_Weighed] = []
         if (
             journey is not None
             and particles is not None
@@ -243,21 +244,16 @@ class _TwoRoutes:
             and proposal.triangular is not None
         ):
             # A map that has not sufficed is no base for particles either.
-            self.pool = pool
+            self.pool, given_up = pool, looks
             proposal = self.union(before, journey, particles, is_mapped=False)
-            proposal, more = self.settled(proposal, first, particles)
-            looks += more
+            proposal, looks = self.settled(proposal, first, particles)
         self.proposal = proposal
         if self.is_settled(looks, first):
-            last, before = (
-                looks[-1],
-                [look for look in looks[-2:-1] if not look.findings],
-            )
-            value, std_error = last.value
-            apart = [abs(value - look.value.value) / 2 for look in before]
-            value = Value(value, max([std_error, *apart]))
-            return self.estimate([value], [], last.ess, _BY_DRAWS)
-        return self.from_particles(proposal, first, looks)
+            clean = [look.value for look in looks[-2:] if not look.findings]
+            apart = abs(clean[0].value - clean[-1].value) / 2
+            value = Value(clean[-1].value, max(clean[-1].std_error, apart))
+            return self.estimate([value], [], looks[-1].ess, _BY_DRAWS)
+        return self.from_particles(proposal, first, [*given_up, *looks])
 
     # Route B.
 
