@@ -72,6 +72,8 @@ _MIN_EFFECTIVE = 200.0
 _MAX_SHARE = 0.05
 #: States that are all compared by (2), else chains and their moves.
 _MAX_STATES, _NUM_CHAINS, _NUM_MOVES = 2**12, 128, 4
+#: Moves of one column of a mixed event.
+_NUM_FLIPS = 32
 
 
 @torch.no_grad()
@@ -132,7 +134,8 @@ def check_reach(
     """Mass at states that draws of a base do not reach, by (2).
 
     Args:
-        energy: The target, over a finite support; over others nothing is looked for.
+        energy: The target, over a finite or a mixed support; over others nothing is
+            looked for.
         log_weight: Log-weights of importance sampling at points of the support.
         draws: Independent, of the base, shape ``(N, *event)``.
         log_weights: Theirs first, and of more draws behind; shape ``(M,)``.
@@ -142,8 +145,15 @@ def check_reach(
     """
     known = log_weights.nan_to_num(-torch.inf, -torch.inf)
     is_known = known[: len(draws)].isfinite().any()
-    if not is_finite_support(energy.support) or not is_known:
+    is_mixed = isinstance(energy.support, MixedSupport)
+    if not (is_mixed or is_finite_support(energy.support)) or not is_known:
         return 0.0, 0
+    if is_mixed:
+        chosen = systematic_resample(known[None, : len(draws)], _NUM_CHAINS)
+        x = _flipped(energy, energy.support, draws[chosen[-1][0]])
+        own = log_weight(x).nan_to_num(-torch.inf, torch.inf)
+        share = (own > known.logsumexp(0)).double().mean().item()
+        return share, (_NUM_FLIPS + 2) * len(x)
     number = num_points(energy.support, energy.event_shape) or 0
     if number <= _MAX_STATES:
         index = torch.arange(number)
@@ -159,6 +169,21 @@ def check_reach(
         cost, shares = path.num_evaluations + len(x), known.new_ones(len(x)) / len(x)
     is_beyond = log_weight(x).nan_to_num(-torch.inf, torch.inf) > known.logsumexp(0)
     return shares[is_beyond].sum().item(), cost
+
+
+def _flipped(energy: Energy, support: MixedSupport, x: Tensor) -> Tensor:
+    """Points whose finite columns were moved by Metropolis' rule, shape of ``x``."""
+    here = energy(x)
+    for _ in range(_NUM_FLIPS):
+        column = support.finite[int(torch.randint(len(support.finite), ()))]
+        values = x.new_tensor(finite_values(support.at([column])) or ())
+        new = x.clone()
+        new[:, column] = values[torch.randint(len(values), (len(x),))]
+        there = energy(new)
+        is_taken = torch.rand_like(there) < (here - there).exp()
+        x = torch.where(is_taken[:, None], new, x)
+        here = torch.where(is_taken, there, here)
+    return x
 
 
 def reach_finding(share: float, largest: float = 1e-3) -> tuple[Finding, ...]:

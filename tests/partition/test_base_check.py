@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyro.distributions import constraints
 
+from pyro_ebm.core import MixedSupport
 from pyro_ebm.core.verdict import Reason
 from pyro_ebm.energies import FunctionEnergy, IsingEnergy, PyroModelEnergy, spins
 from pyro_ebm.energies.corrections import corrected
@@ -186,6 +187,29 @@ def test_the_mass_out_of_reach_is_known_where_an_energy_is_nan():
     found = importance_sampling(energy, base, progress_bar=False)
     assert Reason.BASE_MISSES in [finding.reason for finding in found.reasons]
     assert "nan of the mass" not in found.reason
+
+
+@pytest.mark.parametrize("probs", [(0.4, 0.3, 0.3), (0.5, 0.5, 0.0)])
+def test_categories_of_a_mixed_event_that_a_base_has_no_draws_of(probs):
+    """Fault: "ok", and a third of the mass lost."""
+    bounds = MixedSupport([constraints.real, constraints.integer_interval(0, 2)])
+    energy = FunctionEnergy(lambda x: (x[..., 0] - x[..., 1]) ** 2 / 2, (2,), bounds)
+
+    class Base(dist.TorchDistribution):
+        arg_constraints, support = {}, bounds
+
+        def sample(self, sample_shape=()):
+            which = torch.multinomial(NUMBER(probs), sample_shape.numel(), True)
+            return torch.stack([2 * torch.randn(len(which)), which.double()], -1)
+
+        def log_prob(self, value):
+            which = NUMBER(probs).log()[value[..., 1].long()]
+            return dist.Normal(0.0, 2.0).log_prob(value[..., 0]) + which
+
+    base = Base(event_shape=(2,), validate_args=False)
+    found = importance_sampling(energy, base, progress_bar=False)
+    missed = Reason.BASE_MISSES in [finding.reason for finding in found.reasons]
+    assert missed == (min(probs) == 0)
 
 
 def test_annealing_from_a_base_without_a_state_says_so():
