@@ -571,7 +571,8 @@ class _TwoRoutes:
             is_late = self.limits.left < 0.5 * self.limits.max_seconds
             budget = self.limits.budget or math.inf
             is_late |= self.target.num_evaluations > budget / 2
-            if is_late or last.ess < _FEW_FITTED or self.is_settled(looks, first):
+            is_hopeless = last.ess < _FEW_FITTED or proposal.size > _MAX_PLACES
+            if is_late or is_hopeless or self.is_settled(looks, first):
                 break
             weights = tempered(last.log_weights, _FEW_FITTED).softmax(0)
             proposal = proposal.refitted(last.draws, weights)
