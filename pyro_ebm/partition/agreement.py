@@ -1,11 +1,14 @@
 """Agreement of several estimates of the same log Z, and doubts about one by weights."""
 
 __all__ = [
+    "Look",
     "Value",
     "disagreement",
     "gap_of",
+    "is_settled",
     "judge_weights",
     "pooled",
+    "settled",
     "shortfall",
     "value_of",
 ]
@@ -25,6 +28,9 @@ from pyro_ebm.partition.particles.engine import Journey
 _SLACK = 0.05
 #: Weights are no good with a heavier tail, or fewer of them effective.
 _MAX_K, _MIN_ESS = 0.7, 200.0
+#: With a lighter tail they need no second look; and the efficiency of a map that
+#: follows a ridge to its end.
+_GOOD_K, _FAITHFUL = 0.45, 0.85
 
 
 class Value(NamedTuple):
@@ -35,6 +41,61 @@ class Value(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.value:.3f} +- {self.std_error:.2g}"
+
+
+class Look(NamedTuple):
+    """What weighted draws of a proposal say.
+
+    Attributes:
+        value: The estimate.
+        ess: Effective number of draws.
+        findings: What speaks against it.
+        k: Shape of the tail of the weights.
+        efficiency: Share of the draws that is effective.
+        is_bent: Whether the proposal has a map of a ridge or a funnel.
+        draws: That are kept, shape ``(N, D)``.
+        log_weights: Theirs, shape ``(N,)``.
+    """
+
+    value: Value
+    ess: float
+    findings: list[Finding]
+    k: float
+    efficiency: float
+    is_bent: bool
+    draws: Tensor
+    log_weights: Tensor
+
+
+def is_settled(looks: list[Look], first: Value | None) -> bool:
+    """Whether the last look by draws needs no other.
+
+    Where particles have not come to the end of a ridge, draws may miss it as well: two
+    looks have to agree, by a map that follows the ridge closely. So they have where the
+    first was not good enough.
+
+    Args:
+        looks: By draws of proposals, each fitted to the draws of the one before.
+        first: Of particles from the base, if they arrived.
+    """
+    last = looks[-1]
+    value, std_error = last.value
+    if last.findings or not last.k < _GOOD_K or first is None:
+        return False
+    if len(looks) == 1:
+        more = value - first.value
+        return not (last.is_bent and more > 2 * math.hypot(first.std_error, std_error))
+    if last.is_bent and last.efficiency < _FAITHFUL:
+        return False
+    before = looks[-2].value
+    return abs(value - before.value) < 2 * math.hypot(std_error, before.std_error)
+
+
+def settled(looks: list[Look]) -> Value:
+    """The last value; its error is at least half of what the last two differ by."""
+    clean = [look.value for look in looks[-2:] if not look.findings]
+    value, std_error = clean[-1]
+    return Value(value, max(std_error, abs(clean[0].value - value) / 2))
 
 
 def pooled(values: list[Value]) -> Value:

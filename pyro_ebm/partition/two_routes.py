@@ -39,11 +39,14 @@ from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc.starts.modes import Modes, find_modes, valleys
 from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition.agreement import (
+    Look,
     Value,
     disagreement,
     gap_of,
+    is_settled,
     judge_weights,
     pooled,
+    settled,
     shortfall,
     value_of,
 )
@@ -75,10 +78,8 @@ _COST = 80
 #: how many gradients each takes, and the least of them.
 _NUM_LOOKS, _NUM_STARTS = 32_768, 4096
 _GRADIENTS, _MIN_STARTS = 50, 32
-#: Modes that are measured, in few dimensions.
-_MAX_MODES = 256
-#: Modes whose mirror images are looked at.
-_MAX_MIRRORED = 32
+#: Modes that are measured, in few dimensions, and whose mirror images are looked at.
+_MAX_MODES, _MAX_MIRRORED = 256, 32
 #: Descents that a mode is met by, or others of its kind may have been missed; the mass
 #: of modes met by fewer from which on it matters; how many of them are too many; and
 #: how many times as many draws are looked at for them.
@@ -90,9 +91,7 @@ _USUAL = 2.0
 #: Draws of the base that are timed.
 _NUM_TIMED = 16
 _NUM_DRAWS, _FEWEST_WEIGHED, _NUM_FITTED = 4000, 1000, 6000
-#: With a lighter tail of the weights, they need no second look.
-_GOOD_K = 0.45
-#: With a heavier one, the proposal is worked on.
+#: With a heavier tail of the weights, the proposal is worked on.
 _LIGHT_K = 0.35
 #: Where the last look is by particles, errors are wider than they say.
 _CAUTION = 3.0
@@ -118,11 +117,8 @@ _MAX_PLACES, _SHARE_MAPPED = 100, 0.05
 _BETTER, _PATIENCE, _EXCELLENT = 1.1, 2, 0.7
 #: Efficiency that few ellipsoids have where there is a ridge or a heavy tail.
 _FINE = 0.8
-#: Looks by draws of refitted proposals, and the efficiency of a map that follows a
-#: ridge to its end.
-_MAX_LOOKS, _FAITHFUL = 6, 0.85
-#: Effective draws that a map is fitted to at least.
-_FEW_FITTED = 500.0
+#: Looks by draws of refitted proposals, and effective draws they are fitted to.
+_MAX_LOOKS, _FEW_FITTED = 6, 500.0
 
 _BY_DRAWS = "independent draws of a proposal fitted to modes and particles"
 _BY_PARTICLES = "SMC from a proposal fitted to modes and particles"
@@ -138,26 +134,6 @@ class _Tried(NamedTuple):
     log_weights: Tensor
     efficiency: float
     value: Value
-
-
-class _Weighed(NamedTuple):
-    """What weighted draws of a proposal say."""
-
-    value: Value
-    ess: float
-    findings: list[Finding]
-    k: float
-    efficiency: float
-    is_bent: bool  # the proposal has a map of a ridge or a funnel
-    draws: Tensor
-    log_weights: Tensor  # of the draws that are kept, shape (N,)
-
-    def is_beyond(self, first: Value) -> bool:
-        """Whether there is a ridge of which particles from the base lack a part."""
-        if not self.is_bent:
-            return False
-        error = math.hypot(first.std_error, self.value.std_error)
-        return self.value.value - first.value > 2 * error
 
 
 @torch.no_grad()
@@ -235,25 +211,18 @@ class _TwoRoutes:
             self.lost = lost_to_rounding(self.path.target, particles)
             before, pool = proposal, self.pool
             proposal = self.union(before, journey, particles)
-        proposal, looks = self.settled(proposal, first, particles)
-        given_up: list[_Weighed] = []
-        if (
-            journey is not None
-            and particles is not None
-            and all(look.findings for look in looks)
-            and proposal.triangular is not None
-        ):
+        proposal, looks = self.looked(proposal, first, particles)
+        given_up: list[Look] = []
+        is_lost = proposal.triangular is not None and all(x.findings for x in looks)
+        if journey is not None and particles is not None and is_lost:
             # A map that has not sufficed is no base for particles either.
             self.pool, given_up = pool, looks
             proposal = self.union(before, journey, particles, is_mapped=False)
-            proposal, looks = self.settled(proposal, first, particles)
+            proposal, looks = self.looked(proposal, first, particles)
         self.proposal = proposal
-        if self.is_settled(looks, first):
-            clean = [look.value for look in looks[-2:] if not look.findings]
-            apart = abs(clean[0].value - clean[-1].value) / 2
-            value = Value(clean[-1].value, max(clean[-1].std_error, apart))
-            return self.estimate([value], [], looks[-1].ess, _BY_DRAWS)
-        return self.from_particles(proposal, first, [*given_up, *looks])
+        if is_settled(looks, first):
+            return self.estimate([settled(looks)], [], looks[-1].ess, _BY_DRAWS)
+        return self.from_particles(proposal, first, given_up + looks)
 
     # Route B.
 
@@ -544,10 +513,7 @@ class _TwoRoutes:
         Particles come to heavy tails that draws of the proposal seldom see. The mean
         weight over the target is one over the effective share.
         """
-        draws = proposal.sample(3 * self.num_draws())
-        log_weights = of_draws(
-            log_density(self.target, draws), proposal.log_prob(draws)
-        )
+        draws, log_weights = self.weigh(proposal, 3 * self.num_draws())
         own = difference(log_density(self.target, u), proposal.log_prob(u))
         mean = (own - log_mean_exp(log_weights)).exp() @ weights
         share = effective_sample_fraction(log_weights).item()
@@ -558,9 +524,9 @@ class _TwoRoutes:
 
     # The estimate.
 
-    def settled(
+    def looked(
         self, proposal: Proposal, first: Value | None, particles: Tensor | None
-    ) -> "tuple[Proposal, list[_Weighed]]":
+    ) -> tuple[Proposal, list[Look]]:
         """Weighted draws of a proposal that is refitted to them while that helps.
 
         The end of a ridge, or of a heavy tail, comes nearer with each look.
@@ -569,37 +535,19 @@ class _TwoRoutes:
         for _ in range(_MAX_LOOKS):
             last = looks[-1]
             is_late = self.limits.left < 0.5 * self.limits.max_seconds
-            budget = self.limits.budget or math.inf
-            is_late |= self.target.num_evaluations > budget / 2
+            spent, budget = self.target.num_evaluations, self.limits.budget or math.inf
+            is_late |= spent > budget / 2
             is_hopeless = last.ess < _FEW_FITTED or proposal.size > _MAX_PLACES
-            if is_late or is_hopeless or self.is_settled(looks, first):
+            if is_late or is_hopeless or is_settled(looks, first):
                 break
             weights = tempered(last.log_weights, _FEW_FITTED).softmax(0)
             proposal = proposal.refitted(last.draws, weights)
             looks.append(self.weighed(proposal, first, particles))
         return proposal, looks
 
-    def is_settled(self, looks: "list[_Weighed]", first: Value | None) -> bool:
-        """Whether the last look needs no other.
-
-        Where particles have not come to the end of a ridge, draws may miss it as well:
-        two looks have to agree, by a map that follows the ridge closely. So they have
-        where the first was not good enough.
-        """
-        last = looks[-1]
-        if last.findings or not last.k < _GOOD_K or first is None:
-            return False
-        if len(looks) == 1:
-            return not last.is_beyond(first)
-        if last.is_bent and last.efficiency < _FAITHFUL:
-            return False
-        change = last.value.value - looks[-2].value.value
-        error = math.hypot(last.value.std_error, looks[-2].value.std_error)
-        return abs(change) < 2 * error
-
     def weighed(
         self, proposal: Proposal, first: Value | None, particles: Tensor | None
-    ) -> "_Weighed":
+    ) -> Look:
         """Importance sampling, by as many draws as the tolerance takes."""
         start = self.limits.seconds
         number = 20_000 if self.dim <= _MAX_REPAIRED else 4000
@@ -625,9 +573,7 @@ class _TwoRoutes:
             findings += shortfall(value, first)
             findings += self.coverage(proposal, particles, log_weights)
         k, ess = pareto_k(log_weights), fraction * len(log_weights)
-        triangular = proposal.triangular
-        is_bent = triangular is not None and triangular.has_terms
-        return _Weighed(value, ess, findings, k, fraction, is_bent, *kept)
+        return Look(value, ess, findings, k, fraction, proposal.is_bent, *kept)
 
     def weigh(self, proposal: Proposal, number: int) -> tuple[Tensor, Tensor]:
         """Fresh draws, and their log-weights, shape ``(number,)``."""
@@ -663,7 +609,7 @@ class _TwoRoutes:
         return [Finding(Reason.NOT_COVERED, text)]
 
     def from_particles(
-        self, proposal: Proposal, first: Value | None, looks: "list[_Weighed]"
+        self, proposal: Proposal, first: Value | None, looks: list[Look]
     ) -> LogPartitionEstimate:
         """Particles that travel once more, held against what there is.
 

@@ -20,6 +20,7 @@ from pyro_ebm.partition.agreement import (
     Value,
     disagreement,
     gap_of,
+    is_settled,
     judge_weights,
     pooled,
     shortfall,
@@ -385,11 +386,11 @@ def test_good_weights_are_enough_only_with_particles_that_agree():
     proposal, u = at(state.path, (6.0, 0.0), (-6.0, 0.0)), particles.flatten(0, 1)
     truth = Value(math.log(4 * math.pi), 0.01)
     found = state.weighed(proposal, truth, u)
-    assert state.is_settled([found], truth)
+    assert is_settled([found], truth)
     assert abs(found.value.value - truth.value) < 4 * found.value.std_error < 0.08
-    assert not state.is_settled([found], None)
+    assert not is_settled([found], None)
     more = Value(truth.value + 1, 0.01)
-    assert not state.is_settled([state.weighed(proposal, more, u)], more)
+    assert not is_settled([state.weighed(proposal, more, u)], more)
 
 
 def test_a_ridge_beyond_the_particles_takes_two_looks_that_agree():
@@ -399,14 +400,14 @@ def test_a_ridge_beyond_the_particles_takes_two_looks_that_agree():
     proposal = at(state.path, (6.0, 0.0), (-6.0, 0.0))
     truth = Value(math.log(4 * math.pi), 0.01)
     look = state.weighed(proposal, truth, u)._replace(is_bent=True)
-    assert state.is_settled([look], truth)
-    assert not state.is_settled([look._replace(k=0.5)], truth)
+    assert is_settled([look], truth)
+    assert not is_settled([look._replace(k=0.5)], truth)
     short = Value(truth.value - 0.1, 0.01)
-    assert not state.is_settled([look], short)
-    assert state.is_settled([look, look], short)
+    assert not is_settled([look], short)
+    assert is_settled([look, look], short)
     low = look._replace(value=Value(look.value.value - 0.1, 0.01))
-    assert not state.is_settled([low, look], short)
-    assert not state.is_settled([look, look._replace(efficiency=0.5)], short)
+    assert not is_settled([low, look], short)
+    assert not is_settled([look, look._replace(efficiency=0.5)], short)
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,11 @@ class Proposal:
         return self.joined(self.mixture.at(u[chosen]), min(0.3, share.item()))
 
     @property
+    def is_bent(self) -> bool:
+        """Whether a map follows a ridge or a funnel."""
+        return self.triangular is not None and self.triangular.has_terms
+
+    @property
     def size(self) -> int:
         """Components."""
         return 0 if self.mixture is None else len(self.mixture.loc)
