@@ -145,15 +145,17 @@ def check_reach(
     """
     known = log_weights.nan_to_num(-torch.inf, -torch.inf)
     is_known = known[: len(draws)].isfinite().any()
-    is_mixed = isinstance(energy.support, MixedSupport)
-    if not (is_mixed or is_finite_support(energy.support)) or not is_known:
+    support = energy.support
+    if not is_known:
         return 0.0, 0
-    if is_mixed:
+    if isinstance(support, MixedSupport):
         chosen = systematic_resample(known[None, : len(draws)], _NUM_CHAINS)
-        x = _flipped(energy, energy.support, draws[chosen[-1][0]])
+        x = _flipped(energy, support, draws[chosen[-1][0]])
         own = log_weight(x).nan_to_num(-torch.inf, torch.inf)
         share = (own > known.logsumexp(0)).double().mean().item()
         return share, (_NUM_FLIPS + 2) * len(x)
+    if not is_finite_support(support):
+        return 0.0, 0
     number = num_points(energy.support, energy.event_shape) or 0
     if number <= _MAX_STATES:
         index = torch.arange(number)
