@@ -30,17 +30,14 @@ LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 # Operators that vmap would run one by one.
-_DECOMPOSED: dict[Any, Callable[..., Any]] = {
-    **get_decompositions(
-        [
-            aten._native_batch_norm_legit_no_training,
-            aten.binary_cross_entropy_with_logits,
-            aten.native_batch_norm,
-        ]
-    ),
-    # Torch's own, in the gradient of a cumulative product, loads its compiler.
-    aten.bitwise_and_.Tensor: lambda x, other: x.copy_(x & other),
-}
+_DECOMPOSED: dict[Any, Callable[..., Any]] = get_decompositions(
+    [
+        aten._native_batch_norm_legit_no_training,
+        aten.binary_cross_entropy_with_logits,
+        aten.native_batch_norm,
+    ]
+)
+_FILLS = {aten.masked_fill_.Scalar, aten.masked_fill_.Tensor}
 
 
 class UntraceableError(RuntimeError):
@@ -163,8 +160,7 @@ class _Tape(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         with self:
-            decomposed = _DECOMPOSED.get(func, func.decompose)
-            result = decomposed(*args, **kwargs)
+            result = _decomposed(func)(*args, **kwargs)
         if result is not NotImplemented:
             return result
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
@@ -236,6 +232,17 @@ class _Tape(TorchDispatchMode):
                     failed = (info != 0).reshape(info.shape + trailing)
                     filled = factor.masked_fill(failed, torch.nan)
                 self.nodes[factor] = self.nodes[filled]
+
+
+def _decomposed(operator: Any) -> Callable[..., Any]:
+    """What to record for an operator; gives ``NotImplemented`` for the operator."""
+    name, overload = operator.__name__.split(".")
+    is_in_place = name.endswith("_") and torch.Tag.pointwise in tags(operator)
+    if not is_in_place and operator not in _FILLS:
+        return _DECOMPOSED.get(operator, operator.decompose)
+    # To check the shapes, torch would load its compiler, in a third of a second.
+    pure = getattr(getattr(aten, name[:-1]), overload)
+    return lambda x, *args, **kwargs: x.copy_(pure(x, *args, **kwargs))
 
 
 def _memory(tensor: Tensor) -> int:

@@ -40,6 +40,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import Distribution, biject_to, transform_to
+from torch.distributions.transforms import IndependentTransform
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_ebm.core.validation import without_validation
@@ -141,9 +142,18 @@ def initial_value(site: dict[str, Any]) -> Tensor:
             "the value from them, as dist.LKJCholesky and scales do for a covariance; "
             "of a mixture, give all components the same support."
         ) from None
-    shape = transform.inverse_shape(fn.shape())
+    shape = _flat_shape(transform, fn.shape())
     value: Tensor = transform(like.new_empty(shape).uniform_(-2, 2))
     return value
+
+
+def _flat_shape(transform: Any, shape: torch.Size) -> torch.Size:
+    """The shape of what a transform maps to one shape."""
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    if not transform.codomain.event_dim:  # to ask torch would load its compiler
+        return shape
+    return torch.Size(transform.inverse_shape(shape))
 
 
 class CorrectedDraws(Messenger):
