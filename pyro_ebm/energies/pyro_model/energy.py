@@ -215,7 +215,7 @@ class PyroModelEnergy(Energy):
         """Evaluate (1) at ``u`` of shape ``(*batch, D)``."""
         batch_shape = self.batch_shape_of(u)
         flat = u.reshape(-1, *self.event_shape)
-        if not len(flat):
+        if not flat.shape[0]:
             return u.sum(-1)
         return self._function.value(flat).reshape(batch_shape).to(u.dtype)
 
@@ -223,7 +223,7 @@ class PyroModelEnergy(Energy):
         """Energy and gradient at ``u`` of shape ``(*batch, D)``, by one graph."""
         batch_shape = self.batch_shape_of(u)
         flat = u.detach().reshape(-1, *self.event_shape)
-        if not len(flat):
+        if not flat.shape[0]:
             return flat.sum(-1).reshape(batch_shape), torch.zeros_like(u)
         value, grad = self._function.value_and_grad(flat)
         return value.reshape(batch_shape).to(u.dtype), grad.reshape(u.shape)
