@@ -13,6 +13,7 @@ sum; and a linear recurrence is solved as in
 
 __all__ = ["clean", "grouped"]
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from graphlib import CycleError, TopologicalSorter
@@ -141,27 +142,183 @@ class _Cleaner:
             return narrow
         # Without clones and expansions a view may no longer be one of memory.
         target = aten.reshape.default if node.target in _VIEWS else node.target
-        return self._call(target, self._mapped(node.args), self._mapped(node.kwargs))
+        args, kwargs = self._mapped(node.args), self._mapped(node.kwargs)
+        if self.differentiable or kwargs:
+            return self._call(target, args, kwargs)
+        known = self._known_choice(node)
+        if known is not None:
+            return known
+        if _is_transpose(target, args):
+            users = node.all_input_nodes[0].users
+            if all(_is_transpose(user.target, user.args) for user in users):
+                return self._transposed(args[0])
+        if target is aten.sum.dim_IntList and len(args) == 2:
+            shape = self.values[node.all_input_nodes[0]].shape
+            dims = [dim % len(shape) for dim in args[1]] or [*range(len(shape))]
+            return self._sum(args[0], dims, shape)
+        return self._across_transpose(target, args) or self._signed(target, args)
+
+    def _known_choice(self, node: fx.Node) -> Any:
+        """What checks for negative numbers come to, where these are exponentials."""
+        value, args = self.values.get(node), node.args
+        if node.target in (aten.lt.Scalar, aten.ge.Scalar):
+            checked: Any = self.new[node.all_input_nodes[0]]
+            is_known = checked.target is aten.exp.default and args[1] == 0
+            answer = node.target is aten.ge.Scalar
+            return torch.full_like(value, answer) if is_known else None
+        if node.target is aten.masked_fill.Scalar:
+            kept, is_known = args[0], self._is_full_of(args[1], element=False)
+        elif node.target is aten.where.self:
+            kept, is_known = args[1], self._is_full_of(args[0], element=True)
+        else:
+            return None
+        assert isinstance(kept, fx.Node)
+        is_same = is_known and _layout(self.values[kept]) == _layout(value)
+        return self.new[kept] if is_same else None
+
+    def _signed(self, target: Any, args: Any) -> fx.Node:
+        """An operator that takes in signs and factors of two, or passes on a sign.
+
+        It gives the same numbers, to the bit.
+        """
+        if target is aten.neg.default:
+            return self._negated(args[0])
+        plain = [_operand(a, aten.neg.default) or a for a in args[:2]]
+        signs = [a is b for a, b in zip(plain, args, strict=False)]  # False for minus
+        if target is aten.sub.Tensor and not (signs[0] or isinstance(args[1], fx.Node)):
+            return self._negated(self._call(aten.add.Tensor, (plain[0], args[1]), {}))
+        if target in _SIGNED_SUMS and all(isinstance(a, fx.Node) for a in args):
+            is_added = signs[1] == (target is aten.add.Tensor)
+            if signs[0] or is_added:
+                to = aten.add.Tensor if signs[0] == is_added else aten.sub.Tensor
+                return self._call(to, tuple(plain if signs[0] else plain[::-1]), {})
+            return self._negated(self._call(aten.add.Tensor, tuple(plain), {}))
+        if target in _ODD and not all(signs):
+            result = self._signed(target, (*plain, *args[2:]))
+            return result if sum(signs) == len(signs) - 2 else self._negated(result)
+        if target is aten.mul.Tensor:
+            for x, constant in (args, args[::-1]):
+                doubled = _operand(x, aten.mul.Scalar)
+                scaled = doubled and x.args[1] == 2 and self._scaled(constant, 2.0)
+                if scaled:
+                    return self._call(target, (doubled, scaled), {})
+        return self._call(target, args, {})
+
+    def _negated(self, x: fx.Node) -> fx.Node:
+        operand: Any = _operand(x, aten.neg.default)
+        if operand:
+            return operand
+        args: Any = x.args
+        if x.target is aten.sub.Tensor and all(isinstance(a, fx.Node) for a in args):
+            return self._call(x.target, args[::-1], {})
+        if x.target in (aten.mul.Tensor, aten.div.Tensor):
+            first, second = (self._scaled(a, -1.0) for a in args)
+            if first or second:
+                return self._call(
+                    x.target, (first or args[0], args[1] if first else second), {}
+                )
+        return self._call(aten.neg.default, (x,), {})
+
+    def _scaled(self, argument: Any, factor: float) -> fx.Node | None:
+        """The multiple of what is constant or repeated; ``None`` if it is neither."""
+        source = _operand(argument, aten.expand.default)
+        if source:
+            narrow = self._call(aten.mul.Scalar, (source, factor), {})
+            narrow.meta["shape"] = source.meta.get("shape", ())
+            return self._call(argument.target, (narrow, argument.args[1]), {})
+        constant = self._known(argument)
+        if constant is None or not constant.is_floating_point():
+            return None
+        return self._constant(factor * constant, (argument, factor))
+
+    def _sum(self, x: fx.Node, dims: list[int], shape: torch.Size) -> fx.Node:
+        """A sum over some axes, of what is constant or repeated there apart."""
+        target: Any = x.target
+        if target is aten.neg.default:
+            return self._negated(self._sum(cast(fx.Node, x.args[0]), dims, shape))
+        if target in _SIGNED_SUMS and not x.kwargs:
+            for place, part in enumerate(x.args):
+                other: Any = x.args[1 - place]
+                total = self._sum_of_repeats(part, dims, shape)
+                is_number = not isinstance(part, fx.Node)
+                if total is None or not isinstance(other, fx.Node):
+                    continue
+                if is_number or other.meta.get("shape") == shape:
+                    both = [self._sum(other, dims, shape), total]
+                    return self._signed(target, tuple(both[:: 1 if place else -1]))
+        return self._signed(aten.sum.dim_IntList, (x, dims))
+
+    def _sum_of_repeats(self, part: Any, dims: list[int], shape: torch.Size) -> Any:
+        """The sum of a number, a constant or a plate's scale; else ``None``."""
+        length = math.prod(shape[dim] for dim in dims)
+        if not isinstance(part, fx.Node):
+            return part * length
+        constant = self._known(part)
+        if constant is not None:
+            return self._constant(constant.expand(shape).sum(dims))
+        source = _operand(part, aten.expand.default)
+        narrow = [1 if dim in dims else size for dim, size in enumerate(shape)]
+        if not source or list(source.meta.get("shape", ())) != narrow:
+            return None
+        kept = [size for dim, size in enumerate(shape) if dim not in dims]
+        flat = self._call(aten.reshape.default, (source, kept), {})
+        return self._call(aten.mul.Scalar, (flat, length), {})
+
+    def _known(self, argument: Any) -> Tensor | None:
+        is_known = isinstance(argument, fx.Node) and argument.op == "get_attr"
+        return self.constants[argument.target] if is_known else None
+
+    def _transposed(self, x: fx.Node) -> fx.Node:
+        """The transpose of a matrix, of the factors if it is a product.
+
+        Products under vmap have their points in columns, which is slow to go through.
+        """
+        if _is_transpose(x.target, x.args):
+            return cast(fx.Node, x.args[0])
+        if x.target is aten.mm.default:
+            first, second = map(self._transposed, cast(Any, x.args))
+            return self._call(x.target, (second, first), {})
+        constant = self._known(x)
+        if constant is not None:
+            return self._constant(constant.mT, (x, "transposed"))
+        return self._call(aten.permute.default, (x, [1, 0]), {})
+
+    def _across_transpose(self, target: Any, args: Any) -> fx.Node | None:
+        """A sum or product with constants, taken before a matrix is transposed."""
+        if target not in _SIGNED_SUMS and target is not aten.mul.Tensor:
+            return None
+        for place, x in enumerate(args):
+            constant = self._known(args[1 - place])
+            if constant is None or constant.dim() != 2:
+                continue
+            if isinstance(x, fx.Node) and _is_transpose(x.target, x.args):
+                both = [x.args[0], self._transposed(args[1 - place])]
+                inner = self._call(target, tuple(both[:: -1 if place else 1]), {})
+                return self._transposed(inner)
+        return None
 
     def _before_expansion(self, node: fx.Node) -> fx.Node | None:
         """What does the same to each number, done before these are repeated.
 
         A plate repeats the scale of its rows, of which one logarithm is enough.
         """
-        wide = self.new[node.all_input_nodes[0]] if node.all_input_nodes else None
-        if (
-            len(node.all_input_nodes) != 1
-            or not isinstance(wide, fx.Node)
-            or wide.target is not aten.expand.default
-        ):
+        news = [(n, self.new[n]) for n in node.all_input_nodes]
+        wide = [(n, x) for n, x in news if isinstance(x, fx.Node)]
+        if len(wide) != 1 or wide[0][1].target is not aten.expand.default:
             return None
-        source, value = wide.args[0], self.values.get(node)
-        assert isinstance(source, fx.Node)
+        source, value = wide[0][1].args[0], self.values.get(node)
         if not isinstance(value, Tensor) or value.numel() < _MANY:
             return None
         if not self._is_blind_to_repeats(node, source):
             return None
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: source)
+        if not all(_is_uniform(x) for _, x in news if isinstance(x, Tensor)):
+            return None
+        narrow_of = {
+            n: self._constant(x.flatten()[0]) for n, x in news if n is not wide[0][0]
+        }
+        args, kwargs = fx.node.map_arg(
+            (node.args, node.kwargs), lambda n: narrow_of.get(n, source)
+        )
         narrow = self._call(node.target, args, kwargs)
         narrow.meta["shape"] = source.meta.get("shape", ())
         return self._call(aten.expand.default, (narrow, list(value.shape)), {})
@@ -318,8 +475,8 @@ class _Cleaner:
         new = self.new[old]
         return self._constant(new) if isinstance(new, Tensor) else new
 
-    def _constant(self, value: Tensor) -> fx.Node:
-        key = ("constant", id(value))
+    def _constant(self, value: Tensor, of: Any = None) -> fx.Node:
+        key = ("constant", of or id(value))
         if key not in self.seen:
             name = f"constant_{len(self.constants)}"
             self.constants[name] = value  # which keeps its id its own
@@ -345,6 +502,39 @@ _NEUTRAL: dict[Any, tuple[float, bool]] = {
     aten.div.Tensor: (1.0, False),
     aten.add.Scalar: (0.0, False),
 }
+
+_SIGNED_SUMS = {aten.add.Tensor, aten.sub.Tensor}
+#: Operators whose result changes its sign with the first argument; products and
+#: quotients with the second too.
+_ODD = (
+    _VIEWS
+    | _SUMS
+    | {
+        aten.div.Tensor,
+        aten.expand.default,
+        aten.mul.Scalar,
+        aten.mul.Tensor,
+        aten.permute.default,
+        aten.squeeze.dim,
+        aten.unsqueeze.default,
+    }
+)
+
+
+def _is_uniform(constant: Tensor) -> bool:
+    return bool(constant.numel() and (constant == constant.flatten()[0]).all())
+
+
+def _is_transpose(target: Any, args: Any) -> bool:
+    return target is aten.t.default or (
+        target is aten.permute.default and args[1] == [1, 0]
+    )
+
+
+def _operand(argument: Any, target: Any) -> fx.Node | None:
+    """What an operator was applied to, if an argument is its result."""
+    is_result = isinstance(argument, fx.Node) and argument.target is target
+    return argument.args[0] if is_result else None
 
 
 def _layout(value: Tensor) -> tuple[Any, ...]:
