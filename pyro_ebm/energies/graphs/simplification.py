@@ -152,11 +152,26 @@ class _Cleaner:
             users = node.all_input_nodes[0].users
             if all(_is_transpose(user.target, user.args) for user in users):
                 return self._transposed(args[0])
+        if target is aten.tanh.default and self._is_slow_tanh(node):
+            inner = self._call(aten.mul.Scalar, (args[0], 2.0), {})
+            inner = self._call(aten.sigmoid.default, (inner,), {})
+            doubled = self._call(aten.mul.Scalar, (inner, 2.0), {})
+            return self._call(aten.sub.Scalar, (doubled, 1.0), {})
         if target is aten.sum.dim_IntList and len(args) == 2:
             shape = self.values[node.all_input_nodes[0]].shape
             dims = [dim % len(shape) for dim in args[1]] or [*range(len(shape))]
             return self._sum(args[0], dims, shape)
         return self._across_transpose(target, args) or self._signed(target, args)
+
+    def _is_slow_tanh(self, node: fx.Node) -> bool:
+        """Whether it takes thrice as long as by a sigmoid, which errs by 1e-16.
+
+        That matters where numbers next to 0 are divided by, or their logarithm taken.
+        """
+        value = self.values[node]
+        is_double = value.dtype is torch.float64 and value.device.type == "cpu"
+        is_large = value.numel() > _MANY
+        return is_double and is_large and all(n.target in _LINEAR for n in node.users)
 
     def _known_choice(self, node: fx.Node) -> Any:
         """What checks for negative numbers come to, where these are exponentials."""
@@ -529,6 +544,21 @@ def _is_transpose(target: Any, args: Any) -> bool:
     return target is aten.t.default or (
         target is aten.permute.default and args[1] == [1, 0]
     )
+
+
+#: Operators that a rounding of their arguments does no more to than to 1.
+_LINEAR = (
+    _IDENTITIES
+    | _ODD
+    | _SIGNED_SUMS
+    | {
+        aten.addmm.default,
+        aten.bmm.default,
+        aten.detach.default,
+        aten.mm.default,
+        aten.tanh_backward.default,
+    }
+) - {aten.div.Tensor}
 
 
 def _operand(argument: Any, target: Any) -> fx.Node | None:
