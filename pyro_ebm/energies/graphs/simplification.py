@@ -157,7 +157,8 @@ class _Cleaner:
             inner = self._call(aten.sigmoid.default, (inner,), {})
             doubled = self._call(aten.mul.Scalar, (inner, 2.0), {})
             return self._call(aten.sub.Scalar, (doubled, 1.0), {})
-        if target is aten.sum.dim_IntList and len(args) == 2:
+        is_plain = target is aten.sum.dim_IntList and len(args) == 2
+        if is_plain and self.values[node].dtype is torch.float64:
             shape = self.values[node.all_input_nodes[0]].shape
             dims = [dim % len(shape) for dim in args[1]] or [*range(len(shape))]
             return self._sum(args[0], dims, shape)
@@ -175,7 +176,8 @@ class _Cleaner:
 
     def _known_choice(self, node: fx.Node) -> Any:
         """What checks for negative numbers come to, where these are exponentials."""
-        value, args = self.values.get(node), node.args
+        value: Any = self.values.get(node)
+        args = node.args
         if node.target in (aten.lt.Scalar, aten.ge.Scalar):
             checked: Any = self.new[node.all_input_nodes[0]]
             is_known = checked.target is aten.exp.default and args[1] == 0
@@ -224,6 +226,8 @@ class _Cleaner:
         if operand:
             return operand
         args: Any = x.args
+        if x.kwargs:
+            return self._call(aten.neg.default, (x,), {})
         if x.target is aten.sub.Tensor and all(isinstance(a, fx.Node) for a in args):
             return self._call(x.target, args[::-1], {})
         if x.target in (aten.mul.Tensor, aten.div.Tensor):
@@ -238,7 +242,10 @@ class _Cleaner:
         """The multiple of what is constant or repeated; ``None`` if it is neither."""
         source = _operand(argument, aten.expand.default)
         if source:
-            narrow = self._call(aten.mul.Scalar, (source, factor), {})
+            if factor == -1:
+                narrow = self._negated(source)
+            else:
+                narrow = self._call(aten.mul.Scalar, (source, factor), {})
             narrow.meta["shape"] = source.meta.get("shape", ())
             return self._call(argument.target, (narrow, argument.args[1]), {})
         constant = self._known(argument)
@@ -317,22 +324,22 @@ class _Cleaner:
 
         A plate repeats the scale of its rows, of which one logarithm is enough.
         """
-        news = [(n, self.new[n]) for n in node.all_input_nodes]
-        wide = [(n, x) for n, x in news if isinstance(x, fx.Node)]
-        if len(wide) != 1 or wide[0][1].target is not aten.expand.default:
+        value = self.values.get(node)
+        wide = [n for n in node.all_input_nodes if isinstance(self.new[n], fx.Node)]
+        if len(wide) != 1 or not isinstance(value, Tensor) or value.numel() < _MANY:
             return None
-        source, value = wide[0][1].args[0], self.values.get(node)
-        if not isinstance(value, Tensor) or value.numel() < _MANY:
+        source = _operand(self.new[wide[0]], aten.expand.default)
+        if source is None or not self._is_blind_to_repeats(node, source):
             return None
-        if not self._is_blind_to_repeats(node, source):
+        numbers = {n: self.new[n] for n in node.all_input_nodes if n is not wide[0]}
+        dtype = self.values[wide[0]].dtype
+        if any(c.dtype is not dtype or not _is_uniform(c) for c in numbers.values()):
             return None
-        if not all(_is_uniform(x) for _, x in news if isinstance(x, Tensor)):
-            return None
-        narrow_of = {
-            n: self._constant(x.flatten()[0]) for n, x in news if n is not wide[0][0]
-        }
         args, kwargs = fx.node.map_arg(
-            (node.args, node.kwargs), lambda n: narrow_of.get(n, source)
+            (node.args, node.kwargs),
+            lambda n: (
+                self._constant(numbers[n].flatten()[0]) if n in numbers else source
+            ),
         )
         narrow = self._call(node.target, args, kwargs)
         narrow.meta["shape"] = source.meta.get("shape", ())

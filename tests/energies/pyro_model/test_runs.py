@@ -4,6 +4,8 @@ Seen to fail with the draws of torch, two fifths of which are the least number.
 """
 
 import math
+import sys
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -71,3 +73,22 @@ def test_priors_with_little_concentration(dtype):
 def test_other_distributions_are_not_drawn():
     assert _edge_draw(dist.Normal(0.0, 1.0)) is None
     assert _edge_draw(dist.LKJCholesky(3, 1.0)) is None
+
+
+def test_models_are_recorded_without_the_compiler(monkeypatch):
+    """Whose import takes longer than many a model."""
+    monkeypatch.setitem(sys.modules, "torch.fx.experimental.symbolic_shapes", None)
+
+    def model():
+        scale = pyro.sample("scale", dist.HalfCauchy(torch.ones(2)).to_event(1))
+        mean = pyro.sample("mean", dist.Uniform(-1.0, 3.0))
+        errors = (mean - torch.ones(5)).clone()
+        errors[1:3] *= scale.sum()  # writes into a tensor
+        errors.masked_fill_(errors > 5, 5.0)
+        with pyro.plate("rows", 5):
+            pyro.sample("y", dist.Normal(errors, scale[0]), obs=torch.zeros(5))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        energy = PyroModelEnergy(model)
+    assert energy.is_traced
