@@ -183,9 +183,11 @@ def test_chains_of_a_model_start_around_its_mass_in_its_metric():
     assert (start.num_groups, start.num_moved) == (16, 0)
     assert torch.equal(points.repeat_interleave(4, 0), start.state.x)
     assert start.state.x.dtype == torch.float64
-    factor = start.kernel.scale_tril
-    white = torch.linalg.solve_triangular(factor, points.mT, upper=False).mT
-    deviation = white.std(0)
+    white = []
+    for each in (start, *(started(line)[1] for _ in range(2))):
+        factor, points = each.kernel.scale_tril, each.state.x[::4]
+        white += [torch.linalg.solve_triangular(factor, points.mT, upper=False).mT]
+    deviation = torch.cat(white).std(0)
     assert ((deviation > 0.7) & (deviation < 3)).all()
     assert (factor[1, 0] / factor[1].norm()).abs() > 0.9  # slope and intercept
     _, start = started(line, kernel=HMC(scale=torch.ones(3)))
