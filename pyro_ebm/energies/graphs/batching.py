@@ -40,7 +40,8 @@ from pyro_ebm.energies.graphs.recording import (
     is_random,
     record,
 )
-from pyro_ebm.energies.graphs.simplification import clean, grouped
+from pyro_ebm.energies.graphs.repetition import grouped
+from pyro_ebm.energies.graphs.simplification import clean
 
 #: Numbers of points for which a graph is kept.
 _MAX_SIZES = 24

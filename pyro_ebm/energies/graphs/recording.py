@@ -11,6 +11,7 @@ __all__ = [
     "first_line",
     "is_random",
     "record",
+    "same_key",
     "tags",
 ]
 
@@ -267,3 +268,22 @@ def is_random(operator: Any) -> bool:
 def _is_mutating(recording: Recording) -> bool:
     schemas = (getattr(n.target, "_schema", None) for n in recording.graph.nodes)
     return any(schema is not None and schema.is_mutable for schema in schemas)
+
+
+def same_key(target: Any, args: Any, kwargs: Any) -> Any:
+    """What makes two nodes the same computation; ``None`` if it cannot be told."""
+
+    def frozen(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return (type(value).__name__, *map(frozen, value))
+        if isinstance(value, dict):
+            return tuple((name, frozen(part)) for name, part in value.items())
+        # 1, 1.0 and True are equal and hash alike, but promote otherwise.
+        return (type(value), value)
+
+    key = (target, frozen(args), frozen(kwargs))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key

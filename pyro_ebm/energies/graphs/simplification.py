@@ -1,35 +1,26 @@
 """Simplify a recorded graph of operators: fewer of them, with a batched form.
 
-:func:`clean` folds constants, drops what has no effect and shares what is equal; the
-value stays the same at every input, and so does its gradient where that is asked for.
-
-:func:`grouped` applies operators that the graph repeats all at once. A model with a
-loop, over data or over time, has the same few operators again and again, each on small
-tensors, and costs so many calls. Those at the same depth of the graph that differ in
-their tensors only are one operator on stacked tensors; a chain of additions is one
-sum; and a linear recurrence is solved as in
-:mod:`pyro_ebm.energies.graphs.recurrences`.
+Constants are folded, what has no effect is dropped and what is equal shared; the value
+stays the same at every input, and so does its gradient where that is asked for. In a
+graph that is not differentiated any more, signs and factors of two meet, products under
+``vmap`` lose their transposes, and what is constant or repeated is summed apart.
 """
 
-__all__ = ["clean", "grouped"]
+__all__ = ["clean"]
 
 import math
-import operator
-from collections.abc import Callable, Sequence
-from graphlib import CycleError, TopologicalSorter
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from pyro_ebm.energies.graphs.recording import (
     Recording,
     UntraceableError,
     is_random,
+    same_key,
     tags,
 )
-from pyro_ebm.energies.graphs.recurrences import Recurrence, recurrences
 
 aten = torch.ops.aten
 
@@ -145,6 +136,10 @@ class _Cleaner:
         args, kwargs = self._mapped(node.args), self._mapped(node.kwargs)
         if self.differentiable or kwargs:
             return self._call(target, args, kwargs)
+        return self._rearranged(node, target, args)
+
+    def _rearranged(self, node: fx.Node, target: Any, args: Any) -> Any:
+        """What takes fewer or faster operators, where no gradient is to follow."""
         known = self._known_choice(node)
         if known is not None:
             return known
@@ -359,7 +354,7 @@ class _Cleaner:
         return operator(*args, **kwargs)
 
     def _call(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        key = None if is_random(target) else _key(target, args, kwargs)
+        key = None if is_random(target) else same_key(target, args, kwargs)
         if key is None:
             return self.graph.call_function(target, args, kwargs)
         if key not in self.seen:
@@ -586,273 +581,3 @@ def _lean(constant: Tensor) -> Tensor:
         if size > 1 and lean.equal(first.expand_as(lean)):
             lean = first
     return lean.clone().expand_as(constant)
-
-
-def _key(target: Any, args: Any, kwargs: Any) -> Any:
-    """What makes two nodes the same computation; ``None`` if it cannot be told."""
-
-    def frozen(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return (type(value).__name__, *map(frozen, value))
-        if isinstance(value, dict):
-            return tuple((name, frozen(part)) for name, part in value.items())
-        # 1, 1.0 and True are equal and hash alike, but promote otherwise.
-        return (type(value), value)
-
-    key = (target, frozen(args), frozen(kwargs))
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
-
-
-aten = torch.ops.aten
-
-#: Operators of a graph below which nothing is gained.
-_MIN_OPERATORS = 50
-#: Share of the calls that may be left for it to be worth it.
-_MAX_LEFT = 0.7
-#: Terms of a sum that are added at once.
-_MIN_TERMS = 4
-
-_Group: TypeAlias = list[fx.Node]
-
-
-@torch.no_grad()
-def grouped(graph: fx.GraphModule, *inputs: Tensor) -> Callable[..., Any] | None:
-    """The function of a graph, with fewer calls of operators.
-
-    Args:
-        graph: Without operators that write into their arguments.
-        *inputs: Some inputs, for the shapes that tensors have.
-
-    Returns:
-        The function, to be recorded anew; ``None`` where little is repeated.
-    """
-    operators = [node for node in graph.graph.nodes if node.op == "call_function"]
-    if len(operators) < _MIN_OPERATORS or any(is_random(n.target) for n in operators):
-        return None
-    layouts = _Layouts(graph)
-    layouts.run(*inputs)
-    terms = _terms(operators, layouts.of)
-    inner = _inner(terms)
-    outer = [node for node in operators if node not in inner]
-    paths = recurrences([node for node in outer if node not in terms], layouts.of)
-    try:
-        groups = _groups(outer, terms, paths, layouts.of)
-    except CycleError:  # two of them wait for each other
-        paths = []
-        groups = _groups(outer, terms, paths, layouts.of)
-    if len(groups) > _MAX_LEFT * len(operators):
-        return None
-    solved = {path.last: path for path in paths}
-    return lambda *inputs: _Run(graph, terms, solved, inputs).outputs(groups)
-
-
-class _Layouts(fx.Interpreter):
-    """Shape and type of every tensor."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph)
-        self.of: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        self.of[n] = tree_map(
-            lambda part: (part.shape, part.dtype) if isinstance(part, Tensor) else part,
-            result,
-        )
-        return result
-
-
-def _terms(
-    operators: Sequence[fx.Node], layouts: dict[fx.Node, Any]
-) -> dict[fx.Node, list[fx.Node]]:
-    """What additions add, where one feeds the next: the terms of each last one."""
-    terms: dict[fx.Node, list[fx.Node]] = {}
-    for node in operators:
-        if node.target is not aten.add.Tensor or node.kwargs:
-            continue
-        if not all(isinstance(a, fx.Node) for a in node.args):
-            continue
-        if any(layouts[a] != layouts[node] for a in node.all_input_nodes):
-            continue
-        found: list[fx.Node] = []
-        for argument in (node.args[0], node.args[1]):
-            assert isinstance(argument, fx.Node)
-            is_own = argument in terms and len(argument.users) == 1
-            found += terms[argument] if is_own else [argument]
-        terms[node] = found
-    used = {a for node in terms for a in node.all_input_nodes}
-    last = [n for n in terms if not (n in used and len(n.users) == 1)]
-    return {n: terms[n] for n in last if len(terms[n]) >= _MIN_TERMS}
-
-
-def _inner(terms: dict[fx.Node, list[fx.Node]]) -> set[fx.Node]:
-    """The additions before the last of each sum."""
-    inner: set[fx.Node] = set()
-    for node, found in terms.items():
-        outside, queue = set(found), [node]
-        while queue:
-            for argument in queue.pop().all_input_nodes:
-                if argument not in outside and argument not in inner:
-                    inner.add(argument)
-                    queue.append(argument)
-    return inner
-
-
-def _groups(
-    operators: Sequence[fx.Node],
-    terms: dict[fx.Node, list[fx.Node]],
-    paths: Sequence[Recurrence],
-    layouts: dict[fx.Node, Any],
-) -> list[_Group]:
-    """Operators that can be applied at once, in an order in which they can be.
-
-    Raises:
-        CycleError: If they cannot while each recurrence is one operator.
-    """
-    known = {n: path.last for path in paths for step in path.steps for n in step}
-    before = {n: terms.get(n, n.all_input_nodes) for n in operators if n not in known}
-    before |= {path.last: path.arguments for path in paths}
-    waits = {n: {known.get(a, a) for a in some} for n, some in before.items()}
-    depth: dict[fx.Node, int] = {}
-    for node in TopologicalSorter(waits).static_order():
-        depth[node] = 1 + max((depth[a] for a in waits.get(node, ())), default=-1)
-    found: dict[Any, _Group] = {}
-    for node in operators:
-        if node not in before:
-            continue
-        key: Any = None
-        if node not in terms and node not in known:
-            arguments = fx.node.map_arg((node.args, node.kwargs), layouts.__getitem__)
-            key = _key(node.target, *arguments)
-        found.setdefault((depth[node], node if key is None else key), []).append(node)
-    return [found[key] for key in sorted(found, key=lambda key: key[0])]
-
-
-class _Run:
-    """One evaluation of a graph by groups."""
-
-    def __init__(
-        self,
-        graph: fx.GraphModule,
-        terms: dict[fx.Node, list[fx.Node]],
-        paths: dict[fx.Node, Recurrence],
-        inputs: Sequence[Tensor],
-    ) -> None:
-        self.graph, self.terms, self.paths = graph, terms, paths
-        self.values: dict[fx.Node, Any] = {}
-        self.place: dict[fx.Node, tuple[Any, int]] = {}  # group, and which of it
-        self.stacked: dict[Any, Any] = {}
-        given = iter(inputs)
-        for node in graph.graph.nodes:
-            if node.op == "placeholder":
-                self.values[node] = next(given)
-            elif node.op == "get_attr":
-                self.values[node] = getattr(graph, str(node.target))
-
-    def outputs(self, groups: list[_Group]) -> Any:
-        """What the graph returns."""
-        for number, group in enumerate(groups):
-            if group[0] in self.paths:
-                path = self.paths[group[0]]
-                columns = path.solved(self.value, self.side_by_side)
-                for nodes, values in zip(
-                    zip(*path.steps, strict=True), columns, strict=True
-                ):
-                    self.hold(nodes, values, (number, nodes[0]))
-            elif len(group) == 1:
-                self.values[group[0]] = self.one(group[0])
-            else:
-                self.hold(group, self.many(group), number)
-        output = next(iter(reversed(self.graph.graph.nodes)))
-        return fx.node.map_arg(output.args[0], self.value)
-
-    def hold(self, nodes: Sequence[fx.Node], stacked: Any, number: Any) -> None:
-        """Keep the values of some operators, stacked."""
-        self.stacked[number] = stacked
-        self.place.update({node: (number, k) for k, node in enumerate(nodes)})
-
-    def value(self, node: fx.Node) -> Any:
-        """The value of one operator."""
-        if node not in self.values:
-            number, k = self.place[node]
-            self.values[node] = tree_map(lambda part: part[k], self.stacked[number])
-        return self.values[node]
-
-    def one(self, node: fx.Node) -> Any:
-        """Apply one operator, or sum up many terms."""
-        if node in self.terms:
-            return self.side_by_side(self.terms[node]).sum(0)
-        if node.target is aten.stack.default and not node.kwargs:
-            parts, *dim = cast(Any, node.args)
-            if all(part in self.place for part in parts):
-                return self.side_by_side(parts).movedim(0, *dim or [0])
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)
-        target: Any = node.target
-        return target(*args, **kwargs)
-
-    def many(self, group: _Group) -> Any:
-        """Apply the operator of a group to all of its arguments at once."""
-        target: Any = group[0].target
-        if target is operator.getitem:
-            parents = [node.all_input_nodes[0] for node in group]
-            return self.side_by_side(parents)[group[0].args[1]]
-        flat = [tree_flatten((node.args, node.kwargs)) for node in group]
-        leaves, spec = flat[0][0], flat[0][1]
-        columns: list[Any] = list(zip(*(part for part, _ in flat), strict=True))
-        is_tensor = [isinstance(leaf, fx.Node) for leaf in leaves]
-        tensors: list[Any] = []
-        in_dims: list[int | None] = []
-        for column, is_node in zip(columns, is_tensor, strict=True):
-            if not is_node:
-                continue
-            if all(node is column[0] for node in column):
-                tensors.append(self.value(column[0]))
-                in_dims.append(None)
-            else:
-                tensors.append(self.side_by_side(column))
-                in_dims.append(0)
-
-        def apply(*parts: Tensor) -> Any:
-            given = iter(parts)
-            mixed = [
-                next(given) if is_node else leaf
-                for leaf, is_node in zip(leaves, is_tensor, strict=True)
-            ]
-            args, kwargs = tree_unflatten(mixed, spec)
-            return target(*args, **kwargs)
-
-        return torch.vmap(apply, tuple(in_dims))(*tensors)
-
-    def side_by_side(self, nodes: Sequence[fx.Node]) -> Any:
-        """The values of some operators, stacked."""
-        sources: dict[Any, list[int]] = {}
-        which: dict[Any, list[int]] = {}
-        for position, node in enumerate(nodes):
-            number, k = self.place.get(node, (node, 0))
-            sources.setdefault(number, []).append(position)
-            which.setdefault(number, []).append(k)
-        parts = [self.part(number, which[number]) for number in sources]
-        order = [position for positions in sources.values() for position in positions]
-        back = sorted(range(len(order)), key=order.__getitem__)
-        if len(parts) == 1:
-            return parts[0]
-        return tree_map(lambda *some: _chosen(torch.cat(some), back), *parts)
-
-    def part(self, source: Any, which: list[int]) -> Any:
-        """Some of the values of a group, or the value of one operator."""
-        if isinstance(source, fx.Node):
-            return tree_map(
-                lambda part: part.expand(len(which), *part.shape), self.value(source)
-            )
-        return tree_map(lambda part: _chosen(part, which), self.stacked[source])
-
-
-def _chosen(stacked: Tensor, which: list[int]) -> Tensor:
-    first, count = which[0], len(which)
-    if which == list(range(first, first + count)):
-        return stacked if count == len(stacked) else stacked.narrow(0, first, count)
-    return stacked.index_select(0, torch.tensor(which, device=stacked.device))

@@ -8,7 +8,8 @@ from torch import fx, nn
 
 from pyro_ebm.energies.graphs.batching import LoopedFunction, TracedFunction, _rebound
 from pyro_ebm.energies.graphs.recording import UntraceableError, record
-from pyro_ebm.energies.graphs.simplification import _Layouts, clean
+from pyro_ebm.energies.graphs.repetition import _Layouts
+from pyro_ebm.energies.graphs.simplification import clean
 
 MATRIX = torch.tensor([[2.0, 0.3, 0.1], [0.3, 1.5, 0.2], [0.1, 0.2, 1.0]])
 
