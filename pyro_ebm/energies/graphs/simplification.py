@@ -157,7 +157,59 @@ class _Cleaner:
             shape = self.values[node.all_input_nodes[0]].shape
             dims = [dim % len(shape) for dim in args[1]] or [*range(len(shape))]
             return self._sum(args[0], dims, shape)
-        return self._across_transpose(target, args) or self._signed(target, args)
+        both = self._side_by_side(*args) if target is aten.add.Tensor else None
+        return (
+            both or self._across_transpose(target, args) or self._signed(target, args)
+        )
+
+    def _side_by_side(self, *args: Any) -> fx.Node | None:
+        """A sum with gradients of two slices that meet, as one of both."""
+        for rest, last in (args, args[::-1]):
+            terms: list[Any] = [(None, rest)]
+            if isinstance(rest, fx.Node) and rest.target is aten.add.Tensor:
+                terms += [rest.args, rest.args[::-1]]
+            for others, term in terms:
+                parts = [self._slice_gradient(part) for part in (term, last)]
+                if None in parts:
+                    continue
+                (shape, dim, start, middle, before), second = sorted(
+                    parts, key=lambda p: p[2]
+                )
+                if second[:3] != (shape, dim, middle):
+                    continue
+                both = self._call(aten.cat.default, (before + second[4], dim), {})
+                if (start, second[3]) != (0, shape[dim]):
+                    where = (list(shape), dim, start, second[3], 1)
+                    both = self._call(aten.slice_backward.default, (both, *where), {})
+                return (
+                    both
+                    if others is None
+                    else self._call(aten.add.Tensor, (others, both), {})
+                )
+        return None
+
+    def _slice_gradient(self, x: Any) -> Any:
+        """Its shape, axis, start and end, and what it consists of; else ``None``."""
+        if not isinstance(x, fx.Node):
+            return None
+        args: Any = x.args
+        if x.target is aten.slice_backward.default and args[5] == 1:
+            piece, shape, dim, *ends, _ = args
+            start, end, _ = slice(*ends).indices(shape[dim])
+            is_cat = piece.target is aten.cat.default and piece.args[1:] == (dim,)
+            return (
+                tuple(shape),
+                dim,
+                start,
+                end,
+                list(piece.args[0]) if is_cat else [piece],
+            )
+        if x.target is aten.select_backward.default:
+            piece, shape, dim, start = args
+            start %= shape[dim]
+            row = self._call(aten.unsqueeze.default, (piece, dim), {})
+            return tuple(shape), dim, start, start + 1, [row]
+        return None
 
     def _is_slow_tanh(self, node: fx.Node) -> bool:
         """Whether it takes thrice as long as by a sigmoid, which errs by 1e-16.

@@ -52,7 +52,19 @@ def small_slopes(u):
     return wide.tanh().log().mean() + (X[:, :1] * u).tanh().sum()
 
 
-RULES = [signs_and_scales, checks_of_exponentials, rows_of_a_plate, matrices]
+def parts_of_a_vector(u):
+    """Neighbours in either order, one apart, one in steps."""
+    whole = (u[4:] ** 3).sum() + u[3].exp() * u[1:3].sin().sum() + u[0] ** 4
+    return whole + (u[:2] * u[4:]).sum() + u[::2].cos().prod() + u[-1] * u[2]
+
+
+RULES = [
+    parts_of_a_vector,
+    signs_and_scales,
+    checks_of_exponentials,
+    rows_of_a_plate,
+    matrices,
+]
 
 
 @pytest.mark.parametrize("function", [*RULES, small_slopes])
