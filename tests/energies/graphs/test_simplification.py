@@ -55,7 +55,7 @@ def small_slopes(u):
 def parts_of_a_vector(u):
     """Neighbours in either order, one apart, one in steps."""
     whole = (u[4:] ** 3).sum() + u[3].exp() * u[1:3].sin().sum() + u[0] ** 4
-    return whole + (u[:2] * u[4:]).sum() + u[::2].cos().prod() + u[-1] * u[2]
+    return whole + (u[:2] * u[4:]).sum() + u[:4:2].cos().prod() + u[-1] * u[2]
 
 
 RULES = [
