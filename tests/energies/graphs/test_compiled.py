@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ebm.core.errors import CompilationWarning
 from pyro_ebm.energies import CompiledEnergy, FunctionEnergy, QuadraticEnergy
-from pyro_ebm.energies.graphs.inductor import _PRODUCTS
+from pyro_ebm.energies.graphs.compiled import _PRODUCTS
 from pyro_ebm.mcmc import HMC, MALA
 from pyro_ebm.mcmc.kernels.metric import LowRank
 
