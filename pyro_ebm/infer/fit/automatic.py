@@ -148,7 +148,7 @@ class Plan(NamedTuple):
             weights = weights_of(model.energy)
             others = [p for p in model.parameters() if all(p is not w for w in weights)]
             groups = [{"params": others}, {"params": weights}]
-        adam = torch.optim.Adam(groups, lr=self.rate)
+        adam = torch.optim.Adam(groups, lr=self.rate, fused=self.decays or None)
         total, start = sum(s.num_steps for s in self.stages), self.watch.seconds
         wanted = total
 

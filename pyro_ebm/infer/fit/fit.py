@@ -45,9 +45,11 @@ from pyro_ebm.infer.fit.fit_checks import (
 from pyro_ebm.infer.fit.fit_record import FitRecord
 from pyro_ebm.infer.fit.fit_result import FitResult, FitTimings
 from pyro_ebm.infer.fit.optimiser import (
+    Centring,
     FitOptim,
     GradientNoise,
     as_fit_optim,
+    contrast,
     decay_by_gap,
     default_optim,
     require_parameters,
@@ -276,7 +278,7 @@ class _Fit:
         self.steps_of_stages: list[int] = []
         self.began = time.perf_counter(), time.process_time()
         self.step_seconds, self.next_look, self.seconds_each = 0.0, 0.0, 0.0
-        self.decays, self.decay = False, 0.0
+        self.decays, self.decay, self.shares = False, 0.0, torch.empty(0)
 
     @property
     def num_steps(self) -> int:
@@ -300,6 +302,8 @@ class _Fit:
             optim, self.decays = self.plan.optim(self.model), self.plan.decays
         optim = default_optim(self.model) if optim is None else optim
         optims = [self._optim(stage.optim or optim) for stage in self.stages]
+        if self.decays:
+            optims[0].centring = Centring.of(self.model.energy, self.train_data)
         batch_size = min(self.batch_size, len(data.rows))
         batches, last = data.batches(batch_size, self.model), nn.Module()
         stopped = "finished"
@@ -586,8 +590,10 @@ class _Fit:
 
     def _set_decay(self, optim: FitOptim, held_out: Tensor) -> None:
         """Let weights decay as held-out rows want, by an average over the records."""
-        rows = self.train_data, held_out
-        found = decay_by_gap(self.model.energy, *rows, self.weights)
+        if not len(self.shares):
+            self.shares = contrast(self.train_data, held_out, self.weights)
+        rows = torch.cat([self.train_data, held_out])
+        found = decay_by_gap(self.model.energy, rows, self.shares)
         self.decay += 0.3 * (found - self.decay)
         optim.set_decay(self.decay)
 

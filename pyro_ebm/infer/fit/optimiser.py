@@ -16,19 +16,37 @@ the weights :math:`W`, that of held-out rows is stationary along :math:`W` for
         - \langle W, \partial_W f \rangle_{\text{train}}}{\lVert W \rVert^2}     \tag{2}
 
 in which the expectation under the model, and its noise, cancel.
+That the means of the sites differ between the rows by chance is left out of it.
+
+The weights of a machine of two layers mean less where units are far from 0 on average:
+then each also does what a bias does. With weights between units less their means,
+:math:`\mu` of the visible statistics and :math:`\lambda` of the hidden units, and with
+biases that make the same energy, gradients and steps are
+
+.. math::
+    \partial_{W'} = \partial_W - \mu \partial_c^\top - \partial_b \lambda^\top, \qquad
+    \Delta b = \Delta b' - \Delta W' \lambda, \qquad
+    \Delta c = \Delta c' - \Delta W'^\top \mu                             \tag{3}
+
+References:
+    Montavon & Mueller (2012), Deep Boltzmann machines and the centering trick.
+    Melchior, Fischer & Wiskott (2016), How to center deep Boltzmann machines, JMLR 17.
 """
 
 __all__ = [
+    "Centring",
     "FitOptim",
     "GradientNoise",
     "as_fit_optim",
+    "contrast",
     "decay_by_gap",
     "default_optim",
     "require_parameters",
     "weights_of",
 ]
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pyro
@@ -37,7 +55,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_ebm.distributions import EnergyModel
-from pyro_ebm.energies import Energy
+from pyro_ebm.energies import Energy, RBMEnergy
+
+#: Rows for each site from which on those held out are matched to the others.
+_ROWS_A_SITE = 5
 
 
 class GradientNoise:
@@ -84,6 +105,52 @@ class GradientNoise:
         return ratio.item() if ratio.isfinite() else None
 
 
+class Centring:
+    """Steps (3) of a machine with units less their means.
+
+    Args:
+        machine: Whose weights and biases are learned.
+        rows: Data that say the means, shape ``(N, V)``.
+    """
+
+    #: Steps between two looks at the means.
+    INTERVAL = 50
+
+    def __init__(self, machine: RBMEnergy, rows: Tensor) -> None:
+        self.machine, self.rows, self.count = machine, rows, 0
+        self.means = torch.empty(0), torch.empty(0)
+
+    @classmethod
+    def of(cls, energy: Energy, rows: Tensor) -> "Centring | None":
+        """That of a machine of which all is learned, else ``None``."""
+        if not isinstance(energy, RBMEnergy):
+            return None
+        learned = {id(p) for p in energy.parameters() if p.requires_grad}
+        parts = energy.weight, energy.visible_bias, energy.hidden_bias
+        return cls(energy, rows) if learned >= {id(p) for p in parts} else None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Within it the optimiser moves what it knows as weights and biases."""
+        machine = self.machine
+        if self.count % self.INTERVAL == 0:
+            self.means = machine.unit_means(self.rows)
+        self.count += 1
+        visible, hidden = self.means
+        weight, bias = machine.weight, machine.visible_bias
+        by_bias, by_hidden = bias.grad, machine.hidden_bias.grad
+        if weight.grad is None or by_bias is None or by_hidden is None:
+            yield
+            return
+        with torch.no_grad():
+            weight.grad -= visible[..., None] * by_hidden + by_bias[..., None] * hidden
+            before = weight.clone()
+            yield
+            moved = weight - before
+            bias -= moved @ hidden  # (3)
+            machine.hidden_bias -= visible.flatten() @ moved.flatten(0, -2)
+
+
 class FitOptim(pyro.optim.PyroOptim):
     """A common interface to optimisers and schedulers of torch and Pyro.
 
@@ -106,10 +173,15 @@ class FitOptim(pyro.optim.PyroOptim):
         self.plateau_mode = _plateau_mode(inner)
         self.moved = list(energy_model.parameters())
         self.added: list[nn.Parameter] = []
+        self.centring: Centring | None = None
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Take a step; what ``SVI`` calls."""
         self.noise.observe()
+        with nullcontext() if self.centring is None else self.centring.step():
+            self._move(params)
+
+    def _move(self, params: Any) -> None:
         if self.max_grad_norm is not None:
             # Of these, not of params: that is a set, without an order to reproduce.
             moved = [*self.moved, *self.added]
@@ -196,26 +268,51 @@ def weights_of(energy: Energy) -> list[nn.Parameter]:
     return [p for p in energy.parameters() if p.requires_grad and p.dim() > 1]
 
 
+@torch.no_grad()
+def contrast(train: Tensor, held_out: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Shares of held-out rows, and minus those of training rows, for the gap of (2).
+
+    What a sum of functions of the sites differs by is chance, and more than the gap: so
+    the shares are the nearest to equal ones in which no mean of a site differs. Few
+    rows, less than five a site, have equal ones.
+
+    Args:
+        train: Rows that are learned from, shape ``(N, *event)``.
+        held_out: Others, shape ``(M, *event)``.
+        weights: Of these, shape ``(M,)``; default: all equal.
+
+    Returns:
+        Shape ``(N + M,)``, training rows first.
+    """
+    rows, number = torch.cat([train, held_out]).flatten(1).double(), len(train)
+    mass = rows.new_ones(len(rows))
+    if weights is not None:
+        mass[number:] = weights
+    shares = mass / mass[number:].sum()
+    shares[:number] = -1 / number
+    if len(rows) >= _ROWS_A_SITE * rows.shape[1]:
+        off = rows - mass @ rows / mass.sum()
+        square = off.mT @ (mass[:, None] * off)
+        square.diagonal().add_(1e-6 * square.diagonal().mean().clamp(min=1e-9))
+        shares -= mass * (off @ torch.linalg.solve(square, off.mT @ shares))
+        shares /= shares[number:].sum()
+    return shares
+
+
 @torch.enable_grad()
-def decay_by_gap(
-    energy: Energy, train: Tensor, held_out: Tensor, weights: Tensor | None = None
-) -> float:
+def decay_by_gap(energy: Energy, rows: Tensor, shares: Tensor) -> float:
     """The decay (2) of the weights, at least 0; 0 where there are none.
 
     Args:
         energy: At its current parameters.
-        train: Rows that it learns from, shape ``(N, *event)``.
-        held_out: Others, shape ``(M, *event)``.
-        weights: Of these, shape ``(M,)``; default: all equal.
+        rows: That it learns from, then others, shape ``(N + M, *event)``.
+        shares: Of either, as :func:`contrast` has them.
     """
     learned = weights_of(energy)
     if not learned:
         return 0.0
-    values = energy(held_out)
-    shares = torch.full_like(values, 1 / len(values))
-    if weights is not None:
-        shares = (weights / weights.sum()).to(values)
-    gap = shares @ values - energy(train).mean()
+    values = energy(rows)
+    gap = shares.to(values) @ values
     found = torch.autograd.grad(gap, learned, allow_unused=True)
     pairs = [(p, g) for p, g in zip(learned, found, strict=True) if g is not None]
     with torch.no_grad():
