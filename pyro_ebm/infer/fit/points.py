@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -217,8 +218,8 @@ def _first(item: Any) -> Any:
 
 
 def _as_tensor(name: str, data: Any, model: EnergyModel) -> Tensor:
-    if hasattr(data, "to_numpy"):
-        data = _of_pandas(name, data)
+    if hasattr(data, "to_numpy") or isinstance(data, np.ndarray):
+        data = _numbers_of(name, data)
     if not isinstance(data, Tensor):
         try:
             data = torch.tensor(data)  # a copy: an array may be read-only
@@ -236,26 +237,35 @@ def _as_tensor(name: str, data: Any, model: EnergyModel) -> Tensor:
     return data.to(options["device"])
 
 
-def _of_pandas(name: str, data: Any) -> Any:
-    """Numbers of a table, in which what is missing is ``nan``."""
-    found = data.to_numpy()
-    if found.dtype != object:
+def _numbers_of(name: str, data: Any) -> Any:
+    """Numbers of a table or an array of objects; what is missing there is ``nan``."""
+    found = data.to_numpy() if hasattr(data, "to_numpy") else data
+    if found.dtype.kind not in "OUS":
         return found
     try:  # columns of several types, such as flags and counts, or with pandas.NA
-        return data.to_numpy(dtype=float, na_value=math.nan)
+        return _as_floats(data)
     except (TypeError, ValueError):
-        columns = data.items() if hasattr(data, "items") and data.ndim > 1 else ()
+        columns = enumerate(found.T) if found.ndim > 1 else ()
+        if hasattr(data, "items") and data.ndim > 1:
+            columns = data.items()
         words = [key for key, column in columns if not _is_numeric(column)]
         raise TypeError(
             f"{name} must be a tensor, an array or a table of numbers, got words or "
             f"categories in the column(s) {words}. Number them from 0 on, as "
-            "table[column].astype('category').cat.codes does, where -1 is missing."
+            "table[column].astype('category').cat.codes does, where -1 is missing, or "
+            "numpy.unique(column, return_inverse=True)[1]."
         ) from None
+
+
+def _as_floats(column: Any) -> Any:
+    if hasattr(column, "to_numpy"):
+        return column.to_numpy(dtype=float, na_value=math.nan)
+    return column.astype(float)
 
 
 def _is_numeric(column: Any) -> bool:
     try:
-        column.to_numpy(dtype=float, na_value=math.nan)
+        _as_floats(column)
     except (TypeError, ValueError):
         return False
     return True

@@ -50,6 +50,22 @@ def test_a_table_of_pandas():
         as_points("data", words, model())
 
 
+def test_an_array_of_objects():
+    """Numbers are taken, with what is missing as nan; words are refused with a way out.
+    Planted fault, seen to fail: torch's own complaint of the type of the array."""
+    numbers = np.array([[1, 2.5], [None, 4]], dtype=object)
+    found = as_points("data", numbers, model(), may_miss=True)
+    assert found.missing.tolist() == [[False, False], [True, False]]
+    for words in (
+        np.array([["x", "3"], ["y", "4"]]),
+        np.array([["x", 3], ["y", 4]], "O"),
+    ):
+        with pytest.raises(
+            TypeError, match=r"of numbers, got words .* \[0\]\. .*unique"
+        ):
+            as_points("data", words, model())
+
+
 def test_what_is_missing_for_pandas():
     """Seen to be refused: columns of which one holds pandas.NA are objects."""
     pandas = pytest.importorskip("pandas")
