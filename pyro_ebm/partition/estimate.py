@@ -10,18 +10,20 @@ from typing import Any, Literal, TypeAlias
 
 import pyro.distributions as dist
 import torch
+from torch import Tensor
 
 from pyro_ebm.bases.mixed import latent_classes
 from pyro_ebm.bases.stack import Stack
 from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.core.verdict import Finding, Reason, Status
-from pyro_ebm.energies import Energy, PyroModelEnergy
+from pyro_ebm.energies import Energy, PyroModelEnergy, unconstrained
 from pyro_ebm.energies.base import require_no_batch
 from pyro_ebm.energies.corrections import corrected
 from pyro_ebm.energies.discrete.finite import finite_values
 from pyro_ebm.energies.views.pointwise import check_pointwise
 from pyro_ebm.mcmc import IndependentChains
+from pyro_ebm.mcmc.starts.modes import Descent
 from pyro_ebm.mcmc.tempering.path import GeometricPath
 from pyro_ebm.partition.base import LogPartitionEstimate
 from pyro_ebm.partition.base_check import check_draws
@@ -52,6 +54,8 @@ _NOTHING = 100.0
 #: these cost, and evaluations at most.
 _FIRST_DRAWS, _MOST_DRAWS, _NUM_CHAINS = 20_000, 180_000, 1000
 _COST_OF_CHAINS, _MOST_EVALUATIONS = 3_000_000, 20_000_000
+#: Gradients of the descents that these begin with, where the base is a guess.
+_DESCENT = 100
 #: By how much a run of annealing is larger than the one before.
 _GROWTH = 3
 
@@ -245,7 +249,9 @@ def _sampled(
         budget = limits.budget or 50_000
         result = _SAMPLERS[method](energy, base, budget, progress_bar)
     elif result is None and isinstance(energy.support, MixedSupport):
-        result = _by_classes(energy, base, limits, is_shown=progress_bar)
+        result = _by_classes(
+            energy, base, limits, is_guess=given is None, is_shown=progress_bar
+        )
     elif result is None:
         reach = 1.0 if given is not None else reach_of(base)
         result, _ = two_routes(energy, base, limits, is_shown=progress_bar, reach=reach)
@@ -263,11 +269,13 @@ def _by_classes(
     given: dist.TorchDistribution,
     limits: Limits,
     *,
+    is_guess: bool,
     is_shown: bool,
 ) -> LogPartitionEstimate:
     """Over a mixed support: importance from the base and from what chains have found.
 
-    Latent classes are fitted to the ends of chains that began at the base.
+    Latent classes are fitted to the ends of chains that began at the base. One that is
+    a guess is not believed by itself: its draws tell nothing of what lies elsewhere.
     """
     left = _MOST_EVALUATIONS if limits.budget is None else limits.budget
     number, proposal, before = min(_FIRST_DRAWS, left), given, None
@@ -278,13 +286,15 @@ def _by_classes(
         left -= number
         if before is not None:
             found = _held_against(before, found, "chains")
-        is_enough = found.is_reliable and found.std_error <= limits.tolerance
+        may_do = not is_guess or proposal is not given
+        is_enough = may_do and found.is_reliable and found.std_error <= limits.tolerance
         is_late = limits.seconds > limits.max_seconds / _GROWTH
         if is_enough or is_late or left < number or number >= _MOST_DRAWS:
             break
         if proposal is given and left > _COST_OF_CHAINS:
-            counted, before = CountedEnergy(energy), found
-            chains = IndependentChains(given, progress_bar=is_shown)
+            counted, before = CountedEnergy(energy), None if is_guess else found
+            start = _low_points(counted, given) if is_guess else given
+            chains = IndependentChains(start, progress_bar=is_shown)
             ends = chains.draw_diagnosed(counted, _NUM_CHAINS).x
             left -= counted.num_evaluations
             seconds = limits.left / _GROWTH
@@ -296,6 +306,28 @@ def _by_classes(
         found = found._replace(method=f"{found.method} from what chains have found")
     spent = (limits.budget or _MOST_EVALUATIONS) - left
     return found._replace(num_evaluations=spent, num_seconds=limits.seconds)
+
+
+@torch.no_grad()
+def _low_points(energy: Energy, base: dist.TorchDistribution) -> dist.TorchDistribution:
+    """Draws of a base moved to where the energy is least, given their finite columns.
+
+    So chains begin in states too whose real columns lie elsewhere than in the others.
+    """
+    flat, to_support = unconstrained(energy)
+    support: Any = flat.support
+    u = to_support.inv(base.sample((_NUM_CHAINS,)).to(**energy.tensor_options()))
+    moves = torch.ones_like(u[0]).index_fill_(-1, torch.tensor(support.finite), 0.0)
+
+    def value_and_grad(u: Tensor) -> tuple[Tensor, Tensor]:
+        value, grad = flat.value_and_grad(u)
+        return value, grad * moves
+
+    descent = Descent(value_and_grad, u)
+    for _ in range(_DESCENT):
+        descent.step()
+    points = to_support(descent.z)
+    return dist.Empirical(points, torch.zeros_like(points[:, 0]))
 
 
 def _held_against(

@@ -41,7 +41,7 @@ from pyro_ebm.bases.stack import Stack
 from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.core.stopwatch import Stopwatch
 from pyro_ebm.distributions import EnergyModel
-from pyro_ebm.energies import Energy, unconstrained
+from pyro_ebm.energies import Energy, RBMEnergy, unconstrained
 from pyro_ebm.energies.discrete.finite import num_points
 from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.discrete.sites import SiteEnergy
@@ -315,7 +315,9 @@ def _finite_stage(model: EnergyModel, train: Tensor, num_steps: int | None) -> S
     elif isinstance(energy, SiteEnergy) and len(energy.blocks) > _MANY_BLOCKS:
         objective = Pseudolikelihood()  # as dear as a block, of which a sweep has many
     else:
-        objective = MaximumLikelihood(num_steps=_SWEEPS, restart_fraction=0.0)
+        # A machine's sweep moves all units at once; what it costs buys more steps.
+        sweeps = 1 if isinstance(energy, RBMEnergy) else _SWEEPS
+        objective = MaximumLikelihood(num_steps=sweeps, restart_fraction=0.0)
     model.log_partition.refresh(energy, progress_bar=False)
     return Stage(objective, steps)
 

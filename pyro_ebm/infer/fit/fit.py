@@ -73,7 +73,7 @@ _LOG = logging.getLogger(__name__)
 #: Wall-clock time of a fit that is told none.
 _SECONDS = 60.0
 #: Steps over a finite support between two moves of the walkers, and two checks.
-_FINITE_INTERVALS = 30, 1500
+_FINITE_INTERVALS = 60, 3000
 #: Points at which the energy is checked.
 _NUM_CHECKED = 8
 #: Records without a better one, and the model still counts as getting better.
