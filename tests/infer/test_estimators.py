@@ -127,7 +127,10 @@ def test_a_grid_that_is_too_coarse_is_warned_of():
 def test_spaces_that_are_too_large_for_exact_likelihood():
     objective = ExactMaximumLikelihood()
     with pytest.raises(ValueError, match=r"at most 3 dimensions.*\(4,\)"):
-        objective.loss(QuadraticEnergy(torch.zeros(4)), torch.zeros(2, 4))
+        objective.loss(NeuralEnergy((4,)), torch.zeros(2, 4))
+    closed = QuadraticEnergy(torch.zeros(4))
+    loss = objective.loss(closed, torch.zeros(2, 4))
+    assert loss.item() == pytest.approx(2 * math.log(2 * math.pi))
     # Where neither of its layers is few: a smaller one is summed exactly.
     machine = RBMEnergy(torch.randn(30, 20), torch.randn(30), torch.randn(20))
     with pytest.raises(ValueError, match=r"states, more than max_states = 1,048,576"):

@@ -89,23 +89,44 @@ class FreeEnergy(Energy):
             )
         support = support_at(energy.support, energy.event_shape, visible)
         super().__init__((len(visible),), support, energy.batch_shape)
-        self.energy, self._visible, self._cost = energy, visible, cost
+        self.energy, self.visible = energy, visible
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate (1) at ``x`` of shape ``(*sample, *batch, V)``."""
+        solver, is_outside = self._given(x)
+        value = -solver.log_partition()  # (1)
+        # What is no number is no state: without this it would have an energy.
+        return value.where(~is_outside, torch.inf) + 0 * x.sum(-1)
+
+    @torch.no_grad()
+    def draw_whole(self, x: Tensor) -> Tensor:
+        """States of all sites, hidden ones drawn given the visible ones.
+
+        Args:
+            x: Visible sites, shape ``(*sample, *batch, V)``.
+
+        Returns:
+            Shape ``(*sample, *batch, *event)`` of the energy over all sites.
+
+        Exactness: *exact*.
+        """
+        solver, _ = self._given(x)
+        drawn = self.energy.values[solver.sample(1)[0]]
+        return drawn.reshape(*x.shape[:-1], *self.energy.event_shape)
+
+    def _given(self, x: Tensor) -> tuple[Solver, Tensor]:
+        """The sums over hidden sites at points, and which of these are no states."""
         values = self.energy.values
         flat = x.detach().reshape(-1, x.shape[-1]).to(values)
         index = torch.searchsorted(values, flat.nan_to_num(0.0))
         states = site_states(self.energy.support, self.energy.event_shape)
-        most = torch.tensor(states, device=x.device)[self._visible] - 1
+        most = torch.tensor(states, device=x.device)[self.visible] - 1
         index = index.minimum(most)
         is_outside = (values[index] != flat).any(-1).reshape(x.shape[:-1])
         solver = exact_sums(states, self.energy.factors() or (), x.shape[:-1])
         at = index.mT.reshape(-1, *x.shape[:-1])
-        seen = dict(zip(self._visible, at, strict=True))
-        value = -solver.given(seen).log_partition()  # (1)
-        # What is no number is no state: without this it would have an energy.
-        return value.where(~is_outside, torch.inf) + 0 * x.sum(-1)
+        seen = dict(zip(self.visible, at, strict=True))
+        return solver.given(seen), is_outside
 
     def closed_form(self) -> ExactClosedForm | None:
         r""":math:`\log Z` and the distribution, where all sites together are cheap.
@@ -115,13 +136,13 @@ class FreeEnergy(Energy):
         whole = self.energy.closed_form()
         if not isinstance(whole, ExactClosedForm):
             return None
-        solver = _Marginal(whole.distribution.solver, self._visible)
+        solver = _Marginal(whole.distribution.solver, self.visible)
         return ExactClosedForm.of(ExactDistribution(self, solver, self.batch_shape))
 
     def extra_repr(self) -> str:
         """How many sites are hidden, for ``repr``."""
         number = self.energy.event_shape.numel()
-        return f"hidden={number - len(self._visible)} of {number} sites"
+        return f"hidden={number - len(self.visible)} of {number} sites"
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ _RATE, _WARMUP, _LAST_RATE = 2e-3, 100, 0.02
 MAX_GRAD_NORM = 5.0
 #: Over a finite support: of the optimiser, steps, sweeps of the chains in one, and the
 #: number of states up to which all are summed at each step.
-_FINITE_RATE, _FINITE_STEPS, _SWEEPS, _FEW_STATES = 1e-2, 60_000, 2, 2**12
+_FINITE_RATE, _FINITE_STEPS, _SWEEPS, _FEW_STATES = (1e-2, 6e-3), 60_000, 2, 2**12
 #: Of these steps, so many to a record; and records without a better one until the end:
 #: much is gained as the rate falls.
 _FINITE_RECORDS, _FINITE_PATIENCE = 100, 50
@@ -194,9 +194,10 @@ def automatic_plan(
     is_finite = is_finite_support(model.energy.support)
     if held_out is None:
         train, held_out, weights = _held_out(points, is_finite=is_finite)
-    if is_finite:
+    if is_finite or (points.missing is None and _is_exact_machine(model.energy)):
         stages = [_finite_stage(model, train.counted(), num_steps)]
-        limits = watch, max_seconds, _FINITE_RATE, True, _FINITE_PATIENCE
+        rate = _FINITE_RATE[isinstance(model.energy, RBMEnergy)]
+        limits = watch, max_seconds, rate, True, _FINITE_PATIENCE
         return Plan(stages, train, held_out, weights, None, None, *limits)
     base = None
     if model.awaits_base:
@@ -302,10 +303,13 @@ def _held_out(
 def _finite_stage(model: EnergyModel, train: Tensor, num_steps: int | None) -> Stage:
     """Learning over a finite support: by the exact likelihood, by chains, or by site.
 
-    The base is independent sites with the frequencies of the data.
+    The base is independent sites with the frequencies of the data; of a machine of real
+    units, which is learned by the exact likelihood too, a normal.
     """
     energy = model.energy
-    if model.awaits_base:
+    if model.awaits_base and not energy.support.is_discrete:
+        model.use_base(bases.normal(train), train)
+    elif model.awaits_base:
         model.use_base(IndependentSites.fitted(energy.support, train), train)
     count = num_points(energy.support, energy.event_shape)
     is_small = count is not None and count <= _FEW_STATES
@@ -315,11 +319,15 @@ def _finite_stage(model: EnergyModel, train: Tensor, num_steps: int | None) -> S
     elif isinstance(energy, SiteEnergy) and len(energy.blocks) > _MANY_BLOCKS:
         objective = Pseudolikelihood()  # as dear as a block, of which a sweep has many
     else:
-        # A machine's sweep moves all units at once; what it costs buys more steps.
-        sweeps = 1 if isinstance(energy, RBMEnergy) else _SWEEPS
-        objective = MaximumLikelihood(num_steps=sweeps, restart_fraction=0.0)
+        objective = MaximumLikelihood(num_steps=_SWEEPS, restart_fraction=0.0)
     model.log_partition.refresh(energy, progress_bar=False)
     return Stage(objective, steps)
+
+
+def _is_exact_machine(energy: Energy) -> bool:
+    """Whether it is a machine of real units whose log Z and gradient are cheap."""
+    is_real = isinstance(energy, RBMEnergy) and energy.visible == "gaussian"
+    return is_real and _is_exact_cheap(energy)
 
 
 def _is_exact_cheap(energy: Energy) -> bool:

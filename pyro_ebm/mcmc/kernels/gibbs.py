@@ -31,6 +31,7 @@ from pyro_ebm.core.spaces import require_not_mixed
 from pyro_ebm.energies import Energy
 from pyro_ebm.energies.discrete.boltzmann import BoltzmannEnergy
 from pyro_ebm.energies.discrete.finite import finite_values, num_states
+from pyro_ebm.energies.discrete.free_energy import FreeEnergy
 from pyro_ebm.energies.discrete.lattice import IsingEnergy, PottsEnergy
 from pyro_ebm.energies.discrete.rbm import RBMEnergy
 from pyro_ebm.energies.discrete.sites import SiteEnergy
@@ -152,7 +153,9 @@ class Gibbs(SweepKernel):
                 x = _sweep_blocks(energy, x, is_reversed=self.is_reversed)
             elif isinstance(energy, RBMEnergy):
                 x = energy.draw_visible(energy.draw_hidden(x))
-            elif isinstance(energy, ClampedEnergy) and has_blocks(energy.energy):
+            elif isinstance(energy, FreeEnergy):
+                x = _sweep_visible(energy, x, is_reversed=self.is_reversed)
+            elif isinstance(energy, ClampedEnergy) and has_blocks(energy):
                 x = _sweep_clamped(energy, x, is_reversed=self.is_reversed)
             else:
                 x = _sweep_sites(energy, x, is_reversed=self.is_reversed)
@@ -178,8 +181,25 @@ def has_blocks(energy: Energy) -> bool:
     Args:
         energy: Over any support.
     """
-    inner = energy.energy if isinstance(energy, ClampedEnergy) else energy
-    return isinstance(inner, SiteEnergy | RBMEnergy)
+    if isinstance(energy, ClampedEnergy):
+        return isinstance(energy.energy, SiteEnergy | RBMEnergy)
+    return isinstance(energy, SiteEnergy | RBMEnergy | FreeEnergy)
+
+
+def _sweep_visible(energy: FreeEnergy, x: Tensor, *, is_reversed: bool) -> Tensor:
+    """Hidden sites given the visible ones, which then are drawn by blocks."""
+    sites, whole = energy.energy, energy.draw_whole(x)
+    is_seen = torch.zeros_like(sites.blocks[0]).flatten()
+    is_seen[energy.visible] = True
+    blocks = _part_of(sites, is_seen)
+    whole = _sweep_blocks(sites, whole, is_reversed=is_reversed, blocks=blocks)
+    return whole.flatten(-sites.event_dim)[..., energy.visible]
+
+
+def _part_of(sites: SiteEnergy, kept: Tensor) -> Tensor:
+    """The blocks, of the sites alone that are kept; ``(D,)`` booleans."""
+    blocks = sites.blocks & kept.reshape(sites.event_shape)
+    return blocks[blocks.flatten(1).any(-1)]
 
 
 def _sweep_clamped(energy: ClampedEnergy, x: Tensor, *, is_reversed: bool) -> Tensor:
@@ -190,8 +210,7 @@ def _sweep_clamped(energy: ClampedEnergy, x: Tensor, *, is_reversed: bool) -> Te
     sites: Any = inner
     is_free = torch.zeros_like(sites.blocks[0]).flatten()
     is_free[energy.free] = True
-    blocks = sites.blocks & is_free.reshape(inner.event_shape)
-    blocks = blocks[blocks.flatten(1).any(-1)]
+    blocks = _part_of(sites, is_free)
     whole = _sweep_blocks(sites, whole, is_reversed=is_reversed, blocks=blocks)
     return energy.free_part(whole)
 

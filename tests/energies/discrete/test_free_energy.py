@@ -64,7 +64,7 @@ def case(request):
     energy = build()
     visible = FreeEnergy(energy, hidden)
     x, points = all_points(energy), all_points(visible)
-    seen = x.flatten(1)[:, visible._visible]
+    seen = x.flatten(1)[:, visible.visible]
     same = (seen[:, None] == points).all(-1)
     terms = (-energy(x))[:, None].where(same, -torch.inf).logsumexp(0)
     return energy, visible, points, terms

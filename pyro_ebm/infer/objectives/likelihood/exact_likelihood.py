@@ -7,8 +7,8 @@ r"""Maximum likelihood with an exact log Z, where the space is small enough.
     w_j = v_j\, e^{-f_\theta(x_j)} / Z                                     \tag{2}
 
 Over a finite support the :math:`x_j` are all of its points, :math:`v_j = 1`, unless the
-energy knows its log Z in closed form. In up to
-three dimensions they are the nodes of the trapezoidal rule in unconstrained space, with
+energy knows its log Z in closed form, as it must in more than three dimensions. In up
+to three they are the nodes of the trapezoidal rule in unconstrained space, with
 :math:`u = m + s \sinh t` as in :mod:`pyro_ebm.partition.exact.grid`. The grid is
 shifted by a random part of a cell at each step, else the energy would be fitted at the
 nodes and left free between them.
@@ -88,7 +88,7 @@ class ExactMaximumLikelihood(Objective):
 
     Raises:
         ValueError: If a number is too small, or the energy has more than three real
-            dimensions or more states than ``max_states``.
+            dimensions or more states than ``max_states``, and no closed form.
 
     Warns:
         UnreliableWarning: If the grid does not resolve the energy.
@@ -163,9 +163,10 @@ class ExactMaximumLikelihood(Objective):
             )
         if count is None and energy.event_shape.numel() > 3:
             raise ValueError(
-                "energy must have a finite support or at most 3 dimensions to be "
-                f"integrated exactly, got event_shape {tuple(energy.event_shape)}. "
-                "Take MaximumLikelihood or NoiseContrastive."
+                "energy must have a closed form, a finite support or at most 3 "
+                "dimensions to be integrated exactly, got event_shape "
+                f"{tuple(energy.event_shape)}. Take MaximumLikelihood or "
+                "NoiseContrastive."
             )
 
     def _log_partition(self, energy: Energy, x: Tensor, state: ExactGrid) -> Tensor:
@@ -218,10 +219,11 @@ class ExactMaximumLikelihood(Objective):
 
 
 def _known(energy: Energy) -> Tensor | None:
-    """Log Z with its gradient over a finite support, where the energy knows it."""
+    """Log Z with its gradient, where the energy knows it and there are many points."""
     count = num_points(energy.support, energy.event_shape)
-    if not energy.support.is_discrete or (count is not None and count <= _FEW):
-        return None  # listing them takes less time
+    is_small = energy.event_shape.numel() <= 3 if count is None else count <= _FEW
+    if is_small and not (count is None and energy.support.is_discrete):
+        return None  # listing them, or a grid, takes less time
     known = energy.closed_form()
     return None if known is None else known.log_partition
 
