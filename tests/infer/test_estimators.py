@@ -11,7 +11,13 @@ from torch import nn
 from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.datasets import two_moons, two_moons_density
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.energies import FunctionEnergy, NeuralEnergy, QuadraticEnergy, RBMEnergy
+from pyro_ebm.energies import (
+    FunctionEnergy,
+    NeuralEnergy,
+    QuadraticEnergy,
+    RBMEnergy,
+)
+from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.infer import (
     AmortizedSampler,
     BoundedLikelihood,
@@ -507,3 +513,22 @@ def test_noise_among_the_negatives_lets_a_network_learn():
     once, the two chase each other and nothing is learned: asserted."""
     assert divergence_on_moons(64) < 0.8
     assert not divergence_on_moons(0) < 1
+
+
+def test_tempered_chains_over_a_finite_support_change_sides():
+    """Two sides of twelve spins that one hidden unit ties to each other: the chains
+    that give the gradient have the weight of either. Planted fault, seen to fail:
+    replicas that do not swap."""
+    pyro.set_rng_seed(0)
+    bias = torch.full((12,), 0.05)
+    energy = RBMEnergy(torch.full((12, 1), 0.8), bias, visible="spin")
+    weight = energy.closed_form().distribution.marginals()[0, 1].detach()
+    log_probs = torch.tensor([0.25, 0.75]).log()[:, None].expand(2, 12)
+    base = IndependentSites(energy.support, log_probs)
+    objective = TemperedMaximumLikelihood(base, num_chains=400, num_steps=10)
+    loss = ObjectiveLoss(energy, objective)
+    for _ in range(10):
+        loss(torch.ones(5, 12))
+    found = (objective.negatives(EnergyDistribution(energy), loss.state) > 0).float()
+    error = (weight * (1 - weight) / 400).sqrt()
+    assert abs(found.mean() - weight) < 4 * error

@@ -185,7 +185,9 @@ class ObjectiveSteps:
         tracked = model.log_partition.value
         known = tracked.clone() if tracked.isfinite() else None
         sampler = model.sampler or IndependentChains(base=model.base)
-        return EnergyDistribution(model.energy, known, sampler=sampler)
+        distribution = EnergyDistribution(model.energy, known, sampler=sampler)
+        distribution.owner = model
+        return distribution
 
 
 @torch.no_grad()

@@ -19,9 +19,8 @@ References:
 
 __all__ = ["TemperedChains", "TemperedMaximumLikelihood"]
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import ClassVar, cast, final
+from typing import Any, ClassVar, cast, final
 
 import pyro.distributions as dist
 import torch
@@ -29,21 +28,25 @@ from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Energy
+from pyro_ebm.energies.views.unconstrained import is_finite_support
 from pyro_ebm.infer.objectives.contrast.noise import noise_of
 from pyro_ebm.infer.objectives.likelihood.maximum_likelihood import (
     ByChains,
     likelihood_surrogate,
 )
-from pyro_ebm.infer.objectives.objective import Surrogate
+from pyro_ebm.infer.objectives.objective import Surrogate, require_differentiable
 from pyro_ebm.mcmc import HMC, Kernel
+from pyro_ebm.mcmc.kernels.discrete_langevin import kernel_for
 from pyro_ebm.mcmc.samplers.persistent import StatefulModule
 from pyro_ebm.mcmc.tempering.ladder import (
     Ladder,
     Replicas,
+    SiteLadder,
     first_temperatures,
     require_hmc,
 )
-from pyro_ebm.mcmc.tempering.path import GeometricPath, real_path
+from pyro_ebm.mcmc.tempering.path import GeometricPath
+from pyro_ebm.mcmc.tempering.site_path import SitePath, path_between
 from pyro_ebm.mcmc.warmup.adaptation import follow_acceptance
 
 
@@ -73,31 +76,39 @@ class TemperedChains(StatefulModule):
         self.register_buffer("parity", torch.tensor(0))
 
     @torch.no_grad()
-    def start(self, path: GeometricPath, shape: tuple[int, int], kernel: HMC) -> None:
+    def start(
+        self, path: GeometricPath | SitePath, shape: tuple[int, int], kernel: Any
+    ) -> None:
         """Draw all replicas from the base; ``shape`` is ``(C, K)``."""
         self.u = path.sample_base(*shape).u
-        log_step_size = torch.as_tensor(kernel.step_size).log()
+        log_step_size = torch.as_tensor(getattr(kernel, "step_size", 1.0)).log()
         self.log_step_size = log_step_size.to(self.u).repeat(shape[1] - 1)
         self.swap_prob = torch.zeros_like(self.log_step_size)
 
     @torch.no_grad()
     def advance(
-        self, path: GeometricPath, betas: Tensor, kernel: HMC, num_steps: int
+        self, path: Any, betas: Tensor, kernel: Kernel, num_steps: int
     ) -> Tensor:
         """Move, swap and adapt; return the uppermost points, ``(C, *event)``."""
-        ladder = Ladder(path, betas.to(self.u), torch.ones_like(self.u[0, 1:]))
+        betas = betas.to(self.u)
+        ladder: Any = SiteLadder(path, betas)
+        if not isinstance(path, SitePath):
+            ladder = Ladder(path, betas, torch.ones_like(self.u[0, 1:]))
         state = path.with_finite_chains(path.evaluate(self.u))
-        nowhere = torch.zeros_like(state.base, dtype=torch.bool)
+        nowhere = torch.zeros(self.u.shape[:2], dtype=torch.bool, device=self.u.device)
         replicas = Replicas(state, nowhere, int(self.parity))
         for _ in range(num_steps):
-            adapted = dataclasses.replace(kernel, step_size=self.log_step_size.exp())
-            replicas, _, info, swap_prob, _ = ladder.exchange(adapted, replicas)
-            self.log_step_size = follow_acceptance(
-                self.log_step_size, kernel, info, self.GAIN
-            )
+            if kernel.has_step_size:
+                kernel = kernel.with_step_size(self.log_step_size.exp())
+            replicas, _, info, swap_prob, _ = ladder.exchange(kernel, replicas)
+            if kernel.has_step_size:
+                self.log_step_size = follow_acceptance(
+                    self.log_step_size, kernel, info, self.GAIN
+                )
         self.u, self.swap_prob = replicas.state.u, swap_prob.mean(0)
         self.parity = torch.full_like(self.parity, replicas.parity)
-        return path.transform(self.u[:, -1].clone())
+        points: Tensor = path.transform(self.u[:, -1].clone())
+        return points
 
 
 @final
@@ -113,7 +124,8 @@ class TemperedMaximumLikelihood(ByChains):
             :math:`\beta_k = (k / (K - 1))^3`.
         num_steps: Moves, each followed by swaps, between two parameter steps.
         kernel: Its step size is adapted at each temperature; default: one of three
-            leapfrog steps.
+            leapfrog steps. Over a finite support chains move as suits the energy, by
+            :class:`~pyro_ebm.mcmc.Gibbs` where blocks are known.
         warmup_steps: Moves before the first parameter step.
 
     Raises:
@@ -169,8 +181,15 @@ class TemperedMaximumLikelihood(ByChains):
         chains = cast(TemperedChains, state)
         if not chains.u.numel():
             return None
-        step_size = chains.log_step_size[-1].exp()
-        return dataclasses.replace(self.kernel, step_size=step_size), self.num_steps
+        kernel, step_size = kernel_for(energy, self.kernel), chains.log_step_size[-1]
+        if kernel.has_step_size:
+            kernel = kernel.with_step_size(step_size.exp())
+        return kernel, self.num_steps
+
+    def check(self, distribution: EnergyDistribution, x: Tensor) -> None:
+        """Refuse an energy without a gradient, unless its support is finite."""
+        if not is_finite_support(distribution.energy.support):
+            require_differentiable(distribution.energy, x, type(self).__name__)
 
     def surrogate(
         self, distribution: EnergyDistribution, state: nn.Module
@@ -182,11 +201,13 @@ class TemperedMaximumLikelihood(ByChains):
         """
         chains = cast(TemperedChains, state)
         base = noise_of(self.base, distribution, "base")
-        path = real_path(distribution.energy, base)
+        energy = distribution.energy
+        path: Any = path_between(energy, base)
+        kernel = kernel_for(energy, self.kernel)
         betas = first_temperatures(self.num_temperatures)
         if not chains.u.numel():
-            chains.start(path, (self.num_chains, self.num_temperatures), self.kernel)
+            chains.start(path, (self.num_chains, self.num_temperatures), kernel)
             if self.warmup_steps:
-                chains.advance(path, betas, self.kernel, self.warmup_steps)
-        x_model = chains.advance(path, betas, self.kernel, self.num_steps)
+                chains.advance(path, betas, kernel, self.warmup_steps)
+        x_model = chains.advance(path, betas, kernel, self.num_steps)
         return likelihood_surrogate(distribution, x_model)
