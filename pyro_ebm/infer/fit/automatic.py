@@ -12,7 +12,10 @@ standard errors.
 Over a finite support the base is independent sites, the gradient is exact, by
 persistent chains, or that of the pseudolikelihood where all sites are tied to each
 other, and weights decay as much as the held-out rows want
-(:func:`~pyro_ebm.infer.fit.optimiser.decay_by_gap`).
+(:func:`~pyro_ebm.infer.fit.optimiser.decay_by_gap`). A restricted Boltzmann machine
+learns in weights between units less their means
+(:class:`~pyro_ebm.infer.fit.optimiser.Centring`); one of real units by the exact
+gradient, where its log Z is cheap.
 """
 
 __all__ = [
