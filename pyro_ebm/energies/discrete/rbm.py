@@ -287,20 +287,6 @@ class RBMEnergy(Energy):
         return drawn
 
     @torch.no_grad()
-    def unit_means(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Means of the statistics of visible units, and of the hidden units given them.
-
-        Args:
-            x: Visible units, shape ``(N, V)``.
-
-        Returns:
-            Shapes of the visible and of the hidden biases.
-        """
-        layers, x = _layers(self), x.to(self.weight.dtype)
-        hidden = layers.hidden_units.mean(layers.hidden_field(x))
-        return layers.units.statistic(x).mean(0), hidden.mean(0)
-
-    @torch.no_grad()
     def correct(self, base: dist.TorchDistribution, x: Tensor) -> None:
         """Let the visible units be as often what they are in the base, or as large.
 

@@ -192,8 +192,7 @@ def automatic_plan(
         ValueError: If a base was given that does not cover the data, or with rows that
             have missing entries.
     """
-    watch = Stopwatch()
-    train, weights = points, None
+    watch, train, weights = Stopwatch(), points, None
     is_finite = is_finite_support(model.energy.support)
     if held_out is None:
         train, held_out, weights = _held_out(points, is_finite=is_finite)
@@ -216,11 +215,11 @@ def automatic_plan(
         _require_given_base(model, points, train)
     proposal = model.base if base is not None else _towards(model, train.counted())
     objective = ImportanceSampledLikelihood(proposal, _DRAWS)
-    steps = _STEPS if num_steps is None else num_steps
     keeps_base = base is not None and held_out is None and _is_base(model, train.rows)
     if keeps_base:
         _LOG.warning("data: too few rows to hold some out; the base is the model")
-    stages = [Stage(objective, 1 if keeps_base else steps)]
+    steps = 1 if keeps_base else num_steps or _STEPS
+    stages = [Stage(objective, steps)]
     plan = Plan(stages, train, held_out, weights, base, proposal, watch, max_seconds)
     return plan._replace(keeps_base=keeps_base)
 

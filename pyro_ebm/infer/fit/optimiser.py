@@ -129,12 +129,19 @@ class Centring:
         parts = energy.weight, energy.visible_bias, energy.hidden_bias
         return cls(energy, rows) if learned >= {id(p) for p in parts} else None
 
+    @torch.enable_grad()
+    def look(self) -> None:
+        """Take the means of the data: minus slopes of the energy in the biases."""
+        biases = self.machine.visible_bias, self.machine.hidden_bias
+        visible, hidden = torch.autograd.grad(self.machine(self.rows).mean(), biases)
+        self.means = -visible, -hidden
+
     @contextmanager
     def step(self) -> Iterator[None]:
         """Within it the optimiser moves what it knows as weights and biases."""
         machine = self.machine
         if self.count % self.INTERVAL == 0:
-            self.means = machine.unit_means(self.rows)
+            self.look()
         self.count += 1
         visible, hidden = self.means
         weight, bias = machine.weight, machine.visible_bias

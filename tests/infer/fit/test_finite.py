@@ -281,7 +281,9 @@ class TestCentring:
             torch.randn(*shape, 2), torch.randn(shape), torch.randn(2), visible=visible
         )
         x, y = machine.closed_form().distribution.sample((2, 40))
-        visible_mean, hidden_mean = machine.unit_means(x)
+        centring = Centring.of(machine, x)
+        centring.look()
+        visible_mean, hidden_mean = centring.means
         weight, bias, hidden = (p.detach().clone() for p in machine.parameters())
         parts = [
             weight.requires_grad_(),
@@ -308,7 +310,7 @@ class TestCentring:
             None,
             GradientNoise(machine.parameters()),
         )
-        optim.centring = Centring.of(machine, x)
+        optim.centring = centring
         (machine(x).mean() - machine(y).mean()).backward()
         optim([*machine.parameters()])
         for moved, wanted in zip(machine.parameters(), as_before(), strict=True):
