@@ -6,16 +6,21 @@ import sys
 from types import SimpleNamespace
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
 
 import pyro_ebm
+from pyro_ebm import EnergyDistribution
+from pyro_ebm.core.errors import CompilationWarning
 from pyro_ebm.energies import (
     ClampedEnergy,
     FactorGraphEnergy,
     IsingEnergy,
     PottsEnergy,
+    PyroModelEnergy,
+    grid_edges,
     torus_edges,
 )
 from pyro_ebm.energies.discrete.finite import finite_points, num_points
@@ -520,3 +525,36 @@ def test_couplings_that_a_graph_has():
     for given, name in ((graph, "strength"), ([(0, 1)], "weight")):
         with pytest.raises(ValueError, match=f"got '{name}'"):
             FactorGraphEnergy.ising(given, name)
+
+
+@pytest.mark.parametrize("kind", ["ising", "potts"])
+def test_a_coupling_that_is_a_latent_site_has_its_gradient(kind):
+    """Of a Pyro model, value and slope in the coupling are those of the prior, of the
+    data's statistic, and of log Z by enumeration. Planted fault, seen to fail: a
+    coupling without its graph."""
+    edges = grid_edges((2, 3))
+    values = torch.tensor([-1.0, 1.0]) if kind == "ising" else torch.arange(2.0)
+    every = torch.cartesian_prod(*[values] * 6)
+    pairs = every[:, edges]
+    is_ising = kind == "ising"
+    same = pairs.prod(-1) if is_ising else (pairs[..., 0] == pairs[..., 1]).double()
+    statistic, data = same.sum(-1), every[[3, 17, 40]]
+
+    def model():
+        coupling = pyro.sample("coupling", dist.Normal(0.0, 1.0))
+        energy = FactorGraphEnergy.potts(edges, 2, coupling)
+        if is_ising:
+            energy = FactorGraphEnergy.ising(edges, coupling)
+        with pyro.plate("rows", 3):
+            pyro.sample("x", EnergyDistribution(energy), obs=data)
+
+    with pytest.warns(CompilationWarning, match="branches on a value"):
+        energy = PyroModelEnergy(model)
+    at = torch.tensor([0.3], requires_grad=True)
+    log_joint = dist.Normal(0.0, 1.0).log_prob(at).sum()
+    log_joint = log_joint + at[0] * statistic[[3, 17, 40]].sum()
+    log_joint = log_joint - 3 * (at * statistic).logsumexp(0)
+    (slope,) = torch.autograd.grad(-log_joint, at)
+    value, grad = energy.value_and_grad(at.detach()[None])
+    torch.testing.assert_close(value[0], -log_joint.detach())
+    torch.testing.assert_close(grad[0], slope)
