@@ -246,7 +246,7 @@ def _fitters(
             data, support=support, seed=seed
         ),
         "committee": lambda data, seconds: committee(
-            data, support=support, max_seconds=seconds / 2, seed=seed
+            data, support=support, max_seconds=0.75 * seconds, seed=seed
         ),
         "independent": lambda data, _: independent(data, support=support, seed=seed),
         "flow": lambda data, seconds: flow(

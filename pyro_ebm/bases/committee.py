@@ -10,8 +10,8 @@ which gives each row a density by a fit that has not seen it. The committee is
 
 By Jensen's inequality it is at least as good as a member of it in the mean; and all
 rows serve both to fit and to choose. Where there are fifty rows for each parameter of
-the largest mixture there are two parts and no floor, and the time that this saves goes
-to larger mixtures.
+a mixture of 32 there are two parts and no floor, and the time that this saves goes to
+larger mixtures: up to 256 components, with five rows for each parameter.
 
 Where entries are missing all of this is by what was seen: each mixture is fitted to
 rows that a small one has filled, and goes on with expectation maximisation for
@@ -54,6 +54,8 @@ from pyro_ebm.core.stopwatch import Stopwatch
 _PARTS, _FLOORS, _LEAST = 5, (1e-6, 1e-2, 1e-1), 0.02
 #: Rows for each parameter of the largest mixture that are many, and parts of these.
 _MANY, _PARTS_OF_MANY = 50, 2
+#: Larger mixtures, and the rows for each of their parameters.
+_LARGE, _ROWS_OF_LARGE = (64, 128, 256), 5
 #: Rows that a member is fitted to, at most.
 _MAX_ROWS = 20_000
 #: Components, and rows for each, of the mixture that fills missing entries first.
@@ -68,7 +70,7 @@ def committee(
     max_seconds: float = 20.0,
     seed: int = 0,
 ) -> dist.TorchDistribution:
-    """The committee (1) of Gaussian mixtures of 1, 2, 4, ... 32 components.
+    """The committee (1) of Gaussian mixtures of 1, 2, 4, ... 32 components, or more.
 
     Args:
         data: Shape ``(N, *event)``. Of vectors of real numbers, ``nan`` is an entry
@@ -112,10 +114,11 @@ def committee(
             "pyro_ebm.bases.normal."
         )
     u, order = rows.u, _order(rows.u, share, seed)
-    parts = order.chunk(_PARTS_OF_MANY if _has_many(order, u.shape[1]) else _PARTS)
+    is_many = _has_many(share[order], u.shape[1])
+    parts = order.chunk(_PARTS_OF_MANY if is_many else _PARTS)
     if missing is not None:
-        small = max(1, min(_SMALL, count // _ROWS_OF_SMALL))
-        index = repetitions(share)
+        small = max(1, min(_SMALL, len(order) // _ROWS_OF_SMALL))
+        index = order[repetitions(share[order])]
         found = fitted_incomplete(u[index], missing[index], small, seed, _FLOORS[0])
         u = conditional_draws(found, u, missing, 1)[0]
     return rows.distribution(_assembled(u, missing, parts, share, max_seconds, seed))
@@ -161,12 +164,16 @@ def _assembled(
     watch, began, members, unseen = Stopwatch(), 0.0, [], []
     order = torch.cat(tuple(parts))
     fewest = len(order) - max(map(len, parts))
-    floors = _FLOORS[:1] if _has_many(order, u.shape[1]) else _FLOORS
-    for number in NUMBERS:
+    is_many = _has_many(share[order], u.shape[1])
+    floors = _FLOORS[:1] if is_many else _FLOORS
+    for number in NUMBERS + _LARGE:
         # The next takes about twice the time of the last.
         is_late = 3 * watch.seconds - 2 * began > max_seconds
         began = watch.seconds
-        if number > 1 and (is_late or number * ROWS_EACH > fewest):
+        few = number * ROWS_EACH
+        if number in _LARGE:
+            few = _ROWS_OF_LARGE * _num_parameters(number, u.shape[1])
+        if number > 1 and (is_late or few > fewest):
             break
         for floor in floors:
             fits, values = _fits(u, missing, parts, share, number, floor, seed)
@@ -179,10 +186,17 @@ def _assembled(
     return joined_mixture(chosen, shares / len(parts))
 
 
-def _has_many(rows: Tensor, dim: int) -> bool:
-    """Whether there are rows enough for the largest mixture to fit them as they are."""
-    num_parameters = NUMBERS[-1] * (dim + 1) * (dim + 2) // 2
-    return len(rows) >= _MANY * num_parameters
+def _has_many(share: Tensor, dim: int) -> bool:
+    """Whether there are rows enough for the largest mixture to fit them as they are.
+
+    Of rows with weights, shape ``(N,)``, the effective number counts.
+    """
+    number = float(share.sum().square() / share.square().sum())
+    return number >= _MANY * _num_parameters(NUMBERS[-1], dim)
+
+
+def _num_parameters(number: int, dim: int) -> int:
+    return number * (dim + 1) * (dim + 2) // 2
 
 
 def _order(u: Tensor, share: Tensor, seed: int) -> Tensor:

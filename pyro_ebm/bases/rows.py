@@ -2,6 +2,7 @@
 
 __all__ = ["Rows", "repetitions", "shuffled", "split", "split_indices"]
 
+import math
 from typing import NamedTuple
 
 import pyro.distributions as dist
@@ -12,6 +13,14 @@ from torch.distributions.constraints import Constraint
 
 #: Share of the rows that are held out, and the least of them.
 _HELD_OUT, _FEWEST = 0.15, 2
+#: Rows are nearly equal that are so much nearer than the ordinary ones of a
+#: neighbourhood. Rows that tell whether there are such, the share of them that says so,
+#: and the most rows that are then compared with each other.
+_NEAR, _LOOKED_AT, _SHARE, _MOST = 0.01, 200, 0.2, 10_000
+#: Chance of such a neighbour among rows that are spread evenly.
+_BY_CHANCE = 0.05
+#: Links from row to row that are followed, and distances that are held at once.
+_LINKS, _CHUNK = 5, 10_000_000
 
 
 class Rows(NamedTuple):
@@ -108,20 +117,18 @@ def split_indices(
 ) -> tuple[Tensor, Tensor]:
     """Of the rows of :func:`split`, those to fit to and those held out.
 
-    Equal rows are on the same side: else a density of spikes at rows that were seen
-    would be taken for the best. Over a finite support there are no spikes, and rows are
-    equal because few can differ: there each is held out by chance.
+    Equal rows, and nearly equal ones, are on the same side: else a density of spikes at
+    rows that were seen would be taken for the best. Over a finite support there are no
+    spikes, and rows are equal because few can differ: there each is held out by chance.
     """
     if is_finite:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(data), generator=generator)
         number = max(1, round(_HELD_OUT * len(order)))
         return order[number:], order[:number]
-    order = shuffled(data, seed)
+    order, kind = _kinds_shuffled(data, seed)
     number = max(1, round(_HELD_OUT * len(order)))
-    rows = data.reshape(len(data), -1)[order.to(data.device)]
-    differs = (rows[1:] != rows[:-1]).any(1).cpu()
-    ends = 1 + differs.nonzero()[:, 0]
+    ends = 1 + kind.diff().nonzero()[:, 0]
     ends = ends[(ends >= number) & (ends <= len(order) // 2)]
     number = int(ends[0]) if len(ends) else number
     return order[number:], order[:number]
@@ -129,15 +136,45 @@ def split_indices(
 
 def shuffled(data: Tensor, seed: int) -> Tensor:
     """Indices of rows in a random order, but for equal rows, which are neighbours."""
+    return _kinds_shuffled(data, seed)[0]
+
+
+def _kinds_shuffled(data: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """The indices of :func:`shuffled`, and numbers that (nearly) equal rows share."""
     number, generator = len(data), torch.Generator().manual_seed(seed)
     order = torch.randperm(number, generator=generator)
-    rows = data.reshape(number, -1).cpu()[order].double()
+    rows = data.reshape(number, -1).detach().cpu()[order].double()
     # Rows are equal where a random combination of their numbers is.
     combined = rows * torch.randn(rows.shape[1], generator=generator).double()
     _, value = combined.sum(1).unique(return_inverse=True)
     places = torch.arange(number)
-    first = places.scatter_reduce(0, value, places, "amin", include_self=False)
-    return order[first[value].argsort(stable=True)]
+    first = places.scatter_reduce(0, value, places, "amin", include_self=False)[value]
+    if number <= _MOST and number > 2:
+        near = _first_near(rows, places[-_LOOKED_AT:])
+        if float((near < first[-_LOOKED_AT:]).double().mean()) >= _SHARE:
+            first = torch.minimum(first, _first_near(rows, places))
+            for _ in range(_LINKS):
+                first = first[first]
+    index = first.argsort(stable=True)
+    return order[index], first[index]
+
+
+def _first_near(rows: Tensor, index: Tensor) -> Tensor:
+    r"""The first row that each of some rows nearly equals, shape ``(n,)``.
+
+    That is relative to the distance of the neighbour of rank about :math:`\sqrt N`, and
+    hardly ever by chance.
+    """
+    scale = rows.std(0, correction=0)
+    z = rows / scale.where(scale > 0, 1.0)
+    rank = min(len(z), 10 + math.isqrt(len(z)))
+    near = min(_NEAR, (_BY_CHANCE / rank) ** (1 / max(1, int((scale > 0).sum()))))
+    found = []
+    for part in index.split(max(1, _CHUNK // len(z))):
+        apart = torch.cdist(z[part], z, compute_mode="donot_use_mm_for_euclid_dist")
+        limit = near * apart.kthvalue(rank, 1, keepdim=True).values
+        found.append((apart <= limit).int().argmax(1))
+    return torch.cat(found)
 
 
 def repetitions(weights: Tensor, offset: float = 0.5) -> Tensor:

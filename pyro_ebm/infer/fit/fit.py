@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import pyro
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_ebm.core.errors import DivergenceError
-from pyro_ebm.core.verdict import Reason, status_of
+from pyro_ebm.core.verdict import Reason, Status, status_of
 from pyro_ebm.distributions import EnergyDistribution, EnergyModel
 from pyro_ebm.energies import DistributionEnergy
 from pyro_ebm.energies.views.pointwise import check_pointwise
@@ -57,7 +57,7 @@ from pyro_ebm.infer.fit.optimiser import (
 from pyro_ebm.infer.fit.points import Points, as_points
 from pyro_ebm.infer.fit.settling import settled_log_partition
 from pyro_ebm.infer.fit.stages import ObjectiveSteps, Stage, as_stages, begin_chains
-from pyro_ebm.infer.fit.verdict import MIN_STEPS, judge
+from pyro_ebm.infer.fit.verdict import MIN_STEPS, judge, worse_than_base
 from pyro_ebm.infer.handler import state_for
 from pyro_ebm.infer.likelihood import (
     LogLikelihood,
@@ -67,6 +67,7 @@ from pyro_ebm.infer.likelihood import (
 )
 from pyro_ebm.infer.objectives.objective import Objective
 from pyro_ebm.mcmc import ImportanceResampling
+from pyro_ebm.partition import estimate
 from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
 
 _LOG = logging.getLogger(__name__)
@@ -119,7 +120,8 @@ def fit(
 
     Args:
         energy_model: What is fitted. An energy that does not correct its base has to
-            learn all of the density; the verdict says so where it ends below the base.
+            learn all of the density; where it ends below a base that was fitted here,
+            the verdict says so and the result's distribution is the base.
         data: Points of shape ``(N, *event)``: a tensor, an array, a table of pandas, a
             ``Dataset``, or a ``DataLoader``, of which a batch at a time is in memory.
             Entries of vectors that are ``nan`` are missing (at random, given the
@@ -350,7 +352,29 @@ class _Fit:
         if start > found.validation.value + gain.std_error:
             self._go_back(self.start)
             found = self._examined(stopped)
-        return found
+            gain = found.gain
+        is_worse = gain is not None and gain.value < -gain.std_error
+        return self._base_instead(found) if is_worse and self.plan.base else found
+
+    def _base_instead(self, found: FitResult) -> FitResult:
+        """The fit with its base in place of an energy that corrects none and is worse.
+
+        The model keeps what it has learned, and the verdict says so.
+        """
+        held_out, gain = cast(Tensor, self.validation_data), found.gain
+        others = tuple(f for f in found.reasons if f.reason != Reason.WORSE_THAN_BASE)
+        energy = DistributionEnergy(self.model.base)
+        base = EnergyDistribution(energy)
+        return found._replace(
+            distribution=base,
+            log_partition=estimate(energy, progress_bar=False),
+            train=log_likelihood(base, self.train_data),
+            validation=self._likelihood(base, held_out),
+            diagnostics=found.diagnostics._replace(gain=self._gain(base, held_out)),
+            held_out_log_prob=_log_prob(base, held_out),
+            status=Status.UNRELIABLE,
+            reasons=(*others, worse_than_base(cast(LogLikelihood, gain))),
+        )
 
     def _limits(self) -> tuple[float, float]:
         """Seconds for log Z, a tenth more than there are, and those of a draw."""
@@ -423,6 +447,8 @@ class _Fit:
     def _learned_gap(self) -> EnergyDifference | None:
         """That of what corrects a base that was fitted here."""
         held_out = self.validation_data
+        if self.plan.keeps_base:
+            return EnergyDifference(0.0, 0.0, 0.0)
         if self.plan.base is None or held_out is None:
             return None
         return learned_gap(self.model, held_out, self.train_data)
@@ -468,6 +494,7 @@ class _Fit:
         chooses = self.is_automatic and self.validation_data is not None
         if self.plan.keeps_base:
             self._go_back(self.start)
+            stopped = "too few rows"
         elif stopped == "early stopping" or (chooses and stopped != "callback"):
             self._go_back(self.start if chooses and self._is_chance() else self.best)
         return stopped
@@ -492,7 +519,10 @@ class _Fit:
         """
         gains = self.best_values - self.start_values
         gain, error = mean_and_error(gains, self.weights)
-        freedom = max(len(gains) - 1, 1)
+        number = len(gains)
+        if self.weights is not None:
+            number = int((self.weights > 0).sum())
+        freedom = max(number - 1, 1)
         return gain < (2 + 2.5 / freedom + 3 / freedom**2) * error
 
     def _why_stop(self, steps: Any, record: FitRecord, *, is_late: bool) -> str | None:

@@ -68,13 +68,15 @@ class FitResult(NamedTuple):
     r"""What a fit returns.
 
     Attributes:
-        distribution: The averaged model with its :math:`\log Z`.
+        distribution: The averaged model with its :math:`\log Z`; or the base that was
+            fitted here, where the model is worse.
         log_partition: That :math:`\log Z`, with error and verdict, by
             :func:`pyro_ebm.partition.estimate` if that is reliable, else as tracked.
         history: A record every ``record_interval`` steps.
         num_steps: Parameter steps taken.
-        stopped: Why it ended: ``"finished"``, ``"early stopping"``, ``"callback"``,
-            ``"interrupted"``, or ``"loss not finite"``.
+        stopped: Why it ended: ``"finished"``, ``"early stopping"``, ``"out of time"``,
+            ``"callback"``, ``"interrupted"``, ``"loss not finite"``, or ``"too few
+            rows"`` to hold some out, so that nothing was learned beside the base.
         state: What the last objective has learned beside the energy, such as the log Z
             of noise contrast, for the last parameters before averaging.
         train: Log-likelihood of training points, at most 2,000, under the distribution.
@@ -273,6 +275,7 @@ def _described(found: FitDiagnostics) -> str:
     """What was measured, a name never apart from its number; empty if nothing was."""
     parts = {
         "energy gap": found.energy_gap,
+        "gap of what was learned": found.learned_gap,
         "drift of the chains": found.drift,
         "R-hat": _number(found.r_hat, ".3f"),
         "acceptance": _number(found.acceptance, ".2f"),

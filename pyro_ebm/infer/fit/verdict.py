@@ -13,7 +13,7 @@ too: the scale of the base is not what is learned, and rows that a base knows by
 are no fault of it.
 """
 
-__all__ = ["MIN_STEPS", "judge"]
+__all__ = ["MIN_STEPS", "judge", "worse_than_base"]
 
 import math
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.infer.fit.diagnosis import EnergyDifference, FitDiagnostics
 from pyro_ebm.infer.fit.fit_record import FitRecord
+from pyro_ebm.infer.likelihood import LogLikelihood
 from pyro_ebm.partition import LogPartitionEstimate
 
 #: Standard errors beyond which a difference is none by chance ...
@@ -70,12 +71,7 @@ def judge(
         broken.append(Finding(Reason.UNKNOWN_LOG_PARTITION, log_partition.reason))
     gain = found.gain
     if gain is not None and gain.value < -NUM_ERRORS / 2 * gain.std_error - SMALL:
-        worse = (
-            f"on held-out points the model is worse than its base by {-gain.value:.3f} "
-            f"+- {gain.std_error:.3f} nats a point: take the base, or an energy that "
-            "corrects it, such as NeuralEnergy"
-        )
-        broken.append(Finding(Reason.WORSE_THAN_BASE, worse))
+        broken.append(worse_than_base(gain))
     broken += [Finding(Reason.STILL_LEARNING, text) for text in _progress(history)]
     is_short = num_steps is not None and num_steps < MIN_STEPS
     if is_short and gain is not None and gain.value < NUM_ERRORS / 2 * gain.std_error:
@@ -86,6 +82,17 @@ def judge(
         )
         broken.append(Finding(Reason.STILL_LEARNING, nothing))
     return tuple(broken)
+
+
+def worse_than_base(gain: LogLikelihood) -> Finding:
+    """What is said of a model that has gained less than nothing."""
+    return Finding(
+        Reason.WORSE_THAN_BASE,
+        f"on held-out points the model is worse than its base by {-gain.value:.3f} "
+        f"+- {gain.std_error:.3f} nats a point: take the base, or an energy that "
+        "corrects it, such as NeuralEnergy. Where the base was fitted here, it is the "
+        "distribution of the result",
+    )
 
 
 def _noise_faults(found: FitDiagnostics) -> list[str]:
