@@ -10,6 +10,7 @@ after eq. (1.11), a point: the finite test set and :math:`\log Z` each bring an 
 
 __all__ = [
     "LogLikelihood",
+    "likelihood_of",
     "log_likelihood",
     "log_likelihood_difference",
     "mean_and_error",
@@ -79,7 +80,13 @@ def log_likelihood(
         >>> print(pyro_ebm.infer.log_likelihood(q, torch.tensor([[-1.0], [1.0]])))
         -1.4189 +- 0.0000
     """
-    values = _values(distribution, x)
+    return likelihood_of(_values(distribution, x), distribution, weights)
+
+
+def likelihood_of(
+    values: Tensor, distribution: EnergyDistribution, weights: Tensor | None = None
+) -> LogLikelihood:
+    """The mean of log densities of a distribution, shape ``(N,)``, with its error."""
     error = float(distribution.log_partition_std_error)
     return _with_error(values, error, distribution.is_normalized, weights)
 

@@ -143,7 +143,11 @@ class FitDiagnostics(NamedTuple):
 
 @torch.no_grad()
 def energy_gap(
-    energy_model: EnergyModel, data: Tensor, *, of_correction: bool = False
+    energy_model: EnergyModel,
+    data: Tensor,
+    *,
+    of_correction: bool = False,
+    num_draws: int = _NUM_RESAMPLED,
 ) -> EnergyDifference | None:
     """Gap (1) of the averaged parameters, ``None`` while log Z is unknown.
 
@@ -151,6 +155,7 @@ def energy_gap(
         energy_model: With walkers, or a closed form.
         data: Shape ``(N, *event)``.
         of_correction: Whether to leave out the energy of the base.
+        num_draws: Of the model, where they come from weighted ones.
     """
     tracker = energy_model.log_partition
     energy = tracker.averaged_energy
@@ -166,8 +171,8 @@ def energy_gap(
         mean, error = values.mean(), values.std() / math.sqrt(len(values))
     elif tracker.draws is not None:
         found = tracker.draws
-        values = at(found.resampled(energy, _NUM_RESAMPLED))
-        count = min(_NUM_RESAMPLED, found.effective_fraction(energy) * len(found.x))
+        values = at(found.resampled(energy, num_draws))
+        count = min(num_draws, found.effective_fraction(energy) * len(found.x))
         mean, error = values.mean(), values.std() / math.sqrt(count)
     elif tracker.walkers.is_started and tracker.averaged().is_reliable:
         u = tracker.walkers.u

@@ -61,6 +61,7 @@ from pyro_ebm.infer.fit.verdict import MIN_STEPS, judge, worse_than_base
 from pyro_ebm.infer.handler import state_for
 from pyro_ebm.infer.likelihood import (
     LogLikelihood,
+    likelihood_of,
     log_likelihood,
     log_likelihood_difference,
     mean_and_error,
@@ -77,6 +78,8 @@ _SECONDS = 60.0
 _FINITE_INTERVALS = 60, 3000
 #: Points at which the energy is checked.
 _NUM_CHECKED = 8
+#: Rows, and draws of the model, that the curve of the energy gap is read off.
+_FOR_CURVE = 1000
 #: Records without a better one, and the model still counts as getting better.
 _STILL_BEST = 3
 
@@ -281,6 +284,7 @@ class _Fit:
         self.began = time.perf_counter(), time.process_time()
         self.step_seconds, self.next_look, self.seconds_each = 0.0, 0.0, 0.0
         self.decays, self.decay, self.shares = False, 0.0, torch.empty(0)
+        self.known: dict[int, Tensor] = {}  # of the energy at rows
 
     @property
     def num_steps(self) -> int:
@@ -586,10 +590,11 @@ class _Fit:
     def _record(self, loss: float, optim: FitOptim, bar: Any) -> FitRecord:
         estimate = self.model.log_partition.averaged()
         averaged = self.model.averaged(estimate)
-        train = log_likelihood(averaged, self.train_data)
+        train = likelihood_of(self._at(averaged, self.train_data), averaged)
         shown, validation = train, None
         if self.validation_data is not None:
-            shown = validation = self._likelihood(averaged, self.validation_data)
+            at_rows = self._at(averaged, self.validation_data)
+            shown = validation = likelihood_of(at_rows, averaged, self.weights)
             self.num_worse += 1
             counts = validation.is_normalized or not self.is_automatic
             value = validation.value
@@ -597,12 +602,12 @@ class _Fit:
                 value -= validation.std_error_log_partition
             if counts and value > self.best_value:
                 self.best_value, self.num_worse = value, 0
-                if self.is_automatic:
-                    self.best_values = _log_prob(averaged, self.validation_data)
+                self.best_values = at_rows
         optim.note_record(shown.value)
         if self.decays and self.validation_data is not None and self.num_steps:
             self._set_decay(optim, self.validation_data)
-        gap = energy_gap(self.model, self.train_data)
+        few = self.train_data[:_FOR_CURVE]
+        gap = energy_gap(self.model, few, num_draws=_FOR_CURVE)
         stage = len(self.steps_of_stages) - 1
         record = FitRecord(
             self.num_steps, loss, train, validation, estimate, stage, gap
@@ -617,6 +622,15 @@ class _Fit:
             refresh=False,
         )
         return record
+
+    @torch.no_grad()
+    def _at(self, averaged: EnergyDistribution, x: Tensor) -> Tensor:
+        """Log density of rows that stay; what is not learned of it is found once."""
+        learned = averaged.energy.correction(x)
+        if id(x) not in self.known:
+            known = averaged.energy(x) - learned
+            self.known[id(x)] = known.nan_to_num(nan=0.0)
+        return -learned - self.known[id(x)] - averaged.log_partition
 
     def _set_decay(self, optim: FitOptim, held_out: Tensor) -> None:
         """Let weights decay as held-out rows want, by an average over the records."""
