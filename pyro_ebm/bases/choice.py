@@ -26,6 +26,8 @@ _Fitter = Callable[[Tensor, float], dist.TorchDistribution]
 #: each column.
 _FEWEST = 3
 _ENOUGH_FOR_FLOW, _EACH_FOR_FLOW = 500, 50
+#: Rows from which on a flow gets as much time as a committee.
+_MANY = 5000
 #: Nats a row by which a simpler kind may be worse, and a mixture must be better.
 _EQUAL, _WORTH = 1e-3, 0.01
 
@@ -234,6 +236,11 @@ def _worth_trying(data: Tensor) -> list[str]:
     return kinds
 
 
+def _share(data: Tensor) -> float:
+    """Of the time that is for the committee; a flow needs the more, the more rows."""
+    return 0.5 if len(data) > _MANY else 0.75
+
+
 def _fitters(
     support: Constraint | None, seed: int, *, progress_bar: bool
 ) -> dict[str, _Fitter]:
@@ -246,7 +253,7 @@ def _fitters(
             data, support=support, seed=seed
         ),
         "committee": lambda data, seconds: committee(
-            data, support=support, max_seconds=0.75 * seconds, seed=seed
+            data, support=support, max_seconds=_share(data) * seconds, seed=seed
         ),
         "independent": lambda data, _: independent(data, support=support, seed=seed),
         "flow": lambda data, seconds: flow(

@@ -160,3 +160,23 @@ def test_many_rows_have_the_time_for_large_mixtures(monkeypatch):
     found = bases.committee(ring(9600), max_seconds=0.0)
     assert seen == [(1, 4800, 1e-6)] * 2
     assert len(found.loc) == 2
+
+
+def test_larger_mixtures_of_more_rows(monkeypatch):
+    """Five rows a parameter, by weight. Faults: 32 at most; rows of no weight count."""
+    seen = []
+
+    def fitted(u, number, seed, floor):
+        seen.append(number)
+        return NormalMixture(torch.ones(1), u.mean(0)[None], torch.eye(2)[None])
+
+    monkeypatch.setattr(module, "fitted_mixture", fitted)
+    for number, largest in ((2300, 32), (2500, 64), (5000, 128)):
+        seen.clear()
+        bases.committee(ring(number))
+        assert max(seen) == largest
+    for heavy, parts in ((1e3, 5), (1.0, 2)):
+        seen.clear()
+        weights = torch.ones(10_000).index_fill(0, torch.arange(1000), heavy)
+        bases.committee(ring(10_000), weights=weights)
+        assert seen.count(1) == (2 if parts == 2 else 15)

@@ -1,5 +1,7 @@
 """Rows that are held out."""
 
+import pyro.distributions as dist
+import pytest
 import torch
 
 from pyro_ebm.bases import kernel_density
@@ -13,6 +15,24 @@ def test_equal_rows_are_on_the_same_side():
     assert len(train) + len(apart) == 100
     assert 10 <= len(apart) <= 25
     assert torch.cdist(train, apart).min() > 1e-3
+
+
+@pytest.mark.parametrize("noise", [1e-5, 5e-4])
+def test_nearly_equal_rows_are_on_the_same_side(noise):
+    """Fault: only equal ones. Kernels of no width then look best, 70 nats wrongly."""
+    data = torch.randn(100, 3).repeat(6, 1)
+    train, apart = split_indices(data + noise * torch.randn_like(data), seed=0)
+    assert 80 <= len(apart) <= 110
+    mixed = (train[:, None] % 100 == apart % 100).any(0)
+    assert mixed.double().mean() < 0.05
+
+
+@pytest.mark.parametrize("law", [dist.Normal(0.0, 1.0), dist.Cauchy(0.0, 1.0)])
+@pytest.mark.parametrize("dim", [1, 2, 10])
+def test_rows_that_are_near_by_chance_count_as_different(law, dim):
+    """On a line neighbours are near. Fault: as in many dimensions."""
+    data = law.sample((2000, dim))
+    assert torch.equal(shuffled(data, 0), shuffled(torch.arange(2000.0), 0))
 
 
 def test_over_a_finite_support_each_row_is_held_out_by_chance():

@@ -220,6 +220,10 @@ def test_few_rows_say_less():
         run.best_values = gains.repeat(number)
         run.start_values = torch.zeros_like(run.best_values)
         assert bool(run._is_chance()) is is_chance
+    run.weights = (
+        torch.tensor([1.0, 1.0, 1.0]).repeat(30).index_fill(0, torch.arange(3, 90), 0.0)
+    )
+    assert run._is_chance()  # rows without weight say nothing
 
 
 def test_a_given_base_stays():
@@ -345,6 +349,50 @@ def test_a_model_that_is_worse_than_its_base_is_not_ok():
     found = judge(FitDiagnostics(gain=gain), exact, "finished")
     assert [str(f.reason) for f in found] == ["worse than its base"]
     assert "or an energy that corrects it" in str(found[0])
+
+
+class Round(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.log_scale = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return x.square().sum(-1) * self.log_scale.exp()
+
+
+def test_an_energy_that_ends_below_its_base_gives_the_base(quick_bases):
+    """Fault: the worse density."""
+    model = EnergyModel(FunctionEnergy(Round(), (2,)))
+    data = torch.randn(600, 2) @ torch.tensor([[1.0, 0.9], [0.0, 0.4]])
+    result = fit(model, data, num_steps=200, progress_bar=False)
+    base = result.base.distribution
+    torch.testing.assert_close(result.distribution.log_prob(data), base.log_prob(data))
+    assert result.verdict == "worse than its base"
+    assert (result.gain.value, result.log_partition.value) == (0.0, 0.0)
+    assert result.distribution.sample((5,)).shape == (5, 2)
+
+
+def test_what_is_not_learned_is_found_once_at_a_row():
+    """Faults: the density of the base in each record; that of other rows."""
+    counts = []
+
+    class Counted(dist.MultivariateNormal):
+        def log_prob(self, value):
+            counts.append(len(value))
+            return super().log_prob(value)
+
+    energy = NeuralEnergy((2,), (8,), base=Counted(torch.ones(2), 4 * torch.eye(2)))
+    model = pyro_ebm.EnergyDistribution(energy, torch.tensor(0.7))
+    run, several = fit_module._Fit.__new__(fit_module._Fit), (rows(30), rows(40))
+    run.known = {}
+    for _ in range(3):
+        energy.network[0].weight.data.add_(1.0)
+        for x in several:
+            found = run._at(model, x)
+            counts_before = len(counts)
+            torch.testing.assert_close(found, model.log_prob(x).detach())
+            del counts[counts_before:]
+    assert counts == [30, 40]
 
 
 def test_a_base_cannot_be_given_twice():

@@ -94,7 +94,15 @@ def test_of_few_rows_the_base_is_kept(caplog):
     base = result.base.distribution.log_prob(test)
     torch.testing.assert_close(result.distribution.log_prob(test).detach(), base)
     assert "too few rows to hold some out" in caplog.text
+    assert (result.stopped, result.verdict) == ("too few rows", "ok")
     assert result.log_partition.value == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_gap_of_a_base_of_three_rows_is_no_fault_of_learning():
+    """It is far, as the base knows them by heart. Fault: "not at equilibrium"."""
+    data = torch.tensor([[0.0, 0.0], [1e-3, 1e-3], [50.0, 1.0]])
+    result = quick(network(), data, num_steps=200)
+    assert (result.stopped, result.verdict) == ("too few rows", "ok")
 
 
 def test_parameters_are_learned_from_few_rows():
