@@ -30,10 +30,12 @@ from torch.distributions.constraints import Constraint
 
 from pyro_ebm.bases.rows import Rows
 
-#: Widths that are tried, in the data's standard deviations; and the most centres.
-_WIDTHS, _MAX_CENTRES = torch.logspace(-2, 0, 25), 1000
-#: Numbers that the centres of independent columns may take, and the fewest of these.
-_NUMBERS, _FEWEST = 30_000, 300
+#: Widths that are tried, in the data's standard deviations, at so many points at most;
+#: and the most centres.
+_WIDTHS, _MAX_POINTS, _MAX_CENTRES = torch.logspace(-2, 0, 25), 1000, 4000
+#: Numbers that the centres of independent columns may take, the fewest of these, and
+#: the most.
+_NUMBERS, _FEWEST, _MOST = 30_000, 300, 1000
 #: Of distances: products would cancel.
 _EXACT = "donot_use_mm_for_euclid_dist"
 #: Numbers that a density holds in memory at once.
@@ -49,7 +51,7 @@ def kernel_density(
         data: Shape ``(N, *event)``.
         support: Of a row; the kernels are then in unconstrained space. Default: all
             real numbers.
-        seed: Of the choice of 1,000 centres where there are more rows.
+        seed: Of the choice of 4,000 centres where there are more rows.
 
     Returns:
         A normalised Pyro distribution over the event.
@@ -165,7 +167,7 @@ def independent(
     if isinstance(data, Tensor) and not data.is_floating_point():
         return _counted(data)
     rows = Rows.of(data, support)
-    most = max(_FEWEST, _NUMBERS // rows.u.shape[1])
+    most = min(_MOST, max(_FEWEST, _NUMBERS // rows.u.shape[1]))
     centres = rows.u[_chosen(len(rows.u), seed)[:most]].mT  # (D, n)
     width = torch.cat([_width(column[:, None]) for column in centres])
     probs = torch.full_like(centres, 1 / centres.shape[1])
@@ -183,7 +185,7 @@ def _width(points: Tensor) -> Tensor:
     r"""Widths :math:`h \sigma`, ``(D,)``, of the kernels (1) at points ``(n, D)``."""
     spread = points.std(0).clamp(min=1e-6 * (1 + points.abs().amax(0)))
     z = points / spread
-    apart = torch.cdist(z, z, compute_mode=_EXACT).square()
+    apart = torch.cdist(z[:_MAX_POINTS], z, compute_mode=_EXACT).square()
     # Each by the others, and by none that is equal to it.
     apart = apart.where(apart > 0, torch.inf)
     dim = points.shape[1]

@@ -166,14 +166,15 @@ def _first_near(rows: Tensor, index: Tensor) -> Tensor:
     hardly ever by chance.
     """
     scale = rows.std(0, correction=0)
-    z = rows / scale.where(scale > 0, 1.0)
+    z = (rows - rows.mean(0)) / scale.where(scale > 0, 1.0)
     rank = min(len(z), 10 + math.isqrt(len(z)))
     near = min(_NEAR, (_BY_CHANCE / rank) ** (1 / max(1, int((scale > 0).sum()))))
     found = []
     for part in index.split(max(1, _CHUNK // len(z))):
-        apart = torch.cdist(z[part], z, compute_mode="donot_use_mm_for_euclid_dist")
+        apart = torch.cdist(z[part], z)
         limit = near * apart.kthvalue(rank, 1, keepdim=True).values
-        found.append((apart <= limit).int().argmax(1))
+        is_near = (apart <= limit).scatter(1, part[:, None], value=True)
+        found.append(is_near.int().argmax(1))
     return torch.cat(found)
 
 
