@@ -238,30 +238,24 @@ class _Chain:
         return value.reshape(self.batch_shape)
 
     def marginals(self) -> Tensor:
-        """Probabilities (4)."""
+        """Probabilities (4), the gradient of log Z."""
         is_live = self.unary.requires_grad or self.transition.requires_grad
-        if torch.is_grad_enabled() and is_live:
-            left, _ = _log_messages(self.unary, self.transition, self.mask)
-            right = _log_behind(self.unary, self.transition, self.mask)
-            probs = (torch.stack(left) + torch.stack(right)).softmax(-1)  # (4)
-        else:
-            probs = self._plain_marginals()
+        is_live &= torch.is_grad_enabled()
+        unary, transition = self.unary, self.transition
+        if not is_live:
+            unary, transition = unary.detach(), transition.detach()
+        with torch.enable_grad():
+            unary = unary if unary.requires_grad else unary.requires_grad_()
+            value: Any = _LogPartition.apply(unary, transition, self.mask)
+            (probs,) = torch.autograd.grad(value.sum(), unary, create_graph=is_live)
         if self.mask is not None:
             probs = probs.where(self.mask[..., None], _only_first(probs).exp())
         return self._batch_first(probs)
 
-    def _plain_marginals(self) -> Tensor:
-        """Those without a graph, by the gradient of log Z."""
-        unary = self.unary.detach().requires_grad_()
-        with torch.enable_grad():
-            value: Any = _LogPartition.apply(unary, self.transition.detach(), self.mask)
-            (probs,) = torch.autograd.grad(value.sum(), unary)
-        return probs
-
     def mode(self) -> Tensor:
         best, back = self.unary[0], []
         for t in range(1, len(self.unary)):
-            top, where = (best[..., None] + self._steps(t)).max(-2)
+            top, where = (best[..., None] + _step_to(t, self.transition)).max(-2)
             top = top + self.unary[t]
             if self.mask is not None:
                 is_there = self.mask[t, :, None]
@@ -272,7 +266,8 @@ class _Chain:
         states = [best.argmax(-1)]
         for where in reversed(back):
             states.append(where.gather(-1, states[-1][:, None]).squeeze(-1))
-        return self._batch_first(self._without_padding(torch.stack(states[::-1])))
+        x = torch.stack(states[::-1])
+        return self._batch_first(x if self.mask is None else x.where(self.mask, 0))
 
     def sample(self, num_draws: int) -> Tensor:
         unary, transition = self.unary.detach(), self.transition.detach()
@@ -280,7 +275,7 @@ class _Chain:
         last = filtered[-1].expand(num_draws, *filtered[-1].shape)
         states = [categorical(last)]
         for t in range(len(unary) - 1, 0, -1):
-            steps = self._steps(t).mT.expand(*unary.shape[1:], -1)
+            steps = _step_to(t, transition).mT.expand(*unary.shape[1:], -1)
             batch = torch.arange(unary.shape[1], device=unary.device)
             step = steps[batch, states[-1]]
             if self.mask is not None:
@@ -301,14 +296,6 @@ class _Chain:
                 possible = self.mask[site, :, None] | (state == 0)
                 unary[0] = unary[0].where(possible, -torch.inf)
         return replace(self, unary=unary)
-
-    def _steps(self, t: int) -> Tensor:
-        """Potentials of the step to site ``t``."""
-        steps = self.transition.detach()
-        return steps if steps.dim() == 2 else steps[t - 1]
-
-    def _without_padding(self, states: Tensor) -> Tensor:
-        return states if self.mask is None else states.where(self.mask, 0)
 
     def _batch_first(self, rows: Tensor) -> Tensor:
         """From ``(T, B, *rest)`` to ``(*batch, T, *rest)``."""
@@ -445,12 +432,17 @@ class _Scaled:
 
     def _apply(self, t: int, message: Tensor, out: Tensor, *, is_forward: bool) -> None:
         """Take a message over the step to site ``t``, or back over it."""
-        steps = self.steps if self.steps.dim() == 2 else self.steps[t - 1]
+        steps = _step_to(t, self.steps)
         steps = steps if is_forward else steps.mT
         if steps.dim() == 2:
             torch.mm(message, steps, out=out)
         else:
             torch.bmm(message[:, None], steps, out=out[:, None])
+
+
+def _step_to(t: int, transition: Tensor) -> Tensor:
+    """Of the step to site ``t``."""
+    return transition if transition.dim() == 2 else transition[t - 1]
 
 
 def _log_messages(
@@ -463,8 +455,8 @@ def _log_messages(
     message, scale = _from_largest(unary[0])
     messages, scales = [message], [scale]
     for t in range(1, len(unary)):
-        steps = transition if transition.dim() == 2 else transition[t - 1]
-        ahead = _logsumexp(message[..., None] + steps, -2) + unary[t]  # (2)
+        joint = message[..., None] + _step_to(t, transition)
+        ahead = _logsumexp(joint, -2) + unary[t]  # (2)
         ahead, scale = _from_largest(ahead)
         if mask is not None:
             ahead = ahead.where(mask[t, :, None], message)
@@ -488,8 +480,7 @@ def _log_behind(unary: Tensor, transition: Tensor, mask: Tensor | None) -> list[
     message = torch.zeros_like(unary[0])
     messages = [message]
     for t in range(len(unary) - 1, 0, -1):
-        steps = transition if transition.dim() == 2 else transition[t - 1]
-        joint = steps + (unary[t] + message)[..., None, :]
+        joint = _step_to(t, transition) + (unary[t] + message)[..., None, :]
         behind, _ = _from_largest(_logsumexp(joint, -1))  # (3)
         message = behind if mask is None else behind.where(mask[t, :, None], message)
         messages.append(message)
@@ -511,7 +502,7 @@ def _log_gradients(
         in_unary = in_unary.where(mask[..., None], 0.0)
     in_steps = [torch.zeros_like(transition)] if transition.dim() == 2 else []
     for t in range(1, len(unary)):
-        steps = transition if transition.dim() == 2 else transition[t - 1]
+        steps = _step_to(t, transition)
         joint = left[t - 1][..., None] + steps + (unary[t] + right[t])[..., None, :]
         pairs = joint.flatten(-2).softmax(-1).reshape(joint.shape)  # (5)
         pairs = pairs * grad[:, None, None]
