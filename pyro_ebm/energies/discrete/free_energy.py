@@ -117,15 +117,13 @@ class FreeEnergy(Energy):
     def _given(self, x: Tensor) -> tuple[Solver, Tensor]:
         """The sums over hidden sites at points, and which of these are no states."""
         values = self.energy.values
-        flat = x.detach().reshape(-1, x.shape[-1]).to(values)
-        index = torch.searchsorted(values, flat.nan_to_num(0.0))
         states = site_states(self.energy.support, self.energy.event_shape)
         most = torch.tensor(states, device=x.device)[self.visible] - 1
-        index = index.minimum(most)
-        is_outside = (values[index] != flat).any(-1).reshape(x.shape[:-1])
+        x = x.detach().to(values).contiguous()
+        index = torch.searchsorted(values, x.nan_to_num(0.0)).minimum(most)
+        is_outside = (values[index] != x).any(-1)
         solver = exact_sums(states, self.energy.factors() or (), x.shape[:-1])
-        at = index.mT.reshape(-1, *x.shape[:-1])
-        seen = dict(zip(self.visible, at, strict=True))
+        seen = dict(zip(self.visible, index.movedim(-1, 0), strict=True))
         return solver.given(seen), is_outside
 
     def closed_form(self) -> ExactClosedForm | None:

@@ -11,7 +11,7 @@ References:
     Krichevsky & Trofimov (1981), IEEE Trans. Information Theory 27, 199-207.
 """
 
-__all__ = ["IndependentSites"]
+__all__ = ["IndependentSites", "without_missing"]
 
 from collections.abc import Sequence
 from typing import Any, final
@@ -88,7 +88,7 @@ class IndependentSites(dist.TorchDistribution):
         values = finite_values(support) or ()
         counts = torch.stack([(data == value).to(data).sum(0) for value in values])
         weights = (counts + 0.5).log()  # (1)
-        return cls(support, _without_missing(support, weights))
+        return cls(support, without_missing(support, weights))
 
     @classmethod
     def uniform(
@@ -120,7 +120,7 @@ class IndependentSites(dist.TorchDistribution):
             )
         like = torch.empty(0) if like is None else like
         log_probs = like.new_zeros(len(values), *event_shape)
-        return cls(support, _without_missing(support, log_probs))
+        return cls(support, without_missing(support, log_probs))
 
     @property
     def is_uniform(self) -> bool:
@@ -178,11 +178,17 @@ class IndependentSites(dist.TorchDistribution):
         return log_prob.expand(shape)
 
 
-def _without_missing(support: Constraint, log_probs: Tensor) -> Tensor:
-    """Minus infinity at values that a site does not have."""
-    states = num_states(support, log_probs.shape[1:])
+def without_missing(support: Constraint, logits: Tensor) -> Tensor:
+    """Minus infinity at values that a site does not have.
+
+    Args:
+        support: Finite.
+        logits: Shape ``(q, *batch, *event)``.
+    """
+    shape = logits.shape[logits.dim() - support.event_dim :]
+    states = num_states(support, shape)
     if states is None:
-        return log_probs
-    index = torch.arange(len(log_probs), device=log_probs.device)
-    index = index.reshape(-1, *(1,) * states.dim())
-    return log_probs.where(index < states.to(log_probs.device), -torch.inf)
+        return logits
+    index = torch.arange(len(logits), device=logits.device)
+    index = index.reshape(-1, *(1,) * (logits.dim() - 1))
+    return logits.where(index < states.to(logits.device), -torch.inf)

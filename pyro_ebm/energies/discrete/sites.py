@@ -26,9 +26,8 @@ from pyro_ebm.energies.discrete.finite import (
     AnnealingPath,
     finite_values,
     num_points,
-    num_states,
 )
-from pyro_ebm.energies.discrete.independent import IndependentSites
+from pyro_ebm.energies.discrete.independent import IndependentSites, without_missing
 
 #: Nats below all that is allowed where what is forbidden is not yet so.
 _PENALTY = 30.0
@@ -148,9 +147,4 @@ class _ScaledSites(SiteEnergy):
         logits = self.energy.site_logits(x)
         if self.scale:
             return self.scale * logits
-        states = num_states(self.support, self.event_shape)
-        if states is None:
-            return torch.zeros_like(logits)
-        index = torch.arange(len(logits), device=x.device)
-        index = index.reshape(-1, *(1,) * x.dim())
-        return torch.zeros_like(logits).where(index < states.to(x.device), -torch.inf)
+        return without_missing(self.support, torch.zeros_like(logits))
