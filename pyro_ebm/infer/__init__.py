@@ -42,9 +42,12 @@ __all__ = [
     "parameter_errors",
 ]
 
-from pyro_ebm.infer.fit.diagnosis import EnergyDifference, FitDiagnostics
+from pyro_ebm.infer.fit.diagnosis import (
+    EnergyDifference,
+    FitDiagnostics,
+    FitRecord,
+)
 from pyro_ebm.infer.fit.fit import fit
-from pyro_ebm.infer.fit.fit_record import FitRecord
 from pyro_ebm.infer.fit.fit_result import Anomaly, FitResult, FitTimings
 from pyro_ebm.infer.fit.missing import Imputed
 from pyro_ebm.infer.fit.stages import Stage

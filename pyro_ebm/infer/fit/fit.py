@@ -30,11 +30,15 @@ from pyro_ebm.infer.fit.automatic import (
     given_plan,
 )
 from pyro_ebm.infer.fit.diagnosis import (
+    MIN_STEPS,
     EnergyDifference,
     FitDiagnostics,
+    FitRecord,
     diagnose,
     energy_gap,
+    judge,
     learned_gap,
+    worse_than_base,
 )
 from pyro_ebm.infer.fit.fit_checks import (
     require_callbacks,
@@ -42,7 +46,6 @@ from pyro_ebm.infer.fit.fit_checks import (
     require_model,
     require_no_patience,
 )
-from pyro_ebm.infer.fit.fit_record import FitRecord
 from pyro_ebm.infer.fit.fit_result import FitResult, FitTimings
 from pyro_ebm.infer.fit.optimiser import (
     Centring,
@@ -57,7 +60,6 @@ from pyro_ebm.infer.fit.optimiser import (
 from pyro_ebm.infer.fit.points import Points, as_points
 from pyro_ebm.infer.fit.settling import settled_log_partition
 from pyro_ebm.infer.fit.stages import ObjectiveSteps, Stage, as_stages, begin_chains
-from pyro_ebm.infer.fit.verdict import MIN_STEPS, judge, worse_than_base
 from pyro_ebm.infer.handler import state_for
 from pyro_ebm.infer.likelihood import (
     LogLikelihood,

@@ -12,9 +12,11 @@ from pyro_ebm.bases import FittedBase
 from pyro_ebm.core.html import columns_table, rows_table
 from pyro_ebm.core.verdict import Finding, Status, in_words
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.infer.fit.diagnosis import FitDiagnostics
+from pyro_ebm.infer.fit.diagnosis import (
+    FitDiagnostics,
+    FitRecord,
+)
 from pyro_ebm.infer.fit.fit_checks import require_counts
-from pyro_ebm.infer.fit.fit_record import FitRecord
 from pyro_ebm.infer.fit.missing import Imputed, imputed
 from pyro_ebm.infer.likelihood import LogLikelihood
 from pyro_ebm.partition import LogPartitionEstimate

@@ -14,9 +14,11 @@ from pyro_ebm import EnergyModel, bases, fit
 from pyro_ebm.energies import FunctionEnergy, NeuralEnergy
 from pyro_ebm.infer import log_likelihood
 from pyro_ebm.infer.fit import automatic, settling
-from pyro_ebm.infer.fit.diagnosis import FitDiagnostics
+from pyro_ebm.infer.fit.diagnosis import (
+    FitDiagnostics,
+    judge,
+)
 from pyro_ebm.infer.fit.optimiser import GradientNoise
-from pyro_ebm.infer.fit.verdict import judge
 from pyro_ebm.partition import LogPartitionEstimate, quadrature
 
 # The function of the same name hides the module.

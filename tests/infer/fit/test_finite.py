@@ -18,7 +18,7 @@ from pyro_ebm.energies import (
 )
 from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.infer import ContrastiveDivergence, MaximumLikelihood, ObjectiveLoss
-from pyro_ebm.infer.fit.diagnosis import diagnose
+from pyro_ebm.infer.fit.diagnosis import diagnose, judge
 from pyro_ebm.infer.fit.optimiser import (
     Centring,
     FitOptim,
@@ -27,7 +27,6 @@ from pyro_ebm.infer.fit.optimiser import (
     decay_by_gap,
     weights_of,
 )
-from pyro_ebm.infer.fit.verdict import judge
 from pyro_ebm.mcmc import Gibbs
 from pyro_ebm.partition import LogPartitionEstimate, estimate
 from pyro_ebm.partition.exact.enumeration import enumeration

@@ -31,9 +31,9 @@ from pyro_ebm.infer.fit.diagnosis import (
     _walker_mean,
     diagnose,
     energy_gap,
+    judge,
     learned_gap,
 )
-from pyro_ebm.infer.fit.verdict import judge
 from pyro_ebm.mcmc import MALA, ULA
 from pyro_ebm.partition import LogPartition, LogPartitionEstimate
 from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
