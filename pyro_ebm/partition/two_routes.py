@@ -52,13 +52,14 @@ from pyro_ebm.partition.agreement import (
 )
 from pyro_ebm.partition.base import LogPartitionEstimate, student_t_quantile
 from pyro_ebm.partition.importance.pool import (
+    FlatBase,
     Pool,
+    Proposal,
     difference,
     log_density,
     of_draws,
     tempered,
 )
-from pyro_ebm.partition.importance.proposal import FlatBase, Proposal
 from pyro_ebm.partition.importance.student_mixture import StudentMixture, fit_clusters
 from pyro_ebm.partition.importance.triangular_map import fit_map
 from pyro_ebm.partition.normalizability import lost_to_rounding

@@ -25,7 +25,7 @@ from pyro_ebm.partition.agreement import (
     pooled,
     shortfall,
 )
-from pyro_ebm.partition.importance.proposal import FlatBase, Proposal
+from pyro_ebm.partition.importance.pool import FlatBase, Proposal
 from pyro_ebm.partition.importance.student_mixture import StudentMixture
 from pyro_ebm.partition.particles.engine import Journey
 from pyro_ebm.partition.progress import CountedEnergy, Limits
