@@ -264,7 +264,7 @@ def test_a_finite_target_is_annealed_until_the_tolerance_is_met():
 def test_states_whose_numbers_lie_far_from_those_of_the_others():
     """Of three normals, one for each category, two are far from a default base, of
     whose draws none tells that they are there. Seen to fail by 0.94 nats, with "ok"."""
-    pyro.set_rng_seed(0)
+    pyro.set_rng_seed(1)
     scale, log_weight = torch.tensor([1.0, 0.3, 2.0]), torch.tensor([0.0, 1.0, -1.0])
     parts = [dist.constraints.real, dist.constraints.integer_interval(0, 2)]
     support = dist.constraints.cat(parts, dim=-1, lengths=[2, 1])
