@@ -41,7 +41,7 @@ from pyro_ebm.distributions.energy import EnergyDistribution
 from pyro_ebm.distributions.mixture import MixtureOfExperts
 from pyro_ebm.distributions.operators import Factor
 from pyro_ebm.distributions.representation import distribution_html
-from pyro_ebm.distributions.terms import LogPartitionBound, Terms
+from pyro_ebm.distributions.terms import LogPartitionBound, ProductTerms
 from pyro_ebm.energies import ClosedForm, Energy, SumEnergy
 from pyro_ebm.energies.closed_form.gaussian import ImproperProductError
 from pyro_ebm.energies.discrete.finite import finite_values
@@ -130,7 +130,7 @@ class ProductOfExperts(EnergyDistribution):
     ) -> None:
         powers = [1.0] * len(experts) if weights is None else list(weights)
         #: The factors, each with its energy and weight, simplified.
-        self.terms = Terms.of(experts, powers)
+        self.terms = ProductTerms.of(experts, powers)
         energy = SumEnergy(
             [term.energy for term in self.terms], [term.weight for term in self.terms]
         )

@@ -14,7 +14,7 @@ Hoelder's inequality gives
 with equality if and only if all :math:`e^{-f_k} / Z_k` are the same distribution.
 """
 
-__all__ = ["LogPartitionBound", "Term", "Terms"]
+__all__ = ["LogPartitionBound", "ProductTerms", "Term"]
 
 import math
 import numbers
@@ -110,13 +110,15 @@ class Term(NamedTuple):
         return not isinstance(self.weight, Tensor) and self.weight == 0
 
 
-class Terms(tuple[Term, ...]):
+class ProductTerms(tuple[Term, ...]):
     """The factors of a product, of which there is at least one."""
 
     __slots__ = ()
 
     @classmethod
-    def of(cls, experts: Sequence[Any], weights: Sequence[float | Tensor]) -> "Terms":
+    def of(
+        cls, experts: Sequence[Any], weights: Sequence[float | Tensor]
+    ) -> "ProductTerms":
         """The factors of (1), flattened and simplified.
 
         Args:

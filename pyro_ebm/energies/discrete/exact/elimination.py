@@ -68,7 +68,7 @@ from pyro_ebm.energies.discrete.finite import (
 )
 from pyro_ebm.energies.discrete.independent import IndependentSites
 
-#: Terms of all sums up to which elimination is cheap: tenths of a second.
+#: Summands up to which elimination is cheap, and takes tenths of a second.
 MAX_COST = 2**25
 
 #: Sets of as many sites each, shape ``(F, k)``, and their log potentials, of shape
