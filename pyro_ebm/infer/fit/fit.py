@@ -629,10 +629,12 @@ class _Fit:
     def _at(self, averaged: EnergyDistribution, x: Tensor) -> Tensor:
         """Log density of rows that stay; what is not learned of it is found once."""
         learned = averaged.energy.correction(x)
-        if id(x) not in self.known:
-            known = averaged.energy(x) - learned
-            self.known[id(x)] = known.nan_to_num(nan=0.0)
-        return -learned - self.known[id(x)] - averaged.log_partition
+        if id(x) in self.known:
+            return -learned - self.known[id(x)] - averaged.log_partition
+        value = averaged.energy(x)
+        if learned.isfinite().all():
+            self.known[id(x)] = value - learned
+        return -value - averaged.log_partition
 
     def _set_decay(self, optim: FitOptim, held_out: Tensor) -> None:
         """Let weights decay as held-out rows want, by an average over the records."""
