@@ -83,6 +83,15 @@ class StepInfo(NamedTuple):
     accepted: Tensor
     is_finite: Tensor
 
+    @property
+    def is_divergent(self) -> Tensor:
+        """Where the probability of the proposal underflows.
+
+        So it is where the energy was not finite, and where its error exceeded some 745
+        nats in double precision, 103 in single.
+        """
+        return self.accept_prob == 0
+
 
 class Kernel(ABC):
     """A Markov kernel: plain settings, and a step for all chains at once.

@@ -36,12 +36,15 @@ from pyro_ebm.energies.graphs.batching import (
 )
 from pyro_ebm.energies.graphs.precision import is_rounded
 from pyro_ebm.energies.graphs.recording import UntraceableError, first_line
-from pyro_ebm.energies.pyro_model.checks import check_log_partitions, check_sums
 from pyro_ebm.energies.pyro_model.full_data import with_missing_data
 from pyro_ebm.energies.pyro_model.outputs import ModelOutputs, model_outputs
 from pyro_ebm.energies.pyro_model.prior import ModelPrior, prior_model
-from pyro_ebm.energies.pyro_model.runs import run_model, samples
-from pyro_ebm.energies.pyro_model.sites import ModelSites, find_sites
+from pyro_ebm.energies.pyro_model.runs import is_masked, run_model, samples
+from pyro_ebm.energies.pyro_model.sites import (
+    ModelSites,
+    check_log_partitions,
+    find_sites,
+)
 
 #: Points at which the traced energy is compared with Pyro's.
 _NUM_CHECKED = 3
@@ -349,7 +352,7 @@ class PyroModelEnergy(Energy):
         """
         trace = self.run()
         check_log_partitions(trace)
-        check_sums(trace)
+        _check_sums(trace)
 
     def run(self) -> Trace:
         """Trace of a run at latent values that are uniform in unconstrained space."""
@@ -394,6 +397,26 @@ class PyroModelEnergy(Energy):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._build(_inspect(self.model, self._args, self._kwargs))
+
+
+def _check_sums(trace: Trace) -> None:
+    """Check that no mask is on a discrete site that is summed out.
+
+    Where the mask is False each value of the site counts for one: a constant in a
+    posterior, an error in an evidence.
+
+    Raises:
+        ValueError: If there is such a mask.
+    """
+    for name, site in samples(trace):
+        is_summed = not site["is_observed"] and site["fn"].support.is_discrete
+        if is_summed and is_masked(site):
+            raise ValueError(
+                f"site {name!r} must not be masked for an evidence: it is discrete, "
+                "and where its mask is False each of its values counts for one. Leave "
+                "the masked rows out of the model, say by obs_mask which of its data "
+                "are missing, or take pyro_ebm.partition.evidence, which does."
+            )
 
 
 def _in_double(function: PointFunction, origin: Tensor) -> PointFunction:

@@ -36,11 +36,11 @@ from pyro_ebm.energies.graphs.recording import LinAlgError
 from pyro_ebm.energies.normalization import unnormalized_part
 from pyro_ebm.energies.pyro_model.full_data import with_missing_data
 from pyro_ebm.energies.pyro_model.runs import (
+    CorrectedDraws,
     FailuresAreNan,
     Model,
     WithoutValidation,
     is_masked,
-    run_until,
     samples,
 )
 from pyro_ebm.energies.pyro_model.sites import ModelSites
@@ -199,7 +199,7 @@ class ModelPrior(dist.TorchDistribution):
 
     def _run(self, model: Model) -> tuple[Trace, dict[str, Tensor]]:
         last = list(self._sites.shapes)[-1]
-        return run_until(last, model, self._args, self._kwargs)
+        return _run_until(last, model, self._args, self._kwargs)
 
     def _in_plate(
         self, num_draws: int, *, is_double: bool, has_density: bool = True
@@ -273,6 +273,20 @@ class ModelPrior(dist.TorchDistribution):
         expected = -self.energy(u[checked].to(**options)).to(log_prob)
         is_same = torch.allclose(log_prob[checked], expected, rtol=1e-3, atol=1e-3)
         return is_same and len(checked) > 0
+
+
+def _run_until(
+    name: str, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Trace, dict[str, Tensor]]:
+    """A run that ends after a site.
+
+    Returns:
+        Its trace, and the values of sites that were drawn in unconstrained space.
+    """
+    tracer = poutine.trace(_StopAfter(name)(model))
+    with poutine.block(), CorrectedDraws() as draws, contextlib.suppress(_Stop):
+        tracer(*args, **kwargs)
+    return tracer.msngr.trace, draws.flat
 
 
 class _WithoutObserved(Messenger):
@@ -358,3 +372,17 @@ def _require_normalized(name: str, site: dict[str, Any]) -> None:
             f"{reason}. Without a prior there is no path from it to the posterior; "
             "give another normalised base over energy.event_shape."
         )
+
+
+class _Stop(Exception):  # noqa: N818
+    pass
+
+
+class _StopAfter(Messenger):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def _pyro_post_sample(self, site: Any) -> None:
+        if site["name"] == self.name:
+            raise _Stop

@@ -22,11 +22,9 @@ __all__ = [
     "is_masked",
     "retried",
     "run_model",
-    "run_until",
     "samples",
 ]
 
-import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -61,34 +59,6 @@ def run_model(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
     """
     initialized = poutine.trace(InitMessenger(initial_value)(model))
     return retried(lambda: initialized.get_trace(*args, **kwargs))
-
-
-class _Stop(Exception):  # noqa: N818
-    pass
-
-
-class _StopAfter(Messenger):
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def _pyro_post_sample(self, site: Any) -> None:
-        if site["name"] == self.name:
-            raise _Stop
-
-
-def run_until(
-    name: str, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Trace, dict[str, Tensor]]:
-    """A run that ends after a site.
-
-    Returns:
-        Its trace, and the values of sites that were drawn in unconstrained space.
-    """
-    tracer = poutine.trace(_StopAfter(name)(model))
-    with poutine.block(), CorrectedDraws() as draws, contextlib.suppress(_Stop):
-        tracer(*args, **kwargs)
-    return tracer.msngr.trace, draws.flat
 
 
 def retried(run: Callable[[], _T]) -> _T:

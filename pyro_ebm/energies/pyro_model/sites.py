@@ -15,12 +15,13 @@ References:
     Särkkä & García-Fernández (2021), IEEE Trans. Automatic Control 66, 299-306.
 """
 
-__all__ = ["ModelSites", "find_sites"]
+__all__ = ["ModelSites", "check_log_partitions", "find_sites"]
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from opt_einsum import shared_intermediates
@@ -32,8 +33,9 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
-from pyro_ebm.energies.corrections import support_of
-from pyro_ebm.energies.pyro_model.checks import check_same, check_site, check_supports
+from pyro_ebm.energies.base import require_precision
+from pyro_ebm.energies.corrections import support_of, without_independent
+from pyro_ebm.energies.normalization import require_normalized, unnormalized_part
 from pyro_ebm.energies.pyro_model.full_data import (
     check_rows,
     whole_plates,
@@ -47,6 +49,7 @@ from pyro_ebm.energies.pyro_model.runs import (
     run_model,
     samples,
 )
+from pyro_ebm.energies.views.unconstrained import same_support
 
 
 class ModelSites(NamedTuple):
@@ -142,8 +145,8 @@ def find_sites(
     first = run_model(model, args, kwargs)
     check_rows(first)
     for name, site in samples(first):
-        check_site(name, site)
-    check_same(first, run_model(model, args, kwargs))
+        _check_site(name, site)
+    _check_same(first, run_model(model, args, kwargs))
     sites = _continuous(first)
     transforms = {n: biject_to(support_of(s["fn"])) for n, s in sites.items()}
     nesting = _max_plate_nesting(first)
@@ -158,7 +161,7 @@ def find_sites(
             initial_params={},  # else Pyro would look for some, in 100 runs at most
         )
     )
-    check_supports(first, enumerated)
+    _check_supports(first, enumerated)
     maker: Any = potential.__self__
     maker.trace_prob_evaluator = _ChainEvaluator(maker.trace_prob_evaluator)
     values = {name: site["value"].detach() for name, site in sites.items()}
@@ -171,6 +174,87 @@ def find_sites(
         nesting,
         torch.zeros_like(torch.cat([value.reshape(-1) for value in flat.values()])),
     )
+
+
+def _check_site(name: str, site: Any) -> None:
+    """Check that a site is continuous, observed, or can be enumerated.
+
+    Raises:
+        ValueError: If it is observed to be nan, or of half precision.
+        NotImplementedError: If it cannot, or is in a plate that is subsampled.
+    """
+    for frame in site["cond_indep_stack"]:
+        if frame.full_size is not None and frame.size < frame.full_size:
+            raise NotImplementedError(
+                f"plate {frame.name!r} holds {frame.size} of {frame.full_size} rows, "
+                "which were chosen before the model ran, and an energy is that of all "
+                "the data. Build the plate inside of the model and without the "
+                "argument subsample."
+            )
+    value = site["value"]
+    require_precision(value, f"the value of site {name!r}")
+    if site["is_observed"]:
+        num_nan = _num_nan(site)
+        if num_nan:
+            raise ValueError(
+                f"obs of site {name!r} must not contain nan, got "
+                f"{num_nan} in {value.numel()} numbers. Drop them, say that they are "
+                "missing by obs_mask, or fill them with any number of the support and "
+                "mask them with poutine.mask."
+            )
+    elif site["fn"].support.is_discrete:
+        if not site["fn"].has_enumerate_support:
+            raise NotImplementedError(
+                f"site {name!r} is discrete and cannot be enumerated "
+                f"({type(site['fn']).__name__}), so it cannot be summed out. Observe "
+                "it, replace it by a distribution with finite support, or marginalise "
+                "it by hand."
+            )
+
+
+def _check_same(first: Trace, second: Trace) -> None:
+    """Check that two runs have the same sites.
+
+    Raises:
+        ValueError: If they do not.
+        NotImplementedError: If a support is not the same in both.
+    """
+    sites, others = dict(samples(first)), dict(samples(second))
+    if list(sites) != list(others):
+        only = sorted(set(sites) ^ set(others)) or list(sites)
+        raise ValueError(
+            f"model must have the same sites at each run; {only} are not in every run "
+            "or in another order. Sample them always, and let the values decide by "
+            "poutine.mask or torch.where."
+        )
+    for name, site in sites.items():
+        shape, other = site["value"].shape, others[name]["value"].shape
+        if shape != other:
+            raise ValueError(
+                f"site {name!r} must have the same shape at each run, got "
+                f"{tuple(shape)} and {tuple(other)}. Sample the largest shape, and "
+                "mask what is not used."
+            )
+    _check_supports(first, second)
+
+
+def _check_supports(first: Trace, second: Trace) -> None:
+    """Check that the latent sites have the same supports in two runs.
+
+    Raises:
+        NotImplementedError: If they do not.
+    """
+    for name, site in samples(first):
+        other: Any = second.nodes[name]["fn"]
+        if site["is_observed"] or site["fn"].support.is_discrete:
+            continue
+        if not same_support(support_of(site["fn"]), support_of(other)):
+            raise NotImplementedError(
+                f"the support of site {name!r} depends on other sites: "
+                f"{site['fn'].support}, then {other.support}. Sample a "
+                "variable on a fixed support and map it to where it should be: "
+                "low + (high - low) * pyro.sample(name, dist.Beta(1.0, 1.0))."
+            )
 
 
 def _continuous(trace: Trace) -> dict[str, Any]:
@@ -319,3 +403,28 @@ def _aligned(term: Tensor, dims: str) -> Tensor:
     order = [own.index(symbol) for symbol in dims if symbol in own]
     index = tuple(slice(None) if symbol in own else None for symbol in dims)
     return term.permute(order)[index]
+
+
+def _num_nan(site: Any) -> int:
+    """How many numbers of an observed value are nan, and not hidden by a mask."""
+    is_nan = site["value"].isnan()
+    if isinstance(without_independent(site["fn"]), dist.MaskedDistribution):
+        return 0
+    if site["mask"] is not None:
+        mask = torch.as_tensor(site["mask"], device=is_nan.device)
+        is_nan = is_nan & mask.reshape(mask.shape + (1,) * site["fn"].event_dim)
+    return int(is_nan.sum())
+
+
+def check_log_partitions(trace: Trace) -> None:
+    """Check that the energies at the sites of a model know their log Z.
+
+    A posterior can do without, an evidence cannot.
+
+    Raises:
+        ValueError: If one does not.
+    """
+    for name, site in samples(trace):
+        part = unnormalized_part(site["fn"])
+        if hasattr(part, "is_normalized"):  # masks and improper priors are allowed
+            require_normalized(part, f"site {name!r}")

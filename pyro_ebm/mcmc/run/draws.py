@@ -1,8 +1,7 @@
 """Storage of the draws of a run in unconstrained space."""
 
-__all__ = ["KeptDraws", "Tally", "is_divergent"]
+__all__ = ["KeptDraws"]
 
-import copy
 from typing import Any
 
 import torch
@@ -13,48 +12,6 @@ from pyro_ebm.mcmc.base import ChainState, StepInfo
 
 #: A progress bar looks at no more draws, chains and coordinates than this of each.
 _GLANCE = 64
-
-
-def is_divergent(info: StepInfo) -> Tensor:
-    """Whether transitions diverged: the probability of the proposal underflows.
-
-    So it is where the energy was not finite, and where the error of the energy exceeded
-    some 745 nats in double precision, 103 in single.
-    """
-    return info.accept_prob == 0
-
-
-class Tally:
-    """Acceptance and divergences of each chain, summed over transitions.
-
-    Args:
-        num_chains: ``C``.
-        device: Where the chains are.
-    """
-
-    def __init__(self, num_chains: int, device: torch.device) -> None:
-        zeros = torch.zeros(num_chains, dtype=torch.float64, device=device)
-        self.accept_prob, self.accepted = zeros, zeros.clone()
-        self.divergent = zeros.clone()
-        self.num_transitions = 0
-
-    def add(self, info: StepInfo) -> None:
-        """Count one transition of all chains."""
-        self.accept_prob += info.accept_prob
-        self.accepted += info.accepted
-        self.divergent += is_divergent(info)
-        self.num_transitions += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """Copies of the sums so far."""
-        return copy.deepcopy(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from such sums."""
-        for name, value in state.items():
-            own = getattr(self, name)
-            is_tensor = isinstance(own, Tensor)
-            setattr(self, name, value.to(own, copy=True) if is_tensor else value)
 
 
 class KeptDraws:
@@ -82,7 +39,7 @@ class KeptDraws:
 
     def add(self, state: ChainState, info: StepInfo) -> None:
         """Keep the points of all chains, and what became of their last proposals."""
-        values = (state.x, state.energy, info.accept_prob, is_divergent(info))
+        values = (state.x, state.energy, info.accept_prob, info.is_divergent)
         for rows, value in zip(self._rows.values(), values, strict=True):
             rows[self.num_draws].copy_(value)
         self.num_draws += 1

@@ -1,10 +1,8 @@
 """The state of a run of many chains: warm-up, draws, and resumption."""
 
-__all__ = [
-    "ChainRun",
-    "step_size_of",
-]
+__all__ = ["ChainRun", "Tally", "step_size_of"]
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -14,9 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ebm.core.errors import DivergenceError
-from pyro_ebm.mcmc.base import ChainState, Kernel
+from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
 from pyro_ebm.mcmc.run.batch_moments import BatchMoments
-from pyro_ebm.mcmc.run.draws import KeptDraws, Tally
+from pyro_ebm.mcmc.run.draws import KeptDraws
 from pyro_ebm.mcmc.run.target import ChainKernel, ChainTarget, standardised
 from pyro_ebm.mcmc.warmup.warmup import Warmup
 
@@ -26,6 +24,39 @@ _PATIENCE = 20
 _STUCK = 0.05
 #: Seconds between two looks at the chains.
 _INTERVAL = 0.3
+
+
+class Tally:
+    """Acceptance and divergences of each chain, summed over transitions.
+
+    Args:
+        num_chains: ``C``.
+        device: Where the chains are.
+    """
+
+    def __init__(self, num_chains: int, device: torch.device) -> None:
+        zeros = torch.zeros(num_chains, dtype=torch.float64, device=device)
+        self.accept_prob, self.accepted = zeros, zeros.clone()
+        self.divergent = zeros.clone()
+        self.num_transitions = 0
+
+    def add(self, info: StepInfo) -> None:
+        """Count one transition of all chains."""
+        self.accept_prob += info.accept_prob
+        self.accepted += info.accepted
+        self.divergent += info.is_divergent
+        self.num_transitions += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of the sums so far."""
+        return copy.deepcopy(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from such sums."""
+        for name, value in state.items():
+            own = getattr(self, name)
+            is_tensor = isinstance(own, Tensor)
+            setattr(self, name, value.to(own, copy=True) if is_tensor else value)
 
 
 class ChainRun:

@@ -18,24 +18,6 @@ in its direction, so that it travels the ladder in about :math:`K` steps instead
 hardly depends on the ladder: the communication barrier between base and energy. Most
 points arrive when all :math:`r_k` are equal.
 
-The warm-up that adapts a ladder is in rounds, each about as long as all before it.
-During a round each temperature follows its mean acceptance :math:`a_k` with its step
-size,
-
-.. math::
-    \log \epsilon_k \leftarrow \log \epsilon_k
-        + \frac{1}{\sqrt t}\, (a_k - a^\star)                              \tag{3}
-
-and at its end the temperatures are placed anew where all pairs would swap equally
-often, and the scale of each coordinate becomes
-
-.. math::
-    s_{ki} = \mathbb{E}_k\big[(\partial_i f_{\beta_k})^2\big]^{-1/2}       \tag{4}
-
-which on a Gaussian is the standard deviation where coordinates are independent. The
-standard deviation itself would measure how far modes are apart, not how wide they are.
-The last round, half of the warm-up, is for the step sizes alone.
-
 References:
     Syed, Bouchard-Cote, Deligiannidis & Doucet (2022), JRSS B 84, 321-350.
 """
@@ -43,7 +25,6 @@ References:
 __all__ = [
     "Exchange",
     "Ladder",
-    "LadderAdaptation",
     "Replicas",
     "SiteLadder",
     "above_base",
@@ -55,7 +36,6 @@ __all__ = [
     "swap",
 ]
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +46,6 @@ from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo
 from pyro_ebm.mcmc.kernels.hmc import HMC
 from pyro_ebm.mcmc.tempering.path import GeometricPath, PathState, advance, joined
 from pyro_ebm.mcmc.tempering.site_path import SitePath, SiteState
-from pyro_ebm.mcmc.warmup.adaptation import find_step_size, follow_acceptance
 
 
 class Replicas(NamedTuple):
@@ -327,119 +306,3 @@ def interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
     weight = ((x - low) / (high - low)).clamp(0, 1)
     weight = weight.reshape(weight.shape + (1,) * (values.dim() - 1))
     return torch.lerp(values[right - 1], values[right], weight)
-
-
-class LadderAdaptation:
-    """The ladder and the kernel as learned so far.
-
-    Args:
-        path: From the base to the energy.
-        kernel: Its step size is where the search begins, if it has one. With a scale of
-            its own, that is kept at all temperatures.
-        inverse_temperatures: To begin with, shape ``(K,)``.
-        state: Replicas above the base, chain shape ``(C, K - 1)``.
-        num_steps: Updates after which nothing changes any more; may be 0.
-    """
-
-    #: Where the rounds end, in parts of the warm-up.
-    ROUND_ENDS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
-
-    def __init__(
-        self,
-        path: GeometricPath | SitePath,
-        kernel: Kernel,
-        inverse_temperatures: Tensor,
-        state: Any,
-        num_steps: int,
-    ) -> None:
-        self._given: Any = kernel
-        self.num_steps = num_steps
-        ends = {round(part * num_steps) for part in self.ROUND_ENDS}
-        self._round_ends = sorted(ends - {0})
-        self._num_updates = 0
-        num_above = len(inverse_temperatures) - 1
-        step_size = torch.as_tensor(getattr(kernel, "step_size", 1.0)).to(state.u)
-        self.ladder: Ladder | SiteLadder
-        if isinstance(path, SitePath):
-            step_size = step_size.to(inverse_temperatures)
-            self.ladder = SiteLadder(path, inverse_temperatures)
-        else:
-            ones = state.u.new_ones((num_above, *path.event_shape))
-            self.ladder = Ladder(path, inverse_temperatures, ones)
-        if num_steps and isinstance(self.ladder, Ladder):
-            step_size = find_step_size(kernel, self.ladder, self.ladder.chains(state))
-        self._log_step = step_size.log().expand(num_above)
-        self._start_round()
-
-    @property
-    def kernel(self) -> Any:
-        """With a step size for each temperature above the base's, if it has one."""
-        return self._given.with_step_size(self._log_step.exp())
-
-    def update(self, state: Any, info: StepInfo, swap_prob: Tensor) -> None:
-        """Learn from a step of all replicas; nothing more after the warm-up.
-
-        Args:
-            state: Where the step of the kernel led those above the base.
-            info: What it returned with the state.
-            swap_prob: Of all pairs, shape ``(C, K - 1)``.
-        """
-        if self._num_updates >= self.num_steps:
-            return
-        self._num_updates += 1
-        self._log_steps.append(self._log_step)
-        gain = len(self._log_steps) ** -0.5
-        log_step, given = self._log_step, self._given
-        if given.has_step_size:
-            log_step = follow_acceptance(log_step, given, info, gain)  # (3)
-            most = getattr(given, "max_step", torch.inf)
-            self._log_step = log_step.clamp(max=math.log(most))
-        self._rejections.append(1 - swap_prob.mean(0))
-        if isinstance(self.ladder, Ladder):
-            grad = self.ladder.chains(state).grad / self.ladder.scale
-            self._squares.append(grad.square().mean(0))
-        if self._num_updates in self._round_ends:
-            self._end_round()
-
-    def _start_round(self) -> None:
-        self._log_steps: list[Tensor] = []
-        self._rejections: list[Tensor] = []
-        self._squares: list[Tensor] = []
-
-    def _end_round(self) -> None:
-        # The first half of a round is on its way from another ladder.
-        half = len(self._log_steps) // 2
-        self._log_step = torch.stack(self._log_steps[half:]).mean(0)
-        if self._num_updates < self.num_steps:
-            ladder = self.ladder
-            if isinstance(ladder, Ladder) and not self._has_metric():
-                self._set_scale(ladder, torch.stack(self._squares[half:]).mean(0))
-            self._move_temperatures(torch.stack(self._rejections[half:]).mean(0))
-        self._start_round()
-
-    def _has_metric(self) -> bool:
-        given = self._given
-        parts = (given.scale, given.scale_tril, given.low_rank)
-        return any(part is not None for part in parts)
-
-    def _set_scale(self, ladder: Ladder, squares: Tensor) -> None:
-        old = ladder.scale
-        new = squares.rsqrt()  # (4)
-        new = torch.where(new.isfinite() & (new > 0), new, old)
-        # The mean step in the coordinates of the path stays what it was.
-        change = (old / new).log().reshape(len(old), -1).mean(1)
-        self._log_step = self._log_step + change
-        self.ladder = Ladder(ladder.path, ladder.inverse_temperatures, new)
-
-    def _move_temperatures(self, rejection: Tensor) -> None:
-        ladder = self.ladder
-        old = ladder.inverse_temperatures
-        if len(old) == 2:
-            return
-        new = equalised(old, rejection)
-        self._log_step = interpolate(new[1:], old[1:], self._log_step)
-        if isinstance(ladder, SiteLadder):
-            self.ladder = SiteLadder(ladder.path, new)
-            return
-        scale = interpolate(new[1:], old[1:], ladder.scale.log()).exp()
-        self.ladder = Ladder(ladder.path, new, scale)

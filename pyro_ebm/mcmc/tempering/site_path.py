@@ -15,7 +15,6 @@ __all__ = [
     "SitePath",
     "SiteState",
     "WAY_OUT",
-    "is_site_kernel",
     "path_between",
     "reversal",
 ]
@@ -44,7 +43,6 @@ from pyro_ebm.energies.discrete.sites import SiteEnergy
 from pyro_ebm.energies.distribution import base_energy
 from pyro_ebm.energies.views.unconstrained import is_finite_support
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, replace_nonfinite
-from pyro_ebm.mcmc.kernels.discrete_langevin import DiscreteLangevin
 from pyro_ebm.mcmc.kernels.gibbs import Gibbs, SweepKernel
 from pyro_ebm.mcmc.tempering.path import GeometricPath, real_path
 
@@ -55,11 +53,6 @@ WAY_OUT = (
     "Give a base whose draws fall where the energy is finite, or write what is "
     "forbidden as -inf in the potentials of a FactorGraphEnergy: its path leads there."
 )
-
-
-def is_site_kernel(kernel: Any) -> bool:
-    """Whether a kernel moves over finite supports."""
-    return isinstance(kernel, SweepKernel | DiscreteLangevin)
 
 
 def reversal(kernel: Kernel) -> Kernel:

@@ -6,6 +6,24 @@ at each step, the others move by a kernel, and neighbours swap places (see
 :mod:`pyro_ebm.mcmc.tempering.ladder`). What arrives at the energy is a draw of the base
 that was carried up the ladder, as likely in one mode as the mode is heavy.
 
+The warm-up that adapts a ladder is in rounds, each about as long as all before it.
+During a round each temperature follows its mean acceptance :math:`a_k` with its step
+size,
+
+.. math::
+    \log \epsilon_k \leftarrow \log \epsilon_k
+        + \frac{1}{\sqrt t}\, (a_k - a^\star)                              \tag{1}
+
+and at its end the temperatures are placed anew where all pairs would swap equally
+often, and the scale of each coordinate becomes
+
+.. math::
+    s_{ki} = \mathbb{E}_k\big[(\partial_i f_{\beta_k})^2\big]^{-1/2}       \tag{2}
+
+which on a Gaussian is the standard deviation where coordinates are independent. The
+standard deviation itself would measure how far modes are apart, not how wide they are.
+The last round, half of the warm-up, is for the step sizes alone.
+
 References:
     Geyer (1991), Computing Science and Statistics 23, 156-163.
     Syed, Bouchard-Cote, Deligiannidis & Doucet (2022), JRSS B 84, 321-350.
@@ -13,6 +31,7 @@ References:
 
 __all__ = ["ReplicaExchange"]
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,20 +44,25 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.energies import Energy
-from pyro_ebm.mcmc.base import Kernel
-from pyro_ebm.mcmc.kernels.discrete_langevin import kernel_for
+from pyro_ebm.mcmc.base import Kernel, StepInfo
+from pyro_ebm.mcmc.kernels.discrete_langevin import DiscreteLangevin, kernel_for
+from pyro_ebm.mcmc.kernels.gibbs import SweepKernel
 from pyro_ebm.mcmc.kernels.hmc import HMC
 from pyro_ebm.mcmc.tempering.ladder import (
     Exchange,
-    LadderAdaptation,
+    Ladder,
     Replicas,
+    SiteLadder,
     above_base,
+    equalised,
     first_temperatures,
+    interpolate,
     require_hmc,
 )
 from pyro_ebm.mcmc.tempering.path import GeometricPath, require_rising
-from pyro_ebm.mcmc.tempering.site_path import SitePath, is_site_kernel, path_between
+from pyro_ebm.mcmc.tempering.site_path import SitePath, path_between
 from pyro_ebm.mcmc.tempering.tempered_draws import LadderSums, TemperedDraws
+from pyro_ebm.mcmc.warmup.adaptation import find_step_size, follow_acceptance
 
 
 @final
@@ -98,7 +122,7 @@ class ReplicaExchange:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if self.kernel is not None and not is_site_kernel(self.kernel):
+        if self.kernel is not None and not _is_site_kernel(self.kernel):
             require_hmc(self.kernel)
         for name, low in (
             ("num_temperatures", 2),
@@ -190,6 +214,122 @@ class ReplicaExchange:
         return draws.to(**energy.tensor_options(draws))
 
 
+class _LadderAdaptation:
+    """The ladder and the kernel as learned so far.
+
+    Args:
+        path: From the base to the energy.
+        kernel: Its step size is where the search begins, if it has one. With a scale of
+            its own, that is kept at all temperatures.
+        inverse_temperatures: To begin with, shape ``(K,)``.
+        state: Replicas above the base, chain shape ``(C, K - 1)``.
+        num_steps: Updates after which nothing changes any more; may be 0.
+    """
+
+    #: Where the rounds end, in parts of the warm-up.
+    ROUND_ENDS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
+
+    def __init__(
+        self,
+        path: GeometricPath | SitePath,
+        kernel: Kernel,
+        inverse_temperatures: Tensor,
+        state: Any,
+        num_steps: int,
+    ) -> None:
+        self._given: Any = kernel
+        self.num_steps = num_steps
+        ends = {round(part * num_steps) for part in self.ROUND_ENDS}
+        self._round_ends = sorted(ends - {0})
+        self._num_updates = 0
+        num_above = len(inverse_temperatures) - 1
+        step_size = torch.as_tensor(getattr(kernel, "step_size", 1.0)).to(state.u)
+        self.ladder: Ladder | SiteLadder
+        if isinstance(path, SitePath):
+            step_size = step_size.to(inverse_temperatures)
+            self.ladder = SiteLadder(path, inverse_temperatures)
+        else:
+            ones = state.u.new_ones((num_above, *path.event_shape))
+            self.ladder = Ladder(path, inverse_temperatures, ones)
+        if num_steps and isinstance(self.ladder, Ladder):
+            step_size = find_step_size(kernel, self.ladder, self.ladder.chains(state))
+        self._log_step = step_size.log().expand(num_above)
+        self._start_round()
+
+    @property
+    def kernel(self) -> Any:
+        """With a step size for each temperature above the base's, if it has one."""
+        return self._given.with_step_size(self._log_step.exp())
+
+    def update(self, state: Any, info: StepInfo, swap_prob: Tensor) -> None:
+        """Learn from a step of all replicas; nothing more after the warm-up.
+
+        Args:
+            state: Where the step of the kernel led those above the base.
+            info: What it returned with the state.
+            swap_prob: Of all pairs, shape ``(C, K - 1)``.
+        """
+        if self._num_updates >= self.num_steps:
+            return
+        self._num_updates += 1
+        self._log_steps.append(self._log_step)
+        gain = len(self._log_steps) ** -0.5
+        log_step, given = self._log_step, self._given
+        if given.has_step_size:
+            log_step = follow_acceptance(log_step, given, info, gain)  # (1)
+            most = getattr(given, "max_step", torch.inf)
+            self._log_step = log_step.clamp(max=math.log(most))
+        self._rejections.append(1 - swap_prob.mean(0))
+        if isinstance(self.ladder, Ladder):
+            grad = self.ladder.chains(state).grad / self.ladder.scale
+            self._squares.append(grad.square().mean(0))
+        if self._num_updates in self._round_ends:
+            self._end_round()
+
+    def _start_round(self) -> None:
+        self._log_steps: list[Tensor] = []
+        self._rejections: list[Tensor] = []
+        self._squares: list[Tensor] = []
+
+    def _end_round(self) -> None:
+        # The first half of a round is on its way from another ladder.
+        half = len(self._log_steps) // 2
+        self._log_step = torch.stack(self._log_steps[half:]).mean(0)
+        if self._num_updates < self.num_steps:
+            ladder = self.ladder
+            if isinstance(ladder, Ladder) and not self._has_metric():
+                self._set_scale(ladder, torch.stack(self._squares[half:]).mean(0))
+            self._move_temperatures(torch.stack(self._rejections[half:]).mean(0))
+        self._start_round()
+
+    def _has_metric(self) -> bool:
+        given = self._given
+        parts = (given.scale, given.scale_tril, given.low_rank)
+        return any(part is not None for part in parts)
+
+    def _set_scale(self, ladder: Ladder, squares: Tensor) -> None:
+        old = ladder.scale
+        new = squares.rsqrt()  # (2)
+        new = torch.where(new.isfinite() & (new > 0), new, old)
+        # The mean step in the coordinates of the path stays what it was.
+        change = (old / new).log().reshape(len(old), -1).mean(1)
+        self._log_step = self._log_step + change
+        self.ladder = Ladder(ladder.path, ladder.inverse_temperatures, new)
+
+    def _move_temperatures(self, rejection: Tensor) -> None:
+        ladder = self.ladder
+        old = ladder.inverse_temperatures
+        if len(old) == 2:
+            return
+        new = equalised(old, rejection)
+        self._log_step = interpolate(new[1:], old[1:], self._log_step)
+        if isinstance(ladder, SiteLadder):
+            self.ladder = SiteLadder(ladder.path, new)
+            return
+        scale = interpolate(new[1:], old[1:], ladder.scale.log()).exp()
+        self.ladder = Ladder(ladder.path, new, scale)
+
+
 class _Run:
     """Replicas under way."""
 
@@ -208,7 +348,7 @@ class _Run:
             betas = torch.tensor(settings.inverse_temperatures)
         state = self._start(len(betas), initial)
         like = state.log_weight(0.0, 1.0)
-        self.adaptation = LadderAdaptation(
+        self.adaptation = _LadderAdaptation(
             path, kernel, betas.to(like), above_base(state), settings.warmup_steps
         )
         nowhere = torch.zeros_like(like, dtype=torch.bool)
@@ -262,7 +402,7 @@ class _Run:
 def _suited(kernel: Kernel | None, path: GeometricPath | SitePath) -> Kernel:
     """The kernel that is given, or what suits the target."""
     if isinstance(path, SitePath):
-        if kernel is not None and not is_site_kernel(kernel):
+        if kernel is not None and not _is_site_kernel(kernel):
             raise TypeError(
                 "kernel must be Gibbs, DiscreteLangevin or SwendsenWang over a finite "
                 f"support, got {type(kernel).__name__}, which follows a gradient. "
@@ -272,3 +412,8 @@ def _suited(kernel: Kernel | None, path: GeometricPath | SitePath) -> Kernel:
     if kernel is not None:
         require_hmc(kernel)
     return kernel or HMC()
+
+
+def _is_site_kernel(kernel: Any) -> bool:
+    """Whether a kernel moves over finite supports."""
+    return isinstance(kernel, SweepKernel | DiscreteLangevin)

@@ -53,8 +53,8 @@ from pyro_ebm.core.spaces import scalar_of
 from pyro_ebm.energies import PyroModelEnergy
 from pyro_ebm.energies.corrections import without_independent
 from pyro_ebm.energies.graphs.recording import LinAlgError
-from pyro_ebm.energies.pyro_model.checks import check_log_partitions
 from pyro_ebm.energies.pyro_model.runs import WithoutValidation, retried, samples
+from pyro_ebm.energies.pyro_model.sites import check_log_partitions
 from pyro_ebm.partition.importance.importance import check_proposal, support_of
 
 #: Draws of a vectorised run that are done again one by one.

@@ -3,7 +3,7 @@
 import torch
 
 from pyro_ebm.mcmc.base import StepInfo
-from pyro_ebm.mcmc.run.draws import Tally
+from pyro_ebm.mcmc.run.driver import Tally
 
 
 def step(count):
