@@ -20,13 +20,10 @@ gradient, where its log Z is cheap.
 
 __all__ = [
     "FEW_DIMENSIONS",
-    "MAX_GRAD_NORM",
     "PATIENCE",
     "Plan",
     "WeightedSteps",
-    "automatic_plan",
     "chains_instead",
-    "given_plan",
 ]
 
 import logging
@@ -78,7 +75,6 @@ _LOW, _AGAIN, _LOST = 0.03, 0.25, 0.001
 _STEPS, _CHAIN_STEPS = 4000, 2000
 #: Of the optimiser.
 _RATE, _WARMUP, _LAST_RATE = 2e-3, 100, 0.02
-MAX_GRAD_NORM = 5.0
 #: Over a finite support: of the optimiser, steps, sweeps of the chains in one, and the
 #: number of states up to which all are summed at each step.
 _FINITE_RATE, _FINITE_STEPS, _SWEEPS, _FEW_STATES = (1e-2, 6e-3), 60_000, 2, 2**12
@@ -129,6 +125,89 @@ class Plan(NamedTuple):
     patience: float = PATIENCE
     keeps_base: bool = False
 
+    @classmethod
+    def automatic(
+        cls,
+        model: EnergyModel,
+        points: Points,
+        held_out: Tensor | None,
+        num_steps: int | None,
+        max_seconds: float,
+        *,
+        progress_bar: bool,
+    ) -> "Plan":
+        """Hold out rows, fit the base, and choose where log Z comes from.
+
+        Args:
+            model: What is fitted; it gets its base here, if it has none.
+            points: The data.
+            held_out: Rows to choose by; default: a part of the data.
+            num_steps: Parameter steps; default: as many as are worth it.
+            max_seconds: For the base and the steps, wall-clock.
+            progress_bar: Whether to show the fit of the base.
+
+        Raises:
+            ValueError: If a base was given that does not cover the data, or with rows
+                that have missing entries.
+        """
+        watch, train, weights = Stopwatch(), points, None
+        is_finite = is_finite_support(model.energy.support)
+        if held_out is None:
+            train, held_out, weights = _held_out(points, is_finite=is_finite)
+        if is_finite or (points.missing is None and _is_exact_machine(model.energy)):
+            stages = [_finite_stage(model, train.counted(), num_steps)]
+            rate = _FINITE_RATE[isinstance(model.energy, RBMEnergy)]
+            limits = watch, max_seconds, rate, True, _FINITE_PATIENCE
+            return cls(stages, train, held_out, weights, None, None, *limits)
+        base = None
+        if model.awaits_base:
+            base, train = fit_base(
+                model,
+                train,
+                held_out,
+                max_seconds * _FOR_BASE,
+                held_out_weights=weights,
+                progress_bar=progress_bar,
+            )
+        else:
+            _require_given_base(model, points, train)
+        proposal = model.base if base is not None else _towards(model, train.counted())
+        objective = ImportanceSampledLikelihood(proposal, _DRAWS)
+        keeps_base = (
+            base is not None and held_out is None and _is_base(model, train.rows)
+        )
+        if keeps_base:
+            _LOG.warning("data: too few rows to hold some out; the base is the model")
+        steps = 1 if keeps_base else num_steps or _STEPS
+        stages = [Stage(objective, steps)]
+        plan = cls(stages, train, held_out, weights, base, proposal, watch, max_seconds)
+        return plan._replace(keeps_base=keeps_base)
+
+    @classmethod
+    def given(
+        cls,
+        model: EnergyModel,
+        points: Points,
+        held_out: Tensor | None,
+        stages: list[Stage],
+        max_seconds: float | None,
+    ) -> "Plan":
+        """What was asked for; a model that awaits a base keeps its standard normal.
+
+        Args:
+            model: What is fitted.
+            points: The data.
+            held_out: Rows whose likelihood is recorded.
+            stages: Estimators with their steps.
+            max_seconds: Default: no limit.
+
+        Raises:
+            ValueError: If the base does not cover the data.
+        """
+        _require_cover(model.base, points.rows, awaits_base=model.awaits_base)
+        limit = math.inf if max_seconds is None else max_seconds
+        return cls(stages, points, held_out, None, None, None, Stopwatch(), limit)
+
     def left(self, seconds_each: float) -> float:
         """Seconds to learn, before log Z is found from draws that take so long each."""
         at_end = min(_AT_THE_END * seconds_each, _FOR_END * self.max_seconds)
@@ -167,61 +246,6 @@ class Plan(NamedTuple):
             return min(1.0, (step + 1) / _WARMUP) * (falling + _LAST_RATE)
 
         return torch.optim.lr_scheduler.LambdaLR(adam, rate)
-
-
-def automatic_plan(
-    model: EnergyModel,
-    points: Points,
-    held_out: Tensor | None,
-    num_steps: int | None,
-    max_seconds: float,
-    *,
-    progress_bar: bool,
-) -> Plan:
-    """Hold out rows, fit the base, and choose where log Z comes from.
-
-    Args:
-        model: What is fitted; it gets its base here, if it has none.
-        points: The data.
-        held_out: Rows to choose by; default: a part of the data.
-        num_steps: Parameter steps; default: as many as are worth it.
-        max_seconds: For the base and the steps, wall-clock.
-        progress_bar: Whether to show the fit of the base.
-
-    Raises:
-        ValueError: If a base was given that does not cover the data, or with rows that
-            have missing entries.
-    """
-    watch, train, weights = Stopwatch(), points, None
-    is_finite = is_finite_support(model.energy.support)
-    if held_out is None:
-        train, held_out, weights = _held_out(points, is_finite=is_finite)
-    if is_finite or (points.missing is None and _is_exact_machine(model.energy)):
-        stages = [_finite_stage(model, train.counted(), num_steps)]
-        rate = _FINITE_RATE[isinstance(model.energy, RBMEnergy)]
-        limits = watch, max_seconds, rate, True, _FINITE_PATIENCE
-        return Plan(stages, train, held_out, weights, None, None, *limits)
-    base = None
-    if model.awaits_base:
-        base, train = fit_base(
-            model,
-            train,
-            held_out,
-            max_seconds * _FOR_BASE,
-            held_out_weights=weights,
-            progress_bar=progress_bar,
-        )
-    else:
-        _require_given_base(model, points, train)
-    proposal = model.base if base is not None else _towards(model, train.counted())
-    objective = ImportanceSampledLikelihood(proposal, _DRAWS)
-    keeps_base = base is not None and held_out is None and _is_base(model, train.rows)
-    if keeps_base:
-        _LOG.warning("data: too few rows to hold some out; the base is the model")
-    steps = 1 if keeps_base else num_steps or _STEPS
-    stages = [Stage(objective, steps)]
-    plan = Plan(stages, train, held_out, weights, base, proposal, watch, max_seconds)
-    return plan._replace(keeps_base=keeps_base)
 
 
 def _require_given_base(model: EnergyModel, points: Points, train: Points) -> None:
@@ -342,30 +366,6 @@ def _is_exact_cheap(energy: Energy) -> bool:
             learned = [p for p in energy.parameters() if p.requires_grad]
             torch.autograd.grad(known.log_partition, learned, allow_unused=True)
     return watch.seconds < _CHEAP
-
-
-def given_plan(
-    model: EnergyModel,
-    points: Points,
-    held_out: Tensor | None,
-    stages: list[Stage],
-    max_seconds: float | None,
-) -> Plan:
-    """What was asked for; a model that awaits a base keeps its standard normal.
-
-    Args:
-        model: What is fitted.
-        points: The data.
-        held_out: Rows whose likelihood is recorded.
-        stages: Estimators with their steps.
-        max_seconds: Default: no limit.
-
-    Raises:
-        ValueError: If the base does not cover the data.
-    """
-    _require_cover(model.base, points.rows, awaits_base=model.awaits_base)
-    limit = math.inf if max_seconds is None else max_seconds
-    return Plan(stages, points, held_out, None, None, None, Stopwatch(), limit)
 
 
 def fit_base(

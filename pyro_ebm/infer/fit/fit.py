@@ -22,12 +22,9 @@ from pyro_ebm.energies import DistributionEnergy
 from pyro_ebm.energies.views.pointwise import check_pointwise
 from pyro_ebm.infer.fit.automatic import (
     FEW_DIMENSIONS,
-    MAX_GRAD_NORM,
     Plan,
     WeightedSteps,
-    automatic_plan,
     chains_instead,
-    given_plan,
 )
 from pyro_ebm.infer.fit.diagnosis import (
     MIN_STEPS,
@@ -40,21 +37,13 @@ from pyro_ebm.infer.fit.diagnosis import (
     learned_gap,
     worse_than_base,
 )
-from pyro_ebm.infer.fit.fit_checks import (
-    require_callbacks,
-    require_counts,
-    require_model,
-    require_no_patience,
-)
-from pyro_ebm.infer.fit.fit_result import FitResult, FitTimings
+from pyro_ebm.infer.fit.fit_result import FitResult, FitTimings, require_counts
 from pyro_ebm.infer.fit.optimiser import (
     Centring,
     FitOptim,
     GradientNoise,
-    as_fit_optim,
     contrast,
     decay_by_gap,
-    default_optim,
     require_parameters,
 )
 from pyro_ebm.infer.fit.points import Points, as_points
@@ -187,16 +176,18 @@ def fit(
         >>> result.num_steps, result.stopped, result.verdict  # too few steps
         (20, 'finished', 'not at equilibrium')
     """
-    require_model(energy_model)
+    _check_settings(energy_model, callbacks, max_grad_norm)
     is_automatic = isinstance(objective, str) and objective == "auto"
     stages = [] if is_automatic else as_stages(objective, num_steps)
     require_counts(batch_size=batch_size, record_interval=record_interval)
     require_counts(patience=patience, num_steps=num_steps)
-    require_callbacks(callbacks, max_grad_norm)
     points = as_points("data", data, energy_model, weights, may_miss=is_automatic)
     held_out = _rows_held_out(validation_data, energy_model)
-    if held_out is None and not is_automatic:
-        require_no_patience(patience)
+    if held_out is None and not is_automatic and patience is not None:
+        raise ValueError(
+            f"patience is {patience} but validation_data is None: early stopping needs "
+            "held-out points. Give validation_data or leave patience out."
+        )
     began = time.perf_counter(), time.process_time()
     limits = num_steps, max_seconds
     plan = _plan(energy_model, points, held_out, stages, *limits, bar=progress_bar)
@@ -209,6 +200,39 @@ def fit(
     if max_grad_norm is not None or not is_automatic:
         run.max_grad_norm = max_grad_norm
     return run.run(optim, progress_bar=progress_bar)
+
+
+def _check_settings(
+    energy_model: Any, callbacks: Any, max_grad_norm: float | None
+) -> None:
+    """Check what is fitted, what is called at records, and the bound of the gradient.
+
+    Raises:
+        TypeError: If it is no :class:`~pyro_ebm.EnergyModel`, or ``callbacks`` no
+            sequence of callables.
+        ValueError: If ``max_grad_norm`` is not positive.
+    """
+    if not isinstance(energy_model, EnergyModel):
+        raise TypeError(
+            f"energy_model must be an EnergyModel, got {type(energy_model).__name__}. "
+            "Wrap an energy: EnergyModel(energy, base)."
+        )
+    if not isinstance(callbacks, Sequence):
+        raise TypeError(
+            "callbacks must be a list of functions of a FitRecord, got "
+            f"{callbacks!r}. A single one stands in a list, too."
+        )
+    for callback in callbacks:
+        if not callable(callback):
+            raise TypeError(
+                "callbacks must hold functions of a FitRecord, got "
+                f"{type(callback).__name__} {callback!r}."
+            )
+    if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
+        raise ValueError(
+            f"max_grad_norm must be positive and finite, got {max_grad_norm}. Leave it "
+            "out for gradients as they are."
+        )
 
 
 def _rows_held_out(data: Any, model: EnergyModel) -> Tensor | None:
@@ -237,9 +261,9 @@ def _plan(
 ) -> Plan:
     """How the fit is to go; without stages that is chosen."""
     if stages:
-        return given_plan(model, points, held_out, stages, max_seconds)
+        return Plan.given(model, points, held_out, stages, max_seconds)
     seconds = _SECONDS if max_seconds is None else max_seconds
-    return automatic_plan(model, points, held_out, num_steps, seconds, progress_bar=bar)
+    return Plan.automatic(model, points, held_out, num_steps, seconds, progress_bar=bar)
 
 
 class _Saved(NamedTuple):
@@ -256,7 +280,7 @@ class _Fit:
     batch_size: int
     record_interval: int
     callbacks: Sequence[Callable[[FitRecord], Any]]
-    max_grad_norm: float | None = MAX_GRAD_NORM
+    max_grad_norm: float | None = 5.0
 
     def __init__(
         self,
@@ -305,11 +329,14 @@ class _Fit:
 
     def all_stages(self, data: Points, optim: Any, bar: Any) -> str:
         """Take the steps of all stages; return why they ended."""
-        if optim is None and self.is_automatic:
+        if optim is None:
             require_parameters(self.model)
-            optim, self.decays = self.plan.optim(self.model), self.plan.decays
-        optim = default_optim(self.model) if optim is None else optim
-        optims = [self._optim(stage.optim or optim) for stage in self.stages]
+            if self.is_automatic:
+                optim, self.decays = self.plan.optim(self.model), self.plan.decays
+            else:
+                optim = torch.optim.Adam(self.model.parameters(), lr=1e-3)
+        given = [stage.optim or optim for stage in self.stages]
+        optims = [FitOptim.of(o, self.model, self.max_grad_norm) for o in given]
         if self.decays:
             optims[0].centring = Centring.of(self.model.energy, self.train_data)
         batch_size = min(self.batch_size, len(data.rows))
@@ -458,10 +485,6 @@ class _Fit:
         if self.plan.base is None or held_out is None:
             return None
         return learned_gap(self.model, held_out, self.train_data)
-
-    def _optim(self, optim: Any) -> FitOptim:
-        noise = GradientNoise(self.model.energy.parameters())
-        return as_fit_optim(optim, self.model, self.max_grad_norm, noise)
 
     def _stage(
         self, steps: Any, stage: Stage, batches: Iterator[Tensor], bar: Any

@@ -1,6 +1,6 @@
 """What a fit returns, and how it is printed."""
 
-__all__ = ["Anomaly", "FitResult", "FitTimings"]
+__all__ = ["Anomaly", "FitResult", "FitTimings", "require_counts"]
 
 import textwrap
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ from pyro_ebm.infer.fit.diagnosis import (
     FitDiagnostics,
     FitRecord,
 )
-from pyro_ebm.infer.fit.fit_checks import require_counts
 from pyro_ebm.infer.fit.missing import Imputed, imputed
 from pyro_ebm.infer.likelihood import LogLikelihood
 from pyro_ebm.partition import LogPartitionEstimate
@@ -332,3 +331,14 @@ def _cells(record: Any) -> list[str]:
         f"{estimate.value:.4f} +- {estimate.std_error:.4f}",
         str(estimate.status),
     ]
+
+
+def require_counts(**counts: int | None) -> None:
+    """Check that counts are positive, where they are given.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}.")

@@ -37,10 +37,8 @@ __all__ = [
     "Centring",
     "FitOptim",
     "GradientNoise",
-    "as_fit_optim",
     "contrast",
     "decay_by_gap",
-    "default_optim",
     "require_parameters",
     "weights_of",
 ]
@@ -182,6 +180,21 @@ class FitOptim(pyro.optim.PyroOptim):
         self.added: list[nn.Parameter] = []
         self.centring: Centring | None = None
 
+    @classmethod
+    def of(
+        cls, optim: Any, energy_model: EnergyModel, max_grad_norm: float | None
+    ) -> "FitOptim":
+        """Check an optimiser and wrap it, with the noise of the energy's gradients.
+
+        Raises:
+            TypeError: If it is none.
+            ValueError: If it holds no parameters of the model.
+        """
+        if not isinstance(optim, pyro.optim.PyroOptim):
+            _require_own_parameters(optim, energy_model)
+        noise = GradientNoise(energy_model.energy.parameters())
+        return cls(optim, energy_model, max_grad_norm, noise)
+
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Take a step; what ``SVI`` calls."""
         self.noise.observe()
@@ -241,33 +254,6 @@ def _plateau_mode(inner: Any) -> str | None:
     if getattr(inner, "pt_scheduler_constructor", None) is ReduceLROnPlateau:
         return str(inner.kwargs.get("mode", "min"))
     return None
-
-
-def as_fit_optim(
-    optim: Any,
-    energy_model: EnergyModel,
-    max_grad_norm: float | None,
-    noise: GradientNoise,
-) -> FitOptim:
-    """Check an optimiser and wrap it.
-
-    Raises:
-        TypeError: If it is none.
-        ValueError: If it holds no parameters of the model.
-    """
-    if not isinstance(optim, pyro.optim.PyroOptim):
-        _require_own_parameters(optim, energy_model)
-    return FitOptim(optim, energy_model, max_grad_norm, noise)
-
-
-def default_optim(energy_model: EnergyModel) -> torch.optim.Optimizer:
-    """Adam with learning rate 1e-3.
-
-    Raises:
-        ValueError: If the model has no parameters.
-    """
-    require_parameters(energy_model)
-    return torch.optim.Adam(energy_model.parameters(), lr=1e-3)
 
 
 def weights_of(energy: Energy) -> list[nn.Parameter]:
