@@ -4,13 +4,9 @@ __all__ = [
     "Look",
     "Value",
     "disagreement",
-    "gap_of",
     "is_settled",
     "judge_weights",
-    "pooled",
     "settled",
-    "shortfall",
-    "value_of",
 ]
 
 import math
@@ -41,6 +37,32 @@ class Value(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.value:.3f} +- {self.std_error:.2g}"
+
+    @classmethod
+    def of(cls, journey: Journey) -> "Value":
+        """Combined estimate of the islands of a journey."""
+        value, std_error, _ = combine_replicates(journey.bennett)
+        return cls(value, std_error)
+
+    @classmethod
+    def pooled(cls, values: list["Value"]) -> "Value":
+        """Mean by inverse variances; its error is at least half of their range."""
+        values = [v for v in values if math.isfinite(v.std_error)] or values[:1]
+        if len(values) == 1:
+            return values[0]
+        weights = [1 / max(v.std_error, 1e-9) ** 2 for v in values]
+        total = sum(w * v.value for w, v in zip(weights, values, strict=True))
+        spread = (max(v.value for v in values) - min(v.value for v in values)) / 2
+        sum_weights = sum(weights)
+        return cls(total / sum_weights, max(1 / math.sqrt(sum_weights), spread))
+
+    def shortfall(self, first: "Value") -> list[Finding]:
+        """Findings where particles from the base have found more mass."""
+        more = first.value - self.value
+        if not more > 3 * math.hypot(first.std_error, self.std_error) + _SLACK:
+            return []
+        text = f"particles from the base found more: {first} against {self}"
+        return [Finding(Reason.ROUTES_DISAGREE, text)]
 
 
 class Look(NamedTuple):
@@ -98,17 +120,6 @@ def settled(looks: list[Look]) -> Value:
     return Value(value, max(std_error, abs(clean[0].value - value) / 2))
 
 
-def pooled(values: list[Value]) -> Value:
-    """Mean by inverse variances; its error is at least half of what they differ by."""
-    values = [v for v in values if math.isfinite(v.std_error)] or values[:1]
-    if len(values) == 1:
-        return values[0]
-    weights = [1 / max(v.std_error, 1e-9) ** 2 for v in values]
-    mean = sum(w * v.value for w, v in zip(weights, values, strict=True)) / sum(weights)
-    spread = (max(v.value for v in values) - min(v.value for v in values)) / 2
-    return Value(mean, max(1 / math.sqrt(sum(weights)), spread))
-
-
 def disagreement(
     runs: list[Value], gap: float, first: Value | None, weighed: Value
 ) -> list[Finding]:
@@ -121,7 +132,7 @@ def disagreement(
         weighed: Of weighted draws of the proposal.
     """
     last = runs[-1]
-    findings = [] if first is None else shortfall(last, first)
+    findings = [] if first is None else last.shortfall(first)
     if not gap < 0.5 + 4 * last.std_error:
         text = f"forwards and backwards differ by {gap:.2g}"
         findings.append(Finding(Reason.DIRECTIONS_DISAGREE, text))
@@ -136,28 +147,6 @@ def disagreement(
 def _agree(one: Value, other: Value) -> bool:
     error = math.hypot(one.std_error, other.std_error)
     return abs(one.value - other.value) < 3 * error + _SLACK and error < 0.5
-
-
-def value_of(journey: Journey) -> Value:
-    """Combined estimate of the islands of a journey."""
-    value, std_error, _ = combine_replicates(journey.bennett)
-    return Value(value, std_error)
-
-
-def gap_of(journey: Journey) -> float:
-    """Difference of the forward and the reverse estimate of a journey, in nats."""
-    forward = combine_replicates(journey.forward)[0]
-    reverse = -combine_replicates(-journey.reverse)[0]
-    return abs(reverse - forward)
-
-
-def shortfall(value: Value, first: Value) -> list[Finding]:
-    """Findings where particles from the base have found more mass."""
-    more = first.value - value.value
-    if not more > 3 * math.hypot(first.std_error, value.std_error) + _SLACK:
-        return []
-    text = f"particles from the base found more: {first} against {value}"
-    return [Finding(Reason.ROUTES_DISAGREE, text)]
 
 
 def judge_weights(log_weights: Tensor) -> list[Finding]:

@@ -42,13 +42,9 @@ from pyro_ebm.partition.agreement import (
     Look,
     Value,
     disagreement,
-    gap_of,
     is_settled,
     judge_weights,
-    pooled,
     settled,
-    shortfall,
-    value_of,
 )
 from pyro_ebm.partition.base import LogPartitionEstimate, student_t_quantile
 from pyro_ebm.partition.importance.pool import (
@@ -207,7 +203,7 @@ class _TwoRoutes:
         journey = self.particles(self.path, self.size(0.25, most), share=0.6)
         first, particles = None, None
         if journey is not None:
-            first = value_of(journey)
+            first = Value.of(journey)
             particles = journey.state.u.flatten(0, 1).reshape(-1, self.dim)
             self.lost = lost_to_rounding(self.path.target, particles)
             before, pool = proposal, self.pool
@@ -571,7 +567,7 @@ class _TwoRoutes:
         value = Value(log_mean_exp(log_weights).item(), pareto_std_error(log_weights))
         findings = judge_weights(log_weights)
         if first is not None and particles is not None:
-            findings += shortfall(value, first)
+            findings += value.shortfall(first)
             findings += self.coverage(proposal, particles, log_weights)
         k, ess = pareto_k(log_weights), fraction * len(log_weights)
         return Look(value, ess, findings, k, fraction, proposal.is_bent, *kept)
@@ -620,10 +616,10 @@ class _TwoRoutes:
         runs: list[Value] = []
         clean = [look for look in looks if not look.findings]
         weighed = clean[-1] if clean else looks[-1]
-        if first is None or not shortfall(weighed.value, first):
+        if first is None or not weighed.value.shortfall(first):
             base = FlatBase(proposal, self.path.event_shape)
             runs, gap = self.travelled(GeometricPath(self.target, base), 512)
-        if first is not None and (not runs or shortfall(runs[-1], first)):
+        if first is not None and (not runs or runs[-1].shortfall(first)):
             again, gap = self.travelled(self.path, 4096)
             runs = again or runs
         if not runs:
@@ -650,8 +646,8 @@ class _TwoRoutes:
             journey = self.particles(path, number, share=0.8)
             if journey is None:
                 break
-            runs.append(value_of(journey))
-            gap = gap_of(journey)
+            runs.append(Value.of(journey))
+            gap = journey.gap
             number *= 4
             next_seconds = 5 * (self.limits.seconds - start)
             cost = number * _NUM_ISLANDS * _COST
@@ -674,7 +670,7 @@ class _TwoRoutes:
         Its interval is wider by as much as the directions of a journey are apart.
         """
         findings = [*self.lost, *findings]
-        value, std_error = pooled(values)
+        value, std_error = Value.pooled(values)
         num_errors = student_t_quantile(3)
         if method == _BY_PARTICLES:
             num_errors *= _CAUTION

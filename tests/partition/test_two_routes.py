@@ -19,11 +19,8 @@ from pyro_ebm.partition import estimate
 from pyro_ebm.partition.agreement import (
     Value,
     disagreement,
-    gap_of,
     is_settled,
     judge_weights,
-    pooled,
-    shortfall,
 )
 from pyro_ebm.partition.importance.pool import FlatBase, Proposal
 from pyro_ebm.partition.importance.student_mixture import StudentMixture
@@ -303,21 +300,21 @@ def reasons(findings):
 def test_particles_that_found_more_speak_against_a_value():
     """By more than three standard errors and a slack, and never the other way round.
     Fault: the sign."""
-    assert shortfall(Value(0.0, 0.03), Value(0.19, 0.04)) == []
-    found = shortfall(Value(0.0, 0.03), Value(0.21, 0.04))
+    assert Value(0.0, 0.03).shortfall(Value(0.19, 0.04)) == []
+    found = Value(0.0, 0.03).shortfall(Value(0.21, 0.04))
     assert reasons(found) == [Reason.ROUTES_DISAGREE]
-    assert shortfall(Value(9.0, 0.03), Value(0.0, 0.04)) == []
+    assert Value(9.0, 0.03).shortfall(Value(0.0, 0.04)) == []
 
 
 def test_two_values_are_pooled_by_their_variances():
     """With half of what they differ by as the least error. Fault: without that."""
-    assert pooled([Value(1.0, 0.1), Value(1.0, 0.1)]) == (
+    assert Value.pooled([Value(1.0, 0.1), Value(1.0, 0.1)]) == (
         1.0,
         pytest.approx(0.1 / math.sqrt(2)),
     )
-    value, std_error = pooled([Value(0.0, 0.1), Value(1.0, 0.2)])
+    value, std_error = Value.pooled([Value(0.0, 0.1), Value(1.0, 0.2)])
     assert (value, std_error) == (pytest.approx(0.2), pytest.approx(0.5))
-    assert pooled([Value(0.0, math.inf), Value(1.0, 0.2)]) == (1.0, 0.2)
+    assert Value.pooled([Value(0.0, math.inf), Value(1.0, 0.2)]) == (1.0, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +344,7 @@ def test_the_gap_is_that_of_forwards_and_backwards():
     journey = Journey(None, [], forward, forward, forward, reverse, 1.0, True)
     there = math.log((1 + math.e) / 2)
     back = -math.log((math.exp(-2) + math.exp(-3)) / 2)
-    assert gap_of(journey) == pytest.approx(back - there)
+    assert journey.gap == pytest.approx(back - there)
 
 
 def test_what_weights_say_against_themselves():

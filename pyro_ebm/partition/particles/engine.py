@@ -34,6 +34,7 @@ from torch import Tensor
 
 from pyro_ebm.core.errors import DivergenceError
 from pyro_ebm.diagnostics import effective_sample_fraction, log_mean_exp
+from pyro_ebm.partition.base import combine_replicates
 from pyro_ebm.partition.bridge.bennett import solve
 from pyro_ebm.partition.particles.resampling import systematic_resample
 
@@ -93,6 +94,12 @@ class Journey(NamedTuple):
     ess: float
     has_arrived: bool
     beyond: float = 0.0
+
+    @property
+    def gap(self) -> float:
+        """Difference of the forward and the reverse estimate, in nats."""
+        forward = combine_replicates(self.forward)[0]
+        return abs(combine_replicates(-self.reverse)[0] + forward)
 
 
 def travel(
