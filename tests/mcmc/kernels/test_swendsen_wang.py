@@ -17,9 +17,9 @@ from pyro_ebm.energies import (
     PottsEnergy,
     RBMEnergy,
 )
-from pyro_ebm.energies.discrete.finite import finite_points, num_points
 from pyro_ebm.mcmc import Gibbs, SwendsenWang
 from pyro_ebm.mcmc.kernels import swendsen_wang as module
+from tests.mcmc.kernels.test_discrete_langevin import states
 
 NUM_CHAINS = 20_000
 RING = torch.tensor([[0, 1], [1, 2], [2, 3], [0, 3], [0, 2]])
@@ -43,11 +43,6 @@ ENERGIES = {
     "tables": tables,
     "bits": lambda: BoltzmannEnergy(torch.rand(7, 7).triu(1), torch.randn(7) - 2),
 }
-
-
-def states(energy):
-    number = torch.arange(num_points(energy.support, energy.event_shape))
-    return finite_points(energy.support, energy.event_shape, number, torch.empty(0))
 
 
 def excess(energy, kernel, num_steps=2):

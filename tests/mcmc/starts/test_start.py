@@ -14,6 +14,7 @@ from pyro_ebm.mcmc import HMC, ChEES
 from pyro_ebm.mcmc.run.target import resolve_target
 from pyro_ebm.mcmc.starts.modes import Descent, Memory, _Normals, find_approximations
 from pyro_ebm.mcmc.starts.start import _score, choose_non_centred, start_chains
+from tests.mcmc.starts.test_modes import quadratic, with_grad
 
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 
@@ -83,27 +84,6 @@ def test_the_score_is_that_of_the_best_diagonal_metric():
     assert _score(x * torch.nan, grad) == torch.inf
 
 
-def gaussian(loc, covariance):
-    precision = torch.linalg.inv(covariance)
-
-    def value_and_grad(x):
-        grad = (x - loc) @ precision
-        return ((x - loc) * grad).sum(-1) / 2, grad
-
-    return value_and_grad
-
-
-def with_grad(energy):
-    def value_and_grad(x):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            value = energy(x)
-            (grad,) = torch.autograd.grad(value.sum(), x)
-        return value.detach(), grad
-
-    return value_and_grad
-
-
 def test_the_factor_is_that_of_the_bfgs_formula():
     """Faults: the rank-one factors in the other order; a wrong sign in ``v``."""
     z = torch.zeros(3, 4)
@@ -131,7 +111,7 @@ def test_approximations_of_a_gaussian_are_near_it():
     loc = torch.tensor([300.0, -1.0, 0.05])
     factor = torch.tensor([[20.0, 0.0, 0.0], [-0.5, 0.3, 0.0], [0.002, 0.001, 0.007]])
     covariance = factor @ factor.mT
-    found = find_approximations(gaussian(loc, covariance), torch.randn(16, 3), 64)
+    found = find_approximations(quadratic(loc, covariance), torch.randn(16, 3), 64)
     log_z = (2 * math.pi * covariance).logdet().item() / 2
     assert (found.bound < log_z + 0.3).all()
     assert found.bound.median() > log_z - 1.0
