@@ -38,11 +38,9 @@ from pyro_ebm.partition.default_base import default_base, describe
 from pyro_ebm.partition.estimate import Method, estimate
 from pyro_ebm.partition.importance.guide import (
     GuideRuns,
-    as_distribution,
-    check_guide,
+    density_or_run,
     log_weights,
     proposal_of,
-    returned_distribution,
 )
 from pyro_ebm.partition.importance.importance import (
     estimate_from_weights,
@@ -214,14 +212,7 @@ def _evidence(program: _Program, guide: Any, limits: _Limits) -> LogPartitionEst
             return _by_runs(program, None, limits, energy)
         base, note = _base_of(energy, limits)
         return _in_view_of(_from_base(energy, base, limits), note)
-    density, trace = as_distribution(guide), None
-    if density is None:
-        trace = program.run(guide)
-        density = returned_distribution(trace)
-        if density is None:
-            check_guide(guide, trace)
-        else:
-            trace = None
+    density, trace = density_or_run(guide, program.run)
     if not isinstance(energy, str):
         return _held_against_prior(program, guide, density, trace, energy, limits)
     if density is not None:

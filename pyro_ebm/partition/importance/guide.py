@@ -26,11 +26,9 @@ References:
 
 __all__ = [
     "GuideRuns",
-    "as_distribution",
-    "check_guide",
+    "density_or_run",
     "log_weights",
     "proposal_of",
-    "returned_distribution",
 ]
 
 import math
@@ -211,16 +209,8 @@ def _is_auxiliary(site: Any) -> bool:
     return bool(site["infer"].get("is_auxiliary"))
 
 
-def check_guide(guide: Any, trace: Trace) -> None:
-    """Check that a guide has a density: no site of it is a point, no energy bare.
-
-    Args:
-        guide: A Pyro guide.
-        trace: A run of it.
-
-    Raises:
-        ValueError: If it has none.
-    """
+def _check_guide(guide: Any, trace: Trace) -> None:
+    """Check that a guide has a density: no site of it is a point, no energy bare."""
     check_log_partitions(trace)
     modules = guide.modules() if isinstance(guide, nn.Module) else ()
     sites = _latent_sites(trace).values()
@@ -296,13 +286,31 @@ class _Proposal(NamedTuple):
     log_prob: Callable[[Tensor], Tensor]
 
 
-def as_distribution(guide: Any) -> Distribution | None:
-    """The distribution that a guide is, or that a lazy flow gives; else ``None``.
+def density_or_run(
+    guide: Any, run: Callable[[Any], Trace]
+) -> tuple[Distribution | None, Trace | None]:
+    """The distribution that a guide is or returns; else a run of it, checked.
 
     Args:
-        guide: A distribution, a module that is called for one, such as a zuko flow, or
-            a Pyro guide.
+        guide: A distribution, a module that is called for one, such as a zuko flow, a
+            function that returns one, or a Pyro guide.
+        run: Runs a Pyro guide.
+
+    Raises:
+        ValueError: If a Pyro guide has no density.
     """
+    density = _as_distribution(guide)
+    if density is not None:
+        return density, None
+    trace = run(guide)
+    found = trace.nodes["_RETURN"]["value"]
+    if isinstance(found, Distribution) and not _latent_sites(trace):
+        return found, None
+    _check_guide(guide, trace)
+    return None, trace
+
+
+def _as_distribution(guide: Any) -> Distribution | None:
     if isinstance(guide, Distribution):
         return guide
     if not isinstance(guide, nn.Module) or isinstance(guide, PyroModule):
@@ -313,17 +321,6 @@ def as_distribution(guide: Any) -> Distribution | None:
     except TypeError:  # it takes the arguments of the model
         return None
     return found if isinstance(found, Distribution) else None
-
-
-def returned_distribution(trace: Trace) -> Distribution | None:
-    """The distribution that a function without latent sites has returned, or ``None``.
-
-    Args:
-        trace: A run of it.
-    """
-    found = trace.nodes["_RETURN"]["value"]
-    is_guide = bool(_latent_sites(trace)) or not isinstance(found, Distribution)
-    return None if is_guide else found
 
 
 def proposal_of(
