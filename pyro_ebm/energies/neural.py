@@ -5,14 +5,23 @@ r"""Neural networks as energies of vectors and images.
 
 with a network :math:`g_\theta`, a multi-layer perceptron or strided convolutions, and,
 if given, a normalised base :math:`p_0`. Of a perceptron, with
-:math:`a_l = W_l h_{l-1} + b_l`, :math:`h_l = s(a_l)`, :math:`h_0 = (x - m) / \sigma`,
-which is :math:`x` unless the base was fitted to data, and :math:`g = w^\top h_L + b`,
-the gradient in :math:`h_0` is the recursion
+:math:`a_l = W_l h_{l-1} + b_l`, :math:`h_l = s(a_l)`, :math:`g = w^\top h_L + b`
+and :math:`h_0 = x`, the gradient in :math:`h_0` is the recursion
 
 .. math::
     \partial_{h_L} g = w, \qquad
     \partial_{h_{l-1}} g = W_l^\top
         \big(s'(a_l) \odot \partial_{h_l} g\big)                           \tag{2}
+
+Where the base was fitted to data, :math:`h_0` is :math:`z = (x - m) / \sigma`; and up
+to three coordinates are joined by sines and cosines of random projections of them,
+
+.. math::
+    h_0 = (z, \sin \Omega z, \cos \Omega z), \qquad
+    \Omega_{kd} \sim \operatorname{Normal}(0, 3^2)                          \tag{4}
+
+without which a perceptron takes very long to follow what bends within a fraction of a
+standard deviation.
 
 A layer of bounded spectral norm never stretches a vector by more than a factor
 :math:`c`:
@@ -30,6 +39,7 @@ compares energies that do not belong together. (3) has no memory.
 
 References:
     Miyato, Kataoka, Koyama & Yoshida (2018), ICLR (by power iteration, always to 1).
+    Tancik et al. (2020), NeurIPS (the features of (4), and why they are needed).
 """
 
 __all__ = ["BoundedLinear", "ConvolutionalEnergy", "NeuralEnergy"]
@@ -48,6 +58,9 @@ from pyro_ebm.core.spaces import MixedSupport, states_of
 from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.discrete.finite import finite_values, num_states
 from pyro_ebm.energies.distribution import base_energy
+
+#: Coordinates up to which (4) is used; its projections, and their deviation.
+_FEW, _PROJECTIONS, _FREQUENCY = 3, 32, 3.0
 
 
 @final
@@ -180,6 +193,7 @@ class NeuralEnergy(Energy):
 
     loc: Tensor
     scale: Tensor
+    frequency: Tensor  # of (4), shape (width, F)
     plain: Tensor  # coordinates that enter as they are
     wide: Tensor  # those that enter state by state, shape (F,)
     states: Tensor  # theirs, shape (F, q), nan beyond their own
@@ -201,6 +215,7 @@ class NeuralEnergy(Energy):
         width = self._num_plain + int(self.is_state.sum())
         self.register_buffer("loc", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
+        self.register_buffer("frequency", torch.empty(width, 0))
         self._is_bounded = spectral_norm is not None
         linear: Callable[[int, int], nn.Linear] = nn.Linear
         if spectral_norm is not None:
@@ -218,9 +233,10 @@ class NeuralEnergy(Energy):
 
     @torch.no_grad()
     def correct(self, base: dist.TorchDistribution, x: Tensor) -> None:
-        r"""Start as the energy of a base, and standardise what the network sees.
+        r"""Start as the energy of a base, and see standardised coordinates, or (4).
 
-        Nothing is done where there is a base already.
+        Nothing is done where there is a base already. For (4) the first layer is a new
+        one.
 
         Args:
             base: Normalised, over the support.
@@ -235,15 +251,34 @@ class NeuralEnergy(Energy):
             scale = inputs.std(0)
             self.loc.copy_(inputs.mean(0))
             self.scale.copy_(scale.where(scale > 0, 1.0))
+            self._add_projections()
         output: Any = self.network[-1]
         nn.init.zeros_(output.weight)
         nn.init.zeros_(output.bias)
 
+    def _add_projections(self) -> None:
+        """Let the first layer see (4), if there are few coordinates, and all real."""
+        first: Any = self.network[0]
+        dim, is_real = len(self.loc), not self.support.is_discrete
+        is_real = is_real and not isinstance(self.support, MixedSupport)
+        if not is_real or dim > _FEW or len(self.network) == 1:
+            return
+        self.frequency = _FREQUENCY * torch.randn(dim, _PROJECTIONS).to(self.loc)
+        wider = nn.Linear(dim + 2 * _PROJECTIONS, first.out_features)
+        self.network[0] = wider.to(first.weight)
+
     def correction(self, x: Tensor) -> Tensor:
         """The network alone, shape ``(*batch,)``; see :meth:`Energy.correction`."""
-        inputs = (self._inputs(x) - self.loc) / self.scale
-        value: Tensor = self.network(inputs).squeeze(-1)
+        z = (self._inputs(x) - self.loc) / self.scale
+        value: Tensor = self.network(self._joined(z)).squeeze(-1)
         return value
+
+    def _joined(self, z: Tensor) -> Tensor:
+        """What the first layer sees, (4)."""
+        if not self.frequency.shape[-1]:
+            return z
+        angle = z @ self.frequency
+        return torch.cat([z, angle.sin(), angle.cos()], -1)
 
     def _set_code(self) -> None:
         """Find the coordinates that enter state by state."""
@@ -286,7 +321,15 @@ class NeuralEnergy(Energy):
         ):
             return super().value_and_grad(x)
         flat = x.detach().reshape(batch_shape + (self.event_shape.numel(),))
-        value, grad = self._network_value_and_grad((flat - self.loc) / self.scale)
+        h = self._joined((flat - self.loc) / self.scale)
+        value, grad = self._network_value_and_grad(h)
+        if self.frequency.shape[-1]:
+            sizes = [len(self.loc), *[self.frequency.shape[-1]] * 2]
+            (_, sin, cos), (grad, by_sin, by_cos) = (
+                h.split(sizes, -1),
+                grad.split(sizes, -1),
+            )
+            grad = grad + (by_sin * cos - by_cos * sin) @ self.frequency.mT
         grad = (grad / self.scale).reshape(x.shape)
         if self.base_energy is None:
             return value, grad
