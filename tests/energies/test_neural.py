@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pyro_ebm import EnergyModel, fit
+from pyro_ebm.bases import gaussian_mixture
 from pyro_ebm.energies import (
     ConvolutionalEnergy,
     DistributionEnergy,
@@ -54,6 +55,46 @@ def test_closed_form_gradient_is_autograds(activation, hidden_sizes):
         energy.value_and_grad(x), Energy.value_and_grad(energy, x), strict=True
     ):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+def corrected(event_shape, hidden_sizes=(16, 8), scale=1.0, **settings):
+    """A network with a base that was fitted to data, that has learned something."""
+    energy = NeuralEnergy(event_shape, hidden_sizes, **settings)
+    energy.correct(standard_normal(*event_shape), scale * torch.randn(50, *event_shape))
+    for parameter in energy.parameters():
+        nn.init.normal_(parameter, std=0.7)
+    return energy
+
+
+@pytest.mark.parametrize("event_shape", [(), (1,), (3,)])
+def test_few_coordinates_are_joined_by_their_projections(event_shape):
+    energy = corrected(event_shape, scale=5.0)
+    assert energy.frequency.shape[1] > 0
+    assert energy.frequency.square().mean().sqrt() == pytest.approx(3.0, rel=0.4)
+    x = torch.randn(4, 5, *event_shape)
+    got, wanted = energy.value_and_grad(x), Energy.value_and_grad(energy, x)
+    torch.testing.assert_close(got[0], wanted[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got[1], wanted[1], rtol=1e-9, atol=1e-9)
+
+
+def test_projections_are_for_what_can_bend_and_few_coordinates():
+    assert not corrected((4,)).frequency.numel()
+    assert not corrected((2,), ()).frequency.numel()
+    assert not corrected((2,), spectral_norm=2.0).frequency.numel()
+    free = NeuralEnergy((2,), (8,), base=standard_normal(2))
+    free.correct(standard_normal(2), torch.randn(50, 2))  # it has a base
+    assert not free.frequency.numel()
+
+
+def test_projections_are_saved():
+    x, models = torch.randn(50, 2), []
+    for _ in range(2):
+        model = EnergyModel(NeuralEnergy((2,), (8,)))
+        models.append(model)
+    models[0].use_base(gaussian_mixture(x, 1), x)
+    nn.init.normal_(models[0].energy.network[-1].weight)
+    models[1].load_state_dict(models[0].state_dict())
+    torch.testing.assert_close(models[1].energy(x), models[0].energy(x))
 
 
 def test_gradient_is_without_autograd(monkeypatch):

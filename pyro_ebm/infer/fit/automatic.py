@@ -5,7 +5,9 @@ where the model has none; a network starts as its correction. Log Z and its grad
 come from draws of a proposal, renewed again and again
 (:class:`~pyro_ebm.partition.tracking.weighted_draws.WeightedDraws`), as long as enough
 of them count; then from a proposal that is fitted to the draws by their weights; and
-from chains where that fails. The model of the record with the
+from chains where that fails. Where a network of few coordinates has many rows, one normal as
+base is tried too, as a base that follows the rows closely leaves nothing to learn from
+them. The model of the record with the
 best held-out likelihood is kept, unless that is better than the start by less than two
 standard errors.
 
@@ -26,6 +28,8 @@ __all__ = [
     "chains_instead",
 ]
 
+import copy
+import itertools
 import logging
 import math
 from typing import Any, NamedTuple
@@ -41,7 +45,7 @@ from pyro_ebm.bases.stack import Stack
 from pyro_ebm.core.spaces import MixedSupport
 from pyro_ebm.core.stopwatch import Stopwatch
 from pyro_ebm.distributions import EnergyModel
-from pyro_ebm.energies import Energy, RBMEnergy, unconstrained
+from pyro_ebm.energies import Energy, NeuralEnergy, RBMEnergy, unconstrained
 from pyro_ebm.energies.discrete.finite import num_points
 from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.discrete.sites import SiteEnergy
@@ -75,6 +79,11 @@ _LOW, _AGAIN, _LOST = 0.03, 0.25, 0.001
 _STEPS, _CHAIN_STEPS = 4000, 2000
 #: Of the optimiser.
 _RATE, _WARMUP, _LAST_RATE = 2e-3, 100, 0.02
+#: Of a network over one normal, which has all to learn; rows from which on it is tried,
+#: and the part of the time of the base that this takes.
+_BOLD_RATE, _MANY_FOR_TRIAL, _FOR_TRIAL = 5e-3, 5000, 1 / 3
+#: What a network over one normal is called among the kinds of base.
+_ALONE = "network over a normal"
 #: Over a finite support: of the optimiser, steps, sweeps of the chains in one, and the
 #: number of states up to which all are summed at each step.
 _FINITE_RATE, _FINITE_STEPS, _SWEEPS, _FEW_STATES = (1e-2, 6e-3), 60_000, 2, 2**12
@@ -181,7 +190,9 @@ class Plan(NamedTuple):
         steps = 1 if keeps_base else num_steps or _STEPS
         stages = [Stage(objective, steps)]
         plan = cls(stages, train, held_out, weights, base, proposal, watch, max_seconds)
-        return plan._replace(keeps_base=keeps_base)
+        has_all_to_learn = base is not None and _ALONE in base.compared
+        rate = _BOLD_RATE if has_all_to_learn else _RATE
+        return plan._replace(keeps_base=keeps_base, rate=rate)
 
     @classmethod
     def given(
@@ -403,8 +414,61 @@ def fit_base(
     else:
         found = _committee(train, held_out, support, max_seconds, held_out_weights)
     train = train.filled_by(found.distribution)
+    if train.weights is None and train.missing is None and held_out is not None:
+        found = _simpler(model, found, train, held_out, max_seconds)
     model.use_base(found.distribution, train.counted())
     return found, train.with_candidates(model)
+
+
+def _simpler(
+    model: EnergyModel,
+    found: bases.FittedBase,
+    train: Points,
+    held_out: Tensor,
+    max_seconds: float,
+) -> bases.FittedBase:
+    """One normal as base, where a network over it is soon better than what was found.
+
+    A density that follows many rows closely leaves nothing in these rows to learn from.
+    It is tried where a network can follow them too.
+
+    Args:
+        model: Whose network learns.
+        found: The base so far.
+        train: Rows to learn from.
+        held_out: Rows to choose by.
+        max_seconds: That the base may take.
+    """
+    energy, rows = model.energy, train.rows
+    is_network = is_unconstrained(energy.support) and isinstance(energy, NeuralEnergy)
+    if len(rows) < _MANY_FOR_TRIAL or not is_network or train.loader is not None:
+        return found
+    trial, base = copy.deepcopy(model), bases.normal(rows)
+    trial.use_base(base, rows)
+    projections: Any = trial.energy.frequency
+    if not projections.numel():
+        return found
+    objective = ImportanceSampledLikelihood(base, _DRAWS)
+    limits = None, None, base, Stopwatch(), _FOR_TRIAL * max_seconds, _BOLD_RATE
+    plan = Plan([Stage(objective, _STEPS)], train, held_out, *limits)
+    optim = FitOptim.of(plan.optim(trial), trial, None)
+    steps = WeightedSteps(trial, optim, base, rows[:_DRAWS])
+    batches = train.batches(_DRAWS // 4, trial)
+    with torch.random.fork_rng(devices=[]):  # how many steps there are changes nothing
+        for batch in itertools.islice(batches, _STEPS):
+            steps.step(batch)
+            optim.advance_schedule()
+            if plan.watch.seconds > plan.max_seconds:
+                break
+        steps.look_afresh()
+    with torch.no_grad():
+        learned = trial.averaged().log_prob(held_out)
+        gain, error = mean_and_error(learned - found.distribution.log_prob(held_out))
+        value, std_error = mean_and_error(base.log_prob(held_out))
+    if not gain > error:
+        return found
+    compared = {**found.compared, _ALONE: learned.mean().item()}
+    return bases.FittedBase(base, "normal", value, std_error, compared)
 
 
 def _committee(

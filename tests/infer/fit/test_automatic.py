@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 import pyro_ebm
-from pyro_ebm import EnergyModel, bases, fit
+from pyro_ebm import EnergyModel, bases, datasets, fit
 from pyro_ebm.energies import FunctionEnergy, NeuralEnergy
 from pyro_ebm.infer import log_likelihood
 from pyro_ebm.infer.fit import automatic, settling
@@ -19,6 +19,7 @@ from pyro_ebm.infer.fit.diagnosis import (
     judge,
 )
 from pyro_ebm.infer.fit.optimiser import GradientNoise
+from pyro_ebm.infer.fit.points import Points
 from pyro_ebm.partition import LogPartitionEstimate, quadrature
 
 # The function of the same name hides the module.
@@ -109,6 +110,24 @@ def test_a_stream_is_learned_as_the_rows_are(quick_bases):
         found.append(torch.cat([p.flatten() for p in model.parameters()]))
     assert torch.equal(*found)
     assert result.gain.value > 0.02
+
+
+@pytest.mark.parametrize("is_close", [False, True])
+def test_a_network_over_a_normal_is_tried_where_rows_are_many(is_close):
+    torch.manual_seed(0)
+    x, model = datasets.eight_gaussians(6000), EnergyModel(NeuralEnergy((2,), (32,)))
+    law = datasets.eight_gaussians_density() if is_close else bases.normal(x)
+    found = bases.FittedBase(law, "committee", 0.0, 0.0, {"committee": 0.0})
+    train, held_out = Points(x[:5000]), x[5000:]
+    chosen = automatic._simpler(model, found, train, held_out, max_seconds=3.0)
+    assert model.awaits_base
+    if is_close:
+        assert chosen is found
+    else:
+        assert chosen.kind == "normal"
+        assert chosen.compared[automatic._ALONE] > chosen.log_likelihood + 0.5
+    few = Points(x[:4000])
+    assert automatic._simpler(model, found, few, held_out, max_seconds=3.0) is found
 
 
 def test_it_starts_as_no_change_and_may_end_there(quick_bases):
