@@ -37,6 +37,9 @@ _NUM_COMPARED = 64
 #: halves of 50 steps with this R-hat have a correlation time of 35, and after 200 steps
 #: .3 % of the start is left. Plain, as that of ranks is bounded and cannot tell.
 _MAX_R_HAT = 1.7
+#: Correlation of ends with starts that is too large over sites of finitely many states,
+#: whose modes may differ less than the points within each.
+_MAX_MEMORY = 0.05
 #: Seconds before there is a bar; draws within a fit or a guide mostly take less.
 _DELAY = 3
 
@@ -135,9 +138,9 @@ class IndependentChains:
         start = self.start(energy, max(num_draws, self.min_chains))
         check_pointwise(energy, start)
         kernel = self.kernel or kernel_for(energy, HMC())
-        state = replace_nonfinite(kernel.init(flat, to_support.inv(start)))
+        first = replace_nonfinite(kernel.init(flat, to_support.inv(start)))
         with self._bar() as bar:
-            kernel, warm = self._warm_up(kernel, flat, state, bar)
+            kernel, warm = self._warm_up(kernel, flat, first, bar)
             state, num_accepted, path = self._move(flat, warm, kernel, bar)
         # Not by what was accepted: a step of no length always is.
         if kernel.has_step_size and torch.equal(state.x, warm.x):
@@ -149,15 +152,19 @@ class IndependentChains:
                 "Check that the energy is finite around the points of the base."
             )
         is_stuck = (num_accepted < _STUCK * self.num_steps)[:num_draws]
+        has_sites = energy.support.is_discrete or isinstance(
+            energy.support, MixedSupport
+        )
+        memory = _memory(first.x, state.x) if has_sites else 0.0
         return Draws(
             to_support(state.x)[:num_draws],
-            self._judged(len(state.x), int(is_stuck.sum()), len(is_stuck), path),
+            self._judged(len(state.x), is_stuck, path, memory),
         )
 
     def _judged(
-        self, num_chains: int, num_stuck: int, num_draws: int, path: Tensor
+        self, num_chains: int, is_stuck: Tensor, path: Tensor, memory: float
     ) -> SamplingDiagnostics:
-        found, r_hat = [], math.nan
+        found, r_hat, num_stuck = [], math.nan, int(is_stuck.sum())
         if self.num_steps < _PATIENCE:
             few = f"{self.num_steps} transitions are too few to judge the draws"
             found.append(Finding(Reason.FEW_EFFECTIVE, few))
@@ -166,17 +173,19 @@ class IndependentChains:
             # nan is a coordinate that never changes, such as a zero of a matrix
             r_hats = ratio(split_chains(rows)).nan_to_num(1.0, posinf=math.inf)
             r_hat = r_hats.max().item() if r_hats.numel() else 1.0
-            if r_hat > _MAX_R_HAT:
+            if r_hat > _MAX_R_HAT or memory > _MAX_MEMORY:
+                shown = f"ends and starts of the chains correlate by {memory:.2f}"
+                if r_hat > _MAX_R_HAT:
+                    shown = f"R-hat of the chains of the draws is {r_hat:.2f} > 1.7"
                 apart = (
-                    f"R-hat of the chains of the draws is {r_hat:.2f} > {_MAX_R_HAT}: "
-                    "they are still near their starts, or in modes that they do not "
-                    "leave. Give more steps, IndependentChains(warmup_steps=..., "
-                    "num_steps=...), or mcmc.ReplicaExchange for separate modes"
+                    f"{shown}: they are still near their starts, or in modes that they "
+                    "do not leave. Give more steps, "
+                    "IndependentChains(warmup_steps=..., num_steps=...), or mcmc.ReplicaExchange for separate modes"
                 )
                 found.append(Finding(Reason.NOT_MIXED, apart))
             if num_stuck:
                 stuck = (
-                    f"{num_stuck} of {num_draws} draws are from chains that hardly "
+                    f"{num_stuck} of {len(is_stuck)} draws are from chains that hardly "
                     f"moved in {self.num_steps} transitions, and may be far from the "
                     "rest. Give a base that reaches about as far as the energy lets "
                     "them, as in IndependentChains(base=...), or more warmup_steps"
@@ -267,6 +276,19 @@ def _small(kernel: Any) -> Kernel:
         length = _SMALL * kernel.trajectory_length
         small = replace(small, trajectory_length=length)
     return small
+
+
+def _memory(first: Tensor, last: Tensor) -> float:
+    """Correlation of the chains' ends with their starts, three errors below it.
+
+    Args:
+        first: Shape ``(C, *event)``.
+        last: Shape ``(C, *event)``.
+    """
+    ends = [x.flatten(1).double() for x in (first, last)]
+    scaled = [((x - x.mean(0)) / x.std(0)).nan_to_num(0.0, 0.0, 0.0) for x in ends]
+    overlap = (scaled[0] * scaled[1]).mean(1)
+    return (overlap.mean() - 3 * overlap.std() / math.sqrt(len(overlap))).item()
 
 
 def _is_small(index: int) -> bool:

@@ -116,7 +116,12 @@ def start_chains(
         num_groups = _num_groups(num_chains)
         size = num_chains // num_groups
         # As many as chains: another batch size may have to be traced anew.
-        points = target.start(num_chains)[::size]
+        points = target.start(num_chains)
+        if target.energy.support.is_discrete:  # of which much may be forbidden
+            is_lost = ~target.energy(points).isfinite()
+            points = points[is_lost.long().argsort(stable=True)][:num_groups]
+        else:
+            points = points[::size]
         if is_adapted and target.is_model and isinstance(kernel, Kernel):
             points, kernel, num_moved = _found(target, kernel, points, num_chains)
     else:

@@ -381,7 +381,10 @@ class _Run:
 
     def sample(self, num_samples: int, thinning: int, bar: Any) -> TemperedDraws:
         """Draw, with the ladder as it is now; the bar counts the steps."""
-        sums = LadderSums(self.adaptation.ladder.inverse_temperatures)
+        ladder = self.adaptation.ladder
+        # What is forbidden lets replicas through rarely, and few of them far.
+        looked_at = num_samples * thinning if isinstance(ladder, SiteLadder) else 0
+        sums = LadderSums(ladder.inverse_temperatures, looked_at)
         draws = []
         for _ in range(num_samples):
             for _ in range(thinning):
