@@ -180,7 +180,8 @@ class IndependentChains:
                 apart = (
                     f"{shown}: they are still near their starts, or in modes that they "
                     "do not leave. Give more steps, "
-                    "IndependentChains(warmup_steps=..., num_steps=...), or mcmc.ReplicaExchange for separate modes"
+                    "IndependentChains(warmup_steps=..., num_steps=...), or "
+                    "mcmc.ReplicaExchange for separate modes"
                 )
                 found.append(Finding(Reason.NOT_MIXED, apart))
             if num_stuck:
