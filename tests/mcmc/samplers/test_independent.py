@@ -232,6 +232,26 @@ def test_a_verdict_on_the_draws():
     assert "ReplicaExchange for separate modes" in str(apart)
 
 
+def test_chains_that_remember_their_starts():
+    """Two classes of states with none between, whose sites differ little.
+
+    Fault: R-hat alone, which is 1.2. Chains that forget do not correlate.
+    """
+    bits = constraints.independent(constraints.boolean, 1)
+
+    def value(x):
+        number = x.sum(-1)
+        return torch.zeros_like(number).where((number < 3) | (number > 6), torch.inf)
+
+    energy = FunctionEnergy(value, (10,), bits)
+    few = IndependentChains(warmup_steps=0, num_steps=50)
+    found = few.draw_diagnosed(energy, 300).diagnostics
+    assert found.r_hat < 1.5
+    assert "ends and starts of the chains correlate" in found.reason
+    free = FunctionEnergy(lambda x: x.sum(-1), (10,), bits)
+    assert few.draw_diagnosed(free, 300).diagnostics.status == "ok"
+
+
 def test_few_transitions_are_not_judged_and_not_warned_of():
     found = IndependentChains(warmup_steps=2, num_steps=2).draw_diagnosed(gaussian(), 5)
     assert found.diagnostics.r_hat != found.diagnostics.r_hat  # nan

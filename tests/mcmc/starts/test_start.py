@@ -10,7 +10,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_ebm.mcmc import HMC, ChEES
+from pyro_ebm.energies import FunctionEnergy
+from pyro_ebm.mcmc import HMC, ChEES, Gibbs
 from pyro_ebm.mcmc.run.target import resolve_target
 from pyro_ebm.mcmc.starts.modes import Descent, Memory, _Normals, find_approximations
 from pyro_ebm.mcmc.starts.start import _score, choose_non_centred, start_chains
@@ -219,3 +220,16 @@ def test_a_model_that_is_nowhere_like_a_normal_starts_all_the_same():
 
     _, start = started(model, 16)
     assert start.state.energy.isfinite().all()
+
+
+def test_starts_where_most_states_are_forbidden():
+    """One bit of six is on: a tenth of all states. Fault: starts without a choice."""
+    bits = dist.constraints.independent(dist.constraints.boolean, 1)
+    energy = FunctionEnergy(
+        lambda x: torch.zeros(x.shape[:-1]).where(x.sum(-1) == 1, math.inf), (6,), bits
+    )
+    torch.manual_seed(0)
+    start = start_chains(
+        resolve_target(energy, Gibbs(), (), {}, compile=False), Gibbs(), 64
+    )
+    assert start.state.x.sum(-1).eq(1).all()
