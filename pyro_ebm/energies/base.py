@@ -37,6 +37,7 @@ from torch.distributions.constraints import Constraint
 from pyro_ebm.core.spaces import of_columns
 from pyro_ebm.core.validation import expands_to
 from pyro_ebm.energies.corrections import shared_support
+from pyro_ebm.energies.graphs.recording import is_variable
 
 
 class ClosedForm(NamedTuple):
@@ -412,7 +413,7 @@ def live_or_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     """
     if isinstance(value, nn.Parameter):
         module.register_parameter(name, value)
-    elif value.requires_grad:
+    elif value.requires_grad or is_variable(value):
         module.register_buffer(name, value, persistent=False)
     else:
         module.register_parameter(name, nn.Parameter(value.detach().clone()))

@@ -30,6 +30,7 @@ from pyro_ebm.energies.discrete.exact.elimination import (
 from pyro_ebm.energies.discrete.finite import AnnealingPath, spins
 from pyro_ebm.energies.discrete.independent import IndependentSites
 from pyro_ebm.energies.discrete.sites import SiteEnergy
+from pyro_ebm.energies.graphs.recording import holds
 
 #: Under a name that the argument of the constructor does not hide.
 _SPINS = spins
@@ -155,12 +156,12 @@ def _require_weights(weight: Tensor) -> None:
         )
     require_precision(weight, "weight")
     given = weight.detach()
-    if given.diagonal().any():
+    if not holds(given.diagonal() == 0):
         raise ValueError(
             "weight must have a diagonal of zeros: what a unit has for itself is its "
             f"bias. Got {given.diagonal()}."
         )
-    if given.tril(-1).any() and not torch.allclose(given, given.mT):
+    if not holds(given.tril(-1) == 0) and not holds(given.isclose(given.mT)):
         raise ValueError(
             "weight must be symmetric or upper triangular, and differs from its "
             f"transpose by up to {(given - given.mT).abs().max().item():.3g}. Give "

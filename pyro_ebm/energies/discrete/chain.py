@@ -48,6 +48,7 @@ from pyro_ebm.energies.discrete.exact.distribution import (
 from pyro_ebm.energies.discrete.exact.elimination import Factors
 from pyro_ebm.energies.discrete.finite import AnnealingPath
 from pyro_ebm.energies.discrete.sites import SiteEnergy, path_through, softened
+from pyro_ebm.energies.graphs.recording import holds, is_variable
 
 #: Nats below 1 down to which numbers keep their precision.
 _RANGE = {torch.float64: 700.0, torch.float32: 85.0}
@@ -234,7 +235,11 @@ class _Chain:
         return cls(flat, transition, mask, torch.Size(batch))
 
     def log_partition(self) -> Tensor:
-        value: Any = _LogPartition.apply(self.unary, self.transition, self.mask)
+        tensors = self.unary, self.transition, self.mask
+        if any(is_variable(potential) for potential in tensors[:2]):
+            _, value = _log_messages(*tensors)  # whatever the values are
+        else:
+            value = _LogPartition.apply(*tensors)
         return value.reshape(self.batch_shape)
 
     def marginals(self) -> Tensor:
@@ -522,7 +527,7 @@ def _log_gradients(
 def _logsumexp(x: Tensor, dim: int) -> Tensor:
     """Log of a sum of exponentials whose gradient is zero where all are zero."""
     is_nothing = x.detach().amax(dim, keepdim=True) == -torch.inf
-    if not is_nothing.any():
+    if not is_variable(x) and not is_nothing.any():
         return x.logsumexp(dim)
     value = x.where(~is_nothing, 0.0).logsumexp(dim)
     return value.where(~is_nothing.squeeze(dim), -torch.inf)
@@ -560,7 +565,7 @@ def _require_potentials(unary: Tensor, transition: Tensor) -> None:
             f"{transition.dtype} and {tuple(transition.shape)}."
         )
     for name, potential in (("unary", unary), ("transition", transition)):
-        if not (potential.detach() < torch.inf).all():
+        if not holds(potential.detach() < torch.inf):
             raise ValueError(
                 f"{name} must hold no nan and no +inf; -inf forbids a state. Look for "
                 "an overflow in what it is computed from."

@@ -39,6 +39,7 @@ from pyro_ebm.energies.discrete.exact.elimination import (
 from pyro_ebm.energies.discrete.finite import AnnealingPath, spins
 from pyro_ebm.energies.discrete.graph import colouring, couplings_from, edges_from
 from pyro_ebm.energies.discrete.sites import SiteEnergy, path_through, softened
+from pyro_ebm.energies.graphs.recording import holds
 
 
 class _Group(NamedTuple):
@@ -134,7 +135,9 @@ class FactorGraphEnergy(SiteEnergy):
                 live_or_parameter(self, name, group.table)
             else:
                 setattr(self, name, group.table)
-            self.register_buffer(f"sites_{number}", group.sites, persistent=False)
+            # Its own: what is given may be a constant of a model that is recorded.
+            own = group.sites.clone()
+            self.register_buffer(f"sites_{number}", own, persistent=False)
 
     @classmethod
     def ising(
@@ -369,7 +372,7 @@ class _Scaled(nn.Module):
                 f"{tuple(coefficient.shape)}."
             )
         require_precision(coefficient, name)
-        if not coefficient.detach().isfinite().all():
+        if not holds(coefficient.detach().isfinite()):
             raise ValueError(
                 f"{name} must be finite, got {coefficient.detach().flatten()[:6]}. "
                 "What is forbidden has a table with -inf instead."
@@ -513,7 +516,7 @@ def _require_table(
             f"{tuple(table.shape)}."
         )
     require_precision(table, "a log potential")
-    if not (table.detach() < torch.inf).all():
+    if not holds(table.detach() < torch.inf):
         raise ValueError(
             f"the log potential of the sites {_few(sites.tolist())} must hold no nan "
             "and no +inf; -inf forbids states."

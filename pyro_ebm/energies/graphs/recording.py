@@ -9,7 +9,9 @@ __all__ = [
     "Recording",
     "UntraceableError",
     "first_line",
+    "holds",
     "is_random",
+    "is_variable",
     "record",
     "same_key",
     "tags",
@@ -17,7 +19,7 @@ __all__ = [
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -132,15 +134,22 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> Recording:
 def _record(
     function: Callable[..., Any], inputs: Sequence[Tensor], constants: Sequence[Tensor]
 ) -> Recording:
-    tape = _Tape(inputs)
-    with tape:
-        result = function(*inputs, *constants)
+    tape, outer = _Tape(inputs), _Tape.current
+    _Tape.current = tape
+    try:
+        with tape:
+            result = function(*inputs, *constants)
+    finally:
+        _Tape.current = outer
     tape.graph.output(tree_map_only(Tensor, tape.node_of, result))
     return Recording(tape.graph, tape.inputs, tape.values)
 
 
 class _Tape(TorchDispatchMode):
     """Sees every operator that is run, below autograd and vmap."""
+
+    #: That of the recording under way, if there is one.
+    current: "ClassVar[_Tape | None]" = None
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
@@ -167,9 +176,9 @@ class _Tape(TorchDispatchMode):
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         if any(isinstance(a, torch.Generator) for a in tree_leaves((args, kwargs))):
             raise UntraceableError("it draws from a generator of its own")
-        is_variable = is_random(func) or any(map(self._is_variable, tensors))
+        varies = is_random(func) or any(map(self._is_variable, tensors))
         if torch.Tag.data_dependent_output in tags(func):
-            if is_variable:
+            if varies:
                 raise UntraceableError(
                     "it branches on a value that depends on latent values or "
                     "parameters, or turns one into a number, as .item() does"
@@ -179,13 +188,13 @@ class _Tape(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func is aten._linalg_check_errors.default:
             self._poison(*tensors)
-        elif func is aten.detach.default and not is_variable:
+        elif func is aten.detach.default and not varies:
             # torch detaches new tensors; as a view it would detach what is written.
             self.nodes[result] = self.node_of(*tensors)
         else:
             node = self.graph.call_function(func, *arguments)
-            self._note(node, result, is_variable=is_variable)
-            if is_variable and func._schema.is_mutable:
+            self._note(node, result, is_variable=varies)
+            if varies and func._schema.is_mutable:
                 self.written[_memory(tensors[0])] = tensors[0]
         return result
 
@@ -248,6 +257,19 @@ def _decomposed(operator: Any) -> Callable[..., Any]:
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def is_variable(tensor: Tensor) -> bool:
+    """Whether a tensor depends on the inputs of the recording under way."""
+    return _Tape.current is not None and _Tape.current._is_variable(tensor)
+
+
+def holds(condition: Tensor) -> bool:
+    """Whether it holds everywhere; while values are recorded, which may be any, yes."""
+    try:
+        return bool(condition.all())
+    except UntraceableError:
+        return True
 
 
 def first_line(error: Exception) -> str:

@@ -86,7 +86,7 @@ _BOLD_RATE, _MANY_FOR_TRIAL, _FOR_TRIAL = 5e-3, 5000, 1 / 3
 _ALONE = "network over a normal"
 #: Over a finite support: of the optimiser, steps, sweeps of the chains in one, and the
 #: number of states up to which all are summed at each step.
-_FINITE_RATE, _FINITE_STEPS, _SWEEPS, _FEW_STATES = (1e-2, 6e-3), 60_000, 2, 2**12
+_FINITE_RATE, _FINITE_STEPS, _SWEEPS, _FEW_STATES = (1e-2, 6e-3), 60_000, 1, 2**12
 #: Of these steps, so many to a record; and records without a better one until the end:
 #: much is gained as the rate falls.
 _FINITE_RECORDS, _FINITE_PATIENCE = 100, 50

@@ -20,9 +20,15 @@ from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
-from pyro_ebm import mcmc
+from pyro_ebm import EnergyDistribution, mcmc
 from pyro_ebm.core.errors import CompilationWarning, DivergenceError, UnreliableWarning
-from pyro_ebm.energies import PyroModelEnergy
+from pyro_ebm.energies import (
+    BoltzmannEnergy,
+    ChainEnergy,
+    FactorGraphEnergy,
+    PyroModelEnergy,
+    RBMEnergy,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 DOUBLE = {"dtype": torch.float64}
@@ -496,6 +502,45 @@ def training():
     net = network().train()
     x = pyro.sample("x", dist.Normal(torch.zeros(4, 2), 1.0).to_event(2))
     pyro.factor("network", net(x).sum())
+
+
+def chain(u, v):
+    return ChainEnergy(u.reshape(3, 2), v.expand(2, 2) * torch.eye(2))
+
+
+def machine(u, v):
+    weight = torch.zeros(3, 3).index_put((torch.arange(2), torch.arange(1, 3)), u[:2])
+    return BoltzmannEnergy(weight, v * u[2:5])
+
+
+def layers(u, v):
+    return RBMEnergy(u.reshape(3, 2), v.expand(3), u[:2])
+
+
+def forbidding(u, v):
+    off = torch.tensor([[0.0, 0.0], [0.0, -torch.inf]])
+    return FactorGraphEnergy(
+        [2] * 3, [([0, 1], off), ([1, 2], v * u[:4].reshape(2, 2))]
+    )
+
+
+@pytest.mark.parametrize("build", [chain, machine, layers, forbidding])
+def test_energies_of_latent_sites_are_traced(build):
+    """Planted faults: latent values that become parameters, or checks that read them;
+    a sum with a gradient of nan where it is over what is forbidden."""
+
+    def model():
+        u = pyro.sample("u", dist.Normal(torch.zeros(6), 1.0).to_event(1))
+        v = pyro.sample("v", dist.Normal(0.0, 1.0))
+        found = EnergyDistribution(build(u, v))
+        with pyro.plate("rows", 2):
+            pyro.sample("x", found, obs=torch.tensor([[1.0, 0, 0], [0, 1, 1]]))
+
+    energy = PyroModelEnergy(model)
+    assert energy.is_traced
+    u = energy.initial_points(3)
+    expected = pyro_value_and_grad(model, energy, u)
+    torch.testing.assert_close(energy.value_and_grad(u), expected)
 
 
 @pytest.mark.parametrize(
