@@ -279,13 +279,11 @@ class RBMEnergy(Energy):
 
     def draw_hidden(self, x: Tensor) -> Tensor:
         """Hidden units given visible ones ``x``, shape ``(*batch, H)``."""
-        layers = _layers(self)
-        return layers.hidden_units.draw(layers.hidden_field(x.to(self.weight.dtype)))
+        return _layers(self).hidden_units.draw(self.hidden_field(x))
 
     def draw_visible(self, hidden: Tensor) -> Tensor:
         """Visible units given hidden ones, shape ``(*batch, V)``."""
-        layers = _layers(self)
-        drawn: Tensor = layers.units.draw(layers.visible_field(hidden))
+        drawn: Tensor = _layers(self).units.draw(self.visible_field(hidden))
         return drawn
 
     @torch.no_grad()
