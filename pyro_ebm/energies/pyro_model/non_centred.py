@@ -8,8 +8,10 @@ which no step size fits. In
     x_i = \mu + \tau z_i, \qquad z_i \sim \mathcal{N}(0, 1)                \tag{1}
 
 :math:`z` and :math:`\tau` are independent unless the data tell :math:`x` well, in which
-case the funnel is there instead. Points :math:`v` with :math:`z` in the place of
-:math:`x` have the same layout as those of the model, :math:`u = T(v)`, and
+case the funnel is there instead. Of a multivariate normal :math:`\tau` is the Cholesky
+factor of its covariance, as where slopes and intercepts vary together. Points :math:`v`
+with :math:`z` in the place of :math:`x` have the same layout as those of the model,
+:math:`u = T(v)`, and
 
 .. math::
     f_v(v) = f(T(v)) - \log\left|\det \frac{\partial T}{\partial v}\right|,
@@ -23,20 +25,23 @@ __all__ = ["NonCentring", "sites_to_standardise"]
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, cast, final
+from typing import Any, TypeAlias, cast, final
 
+import pyro
+import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
-from pyro.infer.reparam import LocScaleReparam
+from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Normal
+from torch.distributions import MultivariateNormal, Normal
 
 from pyro_ebm.energies.corrections import without_independent
 from pyro_ebm.energies.pyro_model.energy import PyroModelEnergy
 from pyro_ebm.energies.pyro_model.full_data import has_whole_plates
 from pyro_ebm.energies.pyro_model.runs import WithoutValidation, samples
 
+_Normal: TypeAlias = Normal | MultivariateNormal
 #: Points that are mapped at a time.
 _CHUNK = 4096
 
@@ -60,14 +65,49 @@ def sites_to_standardise(energy: PyroModelEnergy) -> tuple[str, ...]:
         is_weighted = bool((torch.as_tensor(site["scale"]) != 1).any())
         if one is None or other is None or is_weighted or site["mask"] is not None:
             continue
-        if not torch.equal(one.scale, other.scale):
+        if not torch.equal(_scale(one), _scale(other)):
             found.append(name)
     return tuple(found)
 
 
-def _normal(fn: Any) -> Normal | None:
+def _normal(fn: Any) -> _Normal | None:
     fn = without_independent(fn)
-    return fn if isinstance(fn, Normal) else None
+    return fn if isinstance(fn, _Normal) else None
+
+
+def _scale(normal: _Normal) -> Tensor:
+    return normal.scale if isinstance(normal, Normal) else normal.scale_tril
+
+
+def _from_standard(normal: _Normal, z: Tensor) -> Tensor:
+    if isinstance(normal, Normal):
+        return normal.loc + normal.scale * z  # (1)
+    return normal.loc + (normal.scale_tril @ z[..., None])[..., 0]
+
+
+def _to_standard(normal: _Normal, x: Tensor) -> Tensor:
+    if isinstance(normal, Normal):
+        return (x - normal.loc) / normal.scale
+    rest = (x - normal.loc)[..., None]
+    return torch.linalg.solve_triangular(normal.scale_tril, rest, upper=False)[..., 0]
+
+
+class _Standard(Reparam):
+    """Samples a standardised value, and makes the site's of it."""
+
+    def apply(self, msg: Any) -> Any:
+        normal, event_dim = cast(_Normal, _normal(msg["fn"])), msg["fn"].event_dim
+        unit = dist.Normal(normal.loc.new_zeros(()), 1.0).expand(msg["fn"].shape())
+        value = msg["value"]
+        infer: Any = {"is_observed": msg["is_observed"]}
+        z = (
+            None if value is None else _to_standard(normal, value)
+        )  # of an initial value
+        name = f"{msg['name']}_decentered"
+        z = pyro.sample(name, unit.to_event(event_dim), obs=z, infer=infer)
+        value = _from_standard(normal, z) if value is None else value
+        fn = dist.Delta(value, event_dim=event_dim).mask(mask=False)
+        return {"fn": fn, "value": value, "is_observed": True}
 
 
 class _Standardised(Messenger):
@@ -89,13 +129,13 @@ class _Standardised(Messenger):
         if name not in self._left:
             return
         normal = cast(Normal, _normal(msg["fn"]))
-        given = self.values[name]
-        moved = normal.loc + normal.scale * given  # (1)
+        given, scale = self.values[name], _scale(normal)
+        moved = (_to_standard if self.inverse else _from_standard)(normal, given)
         msg["value"], msg["done"] = given if self.inverse else moved, True
-        if self.inverse:
-            moved = (given - normal.loc) / normal.scale
         self.values[name] = moved
-        self.log_det = self.log_det + normal.scale.log().expand(given.shape).sum()
+        if isinstance(normal, MultivariateNormal):
+            scale = scale.diagonal(dim1=-2, dim2=-1)
+        self.log_det = self.log_det + scale.log().expand(given.shape).sum()
 
     def _pyro_post_sample(self, msg: Any) -> None:
         self._left.discard(msg["name"])
@@ -142,7 +182,7 @@ class NonCentring:
 
     def energy(self) -> PyroModelEnergy:
         """The energy (2). Exactness: *exact*; its :math:`Z` is that of the model."""
-        changes: Any = {name: LocScaleReparam(centered=0.0) for name in self.sites}
+        changes: Any = {name: _Standard() for name in self.sites}
         return self.centred.of_model(poutine.reparam(self.centred.model, changes))
 
     @torch.no_grad()

@@ -24,6 +24,8 @@ References:
 __all__ = ["Start", "choose_non_centred", "start_chains"]
 
 import dataclasses
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +62,7 @@ _METRIC = ("scale", "scale_tril", "low_rank")
 _NUM_TRIES = 6
 #: Transitions of the chains that tell; the later half are looked at.
 _NUM_STEPS = 40
-#: Sites to choose from, beyond which a model is left as it is: a loop over time.
+#: Sites to choose from, beyond which those of a loop, as ``x_1``, ``x_2``, are one.
 _MAX_SITES = 8
 #: What (1) must fall by for each coordinate of a site.
 _GAIN = 0.1
@@ -291,21 +293,31 @@ def choose_non_centred(target: ChainTarget, start: Start) -> tuple[str, ...]:
     if model is None or not model.is_traced or not isinstance(start.kernel, Kernel):
         return ()
     chosen: tuple[str, ...] = ()
-    candidates = sites_to_standardise(model)
+    candidates = _families(sites_to_standardise(model))
     if not 1 <= len(candidates) <= _MAX_SITES:
         return chosen
     u, grad = _first_draws(target, start, start.kernel)
     least = _score(u, grad)
-    for name in candidates:
+    for names in candidates:
         try:
-            centring = NonCentring(model, (*chosen, name))
+            centring = NonCentring(model, (*chosen, *names))
             v = centring.from_model(u)
             score = _score(v, centring.gradient(v, grad))
         except (RuntimeError, ValueError):  # not written for many points at once
             continue
-        if score < least - _GAIN * model.site_shapes[name].numel():
-            chosen, least = (*chosen, name), score
+        size = sum(model.site_shapes[name].numel() for name in names)
+        if score < least - _GAIN * size:
+            chosen, least = (*chosen, *names), score
     return chosen
+
+
+def _families(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Sites that are chosen together: each alone, or where there are many by stem."""
+    stems: dict[str, list[str]] = {}
+    for name in names:
+        stem = re.sub(r"\d+", "", name) if len(names) > _MAX_SITES else name
+        stems.setdefault(stem, []).append(name)
+    return [tuple(family) for family in stems.values()]
 
 
 def _first_draws(

@@ -29,9 +29,20 @@ def nested():
     pyro.sample("b", dist.Normal(a, (a.sum() / 2 + tau.log()).exp()).to_event(1))
 
 
+def slopes():
+    """Pairs that vary together, of rows that a plate holds, and a fixed covariance."""
+    tau = pyro.sample("tau", dist.HalfNormal(1.0).expand([2]).to_event(1))
+    factor = pyro.sample("factor", dist.LKJCholesky(2, 1.0))
+    pyro.sample("fixed", dist.MultivariateNormal(tau, 2 * torch.eye(2)))
+    with pyro.plate("rows", 3):
+        fn = dist.MultivariateNormal(tau, scale_tril=tau[:, None] * factor)
+        x = pyro.sample("x", fn)
+        pyro.sample("y", dist.Normal(x.sum(-1), 0.5), obs=torch.arange(3.0))
+
+
 def test_latent_normal_sites_of_a_latent_scale():
     """Faults: runs at the same values; observed sites; fixed scales;
-    weighted sites, whose volume counts once."""
+    weighted sites, whose volume counts once; multivariate ones left out."""
 
     def model():
         tau = pyro.sample("tau", dist.HalfNormal(1.0))
@@ -49,6 +60,7 @@ def test_latent_normal_sites_of_a_latent_scale():
     assert sites_to_standardise(PyroModelEnergy(model)) == ("grouped",)
     assert torch.equal(torch.get_rng_state(), random)
     assert sites_to_standardise(PyroModelEnergy(nested)) == ("a", "b")
+    assert sites_to_standardise(PyroModelEnergy(slopes)) == ("x",)
 
 
 def test_none_of_a_model_with_plates_that_subsample_or_discrete_sites():
@@ -79,13 +91,13 @@ def test_the_map_is_the_closed_form():
     torch.testing.assert_close(map.to_model(v.reshape(5, 1, 6))[:, 0], want)
 
 
-@pytest.mark.parametrize("model", [funnel, nested])
+@pytest.mark.parametrize("model", [funnel, nested, slopes])
 @pytest.mark.parametrize("in_double", [False, True])
 def test_energy_and_gradient_are_those_of_the_change_of_variables(model, in_double):
     """By autograd through the map; the nested map is triangular.
 
-    Faults: the log-volume with the other sign; sites one after the other in the
-    standardised values of those before.
+    Faults: the Cholesky factor transposed; the log-volume with the other sign; sites
+    one after the other in the standardised values of those before.
     """
     centred = PyroModelEnergy(model)
     centred = centred.in_double() if in_double else centred

@@ -60,6 +60,19 @@ def test_each_site_for_itself():
     assert chosen(model) == ("free",)
 
 
+def test_many_sites_of_a_loop_are_one():
+    """Fault: a model with more than eight left as it is."""
+
+    def walk(error):
+        x, tau = torch.tensor(0.0), pyro.sample("tau", dist.HalfNormal(1.0))
+        for t in range(10):
+            x = pyro.sample(f"x_{t}", dist.Normal(x, tau))
+            pyro.sample(f"y_{t}", dist.Normal(x, error), obs=EFFECTS[t % 8] / 10)
+
+    assert chosen(walk, 5.0) == tuple(f"x_{t}" for t in range(10))
+    assert chosen(walk, 0.05) == ()
+
+
 def test_a_model_without_such_a_site_costs_no_random_number():
     def model():
         pyro.sample("y", dist.Normal(pyro.sample("x", dist.Normal(0.0, 1.0)), 1.0))
