@@ -58,7 +58,17 @@ def run_model(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
     Unlike a draw of the prior, it can be had from improper priors too.
     """
     initialized = poutine.trace(InitMessenger(initial_value)(model))
-    return retried(lambda: initialized.get_trace(*args, **kwargs))
+    try:
+        return retried(lambda: initialized.get_trace(*args, **kwargs))
+    except ValueError as error:
+        if "log_factor" not in str(error):
+            raise
+        names = [name for name, _ in samples(initialized.msngr.trace)]
+        where = f"after the site {names[-1]!r}" if names else "before any site"
+        raise ValueError(
+            f"a pyro.factor {where} is nan at each of {_MAX_TRIES} random values of "
+            "the latent sites. See what it takes the logarithm or the root of."
+        ) from error
 
 
 def retried(run: Callable[[], _T]) -> _T:

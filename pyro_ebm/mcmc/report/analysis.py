@@ -19,13 +19,16 @@ import math
 from typing import NamedTuple
 
 import torch
+from pyro.distributions import ImproperUniform
 from torch import Tensor
 
 from pyro_ebm.core.verdict import Finding, Reason
 from pyro_ebm.diagnostics import Convergence, convergence, energy_bfmi
 from pyro_ebm.diagnostics.convergence import quantiles
+from pyro_ebm.energies.corrections import without_independent
+from pyro_ebm.energies.pyro_model.runs import samples as samples_in
 from pyro_ebm.mcmc.base import bias_of
-from pyro_ebm.mcmc.report.results import Diagnostics, Moments, verdict
+from pyro_ebm.mcmc.report.results import MIN_DRAWS, Diagnostics, Moments, verdict
 from pyro_ebm.mcmc.report.summary import SiteSummary, Summary, coordinate_names
 from pyro_ebm.mcmc.run.batch_moments import BatchMoments
 from pyro_ebm.mcmc.run.draws import KeptDraws
@@ -33,8 +36,6 @@ from pyro_ebm.mcmc.run.driver import ChainRun, step_size_of
 
 #: Points that are mapped to the support at a time.
 _CHUNK = 2**17
-#: Draws of a chain below which nothing can be said.
-_MIN_DRAWS = 4
 #: Share of divergent transitions below which their starts are not looked at.
 _MIN_DIVERGENT = 0.002
 #: Standard deviations of the energy within chains, by which the mean of one is off.
@@ -64,6 +65,8 @@ _MIN_FUNNEL = 4
 _COLLINEAR = 0.99
 #: Correlation of log scale and log spread above which the data hardly tell them apart.
 _FUNNEL = 0.7
+#: R-hat of chains that are nowhere together.
+_PARTED = 1.5
 #: Distinct starts, and chains that have any, below which nothing is said.
 _MIN_STARTS, _MIN_CHAINS = 8, 3
 #: Least (1) of starts that are in a tail, and its least score for one coordinate.
@@ -128,9 +131,33 @@ def diagnose(run: ChainRun) -> Diagnostics:
     found = verdict(found, count, (*bias_of(kernel), *narrow))
     if found.is_reliable:
         return found
+    advice = _unbounded(run, found) or advice
     if isinstance(run.draws, KeptDraws) and not advice:
         advice = advise(samples_of(run), run.draws["energy"].mT, found)
     return found._replace(reasons=(*found.reasons, *advice))
+
+
+def _unbounded(run: ChainRun, found: Diagnostics) -> list[Finding]:
+    """Sites of a flat prior in which chains have parted or have gone to infinity."""
+    if run.target.model is None or found.num_draws < MIN_DRAWS:
+        return []
+    names = [
+        repr(name)
+        for name, site in samples_in(run.target.model.run())
+        if isinstance(without_independent(site["fn"]), ImproperUniform)
+        and name in found.sites
+        and not (found.sites[name].r_hat.nan_to_num(torch.inf) < _PARTED).all()
+    ]
+    if not names:
+        return []
+    return [
+        Finding(
+            Reason.DIVERGENT,
+            f"the prior of {' and '.join(names)} is flat, and chains are nowhere "
+            "together: if the data give it no end, there is no posterior. Give a "
+            "proper prior",
+        )
+    ]
 
 
 def _narrow_place(run: ChainRun, share: float) -> list[Finding]:
@@ -163,7 +190,7 @@ def _convergence_of(run: ChainRun) -> dict[str, Convergence]:
         return {name: Convergence(*(part[name] for part in parts)) for name in parts[0]}
     found = {}
     for name, draws in samples_of(run).items():
-        if draws.shape[1] < _MIN_DRAWS:
+        if draws.shape[1] < MIN_DRAWS:
             nothing = torch.full(draws.shape[2:], torch.nan, device=draws.device)
             found[name] = Convergence(*[nothing] * len(Convergence._fields))
         else:
@@ -183,11 +210,7 @@ def _bfmi_of(run: ChainRun) -> Tensor:
     energy = run.target.energy
     size = energy.event_shape.numel()
     has_momenta = getattr(run.warmup.kernel, "num_gradients", 0) > 0
-    if (
-        run.draws.num_draws < _MIN_DRAWS
-        or energy.support.is_discrete
-        or not has_momenta
-    ):
+    if run.draws.num_draws < MIN_DRAWS or energy.support.is_discrete or not has_momenta:
         return torch.full_like(run.state.energy, torch.nan)
     if isinstance(run.draws, KeptDraws):
         return energy_bfmi(run.draws["energy"].mT, size)
@@ -444,34 +467,40 @@ def _collinear(rows: _Rows) -> list[Finding]:
 def _funnels(
     rows: _Rows, samples: dict[str, Tensor], found: Diagnostics
 ) -> list[Finding]:
-    """Positive coordinates that the spread of another site follows."""
+    """Coordinates, or their logarithms, that the spread of another site follows."""
     parts = rows.values.split([v[0, 0].numel() for v in samples.values()], -1)
     if len(parts) == 1:
         return _own_funnel(rows)
     sites, findings = dict(zip(samples, parts, strict=True)), []
     for scale, values in sites.items():
-        if not (values > 0).all():
-            continue
+        is_scale = bool((values > 0).all())
         for site, others in sites.items():
             is_done = site in found.non_centred
             if is_done or site == scale or others.shape[-1] < 3:
                 continue
-            pair = [values.log(), others.std(-1, keepdim=True).log()]
+            heights = values.log() if is_scale else values
+            pair = [heights, others.std(-1, keepdim=True).log()]
             centred = torch.cat([v - v.mean(1, keepdim=True) for v in pair], -1)
             table = torch.corrcoef(centred.flatten(0, 1).mT).nan_to_num(0.0)
             best = int(table[-1, :-1].argmax())
             if table[-1, best] > _FUNNEL:
-                name = list(coordinate_names(scale, found.sites[scale].r_hat.shape))
-                findings.append(
-                    Finding(
-                        Reason.FUNNEL,
-                        f"the spread of {site!r} follows {name[best]} (their "
-                        f"logarithms correlate at {table[-1, best].item():.2f}), a "
-                        f"funnel: try a non-centred form, {site} = location + "
-                        f"{name[best]} * z, by pyro.infer.reparam.LocScaleReparam",
-                    )
-                )
+                names = list(coordinate_names(scale, found.sites[scale].r_hat.shape))
+                size = table[-1, best].item()
+                findings.append(_funnel(site, names[best], size, is_scale=is_scale))
     return findings
+
+
+def _funnel(site: str, name: str, size: float, *, is_scale: bool) -> Finding:
+    follows, scale = f"their logarithms correlate at {size:.2f}", name
+    if not is_scale:
+        follows = f"its logarithm and {name} correlate at {size:.2f}"
+        scale = f"its scale exp(... {name})"
+    return Finding(
+        Reason.FUNNEL,
+        f"the spread of {site!r} follows {name} ({follows}), a funnel: try a "
+        f"non-centred form, {site} = location + {scale} * z, by "
+        "pyro.infer.reparam.LocScaleReparam",
+    )
 
 
 def _own_funnel(rows: _Rows) -> list[Finding]:

@@ -18,6 +18,8 @@ _MAX_R_HAT = 1.01
 _MIN_ESS = 400
 #: Share of hopeless proposals above which a region may have been missed.
 _MAX_DIVERGENT = 0.01
+#: Draws of a chain below which nothing can be said.
+MIN_DRAWS = 4
 #: Betancourt's limit for the fraction of missing information.
 _MIN_BFMI = 0.3
 
@@ -158,7 +160,7 @@ def verdict(
 
 def _site_findings(found: Diagnostics) -> list[Finding]:
     errors = {site: c.mean_std_error.isnan() for site, c in found.sites.items()}
-    if all(nan.all() for nan in errors.values()):
+    if found.num_draws < MIN_DRAWS and all(nan.all() for nan in errors.values()):
         few = f"{found.num_draws} draws of each chain are too few to judge"
         return [Finding(Reason.FEW_EFFECTIVE, few)]
     findings = [

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pyro_ebm.energies import DistributionEnergy, PyroModelEnergy, unconstrained
-from pyro_ebm.energies.pyro_model.runs import _edge_draw
+from pyro_ebm.energies.pyro_model.runs import _edge_draw, run_model
 from pyro_ebm.energies.views.double import in_double
 from pyro_ebm.partition.base_check import check_draws
 
@@ -92,3 +92,15 @@ def test_models_are_recorded_without_the_compiler(monkeypatch):
         warnings.simplefilter("error")
         energy = PyroModelEnergy(model)
     assert energy.is_traced
+
+
+def test_a_factor_that_is_always_nan_is_placed():
+    """Pyro's own words name no site. Fault: the name of the first one."""
+
+    def model():
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        pyro.factor("f", torch.log(-1 - b**2))
+
+    with pytest.raises(ValueError, match="factor after the site 'b' is nan at each"):
+        run_model(model, (), {})

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.distributions import constraints
 
 from pyro_ebm.core import Reason
 from pyro_ebm.core.errors import UnreliableWarning
@@ -155,6 +156,14 @@ def test_a_funnel():
     assert "follows tau[1] (" in str(found)
 
 
+def test_a_funnel_of_a_logarithm():
+    """Planted: the logarithm taken of all that may be a scale."""
+    v = normal()
+    (found,) = advice({"v": v, "x": v.exp()[..., None] * normal(8)})
+    assert "the spread of 'x' follows v (its logarithm and v correlate at" in str(found)
+    assert "x = location + its scale exp(... v) * z" in str(found)
+
+
 def test_a_funnel_goes_before_a_ridge():
     """Planted: what a funnel squeezes together told to center."""
     tau = normal().exp()
@@ -207,6 +216,19 @@ def test_a_line_far_from_its_origin_is_told_to_center():
     assert not found.is_reliable
     kinds = {finding.reason for finding in found.reasons}
     assert kinds & {Reason.COLLINEAR, Reason.CHAINS_BEHIND, Reason.SEPARATE_MODES}
+
+
+def test_a_flat_prior_without_an_end_is_named():
+    """Of two sites, the one that the data know nothing of. Planted: all flat priors."""
+
+    def model():
+        for name in ("free", "known"):
+            x = pyro.sample(name, dist.ImproperUniform(constraints.real, (), ()))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+
+    mcmc = MCMC(num_samples=100, progress_bar=False)
+    with pytest.warns(UnreliableWarning, match="the prior of 'free' is flat, and"):
+        mcmc.run(model)
 
 
 CHAINS, DRAWS = 64, 200

@@ -65,6 +65,14 @@ def test_bad_site(site, reason):
     assert reason in str(found)
 
 
+def test_many_draws_that_are_not_finite_are_not_too_few():
+    """Fault: nan at all sites taken for few draws."""
+    nan = convergence(mean_std_error=torch.full((2,), math.nan))
+    found = diagnostics(sites={"a": nan})
+    assert found.reason.startswith("draws of 'a' are not finite")
+    assert "too few" in diagnostics(sites={"a": nan}, num_draws=3).reason
+
+
 def test_a_biased_kernel_is_never_ok():
     """``MCMC(ULA(0.1))`` was ok, with a standard deviation of 1.033 +- .006 for 1."""
     energy = QuadraticEnergy(torch.zeros(2))
