@@ -121,7 +121,8 @@ class Diagnostics(NamedTuple):
             moved = f", {self.num_moved:,} chains re-initialised in the warm-up"
         if self.dtype is not None:
             dtype = f", computed in {str(self.dtype).removeprefix('torch.')}"
-        names = ", ".join(map(repr, self.non_centred))
+        some, more = self.non_centred[:3], len(self.non_centred) - 3
+        names = ", ".join(map(repr, some)) + (f" and {more} more" if more > 0 else "")
         return moved + dtype + (f", non-centred: {names}" if names else "")
 
     def _repr_html_(self) -> str:

@@ -38,9 +38,10 @@ class MCMC:
     From 64 chains on, the chains are groups, 8 to 16 of them, each of which starts at
     one point: only so can many short chains show that they have forgotten their start.
 
-    Normal sites of a Pyro model whose scale is latent are standardised where the first
-    transitions show that this suits the chains better; the draws are those of the
-    sites, and the diagnostics name them. Points of ``initial`` leave the model as is.
+    Normal sites of a Pyro model, multivariate ones too, whose scale is latent are
+    standardised where the first transitions show that this suits the chains better; the
+    draws are those of the sites, and the diagnostics name them. Points of ``initial``
+    leave the model as is.
 
     Args:
         kernel: What moves the chains. Default: ``ChEES()``, which wants several; over a
