@@ -31,7 +31,7 @@ import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
-from pyro.infer.reparam.reparam import Reparam
+from pyro.infer.reparam import LocScaleReparam
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
@@ -92,21 +92,20 @@ def _to_standard(normal: _Normal, x: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(normal.scale_tril, rest, upper=False)[..., 0]
 
 
-class _Standard(Reparam):
-    """Samples a standardised value, and makes the site's of it."""
+class _Standard(LocScaleReparam):
+    """Pyro's own for normal sites, and the same of multivariate normal ones."""
 
     def apply(self, msg: Any) -> Any:
-        normal, event_dim = cast(_Normal, _normal(msg["fn"])), msg["fn"].event_dim
+        normal, value = cast(_Normal, _normal(msg["fn"])), msg["value"]
+        if isinstance(normal, Normal):
+            return super().apply(msg)
         unit = dist.Normal(normal.loc.new_zeros(()), 1.0).expand(msg["fn"].shape())
-        value = msg["value"]
         infer: Any = {"is_observed": msg["is_observed"]}
-        z = (
-            None if value is None else _to_standard(normal, value)
-        )  # of an initial value
+        z = None if value is None else _to_standard(normal, value)  # an initial one's
         name = f"{msg['name']}_decentered"
-        z = pyro.sample(name, unit.to_event(event_dim), obs=z, infer=infer)
+        z = pyro.sample(name, unit.to_event(msg["fn"].event_dim), obs=z, infer=infer)
         value = _from_standard(normal, z) if value is None else value
-        fn = dist.Delta(value, event_dim=event_dim).mask(mask=False)
+        fn = dist.Delta(value, event_dim=msg["fn"].event_dim).mask(mask=False)
         return {"fn": fn, "value": value, "is_observed": True}
 
 
@@ -182,7 +181,7 @@ class NonCentring:
 
     def energy(self) -> PyroModelEnergy:
         """The energy (2). Exactness: *exact*; its :math:`Z` is that of the model."""
-        changes: Any = {name: _Standard() for name in self.sites}
+        changes: Any = {name: _Standard(centered=0.0) for name in self.sites}
         return self.centred.of_model(poutine.reparam(self.centred.model, changes))
 
     @torch.no_grad()
