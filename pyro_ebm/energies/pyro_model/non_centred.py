@@ -109,6 +109,16 @@ class _Standard(LocScaleReparam):
         return {"fn": fn, "value": value, "is_observed": True}
 
 
+class _WithoutScope(Messenger):
+    """Leaves out what Pyro keeps under ``pyro.markov`` of sites to be enumerated.
+
+    None is here, and it would look for sites that have given way to standardised ones.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["infer"].pop("_markov_scope", None)
+
+
 class _Standardised(Messenger):
     """Takes the values of some sites for standardised ones, or standardises them.
 
@@ -182,7 +192,8 @@ class NonCentring:
     def energy(self) -> PyroModelEnergy:
         """The energy (2). Exactness: *exact*; its :math:`Z` is that of the model."""
         changes: Any = {name: _Standard(centered=0.0) for name in self.sites}
-        return self.centred.of_model(poutine.reparam(self.centred.model, changes))
+        moved = poutine.reparam(self.centred.model, changes)
+        return self.centred.of_model(_WithoutScope()(moved))
 
     @torch.no_grad()
     def to_model(self, v: Tensor) -> Tensor:

@@ -29,6 +29,14 @@ def nested():
     pyro.sample("b", dist.Normal(a, (a.sum() / 2 + tau.log()).exp()).to_event(1))
 
 
+def walk():
+    """Under ``pyro.markov``, whose scope Pyro loses where a site is standardised."""
+    tau, x = pyro.sample("tau", dist.HalfNormal(1.0)), torch.tensor(0.0)
+    for t in pyro.markov(range(4)):
+        x = pyro.sample(f"x_{t}", dist.Normal(x, tau))
+        pyro.sample(f"y_{t}", dist.Normal(x, 1.0), obs=torch.tensor(0.3))
+
+
 def slopes():
     """Pairs that vary together, of rows that a plate holds, and a fixed covariance."""
     tau = pyro.sample("tau", dist.HalfNormal(1.0).expand([2]).to_event(1))
@@ -91,7 +99,7 @@ def test_the_map_is_the_closed_form():
     torch.testing.assert_close(map.to_model(v.reshape(5, 1, 6))[:, 0], want)
 
 
-@pytest.mark.parametrize("model", [funnel, nested, slopes])
+@pytest.mark.parametrize("model", [funnel, nested, slopes, walk])
 @pytest.mark.parametrize("in_double", [False, True])
 def test_energy_and_gradient_are_those_of_the_change_of_variables(model, in_double):
     """By autograd through the map; the nested map is triangular.
