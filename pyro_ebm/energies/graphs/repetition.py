@@ -528,7 +528,7 @@ class _Run:
             return self.side_by_side(self.terms[node]).sum(0)
         if node.target is aten.stack.default and not node.kwargs:
             parts, *dim = cast(Any, node.args)
-            if all(part in self.place for part in parts):
+            if any(part in self.place for part in parts):
                 return self.side_by_side(parts).movedim(0, *dim or [0])
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)
         target: Any = node.target

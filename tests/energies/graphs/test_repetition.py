@@ -263,6 +263,21 @@ def test_values_and_gradients_stay(model, monkeypatch):
     torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
+def test_states_are_stacked_with_what_they_begin_with_as_they_are():
+    """Planted: all taken apart where one of them is of no recurrence."""
+
+    def function(u):
+        states = [u[3]]
+        for _ in range(40):
+            states.append(u[0] + u[1].tanh() * states[-1])
+        return (torch.stack(states) * u[2:43]).sum()
+
+    traced, u = TracedFunction(function), torch.randn(6, 43, dtype=torch.float64)
+    assert_as_one_by_one(function, u, *traced.value_and_grad(u))
+    (one_point,) = traced._one_points.values()
+    assert calls(one_point.graph) < 30
+
+
 def calls(graph):
     return sum(node.op == "call_function" for node in graph.graph.nodes)
 
