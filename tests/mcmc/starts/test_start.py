@@ -236,10 +236,11 @@ def test_a_model_that_is_nowhere_like_a_normal_starts_all_the_same():
 
 
 def test_starts_where_most_states_are_forbidden():
-    """One bit of six is on: a tenth of all states. Fault: starts without a choice."""
+    """One bit of eight is on, as in 2 of these 64 draws. Fault: one draw a group, of
+    which none is allowed."""
     bits = dist.constraints.independent(dist.constraints.boolean, 1)
     energy = FunctionEnergy(
-        lambda x: torch.zeros(x.shape[:-1]).where(x.sum(-1) == 1, math.inf), (6,), bits
+        lambda x: torch.zeros(x.shape[:-1]).where(x.sum(-1) == 1, math.inf), (8,), bits
     )
     torch.manual_seed(0)
     start = start_chains(
