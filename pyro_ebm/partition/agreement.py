@@ -24,9 +24,11 @@ from pyro_ebm.partition.particles.engine import Journey
 _SLACK = 0.05
 #: Weights are no good with a heavier tail, or fewer of them effective.
 _MAX_K, _MIN_ESS = 0.7, 200.0
-#: With a lighter tail they need no second look; and the efficiency of a map that
-#: follows a ridge to its end.
-_GOOD_K, _FAITHFUL = 0.45, 0.85
+#: With a lighter tail they need no second look; the efficiency of a map that follows a
+#: ridge to its end; and the tail with which one may follow it roughly.
+_GOOD_K, _FAITHFUL, _NO_TAIL = 0.45, 0.85, 0.25
+#: Share of what particles have missed at a ridge that draws may have missed as well.
+_MISSED = 0.1
 
 
 class Value(NamedTuple):
@@ -93,8 +95,9 @@ def is_settled(looks: list[Look], first: Value | None) -> bool:
     """Whether the last look by draws needs no other.
 
     Where particles have not come to the end of a ridge, draws may miss it as well: two
-    looks have to agree, by a map that follows the ridge closely. So they have where the
-    first was not good enough.
+    looks have to agree, by a map that follows the ridge closely or, as there is no end
+    that few draws come to, with weights that have no tail. So they have where the first
+    was not good enough.
 
     Args:
         looks: By draws of proposals, each fitted to the draws of the one before.
@@ -106,18 +109,31 @@ def is_settled(looks: list[Look], first: Value | None) -> bool:
         return False
     if len(looks) == 1:
         more = value - first.value
-        return not (last.is_bent and more > 2 * math.hypot(first.std_error, std_error))
-    if last.is_bent and last.efficiency < _FAITHFUL:
+        is_far = not more < 2 * math.hypot(first.std_error, std_error)
+        # Particles that scatter have not seen the end of a ridge either.
+        return not (last.is_bent and (is_far or first.std_error > _SLACK))
+    is_rough = last.is_bent and last.efficiency < _FAITHFUL
+    if is_rough and not max(looks[-2].k, last.k) < _NO_TAIL:
         return False
     before = looks[-2].value
     return abs(value - before.value) < 2 * math.hypot(std_error, before.std_error)
 
 
-def settled(looks: list[Look]) -> Value:
-    """The last value; its error is at least half of what the last two differ by."""
-    clean = [look.value for look in looks[-2:] if not look.findings]
-    value, std_error = clean[-1]
-    return Value(value, max(std_error, abs(clean[0].value - value) / 2))
+def settled(looks: list[Look], first: Value) -> tuple[Value, float]:
+    """The last value, and what draws may have missed of a ridge, in nats.
+
+    The error is at least half of what the last two looks differ by. What is missed may
+    be as much as looks are apart, or some of what the particles have missed.
+
+    Args:
+        looks: By draws of proposals, each fitted to the draws of the one before.
+        first: Of particles from the base.
+    """
+    value, std_error = looks[-1].value
+    clean = [look.value.value for look in looks if not look.findings]
+    gap = max(max(clean) - min(clean), _MISSED * (value - first.value))
+    gap *= looks[-1].is_bent
+    return Value(value, max(std_error, abs(clean[-2:][0] - value) / 2)), gap
 
 
 def disagreement(

@@ -217,8 +217,9 @@ class _TwoRoutes:
             proposal = self.union(before, journey, particles, is_mapped=False)
             proposal, looks = self.looked(proposal, first, particles)
         self.proposal = proposal
-        if is_settled(looks, first):
-            return self.estimate([settled(looks)], [], looks[-1].ess, _BY_DRAWS)
+        if first is not None and is_settled(looks, first):
+            value, gap = settled(looks, first)
+            return self.estimate([value], [], looks[-1].ess, _BY_DRAWS, gap)
         return self.from_particles(proposal, first, given_up + looks)
 
     # Route B.
@@ -667,7 +668,7 @@ class _TwoRoutes:
     ) -> LogPartitionEstimate:
         """The estimate with its verdict, from one value or from two that agree.
 
-        Its interval is wider by as much as the directions of a journey are apart.
+        Its interval is wider by the gap of a journey's directions, or of looks.
         """
         findings = [*self.lost, *findings]
         value, std_error = Value.pooled(values)

@@ -21,6 +21,7 @@ from pyro_ebm.partition.agreement import (
     disagreement,
     is_settled,
     judge_weights,
+    settled,
 )
 from pyro_ebm.partition.importance.pool import FlatBase, Proposal
 from pyro_ebm.partition.importance.student_mixture import StudentMixture
@@ -391,7 +392,10 @@ def test_good_weights_are_enough_only_with_particles_that_agree():
 
 
 def test_a_ridge_beyond_the_particles_takes_two_looks_that_agree():
-    """Faults: one look is enough; a value that still rises; a map that is rough."""
+    """Faults: one look is enough, or particles that scatter; a value that still rises;
+    a map that is rough where weights have a tail; looks that differ, and
+    particles that fell short, at no cost.
+    """
     energy, particles = two_gaussians()
     state, u = routes(energy, normal(2, 4.0)), particles.flatten(0, 1)
     proposal = at(state.path, (6.0, 0.0), (-6.0, 0.0))
@@ -404,7 +408,15 @@ def test_a_ridge_beyond_the_particles_takes_two_looks_that_agree():
     assert is_settled([look, look], short)
     low = look._replace(value=Value(look.value.value - 0.1, 0.01))
     assert not is_settled([low, look], short)
-    assert not is_settled([look, look._replace(efficiency=0.5)], short)
+    assert not is_settled([look], Value(truth.value, 0.1))
+    rough, heavy = look._replace(efficiency=0.5, k=0.1), look._replace(k=0.3)
+    assert is_settled([rough, rough], short)
+    assert not is_settled([heavy, rough], short)
+    assert not is_settled([rough, rough._replace(k=0.3)], short)
+    assert settled([low, look, look], truth) == (look.value, pytest.approx(0.1))
+    far = Value(look.value.value - 2, 0.1)
+    assert settled([look, look], far) == (look.value, pytest.approx(0.2))
+    assert settled([look._replace(is_bent=False)] * 2, far) == (look.value, 0)
 
 
 @pytest.mark.parametrize(
