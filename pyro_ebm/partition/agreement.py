@@ -131,7 +131,8 @@ def settled(looks: list[Look], first: Value) -> tuple[Value, float]:
     """
     value, std_error = looks[-1].value
     clean = [look.value.value for look in looks if not look.findings]
-    gap = max(max(clean) - min(clean), _MISSED * (value - first.value))
+    missed = min(_MISSED * (value - first.value), _SLACK)  # or modes, not a ridge
+    gap = max(max(clean) - min(clean), missed)
     gap *= looks[-1].is_bent
     return Value(value, max(std_error, abs(clean[-2:][0] - value) / 2)), gap
 

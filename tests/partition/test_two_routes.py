@@ -414,8 +414,9 @@ def test_a_ridge_beyond_the_particles_takes_two_looks_that_agree():
     assert not is_settled([heavy, rough], short)
     assert not is_settled([rough, rough._replace(k=0.3)], short)
     assert settled([low, look, look], truth) == (look.value, pytest.approx(0.1))
-    far = Value(look.value.value - 2, 0.1)
-    assert settled([look, look], far) == (look.value, pytest.approx(0.2))
+    for missed, gap in ((0.3, 0.03), (2.0, 0.05)):
+        far = Value(look.value.value - missed, 0.1)
+        assert settled([look, look], far) == (look.value, pytest.approx(gap))
     assert settled([look._replace(is_bent=False)] * 2, far) == (look.value, 0)
 
 
