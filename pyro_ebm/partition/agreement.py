@@ -109,9 +109,7 @@ def is_settled(looks: list[Look], first: Value | None) -> bool:
         return False
     if len(looks) == 1:
         more = value - first.value
-        is_far = not more < 2 * math.hypot(first.std_error, std_error)
-        # Particles that scatter have not seen the end of a ridge either.
-        return not (last.is_bent and (is_far or first.std_error > _SLACK))
+        return not (last.is_bent and more > 2 * math.hypot(first.std_error, std_error))
     is_rough = last.is_bent and last.efficiency < _FAITHFUL
     if is_rough and not max(looks[-2].k, last.k) < _NO_TAIL:
         return False
