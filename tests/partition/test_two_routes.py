@@ -392,9 +392,8 @@ def test_good_weights_are_enough_only_with_particles_that_agree():
 
 
 def test_a_ridge_beyond_the_particles_takes_two_looks_that_agree():
-    """Faults: one look is enough; a value that still rises;
-    a map that is rough where weights have a tail; looks that differ, and
-    particles that fell short, at no cost.
+    """Faults: one look is enough; a value that still rises; a map that is rough where
+    weights have a tail; looks that differ, and particles that fell short, at no cost.
     """
     energy, particles = two_gaussians()
     state, u = routes(energy, normal(2, 4.0)), particles.flatten(0, 1)
