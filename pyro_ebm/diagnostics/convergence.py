@@ -72,11 +72,13 @@ __all__ = [
 ]
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro.ops.tensor_utils import next_fast_len
 from torch import Tensor
+
+from pyro_ebm.core.validation import as_tensor
 
 #: Numbers that are looked at, half a second to a second a million; more are left out.
 _MAX_NUMBERS = 2**22
@@ -411,12 +413,13 @@ def _autocorrelation(rows: Tensor) -> Tensor:
 # Ranks -----------------------------------------------------------------------------
 
 
-def to_rows(draws: Tensor) -> Tensor:
+def to_rows(draws: Any) -> Tensor:
     """Draws of shape ``(C, N, *event)`` as ``(D, C, N)``, in double precision.
 
     Raises:
         ValueError: If there is no chain, or fewer than four draws of each.
     """
+    draws = as_tensor("draws", draws)
     if draws.dim() < 2 or draws.shape[0] < 1 or draws.shape[1] < 4:
         raise ValueError(
             "draws must have shape (num_chains, num_draws, *event) with at least 1 "

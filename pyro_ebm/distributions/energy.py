@@ -200,6 +200,10 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         Returns:
             Shape ``(*sample, *batch)``, in nats.
 
+        Warns:
+            UnreliableWarning: If SVI is given parameters of the energy, and
+                ``log_partition`` has no gradient in them.
+
         Raises:
             ValueError: If ``x`` is outside the support, or if ``log_partition`` is a
                 free parameter: the likelihood is then unbounded.
@@ -217,6 +221,8 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         is_blind = self._gradient is not None or not log_partition.requires_grad
         if value.requires_grad and is_blind:
             self._require_no_latent_energy(value, x)
+            if self._gradient is None:
+                self._warn_if_optimised()
         return value - log_partition  # (1)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -471,6 +477,21 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
             "it. (To evaluate only: torch.no_grad().)"
         )
 
+    def _warn_if_optimised(self) -> None:
+        """Tell that SVI is given parameters whose log Z has no gradient."""
+        traces = [h.trace for h in _PYRO_STACK if getattr(h, "param_only", False)]
+        sites = [site for trace in traces for site in trace.nodes.values()]
+        given = {id(s["value"].unconstrained()) for s in sites if s["type"] == "param"}
+        if given.isdisjoint(id(p) for p in self.energy.parameters() if p.requires_grad):
+            return
+        message = (
+            f"SVI moves parameters of {type(self.energy).__name__}, in which log Z has "
+            "no gradient: the energy will fall at the data without bound. Take an "
+            "EnergyModel in train(), pyro_ebm.infer.Learn, or a log_partition that is "
+            "a function of the parameters; requires_grad_(False) holds them."
+        )
+        warnings.warn(message, UnreliableWarning, stacklevel=3)
+
     def _require_no_proposal(self, x: Tensor) -> None:
         """Refuse to weigh a draw by a density that is not normalised."""
         if self._proposal is None or self._proposal() is not x:
@@ -672,6 +693,7 @@ def _divergence(p: Any, q: Any) -> Tensor:
     return kl_divergence(_normalised(p), _normalised(q))
 
 
+register_kl(dist.Delta, EnergyDistribution)(lambda p, q: -q.log_prob(p.v))  # Pyro's
 register_kl(EnergyDistribution, EnergyDistribution)(_divergence)
 register_kl(EnergyDistribution, torch.distributions.Distribution)(_divergence)
 register_kl(torch.distributions.Distribution, EnergyDistribution)(_divergence)

@@ -190,7 +190,17 @@ class Energy(nn.Module):
     def __call__(self, x: Tensor) -> Tensor:
         """Energy of each point, with both shapes checked; see :meth:`forward`."""
         batch_shape = self.batch_shape_of(x)
-        energy: Tensor = super().__call__(x)
+        try:
+            energy: Tensor = super().__call__(x)
+        except RuntimeError as error:
+            own = self.tensor_options(x)["dtype"]
+            if "dtype" not in str(error) or x.dtype == own:
+                raise
+            raise ValueError(
+                f"x must have the dtype {own} of the parameters of "
+                f"{type(self).__name__}, got {x.dtype}. Convert it: x.to({own}); or "
+                f"the energy, by energy.to({x.dtype})."
+            ) from error
         if not isinstance(energy, Tensor):
             raise TypeError(
                 f"{type(self).__name__} must return a tensor of energies of shape "
@@ -397,8 +407,10 @@ def live_or_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     """Register a tensor that an energy was given.
 
     What carries a graph (a latent variable, ``pyro.param``, the output of a network)
-    stays as it is, so that gradients reach it: as a buffer that is not saved. A
-    ``nn.Parameter`` is shared. Any other tensor is copied into a parameter of its own.
+    stays as it is, so that gradients reach it: as a buffer that is not saved; and so
+    does every tensor while a Pyro model that builds the energy is traced, where latent
+    variables carry none. A ``nn.Parameter`` is shared. Any other tensor is copied into
+    a parameter of its own.
 
     Args:
         module: The energy, after ``super().__init__``.

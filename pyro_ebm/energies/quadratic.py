@@ -21,6 +21,7 @@ from pyro_ebm.energies.base import (
     live_or_parameter,
     require_precision,
 )
+from pyro_ebm.energies.graphs.recording import is_variable
 
 
 @final
@@ -75,13 +76,16 @@ class QuadraticEnergy(Energy):
                 f"shape {tuple(loc.shape)}, got {tuple(precision.shape)}."
             )
         super().__init__((dim,), None, batch_shape)
+        live_or_parameter(self, "loc", loc)
+        if is_variable(precision):  # no value to look at
+            live_or_parameter(self, "given_precision", precision)
+            return
         factor, info = torch.linalg.cholesky_ex(precision.detach())
         if info.any() or not torch.allclose(precision, precision.mT):
             raise ValueError(
                 "precision must be symmetric positive definite; its Cholesky "
                 f"factorisation fails or it differs from its transpose: {precision}."
             )
-        live_or_parameter(self, "loc", loc)
         if precision.requires_grad:
             live_or_parameter(self, "given_precision", precision)
         else:

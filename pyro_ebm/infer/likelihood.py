@@ -17,11 +17,12 @@ __all__ = [
 ]
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.core.validation import as_tensor
 from pyro_ebm.distributions import EnergyDistribution
 
 
@@ -55,13 +56,14 @@ class LogLikelihood(NamedTuple):
 
 @torch.no_grad()
 def log_likelihood(
-    distribution: EnergyDistribution, x: Tensor, weights: Tensor | None = None
+    distribution: EnergyDistribution, x: Any, weights: Tensor | None = None
 ) -> LogLikelihood:
     """Mean log-likelihood (1) of points that the model was not fitted to.
 
     Args:
         distribution: With its log Z, for instance ``model.averaged()``.
-        x: Points of shape ``(N, *event)``, at least two.
+        x: Points of shape ``(N, *event)``, at least two: a tensor, an array or a table
+            of pandas.
         weights: Of the points in the mean, shape ``(N,)``; default: all equal.
 
     Returns:
@@ -95,7 +97,7 @@ def likelihood_of(
 def log_likelihood_difference(
     first: EnergyDistribution,
     second: EnergyDistribution,
-    x: Tensor,
+    x: Any,
     weights: Tensor | None = None,
 ) -> LogLikelihood:
     r"""How much better the first model is on held-out points, with the error of that.
@@ -136,13 +138,14 @@ def log_likelihood_difference(
     )
 
 
-def _values(distribution: EnergyDistribution, x: Tensor) -> Tensor:
+def _values(distribution: EnergyDistribution, x: Any) -> Tensor:
     if not isinstance(distribution, EnergyDistribution):
         raise TypeError(
             f"distribution must be an EnergyDistribution, got "
             f"{type(distribution).__name__}. An EnergyModel gives one, "
             "model.averaged(); a distribution of Pyro has log_prob(x).mean()."
         )
+    x = as_tensor("x", x, **distribution.energy.tensor_options())
     if x.dim() <= distribution.event_dim or len(x) < 2:
         raise ValueError(
             "x must hold at least two points, shape (N, *event) with event_shape "

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_ebm.bases.mixed import latent_classes
 from pyro_ebm.bases.stack import Stack
@@ -152,12 +153,13 @@ def _energy_of(target: Any) -> Energy:
     if isinstance(energy, Energy):
         require_no_batch(energy, "target")
         return energy
-    if callable(target) and not isinstance(target, type):
+    if callable(target) and not isinstance(target, type | Distribution):
         return PyroModelEnergy(target)
     raise TypeError(
         "target must be an Energy, have one as .energy or be a Pyro model, got "
         f"{type(target).__name__}. Wrap a callable: "
-        "pyro_ebm.energies.FunctionEnergy(fn, event_shape)."
+        "pyro_ebm.energies.FunctionEnergy(fn, event_shape); a distribution: "
+        "pyro_ebm.energies.DistributionEnergy(distribution)."
     )
 
 

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -12,6 +13,7 @@ import pytest
 import torch
 from pyro.distributions import constraints
 from pyro.infer import (
+    SVI,
     Importance,
     SMCFilter,
     Trace_ELBO,
@@ -633,6 +635,18 @@ def test_divergences_of_a_closed_form():
     torch.testing.assert_close(back.detach(), torch.full((3,), expected))
     with pytest.raises(NotImplementedError, match="no Kullback-Leibler divergence"):
         torch.distributions.kl_divergence(ring_distribution(), wide)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of two divergences that fit alike
+        point = torch.distributions.kl_divergence(dist.Delta(torch.zeros(2)), q)
+    torch.testing.assert_close(point, -q.log_prob(torch.zeros(2)))
+
+
+def test_log_prob_under_vmap():
+    """Its check of the support, too. Fault: a branch on a batched value."""
+    q, x = ring_distribution(), torch.randn(5, 2)
+    torch.testing.assert_close(torch.func.vmap(q.log_prob)(x), q.log_prob(x))
+    with pytest.raises(ValueError, match="must not contain nan"):
+        q.log_prob(torch.full((2,), torch.nan))
 
 
 # Log Z that is missing, without gradients ---------------------------------------------
@@ -758,3 +772,43 @@ def test_an_unnormalised_guide_of_importance_is_refused():
     found = Importance(model, exact, num_samples=500).run().get_log_normalizer()
     expected = dist.Normal(0.0, math.sqrt(3.0)).log_prob(torch.tensor(0.0))
     assert abs(found - expected) < 0.1
+
+
+# Learning without the gradient of log Z -----------------------------------------------
+
+
+@pytest.mark.parametrize("learned", ["bare", "held", "known"])
+def test_svi_is_told_of_parameters_whose_log_z_has_no_gradient(learned):
+    """Fault: a regression by an energy of covariates fell without bound, and the loss
+    looked excellent. Parameters that are held, or that log Z knows, are no fault."""
+    scale = nn.Parameter(torch.tensor(0.0), requires_grad=learned != "held")
+    shift = torch.randn(20)
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, x, c):
+            return ((x - c) / self.scale.exp()).square() / 2
+
+    energy = FunctionEnergy(Scaled(), (), context_shape=()).eval()
+
+    def model(x):
+        pyro.module("energy", energy)
+        known = (scale + math.log(2 * math.pi) / 2).expand(20)
+        log_z = known if learned == "known" else None
+        q = EnergyDistribution(energy.given(shift), log_z)
+        with pyro.plate("rows", 20):
+            pyro.sample("x", q, obs=x)
+
+    pyro.clear_param_store()
+    optim, loss = pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()
+    svi = SVI(model, lambda x: None, optim, loss)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UnreliableWarning)
+        svi.step(torch.randn(20))
+        svi.evaluate_loss(torch.randn(20))  # learns nothing
+    told = [str(w.message) for w in caught if w.category is UnreliableWarning]
+    assert len(told) == (learned == "bare")
+    assert all("SVI moves parameters of GivenEnergy" in text for text in told)

@@ -8,7 +8,7 @@ from pyro.nn import PyroModule, PyroParam
 from pyro.nn.module import to_pyro_module_
 from torch import nn
 
-from pyro_ebm.energies import Energy, NeuralEnergy
+from pyro_ebm.energies import Energy, FunctionEnergy, NeuralEnergy
 from pyro_ebm.energies.base import live_or_parameter
 
 
@@ -122,3 +122,13 @@ def test_the_event_shape_is_needed():
 
     with pytest.raises(TypeError, match=r"Flat must call super\(\).__init__\(event"):
         Flat()
+
+
+def test_points_of_another_precision_are_named():
+    """Those of numpy, say. Fault: torch's error of two matrices."""
+    energy = NeuralEnergy((2,), (4,)).float()
+    with pytest.raises(ValueError, match=r"dtype torch.float32 .*got torch.float64"):
+        energy(torch.zeros(3, 2, dtype=torch.float64))
+    other = FunctionEnergy(lambda x: x.sum(-1) @ torch.zeros(3, dtype=torch.float64), (2,))
+    with pytest.raises(RuntimeError, match="dtype"):  # which has none of its own
+        other(torch.zeros(3, 2, dtype=torch.float32))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -70,3 +71,13 @@ def test_one_point_has_no_error():
     energy = pyro_ebm.energies.DistributionEnergy(gaussian)
     with pytest.raises(ValueError, match=r"event_shape \(2,\)"):
         log_likelihood(pyro_ebm.EnergyDistribution(energy, 0.0), torch.randn(2))
+
+
+def test_points_may_be_an_array():
+    """As of a fit. Fault: arrays and tables had no .dim()."""
+    energy = pyro_ebm.energies.NeuralEnergy((2,), (4,))
+    q = pyro_ebm.EnergyDistribution(energy, 0.0)
+    x = torch.randn(10, 2)
+    expected = log_likelihood(q, x)
+    assert log_likelihood(q, x.double().numpy()) == expected
+    assert log_likelihood_difference(q, q, x.numpy().astype(np.float64)).value == 0

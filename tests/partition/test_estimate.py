@@ -207,6 +207,7 @@ def test_masked_classes_are_no_evidence():
         ({"target": GAUSSIAN, "tolerance": math.nan}, ValueError, "tolerance must be"),
         ({"target": GAUSSIAN, "max_seconds": -1.0}, ValueError, "max_seconds must be"),
         ({"target": 3.0}, TypeError, "float"),
+        ({"target": BASE}, TypeError, "got Independent.*DistributionEnergy"),
         (
             {"target": GAUSSIAN, "budget": 2e4},
             ValueError,

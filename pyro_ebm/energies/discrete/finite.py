@@ -190,14 +190,14 @@ def require_inside(support: Constraint, x: Tensor) -> None:
     Raises:
         ValueError: If one does not, or is no number.
     """
-    if x.is_floating_point() and x.isnan().any():
+    if x.is_floating_point() and torch._is_any_true(x.isnan()):  # vmap has a rule
         raise ValueError(
             f"x must not contain nan, got {int(x.isnan().sum())} nan in {x.numel()} "
             "numbers. Drop the rows, or mask them with poutine.mask after filling them "
             "with any point of the support."
         )
     inside = support.check(x)
-    if not inside.all():
+    if not torch._is_all_true(inside):
         outside = x[~inside][:1] if inside.dim() else x
         raise ValueError(
             f"x must lie in the support {support}; {int((~inside).sum())} of "

@@ -119,7 +119,8 @@ def edges_from(graph: Any, num_sites: int | None = None) -> tuple[Tensor, int]:
             "independent: a FactorGraphEnergy of one potential for each."
         )
     _require_simple(edges)
-    edges = edges.long()  # bytes would be taken for masks
+    # Bytes would be taken for masks; a tensor of the caller's is not to be a buffer.
+    edges = edges.long().clone()
     if num_sites is None:
         return edges, number
     if num_sites < number:

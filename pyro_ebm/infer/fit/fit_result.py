@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_ebm.bases import FittedBase
 from pyro_ebm.core.html import columns_table, rows_table
+from pyro_ebm.core.validation import as_tensor
 from pyro_ebm.core.verdict import Finding, Status, in_words
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.fit.diagnosis import (
@@ -131,11 +132,11 @@ class FitResult(NamedTuple):
         """
         return self.diagnostics.gain
 
-    def anomaly(self, x: Tensor) -> Anomaly:
+    def anomaly(self, x: Any) -> Anomaly:
         r"""How unusual points are, calibrated by the held-out points.
 
         Args:
-            x: Shape ``(*batch, *event)``.
+            x: Shape ``(*batch, *event)``: a tensor, an array or a table of pandas.
 
         Returns:
             Scores, and p-values that are uniform on points like the data.
@@ -160,6 +161,7 @@ class FitResult(NamedTuple):
                 "no points were held out to calibrate by: give fit validation_data, or "
                 "objective='auto' and at least 20 points."
             )
+        x = as_tensor("x", x, **self.distribution.energy.tensor_options())
         with torch.no_grad():
             score = -self.distribution.log_prob(x)
         rank = torch.searchsorted((-known).sort().values, score)  # those below
@@ -167,7 +169,7 @@ class FitResult(NamedTuple):
         return Anomaly(score, p_value)
 
     def impute(
-        self, x: Tensor, num_samples: int = 1, num_candidates: int = 256
+        self, x: Any, num_samples: int = 1, num_candidates: int = 256
     ) -> Imputed:
         r"""Draw the missing entries of rows, given the others.
 
@@ -175,7 +177,8 @@ class FitResult(NamedTuple):
         are chosen by the weights that make of them draws of the model's.
 
         Args:
-            x: Shape ``(N, D)``, with ``nan`` where an entry is missing.
+            x: Shape ``(N, D)``, with ``nan`` where an entry is missing: a tensor, an
+                array or a table of pandas.
             num_samples: Draws of each row, with repetitions.
             num_candidates: Of each row.
 
@@ -198,6 +201,7 @@ class FitResult(NamedTuple):
             True
         """
         shape = self.distribution.event_shape
+        x = as_tensor("x", x, **self.distribution.energy.tensor_options())
         if len(shape) != 1 or x.dim() != 2 or x.shape[1:] != shape:
             raise ValueError(
                 f"x must have shape (N, *event) with an event of one dimension; the "

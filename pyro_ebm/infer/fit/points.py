@@ -3,11 +3,9 @@
 __all__ = ["Points", "as_points"]
 
 import logging
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -15,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from pyro_ebm.bases.conditional import as_mixture, conditional_draws
 from pyro_ebm.bases.rows import repetitions
 from pyro_ebm.core.spaces import MixedSupport
+from pyro_ebm.core.validation import as_tensor
 from pyro_ebm.distributions import EnergyModel
 from pyro_ebm.energies.views.unconstrained import is_unconstrained
 from pyro_ebm.infer.fit.missing import Candidates
@@ -218,16 +217,7 @@ def _first(item: Any) -> Any:
 
 
 def _as_tensor(name: str, data: Any, model: EnergyModel) -> Tensor:
-    if hasattr(data, "to_numpy") or isinstance(data, np.ndarray):
-        data = _numbers_of(name, data)
-    if not isinstance(data, Tensor):
-        try:
-            data = torch.tensor(data)  # a copy: an array may be read-only
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"{name} must be a tensor, an array or a table of numbers, got "
-                f"{type(data).__name__}: {error}."
-            ) from error
+    data = as_tensor(name, data)
     options = model.energy.tensor_options()
     if data.dtype != options["dtype"] and not data.is_complex():
         _LOG.info("%s: converted from %s to %s", name, data.dtype, options["dtype"])
@@ -235,40 +225,6 @@ def _as_tensor(name: str, data: Any, model: EnergyModel) -> Tensor:
         _require_told_apart(name, data, converted)
         data = converted
     return data.to(options["device"])
-
-
-def _numbers_of(name: str, data: Any) -> Any:
-    """Numbers of a table or an array of objects; what is missing there is ``nan``."""
-    found = data.to_numpy() if hasattr(data, "to_numpy") else data
-    if found.dtype.kind not in "OUS":
-        return found
-    try:  # columns of several types, such as flags and counts, or with pandas.NA
-        return _as_floats(data)
-    except (TypeError, ValueError):
-        columns = enumerate(found.T) if found.ndim > 1 else ()
-        if hasattr(data, "items") and data.ndim > 1:
-            columns = data.items()
-        words = [key for key, column in columns if not _is_numeric(column)]
-        raise TypeError(
-            f"{name} must be a tensor, an array or a table of numbers, got words or "
-            f"categories in the column(s) {words}. Number them from 0 on, as "
-            "table[column].astype('category').cat.codes does, where -1 is missing, or "
-            "numpy.unique(column, return_inverse=True)[1]."
-        ) from None
-
-
-def _as_floats(column: Any) -> Any:
-    if hasattr(column, "to_numpy"):
-        return column.to_numpy(dtype=float, na_value=math.nan)
-    return column.astype(float)
-
-
-def _is_numeric(column: Any) -> bool:
-    try:
-        _as_floats(column)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _require_told_apart(name: str, data: Tensor, converted: Tensor) -> None:

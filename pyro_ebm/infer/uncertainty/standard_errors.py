@@ -21,11 +21,12 @@ __all__ = ["ParameterErrors", "parameter_errors"]
 import copy
 import itertools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pyro_ebm.core.validation import as_tensor
 from pyro_ebm.core.verdict import (
     Finding,
     Reason,
@@ -119,7 +120,7 @@ class ParameterErrors(NamedTuple):
 @torch.enable_grad()
 def parameter_errors(
     model: Energy | EnergyModel | EnergyDistribution,
-    data: Tensor,
+    data: Any,
     objective: Objective | None = None,
     *,
     state: nn.Module | None = None,
@@ -138,7 +139,8 @@ def parameter_errors(
         model: With the parameters that were found; those with ``requires_grad`` count,
             the others are taken for known. After :func:`~pyro_ebm.fit`, the
             :class:`~pyro_ebm.EnergyModel`.
-        data: That they were fitted to, shape ``(*batch, *event)``; independent points.
+        data: That they were fitted to, shape ``(*batch, *event)``; independent points,
+            in a tensor, an array or a table of pandas.
         objective: By what; default: ``MaximumLikelihood()``. All estimators of the
             likelihood have the same errors but for ``num_redraws``.
         state: What the objective has learned beside the energy, ``ObjectiveLoss.state``
@@ -182,6 +184,7 @@ def parameter_errors(
     require_objective(objective)
     distribution = as_distribution(model)
     energy = distribution.energy
+    data = as_tensor("data", data, **energy.tensor_options())
     num_points = energy.batch_shape_of(data).numel()
     x = data.detach().reshape(num_points, *energy.event_shape)
     _require_settings(objective, covariance, num_redraws)

@@ -23,6 +23,7 @@ import torch
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from pyro_ebm.core.errors import CompilationWarning, UnreliableWarning
@@ -133,7 +134,8 @@ def evidence(
         where they are excellent.
 
     Raises:
-        TypeError: If the model cannot be called with the arguments.
+        TypeError: If the model cannot be called with the arguments, or ``guide`` is
+            none.
         ValueError: If guide and model do not have the same latent sites, the guide is a
             point or not normalised, a plate of a model that is no energy is subsampled,
             an energy does not know its log Z, or ``budget`` is below 50.
@@ -157,6 +159,12 @@ def evidence(
         raise ValueError(f"budget must be a whole number of at least 50, got {budget}.")
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}.")
+    if not (guide is None or callable(guide) or isinstance(guide, Distribution)):
+        raise TypeError(
+            "guide must be a Pyro guide, a distribution or None, got "
+            f"{type(guide).__name__}. The arguments of the model come after it: "
+            "evidence(model, None, y)."
+        )
     deadline = time.monotonic() + max_seconds
     limits = _Limits(method, tolerance, deadline, budget, progress_bar)
     whole: Any = _SumsToOne()(model)

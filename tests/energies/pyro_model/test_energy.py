@@ -27,6 +27,7 @@ from pyro_ebm.energies import (
     ChainEnergy,
     FactorGraphEnergy,
     PyroModelEnergy,
+    QuadraticEnergy,
     RBMEnergy,
 )
 
@@ -541,6 +542,34 @@ def test_energies_of_latent_sites_are_traced(build):
     u = energy.initial_points(3)
     expected = pyro_value_and_grad(model, energy, u)
     torch.testing.assert_close(energy.value_and_grad(u), expected)
+
+
+EDGES = torch.tensor([[0, 1], [1, 2]])  # the same tensor in all runs
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda z: QuadraticEnergy(z, 2 * torch.eye(3)),
+        lambda z: QuadraticEnergy(torch.zeros(3), torch.eye(3) + z[:, None] * z),
+        lambda z: FactorGraphEnergy.ising(EDGES, z[:2]),
+    ],
+    ids=["mean", "precision", "edges"],
+)
+def test_gaussians_and_graphs_of_latent_sites_are_traced(build):
+    """Planted faults, seen to fail: a precision that is looked at; edges that were a
+    buffer of the first run, and counted as live in the next."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("rows", 4):
+            pyro.sample("x", EnergyDistribution(build(z)), obs=torch.ones(4, 3))
+
+    energy = PyroModelEnergy(model)
+    assert energy.is_traced
+    u = energy.initial_points(3)
+    expected = pyro_value_and_grad(model, energy, u)
+    torch.testing.assert_close(energy.value_and_grad(u), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

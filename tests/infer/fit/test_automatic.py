@@ -89,6 +89,8 @@ def test_anomalies_are_calibrated(quick_bases):
     middle = result.anomaly(torch.zeros(1, 2))  # of the ring
     assert middle.p_value < 0.02
     assert torch.equal(middle.score, -result.distribution.log_prob(torch.zeros(1, 2)))
+    array = torch.zeros(1, 2, dtype=torch.float64).numpy()  # as the data of the fit
+    assert torch.equal(result.anomaly(array).score, middle.score)
 
 
 def test_without_held_out_points_there_is_nothing_to_calibrate_by(quick_bases):

@@ -139,3 +139,5 @@ def test_impute_says_what_it_cannot():
         result.impute(data, 0)
     with pytest.raises(TypeError, match="the base, NoneType, is no mixture"):
         result._replace(base=None).impute(data.where(data > 0, torch.nan))
+    array = data.where(data > 0, torch.nan).double().numpy()
+    assert result.impute(array).mean.isfinite().all()

@@ -89,6 +89,8 @@ def test_errors_of_a_gaussian_in_closed_form():
         found.upper - found.lower, 2 * 1.959964 * found.std_error
     )
     assert found.names == ("loc[0]", "log_diagonal[0]")
+    array = parameter_errors(energy, data.numpy(), covariance="information")
+    torch.testing.assert_close(array.std_error, found.std_error)
     assert found.status == "ok"
     assert "information of the likelihood by a sum" in str(found)
 

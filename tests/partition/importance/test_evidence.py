@@ -544,6 +544,8 @@ def test_numbers_out_of_range_are_refused():
         evidence(model, guide, method="magic")
     with pytest.raises(TypeError, match="cannot be called with the arguments"):
         evidence(lambda data: model(data))
+    with pytest.raises(TypeError, match=r"guide must .*Tensor.*\(model, None, y\)"):
+        evidence(model, torch.zeros(3))  # the data in the place of the guide
 
 
 def one_at_a_time(data=DATA):
