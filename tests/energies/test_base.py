@@ -129,6 +129,7 @@ def test_points_of_another_precision_are_named():
     energy = NeuralEnergy((2,), (4,)).float()
     with pytest.raises(ValueError, match=r"dtype torch.float32 .*got torch.float64"):
         energy(torch.zeros(3, 2, dtype=torch.float64))
-    other = FunctionEnergy(lambda x: x.sum(-1) @ torch.zeros(3, dtype=torch.float64), (2,))
+    three = torch.zeros(3, dtype=torch.float64)
+    other = FunctionEnergy(lambda x: x.sum(-1) @ three, (2,))
     with pytest.raises(RuntimeError, match="dtype"):  # which has none of its own
         other(torch.zeros(3, 2, dtype=torch.float32))
