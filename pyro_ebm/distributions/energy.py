@@ -479,7 +479,8 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
 
     def _warn_if_optimised(self) -> None:
         """Tell that SVI is given parameters whose log Z has no gradient."""
-        traces = [h.trace for h in _PYRO_STACK if getattr(h, "param_only", False)]
+        handlers = (h for h in _PYRO_STACK if isinstance(h, TraceMessenger))
+        traces = [h.trace for h in handlers if h.param_only]
         sites = [site for trace in traces for site in trace.nodes.values()]
         given = {id(s["value"].unconstrained()) for s in sites if s["type"] == "param"}
         if given.isdisjoint(id(p) for p in self.energy.parameters() if p.requires_grad):
