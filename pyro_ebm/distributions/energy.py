@@ -481,7 +481,7 @@ class EnergyDistribution(Factor, dist.TorchDistribution):
         """Tell that SVI is given parameters whose log Z has no gradient."""
         handlers = (h for h in _PYRO_STACK if isinstance(h, TraceMessenger))
         traces = [h.trace for h in handlers if h.param_only]
-        sites = [site for trace in traces for site in trace.nodes.values()]
+        sites: list[Any] = [site for t in traces for site in t.nodes.values()]
         given = {id(s["value"].unconstrained()) for s in sites if s["type"] == "param"}
         if given.isdisjoint(id(p) for p in self.energy.parameters() if p.requires_grad):
             return
