@@ -5,13 +5,15 @@ __all__ = ["FittedBase", "fit"]
 import math
 from collections.abc import Callable, Collection, Sequence
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.bases.committee import committee
+from pyro_ebm.bases.conditional import as_mixture, conditional_draws
 from pyro_ebm.bases.flow import flow
 from pyro_ebm.bases.kernels import independent, kernel_density
 from pyro_ebm.bases.mixed import stacked_classes
@@ -43,6 +45,8 @@ class FittedBase(NamedTuple):
         log_likelihood: Nats a held-out row, of the fit to the other rows.
         std_error: Of that, from the number of held-out rows.
         compared: The same of all kinds that were tried; ``-inf`` where a fit failed.
+        shares: Weights of the kinds in the distribution; empty where it cannot be
+            fitted once more, to other rows.
     """
 
     distribution: dist.TorchDistribution
@@ -50,6 +54,42 @@ class FittedBase(NamedTuple):
     log_likelihood: float
     std_error: float
     compared: dict[str, float]
+    shares: dict[str, float] = {}
+
+    def fitted_to(
+        self,
+        data: Tensor,
+        *,
+        support: Constraint | None = None,
+        max_seconds: float = 20.0,
+        seed: int = 0,
+        progress_bar: bool = True,
+    ) -> dist.TorchDistribution:
+        """The same kinds with the same weights, fitted to other rows.
+
+        Args:
+            data: Shape ``(N, *event)``; as for :func:`fit`, and so are the others.
+            support: Of a row.
+            max_seconds: Seconds for all kinds.
+            seed: Of the fits.
+            progress_bar: Whether to show the steps of a flow.
+
+        Raises:
+            ArithmeticError: If a kind cannot be fitted to the rows.
+            ValueError: Likewise; or if there are no shares.
+
+        Example:
+            >>> _ = torch.manual_seed(0)
+            >>> found = fit(torch.randn(100, 2), "normal")
+            >>> found.fitted_to(torch.randn(100, 2) + 9).loc.round()
+            tensor([9., 9.])
+        """
+        fitters = _fitters(support, seed, progress_bar=progress_bar)
+        parts = _fitted(fitters, [*self.shares], data, max_seconds, skip=False)
+        if len(parts) == 1:
+            return next(iter(parts.values()))
+        like = data if data.is_floating_point() else torch.empty(0)
+        return Stack([*parts.values()], torch.tensor([*self.shares.values()]).to(like))
 
     def __str__(self) -> str:
         """The kind, its likelihood and the others'."""
@@ -76,7 +116,10 @@ def fit(
 
     Args:
         data: Shape ``(N, *event)``; of an integer type for a finite support, whose
-            coordinates are then independent.
+            coordinates are then independent. Of vectors of real numbers, where
+            ``held_out`` is given, ``nan`` is an entry that is missing: the committee is
+            fitted to what was seen, the others to rows whose missing entries are drawn
+            from its conditional.
         kind: ``"auto"`` compares a normal distribution, a committee of mixtures of
             them (:func:`~pyro_ebm.bases.committee`), kernel densities of rows and of
             independent coordinates and, where zuko is installed, from 500 rows and 50
@@ -118,11 +161,14 @@ def fit(
     if isinstance(support, MixedSupport):
         return _fit_mixed(data, kind, support, held_out, max_seconds, seed)
     is_whole = isinstance(data, Tensor) and not data.is_floating_point()
-    if not is_whole:
+    is_incomplete = held_out is not None and support is None and _lacks_entries(data)
+    if not (is_whole or is_incomplete):
         Rows.of(data, support)
     fitters = _fitters(support, seed, progress_bar=progress_bar)
     _check(data, held_out, kind, fitters)
     wanted = _worth_trying(data) if kind == "auto" else [kind]
+    if is_incomplete:  # the others are fitted to rows that it has filled
+        wanted = sorted(wanted, key=lambda name: name != "committee")
     train, apart = split(data, seed) if held_out is None else (data, held_out)
     seconds = max_seconds / 2 if held_out is None else max_seconds
     fitted = _fitted(fitters, wanted, train, seconds, skip=kind == "auto")
@@ -131,7 +177,7 @@ def fit(
         name: _mean(scores[name]) if name in scores else -math.inf for name in wanted
     }
     best = max(fitted, key=lambda name: compared[name] - _EQUAL * wanted.index(name))
-    chosen, names = fitted[best], [best]
+    chosen, shares = fitted[best], {best: 1.0}
     if len(fitted) > 1:
         mixture = stacked(list(fitted.values()), apart)
         scores["stack"] = mixture.log_prob(apart)
@@ -139,10 +185,13 @@ def fit(
         if _is_better(scores["stack"] - scores[best]):
             best, chosen = "stack", mixture
             names = [k for k, base in fitted.items() if base in mixture.parts]
-    if held_out is None:
-        again = _fitted(fitters, names, data, seconds, skip=False)
-        chosen = again[best] if best != "stack" else _mixed(again, mixture.probs)
-    return FittedBase(chosen, best, compared[best], _error(scores[best]), compared)
+            shares = dict(zip(names, mixture.probs.tolist(), strict=True))
+    error = _error(scores[best])
+    found = FittedBase(chosen, best, compared[best], error, compared, shares)
+    if held_out is not None:
+        return found
+    limits: Any = {"max_seconds": seconds, "seed": seed, "progress_bar": progress_bar}
+    return found._replace(distribution=found.fitted_to(data, support=support, **limits))
 
 
 def _fit_mixed(
@@ -159,6 +208,12 @@ def _fit_mixed(
     base, scores = stacked_classes(data, support, None, held_out, max_seconds, seed)
     value = _mean(scores)
     return FittedBase(base, name, value, _error(scores), {name: value})
+
+
+def _lacks_entries(data: Tensor) -> bool:
+    """Whether rows of numbers have some that are ``nan``."""
+    is_real = isinstance(data, Tensor) and data.is_floating_point() and data.dim() == 2
+    return is_real and bool(data.isnan().any())
 
 
 def _error(values: Tensor) -> float:
@@ -189,10 +244,6 @@ def _mean(scores: Tensor) -> float:
     return scores.mean().nan_to_num(-math.inf).item()
 
 
-def _mixed(parts: dict[str, dist.TorchDistribution], probs: Tensor) -> Stack:
-    return Stack(list(parts.values()), probs)
-
-
 def _fitted(
     fitters: dict[str, _Fitter],
     wanted: Sequence[str],
@@ -202,8 +253,12 @@ def _fitted(
     skip: bool,
 ) -> dict[str, dist.TorchDistribution]:
     """What could be fitted, by kind; what fails is left out or raised."""
-    watch, found = Stopwatch(), {}
+    watch, found = Stopwatch(), dict[str, dist.TorchDistribution]()
     for name in wanted:
+        if "committee" in found and _lacks_entries(rows):
+            rows = conditional_draws(
+                as_mixture(found["committee"]), rows, rows.isnan(), 1
+            )[0]
         left = max(seconds - watch.seconds, 1.0)
         try:
             found[name] = fitters[name](rows, left)

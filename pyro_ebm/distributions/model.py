@@ -165,13 +165,46 @@ class EnergyModel(Factor, nn.Module):
         state = _to_state(base)
         GeometricPath(self.energy, base)
         self.energy.correct(base, x)
+        self._take(base, state)
+        if not is_finite_support(self.energy.support):
+            self.source = "importance"
+
+    def _take(self, base: dist.TorchDistribution, state: dict[str, Any]) -> None:
         self._base, self._fitted_base = DistributionEnergy(base), state
         self.log_partition = LogPartition(self.energy, base).to(
             self.log_partition.value.device
         )
         self.awaits_base, self.chains = False, PersistentChains()
-        if not is_finite_support(self.energy.support):
-            self.source = "importance"
+
+    def exchange_base(self, base: dist.TorchDistribution) -> None:
+        """Take the base that the energy corrects fitted to other rows, say to more.
+
+        What is learned stays as it is. Log Z is unknown until it is estimated.
+
+        Args:
+            base: From :mod:`pyro_ebm.bases`.
+
+        Raises:
+            RuntimeError: If the energy is no correction of a base that was fitted here.
+
+        Example:
+            >>> data = torch.randn(100, 2)
+            >>> model = EnergyModel(pyro_ebm.energies.NeuralEnergy((2,), (8,)))
+            >>> model.use_base(pyro_ebm.bases.normal(data[:80]), data)
+            >>> model.exchange_base(pyro_ebm.bases.normal(data))
+            >>> bool(torch.equal(model.energy.base.loc, data.mean(0)))
+            True
+        """
+        energy: Any = self.energy
+        if not self._fitted_base or getattr(energy, "base", None) is not self.base:
+            raise RuntimeError(
+                "the energy must correct a base that pyro_ebm.fit has fitted, got "
+                f"{type(energy).__name__} with {self.base}. Build a new EnergyModel."
+            )
+        state = _to_state(base)
+        GeometricPath(energy, base)
+        energy.base_energy = DistributionEnergy(base)
+        self._take(base, state)
 
     def amortize(
         self, *, max_seconds: float = 20.0, progress_bar: bool = True

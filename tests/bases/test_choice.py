@@ -61,3 +61,35 @@ def test_whole_numbers_have_counts():
 def test_an_unknown_kind():
     with pytest.raises(ValueError, match="'auto' or one of .*'flow'.*got 'spline'"):
         bases.fit(torch.randn(10, 2), "spline")
+
+
+def slope(number):
+    return torch.randn(number, 1) + 0.2 * torch.randn(number, 2)
+
+
+def test_rows_that_lack_entries_serve_all_kinds():
+    """Nearly as well as whole ones. Fault: kernels at rows that are not filled."""
+    whole, held_out = slope(300), slope(200)
+    gone = torch.rand(300, 2) < 0.1
+    gone[:, 0] &= ~gone[:, 1]
+    data, settings = whole.where(~gone, torch.nan), {"progress_bar": False}
+    found = bases.fit(data, held_out=held_out, max_seconds=1.0, **settings)
+    assert all(math.isfinite(value) for value in found.compared.values())
+    wanted = bases.normal(whole).log_prob(held_out).mean().item()
+    assert abs(found.log_likelihood - wanted) < 0.1
+    assert found.compared["kernel_density"] > wanted - 0.3
+    with pytest.raises(ValueError, match="data must be finite"):
+        bases.fit(data, max_seconds=1.0, **settings)
+
+
+def test_what_was_chosen_is_fitted_to_other_rows():
+    """With its weights. Fault: the parts in another order."""
+    parts = {"normal": 0.25, "kernel_density": 0.75}
+    first = bases.normal(slope(50))
+    found = bases.FittedBase(first, "stack", 0.0, 0.1, {}, parts)
+    data = slope(100)
+    again = found.fitted_to(data)
+    assert again.probs.tolist() == [0.25, 0.75]
+    assert torch.equal(again.parts[0].loc, bases.normal(data).loc)
+    with pytest.raises(ValueError, match=r"none of \[\]"):
+        found._replace(shares={}).fitted_to(data)

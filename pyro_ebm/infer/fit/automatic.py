@@ -5,11 +5,13 @@ where the model has none; a network starts as its correction. Log Z and its grad
 come from draws of a proposal, renewed again and again
 (:class:`~pyro_ebm.partition.tracking.weighted_draws.WeightedDraws`), as long as enough
 of them count; then from a proposal that is fitted to the draws by their weights; and
-from chains where that fails. Where a network of few coordinates has many rows, one normal as
-base is tried too, as a base that follows the rows closely leaves nothing to learn from
-them. The model of the record with the
-best held-out likelihood is kept, unless that is better than the start by less than two
-standard errors.
+from chains where that fails. Where a network of few coordinates has many rows, one
+normal as base is tried too, as a base that follows the rows closely leaves nothing to
+learn from them. The model of the record with the best held-out likelihood is kept,
+unless that is better than the start by less than two standard errors. At last, if there
+are few rows, some time is left and no number of steps was asked for, the base is fitted
+once more, to the rows held out too, and mixed with the first; what was said of these
+stays.
 
 Over a finite support the base is independent sites, the gradient is exact, by
 persistent chains, or that of the pseudolikelihood where all sites are tied to each
@@ -98,6 +100,10 @@ _CHEAP = 0.005
 PATIENCE = 15
 #: Part of the time that the base may take, and seconds for a nearer proposal.
 _FOR_BASE, _FOR_PROPOSAL = 0.3, 3.0
+#: Times that the first fit of the base took, for which there must be time for another.
+_AGAIN_TIMES = 1.5
+#: Rows from which on those held out would add nothing to it.
+_MANY_ROWS = 10_000
 #: Draws for the log Z at the end, and the part of the time that they may take.
 _AT_THE_END, _FOR_END = 100_000, 0.25
 
@@ -119,6 +125,9 @@ class Plan(NamedTuple):
         patience: Records without a better one after which it ends.
         keeps_base: Whether nothing is learned: the model starts as its base, and no
             rows tell whether a correction is better.
+        points: All rows, of which some were held out here, where the base may be
+            fitted to all of them; else ``None``.
+        base_seconds: That the base has taken.
     """
 
     stages: list[Stage]
@@ -133,6 +142,8 @@ class Plan(NamedTuple):
     decays: bool = False
     patience: float = PATIENCE
     keeps_base: bool = False
+    points: Points | None = None
+    base_seconds: float = math.inf
 
     @classmethod
     def automatic(
@@ -160,6 +171,7 @@ class Plan(NamedTuple):
                 that have missing entries.
         """
         watch, train, weights = Stopwatch(), points, None
+        everything = points if held_out is None and num_steps is None else None
         is_finite = is_finite_support(model.energy.support)
         if held_out is None:
             train, held_out, weights = _held_out(points, is_finite=is_finite)
@@ -192,7 +204,9 @@ class Plan(NamedTuple):
         plan = cls(stages, train, held_out, weights, base, proposal, watch, max_seconds)
         has_all_to_learn = base is not None and _ALONE in base.compared
         rate = _BOLD_RATE if has_all_to_learn else _RATE
-        return plan._replace(keeps_base=keeps_base, rate=rate)
+        spent = watch.seconds if base is not None else math.inf
+        again: Any = {"points": everything, "base_seconds": spent}
+        return plan._replace(keeps_base=keeps_base, rate=rate, **again)
 
     @classmethod
     def given(
@@ -218,6 +232,35 @@ class Plan(NamedTuple):
         _require_cover(model.base, points.rows, awaits_base=model.awaits_base)
         limit = math.inf if max_seconds is None else max_seconds
         return cls(stages, points, held_out, None, None, None, Stopwatch(), limit)
+
+    def base_of_all(self, model: EnergyModel) -> Any:
+        """Half the base, half the same fitted to the rows held out too; or ``None``.
+
+        That is by Jensen's inequality at least as good as the two in the mean, and no
+        row loses more than log 2 by a fit that came out badly. It is made where there
+        are few rows, and time for it and log Z again.
+
+        Args:
+            model: Whose energy corrects it.
+        """
+        left = self.max_seconds - self.watch.seconds
+        if self.points is None or self.held_out is None or self.base is None:
+            return None
+        is_correction = getattr(model.energy, "base", None) is model.base
+        is_worth_it = is_correction and len(self.points.rows) < _MANY_ROWS
+        is_late = left < _AGAIN_TIMES * self.base_seconds
+        if is_late or not (is_worth_it and self.base.shares):
+            return None
+        try:
+            again = self.base.fitted_to(
+                self.points.rows,
+                support=_real_or(model.energy.support),
+                max_seconds=self.max_seconds * _FOR_BASE,
+                progress_bar=False,
+            )
+        except (ArithmeticError, ValueError):
+            return None
+        return Stack([model.base, again], torch.full((2,), 0.5).to(self.held_out))
 
     def left(self, seconds_each: float) -> float:
         """Seconds to learn, before log Z is found from draws that take so long each."""
@@ -392,8 +435,8 @@ def fit_base(
 
     Args:
         model: What awaits it.
-        train: Rows to fit to; with weights or missing entries, the base is a committee
-            of mixtures of normals.
+        train: Rows to fit to; with weights, or with missing entries and no row to
+            choose by, the base is a committee of mixtures of normals.
         held_out: Rows to choose by.
         max_seconds: That it may take.
         held_out_weights: Theirs.
@@ -403,7 +446,8 @@ def fit_base(
         The base, and the rows with candidates for what is missing.
     """
     support = _real_or(model.energy.support)
-    if train.weights is None and train.missing is None:
+    is_whole = train.missing is None or (support is None and held_out is not None)
+    if train.weights is None and is_whole:
         found = bases.fit(
             train.rows,
             support=support,

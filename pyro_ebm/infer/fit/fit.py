@@ -47,7 +47,7 @@ from pyro_ebm.infer.fit.optimiser import (
     require_parameters,
 )
 from pyro_ebm.infer.fit.points import Points, as_points
-from pyro_ebm.infer.fit.settling import settled_log_partition
+from pyro_ebm.infer.fit.settling import settled_log_partition, with_other_base
 from pyro_ebm.infer.fit.stages import ObjectiveSteps, Stage, as_stages, begin_chains
 from pyro_ebm.infer.handler import state_for
 from pyro_ebm.infer.likelihood import (
@@ -101,7 +101,9 @@ def fit(
     from chains (:mod:`~pyro_ebm.infer.fit.automatic`). The best record by the held-out
     likelihood is kept, or the start, where the gain is less than two standard errors:
     the model is never much worse than its base. Of fewer than 20 rows none is held out,
-    and a network stays its base.
+    and a network stays its base. Of fewer than 10,000, without ``num_steps``, the base
+    is fitted once more at the end, to the rows held out too, if there is time, and
+    mixed with the first: what the result says of these is of the model before that.
 
     The model is trained in place; at the end its parameters are the averaged ones, to
     which the returned :math:`\log Z` belongs: it is followed whatever the objective is,
@@ -387,7 +389,31 @@ class _Fit:
             found = self._examined(stopped)
             gain = found.gain
         is_worse = gain is not None and gain.value < -gain.std_error
-        return self._base_instead(found) if is_worse and self.plan.base else found
+        if is_worse and self.plan.base:
+            return self._base_instead(found)
+        return self._with_base_of_all(found)
+
+    def _with_base_of_all(self, found: FitResult) -> FitResult:
+        """The fit with its base fitted once more, to the rows held out too.
+
+        What is said of these stays that of the fit that has not seen them.
+        """
+        again, plan, before = None, self.plan, found.held_out_log_prob
+        if self.proposal is not None and found.status is Status.OK:
+            again = plan.base_of_all(self.model)
+        if again is None or before is None or plan.held_out is None or not plan.base:
+            return found
+        at = plan.held_out, before, self._limits()
+        better = with_other_base(self.model, again, self.proposal, *at)
+        if better is None:
+            return found
+        distribution, log_partition = better
+        return found._replace(
+            distribution=distribution,
+            log_partition=log_partition,
+            train=log_likelihood(distribution, self.train_data),
+            base=plan.base._replace(distribution=again),
+        )
 
     def _base_instead(self, found: FitResult) -> FitResult:
         """The fit with its base in place of an energy that corrects none and is worse.

@@ -82,7 +82,8 @@ class FitResult(NamedTuple):
         state: What the last objective has learned beside the energy, such as the log Z
             of noise contrast, for the last parameters before averaging.
         train: Log-likelihood of training points, at most 2,000, under the distribution.
-        validation: That of the validation points, or ``None``.
+        validation: That of the validation points, or ``None``; before the base was
+            fitted once more, to them too.
         stages: Name of the objective, and steps taken with it, of each stage.
         timings: Seconds.
         diagnostics: Energy gap, chains, gradients and noise at the end.
@@ -91,7 +92,8 @@ class FitResult(NamedTuple):
             empty if the status is ``"ok"``.
         base: The density that was fitted to the data first, and what it was compared
             with; ``None`` where the model had a base.
-        held_out_log_prob: :math:`\log q` of the validation points, or ``None``.
+        held_out_log_prob: :math:`\log q` of the validation points, or ``None``; before
+            the base was fitted once more, to them too.
 
     Example:
         >>> data = torch.randn(500, 2)

@@ -1,19 +1,23 @@
 r"""The log Z that a fit ends with: an estimate of its own."""
 
-__all__ = ["settled_log_partition"]
+__all__ = ["settled_log_partition", "with_other_base"]
 
+import copy
 import math
 import warnings
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from torch import Tensor
 
+from pyro_ebm.bases.stack import Stack
 from pyro_ebm.core.errors import DivergenceError, UnreliableWarning
 from pyro_ebm.core.stopwatch import Stopwatch
 from pyro_ebm.core.verdict import Finding, Reason, Status
-from pyro_ebm.distributions import EnergyModel
+from pyro_ebm.distributions import EnergyDistribution, EnergyModel
 from pyro_ebm.energies import Energy
+from pyro_ebm.mcmc import ImportanceResampling
 from pyro_ebm.partition import LogPartitionEstimate, estimate
 from pyro_ebm.partition.importance.importance import estimate_from_weights
 from pyro_ebm.partition.tracking.weighted_draws import WeightedDraws
@@ -79,6 +83,44 @@ def settled_log_partition(
         return found._replace(status=Status.UNRELIABLE, reasons=reasons)
     model.set_log_partition(found)
     return found
+
+
+def with_other_base(
+    model: EnergyModel,
+    base: dist.TorchDistribution,
+    proposal: Any,
+    seen: Tensor,
+    before: Tensor,
+    limits: tuple[float, float],
+) -> tuple[EnergyDistribution, LogPartitionEstimate] | None:
+    """The model with its base fitted to more rows, and log Z estimated anew.
+
+    It stays as it was, and ``None`` is returned, where log Z is not reliable or those
+    rows have not become likelier.
+
+    Args:
+        model: Whose energy corrects its base.
+        base: The new one.
+        proposal: Of the draws that log Z came from so far.
+        seen: Rows that only the new base was fitted to, shape ``(M, *event)``.
+        before: Their log density without it, shape ``(M,)``.
+        limits: See :func:`settled_log_partition`.
+    """
+    trial, fresh = copy.deepcopy(model), base
+    trial.exchange_base(base)
+    if proposal is not model.base:
+        fresh = Stack([proposal, base], torch.full((2,), 0.5).to(seen))
+    found = settled_log_partition(trial, fresh, *limits)
+    distribution = copy.deepcopy(trial.averaged(found))
+    with torch.no_grad():
+        likelier = distribution.log_prob(seen) - before
+    if not found.is_reliable or likelier.mean() <= 0:
+        return None
+    model.exchange_base(base)
+    model.set_log_partition(found)
+    if model.sampler is None:
+        distribution.sampler = ImportanceResampling(fresh)
+    return distribution, found
 
 
 def _by_proposal(

@@ -11,6 +11,7 @@ from scipy import stats
 
 import pyro_ebm
 from pyro_ebm import EnergyModel, bases, datasets, fit
+from pyro_ebm.bases.rows import split
 from pyro_ebm.energies import FunctionEnergy, NeuralEnergy
 from pyro_ebm.infer import log_likelihood
 from pyro_ebm.infer.fit import automatic, settling
@@ -426,3 +427,35 @@ def test_a_base_cannot_be_given_twice():
         model.use_base(bases.normal(rows(50)), rows(50))
     with pytest.raises(ValueError, match="base must be a Pyro distribution, or 'auto'"):
         EnergyModel(NeuralEnergy((2,)), "standard")
+
+
+def test_the_base_is_fitted_once_more_to_all_rows(monkeypatch):
+    """Rows held out are judged before that. Fault: by the fit that has seen them."""
+    fitted = bases.fit
+    monkeypatch.setattr(
+        bases, "fit", lambda data, **settings: fitted(data, "normal", **settings)
+    )
+    monkeypatch.setattr(automatic, "_STEPS", 200)
+    data = rows(60)
+    model, result = learned(data, num_steps=None)
+    train, held_out = split(data, seed=0)
+    wanted = torch.stack([bases.normal(part).loc for part in (train, data)])
+    found = result.base.distribution, model.base, result.distribution.energy.base
+    for base in found:
+        assert torch.equal(torch.stack([part.loc for part in base.parts]), wanted)
+    log_z = quadrature(model.energy).value
+    assert abs(result.log_partition.value - log_z) < 0.01
+    assert abs(model.log_partition.value - log_z) < 0.01
+    assert abs(result.held_out_log_prob.mean() - result.validation.value) < 1e-5
+    now = result.distribution.log_prob(held_out)
+    assert now.mean() > result.validation.value + 1e-3
+    torch.testing.assert_close(model().log_prob(held_out), now)
+    again = EnergyModel(NeuralEnergy((2,), (32, 32)))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.base.parts[1].loc, wanted[1])
+
+
+def test_a_base_that_is_not_corrected_is_not_exchanged():
+    model = EnergyModel(NeuralEnergy((2,), (4,)))
+    with pytest.raises(RuntimeError, match="must correct a base that pyro_ebm.fit"):
+        model.exchange_base(bases.normal(rows(50)))
