@@ -1,3 +1,3 @@
-"""Diagnostics, summaries and export of a run of MCMC."""
+"""Diagnostics and summaries of a run of MCMC."""
 
 __all__: list[str] = []

@@ -13,7 +13,7 @@ is near standard normal if starts are draws like any others. If they are all in 
 of a coordinate, or of the energy, the chains hardly enter what lies beyond.
 """
 
-__all__ = ["diagnose", "moments_of", "samples_of", "summarize"]
+__all__ = ["diagnose", "moments_of", "summarize"]
 
 import math
 from typing import NamedTuple
@@ -28,14 +28,12 @@ from pyro_ebm.diagnostics.convergence import quantiles
 from pyro_ebm.energies.corrections import without_independent
 from pyro_ebm.energies.pyro_model.runs import samples as samples_in
 from pyro_ebm.mcmc.base import bias_of
-from pyro_ebm.mcmc.report.results import MIN_DRAWS, Diagnostics, Moments, verdict
+from pyro_ebm.mcmc.report.results import MIN_DRAWS, Diagnostics, Moments
 from pyro_ebm.mcmc.report.summary import SiteSummary, Summary, coordinate_names
 from pyro_ebm.mcmc.run.batch_moments import BatchMoments
 from pyro_ebm.mcmc.run.draws import KeptDraws
 from pyro_ebm.mcmc.run.driver import ChainRun, step_size_of
 
-#: Points that are mapped to the support at a time.
-_CHUNK = 2**17
 #: Share of divergent transitions below which their starts are not looked at.
 _MIN_DIVERGENT = 0.002
 #: Standard deviations of the energy within chains, by which the mean of one is off.
@@ -75,36 +73,6 @@ _TAIL, _MIN_SCORE = 0.8, 4.0
 _HOLE = 0.05
 
 
-@torch.no_grad()
-def samples_of(run: ChainRun) -> dict[str, Tensor]:
-    """Values of each site, shape ``(num_chains, num_draws, *site)``.
-
-    Raises:
-        RuntimeError: If the draws were not kept.
-    """
-    if not isinstance(run.draws, KeptDraws):
-        raise RuntimeError(
-            "there are no samples, since keep_draws is False. moments() and summary() "
-            "tell what was kept of them."
-        )
-    u = run.draws["u"]
-    found: dict[str, Tensor] = {}
-    size = max(_CHUNK // u.shape[1], 1)
-    for first in range(0, len(u), size):
-        part = run.target.constrain(u[first : first + size])
-        for name, value in part.items():
-            if not first:
-                shape = (u.shape[1], len(u), *value.shape[2:])
-                found[name] = value.new_empty(shape)
-            found[name][:, first : first + size] = value.transpose(0, 1)
-    return found or _no_samples(run)
-
-
-def _no_samples(run: ChainRun) -> dict[str, Tensor]:
-    sites = run.target.constrain(run.state.x)
-    return {name: v.new_empty((len(v), 0, *v.shape[1:])) for name, v in sites.items()}
-
-
 def diagnose(run: ChainRun) -> Diagnostics:
     """Compute all diagnostics of a run, with the verdict."""
     tally, kernel = run.tally, run.warmup.kernel
@@ -128,12 +96,12 @@ def diagnose(run: ChainRun) -> Diagnostics:
     is_looked_at = share >= _MIN_DIVERGENT and not run.target.energy.support.is_discrete
     advice = hole_in_support(_among_the_draws(run)) if is_looked_at else []
     narrow = _narrow_place(run, share) if is_looked_at and not advice else []
-    found = verdict(found, count, (*bias_of(kernel), *narrow))
+    found = found.judged(count, (*bias_of(kernel), *narrow))
     if found.is_reliable:
         return found
     advice = _unbounded(run, found) or advice
     if isinstance(run.draws, KeptDraws) and not advice:
-        advice = advise(samples_of(run), run.draws["energy"].mT, found)
+        advice = advise(run.samples(), run.draws["energy"].mT, found)
     return found._replace(reasons=(*found.reasons, *advice))
 
 
@@ -165,7 +133,7 @@ def _narrow_place(run: ChainRun, share: float) -> list[Finding]:
     if not isinstance(run.draws, KeptDraws):
         return []
     energy, divergent = (run.draws[name].mT for name in ("energy", "divergent"))
-    tail = starts_in_a_tail(samples_of(run), energy, divergent)
+    tail = starts_in_a_tail(run.samples(), energy, divergent)
     if not tail:
         return []
     return [
@@ -186,24 +154,16 @@ def _among_the_draws(run: ChainRun) -> Tensor:
 
 def _convergence_of(run: ChainRun) -> dict[str, Convergence]:
     if isinstance(run.draws, BatchMoments):
-        parts = [_by_site(run, v) for v in run.draws.convergence(run.num_superchains)]
+        parts = [run.by_site(v) for v in run.draws.convergence(run.num_superchains)]
         return {name: Convergence(*(part[name] for part in parts)) for name in parts[0]}
     found = {}
-    for name, draws in samples_of(run).items():
+    for name, draws in run.samples().items():
         if draws.shape[1] < MIN_DRAWS:
             nothing = torch.full(draws.shape[2:], torch.nan, device=draws.device)
             found[name] = Convergence(*[nothing] * len(Convergence._fields))
         else:
             found[name] = convergence(draws, run.num_superchains)
     return found
-
-
-def _by_site(run: ChainRun, columns: Tensor) -> dict[str, Tensor]:
-    """Numbers of all sites side by side, ``(D,)``, in the shapes of the sites."""
-    shapes = {k: v.shape[1:] for k, v in run.target.constrain(run.state.x[:1]).items()}
-    parts = columns.split([shape.numel() for shape in shapes.values()])
-    named = zip(shapes.items(), parts, strict=True)
-    return {name: part.reshape(shape) for (name, shape), part in named}
 
 
 def _bfmi_of(run: ChainRun) -> Tensor:
@@ -232,9 +192,9 @@ def _num_stray(run: ChainRun) -> int:
 def moments_of(run: ChainRun, found: Diagnostics) -> dict[str, Moments]:
     """Mean and variance of each site, with errors."""
     if isinstance(run.draws, BatchMoments):
-        mean, variance = (_by_site(run, v) for v in run.draws.mean_and_variance())
+        mean, variance = (run.by_site(v) for v in run.draws.mean_and_variance())
     else:
-        samples = samples_of(run)
+        samples = run.samples()
         mean = {name: v.mean((0, 1)) for name, v in samples.items()}
         variance = {name: v.var((0, 1)) for name, v in samples.items()}
     return {
@@ -248,7 +208,7 @@ def summarize(run: ChainRun, found: Diagnostics, prob: float) -> Summary:
     if not 0 < prob < 1:
         raise ValueError(f"prob must be between 0 and 1, got {prob}.")
     probs = (0.5, (1 - prob) / 2, (1 + prob) / 2)
-    samples = samples_of(run) if isinstance(run.draws, KeptDraws) else {}
+    samples = run.samples() if isinstance(run.draws, KeptDraws) else {}
     sites = {}
     for name, moments in moments_of(run, found).items():
         checks, draws = found.sites[name], samples.get(name)

@@ -1,6 +1,6 @@
 """MCMC diagnostics and status."""
 
-__all__ = ["Diagnostics", "Moments", "verdict"]
+__all__ = ["Diagnostics", "Moments"]
 
 import math
 from typing import NamedTuple
@@ -105,6 +105,22 @@ class Diagnostics(NamedTuple):
         found = self.sites[site]
         return found.nested_r_hat if self.is_nested else found.r_hat
 
+    def judged(
+        self, num_transitions: int, known: tuple[Finding, ...] = ()
+    ) -> "Diagnostics":
+        """These with the verdict that the rules give.
+
+        Args:
+            num_transitions: Of each chain, after the warmup.
+            known: What is known against the run without looking at the draws.
+        """
+        reasons = (
+            *known,
+            *_site_findings(self),
+            *_chain_findings(self, num_transitions),
+        )
+        return self._replace(status=status_of(reasons), reasons=reasons)
+
     def __str__(self) -> str:
         verdict = in_words(self.status, self.reasons)
         step = "" if math.isnan(self.step_size) else f"step size {self.step_size:.3g}, "
@@ -139,24 +155,6 @@ class Diagnostics(NamedTuple):
             "precision": str(self.dtype or "").removeprefix("torch."),
         }
         return rows_table("Diagnostics", rows)
-
-
-def verdict(
-    found: Diagnostics, num_transitions: int, known: tuple[Finding, ...] = ()
-) -> Diagnostics:
-    """Apply the rules of the verdict to diagnostics.
-
-    Args:
-        found: All the rest.
-        num_transitions: Of each chain, after the warmup.
-        known: What is known against the run without looking at the draws.
-    """
-    reasons = (
-        *known,
-        *_site_findings(found),
-        *_chain_findings(found, num_transitions),
-    )
-    return found._replace(status=status_of(reasons), reasons=reasons)
 
 
 def _site_findings(found: Diagnostics) -> list[Finding]:

@@ -7,6 +7,7 @@ instead of one a process.
 __all__ = ["MCMC"]
 
 import dataclasses
+import inspect
 import warnings
 from typing import Any, final
 
@@ -16,11 +17,11 @@ from torch import Tensor
 from pyro_ebm.core.errors import UnreliableWarning
 from pyro_ebm.mcmc.kernels.chees import ChEES
 from pyro_ebm.mcmc.kernels.discrete_langevin import kernel_for
-from pyro_ebm.mcmc.report.analysis import diagnose, moments_of, samples_of, summarize
-from pyro_ebm.mcmc.report.export import to_arviz
+from pyro_ebm.mcmc.report.analysis import diagnose, moments_of, summarize
 from pyro_ebm.mcmc.report.results import Diagnostics, Moments
 from pyro_ebm.mcmc.report.summary import Summary
-from pyro_ebm.mcmc.run.driver import ChainRun
+from pyro_ebm.mcmc.run.draws import KeptDraws
+from pyro_ebm.mcmc.run.driver import ChainRun, step_size_of
 from pyro_ebm.mcmc.run.target import (
     SITE,
     ChainKernel,
@@ -262,7 +263,7 @@ class MCMC:
         Raises:
             RuntimeError: If nothing was run, or the draws were not kept.
         """
-        samples = samples_of(self._started())
+        samples = self._started().samples()
         if not group_by_chain:
             samples = {name: value.flatten(0, 1) for name, value in samples.items()}
         return self._by_site(samples)
@@ -338,7 +339,30 @@ class MCMC:
             ValueError: If a site has the name of one of ArviZ's own dimensions.
         """
         run = self._started()
-        return to_arviz(run, samples_of(run), log_likelihood=log_likelihood)
+        try:
+            import arviz
+        except ImportError as error:
+            message = "to_arviz needs ArviZ: pip install 'pyro-ebm[arviz]'."
+            raise ImportError(message) from error
+        if not isinstance(run.draws, KeptDraws):
+            raise RuntimeError(
+                "to_arviz needs the draws, and keep_draws is False. Use summary(), or "
+                "run with keep_draws=True."
+            )
+        samples = run.samples()
+        groups = {"posterior": samples}
+        if log_likelihood:
+            groups = _with_outputs(run, samples)
+        _check_names(groups["posterior"])
+        arrays = {
+            group: {name: value.detach().cpu().numpy() for name, value in part.items()}
+            for group, part in (groups | _statistics(run, run.draws)).items()
+            if part
+        }
+        with warnings.catch_warnings():
+            # It takes many chains of few draws for a slip.
+            warnings.filterwarnings("ignore", "More chains|Found chain", UserWarning)
+            return _from_dict(arviz, arrays)
 
     def _by_site(self, values: dict[str, Any]) -> Any:
         return values if self._started().target.is_model else values[SITE]
@@ -389,3 +413,71 @@ def _describe(kernel: Any) -> str:
     plain = {k: v for k, v in settings.items() if not isinstance(v, Tensor)}
     inside = ", ".join(f"{name}={value!r}" for name, value in plain.items())
     return f"{type(kernel).__name__}({inside})"
+
+
+# Groups of an export to ArviZ ------------------------------------------------------
+
+
+def _from_dict(arviz: Any, groups: dict[str, dict[str, Any]]) -> Any:
+    """ArviZ 1 takes the groups as one argument, ArviZ 0 each as its own."""
+    saves = {"save_warmup": any(name.startswith("warmup") for name in groups)}
+    if "posterior" in inspect.signature(arviz.from_dict).parameters:
+        return arviz.from_dict(**groups, **saves)
+    return arviz.from_dict(groups, **saves)
+
+
+def _with_outputs(
+    run: ChainRun, samples: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Groups of a Pyro model, its deterministic sites among the draws."""
+    model = run.target.model
+    num_chains, num_draws = next(iter(samples.values())).shape[:2]
+    if model is None or not num_draws:
+        return {"posterior": samples}
+    found = model.outputs({name: v.flatten(0, 1) for name, v in samples.items()})
+    deterministic, log_likelihood = (
+        {name: v.unflatten(0, (num_chains, num_draws)) for name, v in part.items()}
+        for part in (found.deterministic, found.log_likelihood)
+    )
+    return {
+        "posterior": samples | deterministic,
+        "log_likelihood": log_likelihood,
+        "observed_data": found.observed,
+    }
+
+
+def _statistics(run: ChainRun, draws: KeptDraws) -> dict[str, dict[str, Tensor]]:
+    statistics = {
+        "acceptance_rate": draws["accept_prob"],
+        "diverging": draws["divergent"],
+        "lp": -draws["energy"],
+        "potential_energy": draws["energy"],
+        "step_size": step_size_of(run.warmup.kernel).expand_as(draws["energy"]),
+    }
+    groups = {"sample_stats": _by_chain(statistics)}
+    if run.warmup_accept_probs:
+        accept_prob = torch.stack(run.warmup_accept_probs)
+        step_sizes = torch.stack(run.warmup_step_sizes)
+        groups["warmup_sample_stats"] = _by_chain(
+            {
+                "acceptance_rate": accept_prob,
+                "diverging": accept_prob == 0,
+                "step_size": step_sizes[:, None].expand_as(accept_prob),
+            }
+        )
+    return groups
+
+
+def _check_names(samples: dict[str, Tensor]) -> None:
+    taken = sorted({"chain", "draw"} & samples.keys())
+    if taken:
+        raise ValueError(
+            f"sites must not be called {taken} in ArviZ, which would drop them for its "
+            "dimensions of that name. Rename them in the model, or build the object "
+            "from get_samples(group_by_chain=True)."
+        )
+
+
+def _by_chain(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``(num_draws, num_chains)`` tensors as ``(num_chains, num_draws)`` ones."""
+    return {name: v.transpose(0, 1) for name, v in statistics.items()}

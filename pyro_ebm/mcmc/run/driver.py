@@ -22,6 +22,8 @@ from pyro_ebm.mcmc.warmup.warmup import Warmup
 _PATIENCE = 20
 #: Moves in so many transitions, below which a chain counts as stuck.
 _STUCK = 0.05
+#: Points that are mapped to the support at a time.
+_CHUNK = 2**17
 #: Seconds between two looks at the chains.
 _INTERVAL = 0.3
 
@@ -151,6 +153,38 @@ class ChainRun:
                     progress.update(lambda: self._describe(tally, kernel))
                 self.draws.add(self.state, info)
         self._require_moves(tally, "draws")
+
+    @torch.no_grad()
+    def samples(self) -> dict[str, Tensor]:
+        """Values of each site, shape ``(num_chains, num_draws, *site)``.
+
+        Raises:
+            RuntimeError: If the draws were not kept.
+        """
+        if not isinstance(self.draws, KeptDraws):
+            raise RuntimeError(
+                "there are no samples, since keep_draws is False. moments() and "
+                "summary() tell what was kept of them."
+            )
+        u = self.draws["u"]
+        sites = self.target.constrain(self.state.x)
+        found = {
+            k: v.new_empty((len(v), len(u), *v.shape[1:])) for k, v in sites.items()
+        }
+        size = max(_CHUNK // u.shape[1], 1)
+        for first in range(0, len(u), size):
+            part = self.target.constrain(u[first : first + size])
+            for name, value in part.items():
+                found[name][:, first : first + size] = value.transpose(0, 1)
+        return found
+
+    def by_site(self, columns: Tensor) -> dict[str, Tensor]:
+        """Numbers of all sites side by side, ``(D,)``, in the shapes of the sites."""
+        sites = self.target.constrain(self.state.x[:1])
+        shapes = {name: value.shape[1:] for name, value in sites.items()}
+        parts = columns.split([shape.numel() for shape in shapes.values()])
+        named = zip(shapes.items(), parts, strict=True)
+        return {name: part.reshape(shape) for (name, shape), part in named}
 
     def _describe(self, tally: Tally, kernel: ChainKernel) -> str:
         """Text of the progress bar."""

@@ -13,7 +13,7 @@ from pyro_ebm.diagnostics import Convergence
 from pyro_ebm.energies import QuadraticEnergy
 from pyro_ebm.mcmc import HMC, MALA, MCMC, ULA, Gibbs
 from pyro_ebm.mcmc.base import bias_of
-from pyro_ebm.mcmc.report.results import Diagnostics, verdict
+from pyro_ebm.mcmc.report.results import Diagnostics
 
 
 def convergence(**values):
@@ -35,7 +35,7 @@ def diagnostics(site=None, **values):
         "num_draws": 1000,
         "num_superchains": 4,
     }
-    return verdict(Diagnostics(**(good | values)), 1000)
+    return Diagnostics(**(good | values)).judged(1000)
 
 
 def test_good():

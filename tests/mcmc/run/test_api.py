@@ -2,8 +2,10 @@
 
 import functools
 import itertools
+import sys
 import warnings
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -28,6 +30,7 @@ from pyro_ebm.mcmc import HMC, MALA, MCMC, DiscreteLangevin, Gibbs
 from pyro_ebm.mcmc.base import ChainState, Kernel, StepInfo, accept
 from pyro_ebm.mcmc.kernels import hmc
 from pyro_ebm.mcmc.kernels.chees import ChEES
+from pyro_ebm.mcmc.run import api
 from pyro_ebm.testing import assert_moments
 
 unreliable_is_fine = pytest.mark.filterwarnings(
@@ -48,8 +51,10 @@ def gaussian():
 def model(y):
     loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
     scale = pyro.sample("scale", dist.HalfNormal(1.0).expand([2]).to_event(1))
+    pyro.deterministic("total", scale.sum())
     with pyro.plate("data", len(y)):
         pyro.sample("y", dist.Normal(loc, scale.sum()), obs=y)
+    pyro.factor("nothing", torch.zeros(()))
 
 
 Y = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
@@ -245,6 +250,7 @@ def funnel():
     tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
     x = pyro.sample("x", dist.Normal(5.0, tau).expand([4]).to_event(1))
     pyro.deterministic("z", (x - 5) / tau)
+    return x
 
 
 def test_a_funnel_is_drawn_in_standardised_values():
@@ -904,3 +910,103 @@ def test_bad_use():
         other.resume(5, QuadraticEnergy(torch.zeros(2)))
     with pytest.raises(ValueError, match="event_shape"):
         other.resume(5, QuadraticEnergy(torch.zeros(3)))
+
+
+def many():
+    """More chains than draws, which ArviZ takes for a slip."""
+    chains = sampler(num_samples=8, num_chains=64)
+    chains.run(gaussian())
+    return chains
+
+
+def observed_funnel():
+    pyro.sample("y", dist.Normal(funnel().sum(), 30.0), obs=torch.tensor(20.0))
+
+
+@unreliable_is_fine
+def test_standardised_sites_are_exported_as_those_of_the_model():
+    """Seen to fail with the outputs of the standardised model."""
+    pytest.importorskip("arviz")
+    pyro.set_rng_seed(3)
+    chains = MCMC(num_samples=20, num_chains=64, progress_bar=False)
+    chains.run(observed_funnel)
+    assert chains.diagnostics().non_centred == ("x",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = chains.to_arviz()
+    x, tau, z = (torch.tensor(data["posterior"][k].values) for k in ("x", "tau", "z"))
+    torch.testing.assert_close(z, (x - 5) / tau[..., None], rtol=1e-4, atol=1e-4)
+    want = dist.Normal(x.sum(-1), 30.0).log_prob(torch.tensor(20.0))
+    got = torch.tensor(data["log_likelihood"]["y"].values)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@unreliable_is_fine
+def test_to_arviz():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arviz = pytest.importorskip("arviz")
+    chains = sampler(num_samples=20)
+    chains.run(model_energy())
+    data = chains.to_arviz()
+    assert data.posterior["scale"].shape == (16, 20, 2)
+    assert data.sample_stats["acceptance_rate"].shape == (16, 20)
+    assert data.sample_stats["diverging"].dtype == bool
+    assert data.warmup_sample_stats["step_size"].shape == (16, 30)
+    samples = chains.get_samples(group_by_chain=True)
+    assert (data.posterior["loc"].values == samples["loc"].numpy()).all()
+    found = chains.diagnostics().sites["loc"]
+    r_hat = arviz.rhat(data, var_names="loc")["loc"].item()
+    assert found.r_hat.item() == pytest.approx(r_hat, rel=1e-10)
+    ess = arviz.ess(data, var_names="loc")["loc"].item()
+    assert found.bulk_ess.item() == pytest.approx(ess, rel=1e-10)
+    assert many().to_arviz().posterior["x"].shape == (64, 8, 2)
+    # What the model computes at the draws.
+    total = samples["scale"].sum(-1)
+    assert data.posterior["total"].values == pytest.approx(total.numpy())
+    normal = dist.Normal(samples["loc"][..., None], total[..., None])
+    assert data.log_likelihood["y"].values == pytest.approx(normal.log_prob(Y).numpy())
+    assert (data.observed_data["y"].values == Y.numpy()).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of three data, one may weigh much
+        assert arviz.loo(data).n_data_points == 3
+    assert "total" not in chains.to_arviz(log_likelihood=False).posterior
+    # lp is the log density where the chains move.
+    lp = -model_energy()(model_energy().unconstrain(samples))
+    torch.testing.assert_close(torch.tensor(data.sample_stats["lp"].values), lp)
+
+
+def test_without_arviz(monkeypatch):
+    monkeypatch.setitem(sys.modules, "arviz", None)
+    chains = sampler(num_samples=4)
+    with pytest.warns(UnreliableWarning):
+        chains.run(gaussian())
+    with pytest.raises(ImportError, match=r"pip install 'pyro-ebm\[arviz\]'"):
+        chains.to_arviz()
+
+
+@unreliable_is_fine
+def test_arviz_would_drop_a_site_called_chain():
+    pytest.importorskip("arviz")
+    chains = sampler(num_samples=4)
+    chains.run(lambda: pyro.sample("chain", dist.Normal(0.0, 1.0)))
+    with pytest.raises(ValueError, match=r"not be called \['chain'\] in ArviZ"):
+        chains.to_arviz()
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_both_signatures_of_arviz(is_new):
+    """ArviZ 1 takes one dictionary, ArviZ 0 a group an argument."""
+
+    def new(data, *, name=None, save_warmup=None, **kwargs):
+        return data, save_warmup
+
+    def old(posterior=None, *, log_likelihood=None, save_warmup=None, **kwargs):
+        groups = {"posterior": posterior, "log_likelihood": log_likelihood, **kwargs}
+        return groups, save_warmup
+
+    arviz = SimpleNamespace(from_dict=new if is_new else old)
+    groups = {"posterior": {"a": 1}, "log_likelihood": {"y": 2}}
+    assert api._from_dict(arviz, groups) == (groups, False)
+    groups["warmup_sample_stats"] = {"step_size": 3}
+    assert api._from_dict(arviz, groups) == (groups, True)
