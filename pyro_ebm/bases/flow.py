@@ -1,6 +1,6 @@
 """Neural spline flows, by zuko."""
 
-__all__ = ["Flow", "flow", "new_flow"]
+__all__ = ["Flow", "flow"]
 
 import copy
 from collections.abc import Sequence
@@ -76,18 +76,6 @@ def flow(
     return rows.distribution(Flow(module, sizes, loc, scale))
 
 
-def new_flow(state: dict[str, Any]) -> "Flow":
-    """The flow that :meth:`Flow.saved` describes.
-
-    Raises:
-        ImportError: If zuko is not installed.
-    """
-    module = _module(state["sizes"]).to(state["loc"])
-    module.load_state_dict(state["module"])
-    module.requires_grad_(requires_grad=False)
-    return Flow(module, state["sizes"], state["loc"], state["scale"])
-
-
 def _module(sizes: Sequence[int]) -> nn.Module:
     try:
         with without_validation():  # zuko switches all checks off
@@ -154,13 +142,25 @@ class Flow(dist.TorchDistribution):
         self.loc, self.scale = loc, scale
 
     def saved(self) -> dict[str, Any]:
-        """What :func:`new_flow` builds it from."""
+        """What :meth:`restored` builds it from."""
         return {
             "sizes": self.sizes,
             "module": dict(self.module.state_dict()),
             "loc": self.loc,
             "scale": self.scale,
         }
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> "Flow":
+        """The flow that :meth:`saved` describes.
+
+        Raises:
+            ImportError: If zuko is not installed.
+        """
+        module = _module(state["sizes"]).to(state["loc"])
+        module.load_state_dict(state["module"])
+        module.requires_grad_(requires_grad=False)
+        return cls(module, state["sizes"], state["loc"], state["scale"])
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density at ``(*batch, D)``, shape ``(*batch,)``."""

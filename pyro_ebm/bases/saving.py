@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.bases.flow import Flow, new_flow
+from pyro_ebm.bases.flow import Flow
 from pyro_ebm.bases.kernels import Kernels, NormalKernels
 from pyro_ebm.bases.mixed import LatentClasses
 from pyro_ebm.bases.mixture import NormalMixture
@@ -108,7 +108,7 @@ def _of_rows(base: Any) -> _State:
 def _over_rows(state: _State) -> dist.TorchDistribution:
     kind = state["kind"]
     if kind == "flow":
-        return new_flow(state)
+        return Flow.restored(state)
     if kind == "normal":
         return dist.MultivariateNormal(
             state["loc"], scale_tril=state["scale_tril"], validate_args=False

@@ -16,7 +16,6 @@ __all__ = [
     "evaluate",
     "far_limit",
     "flat_event",
-    "move_to_others",
     "replace_nonfinite",
     "select",
 ]
@@ -59,6 +58,18 @@ class ChainState(NamedTuple):
     x: Tensor
     energy: Tensor
     grad: Tensor
+
+    def moved_to_others(self, is_lost: Tensor) -> "ChainState":
+        """Some chains replaced by copies of randomly chosen others.
+
+        Args:
+            is_lost: Which of the ``C`` chains, shape ``(C,)``. If all, they stay.
+        """
+        weights = (~is_lost | is_lost.all()).to(self.x.dtype)
+        others = weights.multinomial(len(weights), replacement=True)
+        own = torch.arange(len(weights), device=others.device)
+        source = torch.where(is_lost & ~is_lost.all(), others, own)
+        return ChainState(self.x[source], self.energy[source], self.grad[source])
 
 
 class StepInfo(NamedTuple):
@@ -308,7 +319,7 @@ def replace_nonfinite(state: ChainState) -> ChainState:
             "overlaps the support, or at points where the energy is finite, check the "
             "energy there, or lower the learning rate if the chains were well before."
         )
-    return move_to_others(state, ~is_finite)
+    return state.moved_to_others(~is_finite)
 
 
 def _shown(x: Tensor) -> str:
@@ -329,17 +340,3 @@ def far_limit(size: int) -> float:
         size: Coordinates of a point.
     """
     return 20 + 3 * size
-
-
-def move_to_others(state: ChainState, is_lost: Tensor) -> ChainState:
-    """Replace some chains by copies of randomly chosen others.
-
-    Args:
-        state: Of ``C`` chains, chain shape ``(C,)``.
-        is_lost: Which, shape ``(C,)``. If it is all of them, they stay.
-    """
-    weights = (~is_lost | is_lost.all()).to(state.x.dtype)
-    others = weights.multinomial(len(weights), replacement=True)
-    own = torch.arange(len(weights), device=others.device)
-    source = torch.where(is_lost & ~is_lost.all(), others, own)
-    return ChainState(state.x[source], state.energy[source], state.grad[source])

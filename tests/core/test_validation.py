@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributions import Distribution
 
-from pyro_ebm.bases.flow import new_flow
+from pyro_ebm.bases.flow import Flow
 from pyro_ebm.core.validation import as_tensor, without_validation
 from pyro_ebm.energies.pyro_model.runs import WithoutValidation
 
@@ -41,7 +41,7 @@ def test_the_first_import_of_zuko_leaves_the_checks_on(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     empty = {"sizes": [2, 1, 4], "loc": torch.zeros(2), "scale": torch.ones(2)}
     with pytest.raises(RuntimeError, match="state_dict"):
-        new_flow({**empty, "module": {}})
+        Flow.restored({**empty, "module": {}})
     assert all(switches())
 
 

@@ -29,7 +29,6 @@ from pyro_ebm.mcmc.base import (
     StepInfo,
     far_limit,
     flat_event,
-    move_to_others,
 )
 from pyro_ebm.mcmc.kernels.metric import (
     MAX_DENSE,
@@ -325,7 +324,7 @@ class Warmup(nn.Module):
         if (self._has_step_size or self.own is not None) and is_stuck.dim() == 1:
             is_lost = is_lost | is_stuck
             self.num_moved = self.num_moved + (is_lost & ~is_lost.all()).sum()
-            state = move_to_others(state, is_lost)
+            state = state.moved_to_others(is_lost)
         # In the last window all goes on, but not the step for chains that are gone.
         if not self.is_done and (not is_last or is_lost.any()):
             self._restart(state)
