@@ -39,7 +39,7 @@ References:
     van der Vaart (1998), Asymptotic Statistics, chapter 5.
 """
 
-__all__ = ["Equation", "likelihood_equation", "objective_equation"]
+__all__ = ["Equation"]
 
 import math
 from collections.abc import Sequence
@@ -86,6 +86,110 @@ class Equation(NamedTuple):
     has_effect: Tensor
     how: str
     too_noisy: str
+
+    @classmethod
+    def of_likelihood(
+        cls,
+        distribution: EnergyDistribution,
+        objective: Objective,
+        parameters: Sequence[Tensor],
+        x: Tensor,
+        draws: Tensor | None,
+        covariance: str,
+        num_redraws: float,
+    ) -> "Equation":
+        """The equation (4) that all estimators of the likelihood solve.
+
+        Args:
+            distribution: At the parameters that were found.
+            objective: By which; it says what its draws add to the spread.
+            parameters: What was learned.
+            x: Data of shape ``(N, *event)``.
+            draws: Of the model, shape ``(C, *event)``. Default: a sum over all of its
+                space where that is possible, else draws by its sampler.
+            covariance: ``"information"`` puts :math:`A` for the spread over the data.
+            num_redraws: How often the second term was drawn.
+        """
+        energy = distribution.energy
+        data = _moments(energy, parameters, x, _equal_weights(x))
+        points = _model_points(distribution, x, draws)
+        model = _moments(points.energy, parameters, points.x, points.weights)
+        curvature = model.covariance + data.hessian - model.hessian  # (4)
+        spread = data.covariance * (len(x) / (len(x) - 1))
+        if covariance == "information":
+            spread = curvature
+        if math.isfinite(num_redraws):
+
+            def rows_of(values: Tensor) -> Tensor:
+                return _derivatives(values, parameters).rows
+
+            second_term = objective.second_term_covariance(
+                distribution, rows_of, model.covariance
+            )
+            spread = spread + second_term * (len(x) / num_redraws)
+        scale = (model.second + data.second).diagonal().sqrt()
+        return cls(
+            model.mean - data.mean,
+            curvature,
+            spread,
+            model.covariance / points.num_draws,
+            scale,
+            (scale > 0) | (data.hessian != 0).any(0),
+            points.how,
+            "the draws of the model are too few to say whether the parameters are at "
+            f"the solution: give draws, about {len(x):,} of them",
+        )
+
+    @classmethod
+    def of_objective(
+        cls,
+        distribution: EnergyDistribution,
+        objective: Objective,
+        state: nn.Module,
+        parameters: Sequence[Tensor],
+        x: Tensor,
+        num_redraws: float,
+    ) -> "Equation":
+        """The equation (2), or (3), of an objective that is a mean over the data.
+
+        Args:
+            distribution: At the parameters that were found.
+            objective: By which.
+            state: What it has learned beside the energy; it is changed.
+            parameters: What was learned.
+            x: Data of shape ``(N, *event)``.
+            num_redraws: :math:`T` of (2).
+        """
+        parts = [
+            _rows(distribution, objective, state, parameters, part)
+            for part in x.split(_CHUNK)
+        ]
+        rows = torch.cat([part.averaged for part in parts])
+        single = torch.stack([part.single for part in parts]).sum(0)
+        hessian = torch.stack([part.hessian for part in parts]).sum(0)
+        mean = rows.mean(0)
+        averaged = torch.atleast_2d(torch.cov(rows.mT))
+        all_single = (single / len(x) - mean.outer(mean)) * (len(x) / (len(x) - 1))
+        noise = (all_single - averaged) * (_REDRAWS / (_REDRAWS - 1))
+        spread = averaged + (1 / num_redraws - 1 / _REDRAWS) * noise  # (2)
+        curvature = -hessian / len(x)
+        if objective.starts_at_data:
+            curvature = all_single / 2  # (3)
+        energy = _derivatives(distribution.energy(x[:_CHUNK]), parameters).rows
+        scale = curvature.diagonal().abs().sqrt()
+        if "gradient" not in objective.needs:  # it compares values, which may cancel
+            scale = torch.maximum(scale, energy.square().mean(0).sqrt())
+        return cls(
+            mean,
+            curvature,
+            _positive(spread, averaged),
+            noise * ((1 / _REDRAWS + 1 / num_redraws) / len(x)),
+            scale,
+            (energy != 0).any(0) | (curvature != 0).any(0),
+            f"of {type(objective).__name__}",
+            "what the objective draws drowns the data, and whether the parameters are "
+            "at the solution cannot be said: take noise that does less",
+        )
 
     def where_it_has_effect(self) -> "Equation":
         """The equation of those parameters alone."""
@@ -161,56 +265,6 @@ class _Rows(NamedTuple):
     hessian: Tensor
 
 
-def objective_equation(
-    distribution: EnergyDistribution,
-    objective: Objective,
-    state: nn.Module,
-    parameters: Sequence[Tensor],
-    x: Tensor,
-    num_redraws: float,
-) -> Equation:
-    """The equation (2), or (3), of an objective that is a mean over the data.
-
-    Args:
-        distribution: At the parameters that were found.
-        objective: By which.
-        state: What it has learned beside the energy; it is changed.
-        parameters: What was learned.
-        x: Data of shape ``(N, *event)``.
-        num_redraws: :math:`T` of (2).
-    """
-    parts = [
-        _rows(distribution, objective, state, parameters, part)
-        for part in x.split(_CHUNK)
-    ]
-    rows = torch.cat([part.averaged for part in parts])
-    single = torch.stack([part.single for part in parts]).sum(0)
-    hessian = torch.stack([part.hessian for part in parts]).sum(0)
-    mean = rows.mean(0)
-    averaged = torch.atleast_2d(torch.cov(rows.mT))
-    all_single = (single / len(x) - mean.outer(mean)) * (len(x) / (len(x) - 1))
-    noise = (all_single - averaged) * (_REDRAWS / (_REDRAWS - 1))
-    spread = averaged + (1 / num_redraws - 1 / _REDRAWS) * noise  # (2)
-    curvature = -hessian / len(x)
-    if objective.starts_at_data:
-        curvature = all_single / 2  # (3)
-    energy = _derivatives(distribution.energy(x[:_CHUNK]), parameters).rows
-    scale = curvature.diagonal().abs().sqrt()
-    if "gradient" not in objective.needs:  # it compares values, which may cancel
-        scale = torch.maximum(scale, energy.square().mean(0).sqrt())
-    return Equation(
-        mean,
-        curvature,
-        _positive(spread, averaged),
-        noise * ((1 / _REDRAWS + 1 / num_redraws) / len(x)),
-        scale,
-        (energy != 0).any(0) | (curvature != 0).any(0),
-        f"of {type(objective).__name__}",
-        "what the objective draws drowns the data, and whether the parameters are at "
-        "the solution cannot be said: take noise that does less",
-    )
-
-
 def _positive(spread: Tensor, like: Tensor) -> Tensor:
     """The nearest covariance, in units of another one's standard deviations."""
     scale = like.diagonal().sqrt()
@@ -267,58 +321,6 @@ def _moments(
         weighted = share.to(rows)[:, None] * rows
         parts.append(_Moments(weighted.sum(0), weighted.mT @ rows, hessian))
     return _Moments(*(torch.stack(part).sum(0) for part in zip(*parts, strict=True)))
-
-
-def likelihood_equation(
-    distribution: EnergyDistribution,
-    objective: Objective,
-    parameters: Sequence[Tensor],
-    x: Tensor,
-    draws: Tensor | None,
-    covariance: str,
-    num_redraws: float,
-) -> Equation:
-    """The equation (4) that all estimators of the likelihood solve.
-
-    Args:
-        distribution: At the parameters that were found.
-        objective: By which; it says what its draws add to the spread.
-        parameters: What was learned.
-        x: Data of shape ``(N, *event)``.
-        draws: Of the model, shape ``(C, *event)``. Default: a sum over all of its
-            space where that is possible, else draws by its sampler.
-        covariance: ``"information"`` puts :math:`A` for the spread over the data.
-        num_redraws: How often the second term was drawn.
-    """
-    energy = distribution.energy
-    data = _moments(energy, parameters, x, _equal_weights(x))
-    points = _model_points(distribution, x, draws)
-    model = _moments(points.energy, parameters, points.x, points.weights)
-    curvature = model.covariance + data.hessian - model.hessian  # (4)
-    spread = data.covariance * (len(x) / (len(x) - 1))
-    if covariance == "information":
-        spread = curvature
-    if math.isfinite(num_redraws):
-
-        def rows_of(values: Tensor) -> Tensor:
-            return _derivatives(values, parameters).rows
-
-        second_term = objective.second_term_covariance(
-            distribution, rows_of, model.covariance
-        )
-        spread = spread + second_term * (len(x) / num_redraws)
-    scale = (model.second + data.second).diagonal().sqrt()
-    return Equation(
-        model.mean - data.mean,
-        curvature,
-        spread,
-        model.covariance / points.num_draws,
-        scale,
-        (scale > 0) | (data.hessian != 0).any(0),
-        points.how,
-        "the draws of the model are too few to say whether the parameters are at the "
-        f"solution: give draws, about {len(x):,} of them",
-    )
 
 
 def _equal_weights(x: Tensor) -> Tensor:

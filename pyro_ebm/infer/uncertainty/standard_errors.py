@@ -46,8 +46,6 @@ from pyro_ebm.infer.objectives.objective import (
 )
 from pyro_ebm.infer.uncertainty.estimating_equations import (
     Equation,
-    likelihood_equation,
-    objective_equation,
 )
 
 #: Above this number of parameters their covariance is neither affordable nor of use.
@@ -193,11 +191,11 @@ def parameter_errors(
     names, parameters = _entry_names(named), [p for _, p in named]
     _require_points(x, len(names))
     if objective.is_pointwise:
-        equation = likelihood_equation(
+        equation = Equation.of_likelihood(
             distribution, objective, parameters, x, draws, covariance, num_redraws
         )
     else:
-        equation = objective_equation(
+        equation = Equation.of_objective(
             distribution, objective, own_state, parameters, x, num_redraws
         )
     _require_derivatives(equation, names)

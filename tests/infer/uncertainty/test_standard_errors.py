@@ -31,8 +31,8 @@ from pyro_ebm.infer import (
     parameter_errors,
 )
 from pyro_ebm.infer.uncertainty.estimating_equations import (
+    Equation,
     _derivatives,
-    objective_equation,
 )
 from pyro_ebm.mcmc import MALA, ULA
 from pyro_ebm.mcmc.warmup.adaptation import StepSizeAdaptation
@@ -208,7 +208,7 @@ def test_contrastive_divergence_has_the_slope_that_is_claimed(monkeypatch):
     fault, is 40 % too large."""
     monkeypatch.setattr(StepSizeAdaptation, "update", lambda *_: None)
     data, h = quartic_density().sample((40_000,)), 0.2
-    equation = objective_equation(
+    equation = Equation.of_objective(
         *contrast_by_short_chains(THETA, data), data, math.inf
     )
     columns = []
