@@ -15,12 +15,15 @@ with :math:`u_{iv}` added to :math:`-f` where site :math:`i` has its value numbe
 __all__ = [
     "ExactClosedForm",
     "ExactDistribution",
+    "FORBIDDEN",
     "MAX_LISTED",
     "Solver",
     "can_be_enumerated",
     "categorical",
     "enumerated",
+    "flat_states",
     "site_number",
+    "where_allowed",
 ]
 
 import math
@@ -43,8 +46,35 @@ from pyro_ebm.energies.discrete.finite import (
 )
 from pyro_ebm.energies.discrete.independent import IndependentSites
 
+#: The log potential of what is forbidden: minus infinity has no gradient.
+FORBIDDEN = -1e30
 #: Points that are worth listing, for Pyro's sums over a discrete site.
 MAX_LISTED = 2**12
+
+
+def where_allowed(log_partition: Tensor) -> Tensor:
+    """Minus infinity in place of a log Z of forbidden states alone; ``nan`` stays.
+
+    Args:
+        log_partition: From potentials with :data:`FORBIDDEN` in them.
+    """
+    is_nothing = log_partition.detach() <= FORBIDDEN / 2
+    return log_partition.masked_fill(is_nothing, -torch.inf)
+
+
+def flat_states(
+    observed: Mapping[int, Tensor], batch_shape: torch.Size
+) -> dict[int, Tensor]:
+    """Observed states with one axis for the batch, of length 1 where all are alike.
+
+    Args:
+        observed: Indices by site, of shapes that broadcast with the batch.
+        batch_shape: Of the graphs.
+    """
+    return {
+        site: state.expand(batch_shape if state.dim() else ()).reshape(-1)
+        for site, state in observed.items()
+    }
 
 
 class Solver(Protocol):

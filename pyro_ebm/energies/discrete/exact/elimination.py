@@ -49,18 +49,15 @@ from torch.distributions import register_kl
 
 from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.discrete.exact.distribution import (
+    FORBIDDEN,
     MAX_LISTED,
     ExactClosedForm,
     ExactDistribution,
     categorical,
-)
-from pyro_ebm.energies.discrete.exact.tree import (
-    FORBIDDEN,
-    Forest,
     flat_states,
-    rooted,
     where_allowed,
 )
+from pyro_ebm.energies.discrete.exact.tree import Forest
 from pyro_ebm.energies.discrete.finite import (
     finite_points,
     num_points,
@@ -96,10 +93,8 @@ def exact_sums(
         (sites, _flat_batch(table, sites.shape[1] + 1, batch_shape))
         for sites, table in factors
     ]
-    tree = rooted(len(states), [sites for sites, _ in factors])
-    if tree is not None:
-        return Forest.of(states, flat, tree, batch_shape)
-    return Elimination.of(tuple(states), flat, batch_shape)
+    forest = Forest.of(states, flat, batch_shape)
+    return forest or Elimination.of(tuple(states), flat, batch_shape)
 
 
 def _flat_batch(table: Tensor, num_dims: int, batch_shape: torch.Size) -> Tensor:
@@ -164,9 +159,9 @@ def elimination_cost(
     Returns:
         The number; infinite beyond four billion, where no order is looked for.
     """
-    tree = rooted(len(states), scopes)
-    if tree is not None:
-        return sum(states[i] * states[j] for i, j in tree.edges)
+    edges = Forest.edges_of(len(states), scopes)
+    if edges is not None:
+        return sum(states[i] * states[j] for i, j in edges)
     free = frozenset(range(len(states))).difference(fixed)
     rows = (sites for group in scopes for sites in group.tolist())
     flat = tuple(tuple(site for site in row if site in free) for row in rows)

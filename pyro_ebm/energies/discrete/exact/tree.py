@@ -18,14 +18,7 @@ References:
     Pearl (1982), Reverend Bayes on inference engines, AAAI.
 """
 
-__all__ = [
-    "FORBIDDEN",
-    "Forest",
-    "Rooted",
-    "flat_states",
-    "rooted",
-    "where_allowed",
-]
+__all__ = ["Forest"]
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -35,38 +28,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_ebm.energies.discrete.exact.distribution import categorical
-
-#: The log potential of what is forbidden: minus infinity has no gradient.
-FORBIDDEN = -1e30
-
-
-def where_allowed(log_partition: Tensor) -> Tensor:
-    """Minus infinity in place of a log Z of forbidden states alone; ``nan`` stays.
-
-    Args:
-        log_partition: From potentials with :data:`FORBIDDEN` in them.
-    """
-    is_nothing = log_partition.detach() <= FORBIDDEN / 2
-    return log_partition.masked_fill(is_nothing, -torch.inf)
+from pyro_ebm.energies.discrete.exact.distribution import (
+    FORBIDDEN,
+    categorical,
+    flat_states,
+    where_allowed,
+)
 
 
-def flat_states(
-    observed: Mapping[int, Tensor], batch_shape: torch.Size
-) -> dict[int, Tensor]:
-    """Observed states with one axis for the batch, of length 1 where all are alike.
-
-    Args:
-        observed: Indices by site, of shapes that broadcast with the batch.
-        batch_shape: Of the graphs.
-    """
-    return {
-        site: state.expand(batch_shape if state.dim() else ()).reshape(-1)
-        for site, state in observed.items()
-    }
-
-
-class Rooted(NamedTuple):
+class _Rooted(NamedTuple):
     """A rooted forest.
 
     Attributes:
@@ -82,26 +52,18 @@ class Rooted(NamedTuple):
     edges: tuple[tuple[int, int], ...]
 
 
-def rooted(num_sites: int, scopes: Sequence[Tensor]) -> "Rooted | None":
-    """The forest that the edges of potentials make, rooted.
-
-    Args:
-        num_sites: Number of sites.
-        scopes: Sites of potentials, in groups of shape ``(F, k)``.
-
-    Returns:
-        ``None`` where a potential has more than two sites, or edges close a ring.
-    """
+def _rooted(num_sites: int, scopes: Sequence[Tensor]) -> "_Rooted | None":
+    """The forest that the edges of potentials, in groups ``(F, k)``, make, rooted."""
     if any(sites.shape[1] > 2 for sites in scopes):
         return None
     pairs = (tuple(map(tuple, s.tolist())) for s in scopes if s.shape[1] == 2)
-    return _rooted(num_sites, tuple(pairs))
+    return _search(num_sites, tuple(pairs))
 
 
 @functools.lru_cache(maxsize=64)
-def _rooted(
+def _search(
     num_sites: int, pairs: tuple[tuple[tuple[int, int], ...], ...]
-) -> "Rooted | None":
+) -> "_Rooted | None":
     """Roots and depths by breadth-first search; ``None`` if there is a ring."""
     near: list[list[int]] = [[] for _ in range(num_sites)]
     # Several potentials may share one.
@@ -132,7 +94,7 @@ def _rooted(
             depth += 1
     places = tuple(torch.tensor(level) for level in levels)
     tree = torch.tensor(parent)
-    return Rooted(tree, places, torch.tensor(roots), tuple(edges))
+    return _Rooted(tree, places, torch.tensor(roots), tuple(edges))
 
 
 @dataclass(frozen=True)
@@ -162,10 +124,16 @@ class Forest:
         cls,
         states: Sequence[int],
         factors: Sequence[tuple[Tensor, Tensor]],
-        shape: Rooted,
         batch_shape: torch.Size,
-    ) -> "Forest":
-        """From potentials in groups, with one axis for the batch."""
+    ) -> "Forest | None":
+        """From potentials in groups, with one axis for the batch.
+
+        Returns:
+            ``None`` where a potential has more than two sites, or edges close a ring.
+        """
+        shape = _rooted(len(states), [sites for sites, _ in factors])
+        if shape is None:
+            return None
         most, like = max(states), factors[0][1]
         number, device = batch_shape.numel(), like.device
         parent = shape.parent.to(device)
@@ -190,6 +158,19 @@ class Forest:
             edges = edges.index_add(1, child, table)
         levels = tuple(level.to(device) for level in shape.levels)
         return cls(sites, edges, parent, levels, shape.roots.to(device), batch_shape)
+
+    @staticmethod
+    def edges_of(
+        num_sites: int, scopes: Sequence[Tensor]
+    ) -> tuple[tuple[int, int], ...] | None:
+        """Pairs of sites that potentials join; ``None`` where they make no forest.
+
+        Args:
+            num_sites: Number of sites.
+            scopes: Sites of potentials, in groups of shape ``(F, k)``.
+        """
+        shape = _rooted(num_sites, scopes)
+        return None if shape is None else shape.edges
 
     def log_partition(self) -> Tensor:
         """See ``Solver`` in the module of the distribution, as for what follows."""
