@@ -52,7 +52,6 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Energy
 from pyro_ebm.energies.discrete.finite import num_points
 from pyro_ebm.infer.objectives.likelihood.exact_likelihood import (
-    ExactGrid,
     ExactMaximumLikelihood,
 )
 from pyro_ebm.infer.objectives.objective import Objective
@@ -358,7 +357,8 @@ def _is_small(energy: Energy) -> bool:
 @torch.no_grad()
 def _all_of_space(energy: Energy, x: Tensor) -> _Points:
     """What ExactMaximumLikelihood sums over, which warns where that is too coarse."""
-    exact, grid = ExactMaximumLikelihood(), ExactGrid().to(x)
+    exact = ExactMaximumLikelihood()
+    grid = exact.make_state().to(x)
     on_grid, nodes = exact._nodes(energy, x, grid)
     values = torch.cat([on_grid(part) for part in nodes.x.split(_CHUNK)])
     log_terms = nodes.log_volume - values.to(nodes.log_volume)

@@ -23,7 +23,6 @@ from pyro_ebm.mcmc.report.summary import Summary
 from pyro_ebm.mcmc.run.draws import KeptDraws
 from pyro_ebm.mcmc.run.driver import ChainRun, step_size_of
 from pyro_ebm.mcmc.run.target import (
-    SITE,
     ChainKernel,
     ChainTarget,
     resolve_target,
@@ -365,7 +364,10 @@ class MCMC:
             return _from_dict(arviz, arrays)
 
     def _by_site(self, values: dict[str, Any]) -> Any:
-        return values if self._started().target.is_model else values[SITE]
+        if self._started().target.is_model:
+            return values
+        (value,) = values.values()
+        return value
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on exactly, draws and random numbers included.

@@ -1,6 +1,6 @@
 """What chains can be run on: energies, distributions that have one, Pyro models."""
 
-__all__ = ["ChainKernel", "ChainTarget", "SITE", "resolve_target", "standardised"]
+__all__ = ["ChainKernel", "ChainTarget", "resolve_target", "standardised"]
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -18,7 +18,7 @@ from pyro_ebm.mcmc.kernels.gibbs import has_blocks
 from pyro_ebm.mcmc.samplers.independent import IndependentChains
 
 #: The one site of a target that is no Pyro model.
-SITE = "x"
+_SITE = "x"
 
 
 @runtime_checkable
@@ -202,7 +202,7 @@ def _energy_target(
     def start(num_chains: int) -> Tensor:
         return to_support.inv(_points(energy, target, num_chains))
 
-    return ChainTarget(flat, lambda u: {SITE: to_support(u)}, to_support.inv, start)
+    return ChainTarget(flat, lambda u: {_SITE: to_support(u)}, to_support.inv, start)
 
 
 def _points(energy: Energy, target: Any, num_chains: int) -> Tensor:
