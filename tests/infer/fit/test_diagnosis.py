@@ -442,6 +442,6 @@ def test_what_is_half_learned_is_seen_beside_a_fitted_base(monkeypatch):
     Planted fault: a gap of what is learned that is 0.
     """
     data = torch.randn(600, 2)
-    result = corrected(monkeypatch, normal(3 * data), data, num_steps=100)
+    result = corrected(monkeypatch, normal(3 * data), data, num_steps=150)
     assert result.diagnostics.gain.value > 0.05
     assert result.verdict == "not at equilibrium", str(result)
