@@ -172,6 +172,23 @@ def fit(
     train, apart = split(data, seed) if held_out is None else (data, held_out)
     seconds = max_seconds / 2 if held_out is None else max_seconds
     fitted = _fitted(fitters, wanted, train, seconds, skip=kind == "auto")
+    found = _best_of(fitted, wanted, apart)
+    if held_out is not None:
+        return found
+    limits: Any = {"max_seconds": seconds, "seed": seed, "progress_bar": progress_bar}
+    return found._replace(distribution=found.fitted_to(data, support=support, **limits))
+
+
+def _best_of(
+    fitted: dict[str, dist.TorchDistribution], wanted: list[str], apart: Tensor
+) -> FittedBase:
+    """The one of the largest likelihood at other rows, or a mixture of several.
+
+    Args:
+        fitted: By their kinds.
+        wanted: All kinds that were tried, the simplest first.
+        apart: Shape ``(M, *event)``.
+    """
     scores = {name: base.log_prob(apart).detach() for name, base in fitted.items()}
     compared = {
         name: _mean(scores[name]) if name in scores else -math.inf for name in wanted
@@ -187,11 +204,7 @@ def fit(
             names = [k for k, base in fitted.items() if base in mixture.parts]
             shares = dict(zip(names, mixture.probs.tolist(), strict=True))
     error = _error(scores[best])
-    found = FittedBase(chosen, best, compared[best], error, compared, shares)
-    if held_out is not None:
-        return found
-    limits: Any = {"max_seconds": seconds, "seed": seed, "progress_bar": progress_bar}
-    return found._replace(distribution=found.fitted_to(data, support=support, **limits))
+    return FittedBase(chosen, best, compared[best], error, compared, shares)
 
 
 def _fit_mixed(

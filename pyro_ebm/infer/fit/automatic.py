@@ -175,38 +175,30 @@ class Plan(NamedTuple):
         is_finite = is_finite_support(model.energy.support)
         if held_out is None:
             train, held_out, weights = _held_out(points, is_finite=is_finite)
+        rows = train, held_out, weights
         if is_finite or (points.missing is None and _is_exact_machine(model.energy)):
             stages = [_finite_stage(model, train.counted(), num_steps)]
+            plan = cls(stages, *rows, None, None, watch, max_seconds)
             rate = _FINITE_RATE[isinstance(model.energy, RBMEnergy)]
-            limits = watch, max_seconds, rate, True, _FINITE_PATIENCE
-            return cls(stages, train, held_out, weights, None, None, *limits)
+            return plan._replace(rate=rate, decays=True, patience=_FINITE_PATIENCE)
         base = None
         if model.awaits_base:
-            base, train = fit_base(
-                model,
-                train,
-                held_out,
-                max_seconds * _FOR_BASE,
-                held_out_weights=weights,
-                progress_bar=progress_bar,
-            )
+            most = max_seconds * _FOR_BASE
+            base, train = fit_base(model, *rows, most, progress_bar=progress_bar)
         else:
             _require_given_base(model, points, train)
         proposal = model.base if base is not None else _towards(model, train.counted())
         objective = ImportanceSampledLikelihood(proposal, _DRAWS)
-        keeps_base = (
-            base is not None and held_out is None and _is_base(model, train.rows)
-        )
+        has_no_choice = base is not None and held_out is None
+        keeps_base = has_no_choice and _is_base(model, train.rows)
         if keeps_base:
             _LOG.warning("data: too few rows to hold some out; the base is the model")
-        steps = 1 if keeps_base else num_steps or _STEPS
-        stages = [Stage(objective, steps)]
+        stages = [Stage(objective, 1 if keeps_base else num_steps or _STEPS)]
         plan = cls(stages, train, held_out, weights, base, proposal, watch, max_seconds)
-        has_all_to_learn = base is not None and _ALONE in base.compared
-        rate = _BOLD_RATE if has_all_to_learn else _RATE
-        spent = watch.seconds if base is not None else math.inf
-        again: Any = {"points": everything, "base_seconds": spent}
-        return plan._replace(keeps_base=keeps_base, rate=rate, **again)
+        plan = plan._replace(keeps_base=keeps_base, points=everything)
+        if base is not None and _ALONE in base.compared:
+            plan = plan._replace(rate=_BOLD_RATE)
+        return plan._replace(base_seconds=math.inf if base is None else watch.seconds)
 
     @classmethod
     def given(
@@ -426,9 +418,9 @@ def fit_base(
     model: EnergyModel,
     train: Points,
     held_out: Tensor | None,
+    held_out_weights: Tensor | None,
     max_seconds: float,
     *,
-    held_out_weights: Tensor | None = None,
     progress_bar: bool,
 ) -> tuple[bases.FittedBase, Points]:
     """Fit the base that a model awaits, and give it to the model.
@@ -438,8 +430,8 @@ def fit_base(
         train: Rows to fit to; with weights, or with missing entries and no row to
             choose by, the base is a committee of mixtures of normals.
         held_out: Rows to choose by.
-        max_seconds: That it may take.
         held_out_weights: Theirs.
+        max_seconds: That it may take.
         progress_bar: Whether to show the fit.
 
     Returns:

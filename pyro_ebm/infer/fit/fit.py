@@ -184,12 +184,8 @@ def fit(
     require_counts(batch_size=batch_size, record_interval=record_interval)
     require_counts(patience=patience, num_steps=num_steps)
     points = as_points("data", data, energy_model, weights, may_miss=is_automatic)
-    held_out = _rows_held_out(validation_data, energy_model)
-    if held_out is None and not is_automatic and patience is not None:
-        raise ValueError(
-            f"patience is {patience} but validation_data is None: early stopping needs "
-            "held-out points. Give validation_data or leave patience out."
-        )
+    needs_rows = None if is_automatic else patience
+    held_out = _held_out(validation_data, energy_model, needs_rows)
     began = time.perf_counter(), time.process_time()
     limits = num_steps, max_seconds
     plan = _plan(energy_model, points, held_out, stages, *limits, bar=progress_bar)
@@ -237,8 +233,15 @@ def _check_settings(
         )
 
 
-def _rows_held_out(data: Any, model: EnergyModel) -> Tensor | None:
-    return None if data is None else as_points("validation_data", data, model).rows
+def _held_out(data: Any, model: EnergyModel, patience: int | None) -> Tensor | None:
+    if data is not None:
+        return as_points("validation_data", data, model).rows
+    if patience is not None:
+        raise ValueError(
+            f"patience is {patience} but validation_data is None: early stopping needs "
+            "held-out points. Give validation_data or leave patience out."
+        )
+    return None
 
 
 def _space_out(model: EnergyModel, plan: Plan, record_interval: int) -> None:
@@ -484,11 +487,8 @@ class _Fit:
 
     def _timings(self) -> FitTimings:
         wall, cpu = self.began
-        return FitTimings(
-            time.perf_counter() - wall,
-            time.process_time() - cpu,
-            self.step_seconds / max(self.num_steps, 1),
-        )
+        each = self.step_seconds / max(self.num_steps, 1)
+        return FitTimings(time.perf_counter() - wall, time.process_time() - cpu, each)
 
     def _gain(self, learned: EnergyDistribution, held_out: Tensor) -> LogLikelihood:
         base = EnergyDistribution(DistributionEnergy(self.model.base))
