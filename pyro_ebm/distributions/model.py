@@ -192,7 +192,7 @@ class EnergyModel(Factor, nn.Module):
             >>> model = EnergyModel(pyro_ebm.energies.NeuralEnergy((2,), (8,)))
             >>> model.use_base(pyro_ebm.bases.normal(data[:80]), data)
             >>> model.exchange_base(pyro_ebm.bases.normal(data))
-            >>> bool(torch.equal(model.energy.base.loc, data.mean(0)))
+            >>> torch.allclose(model.energy.base.loc, data.mean(0), atol=1e-6)
             True
         """
         energy: Any = self.energy
