@@ -13,16 +13,6 @@ and :math:`h_0 = x`, the gradient in :math:`h_0` is the recursion
     \partial_{h_{l-1}} g = W_l^\top
         \big(s'(a_l) \odot \partial_{h_l} g\big)                           \tag{2}
 
-Where the base was fitted to data, :math:`h_0` is :math:`z = (x - m) / \sigma`; and up
-to three coordinates are joined by sines and cosines of random projections of them,
-
-.. math::
-    h_0 = (z, \sin \Omega z, \cos \Omega z), \qquad
-    \Omega_{kd} \sim \operatorname{Normal}(0, 3^2)                          \tag{4}
-
-without which a perceptron takes very long to follow what bends within a fraction of a
-standard deviation.
-
 A layer of bounded spectral norm never stretches a vector by more than a factor
 :math:`c`:
 
@@ -36,6 +26,16 @@ Gram matrix: above the spectral norm by a factor of at most :math:`n^{1/64}`, 1.
 128 columns. Power iteration is cheaper, and its result depends on how often it was
 asked: then :math:`f` is no function of :math:`x` alone, and a Metropolis kernel
 compares energies that do not belong together. (3) has no memory.
+
+Where the base was fitted to data, :math:`h_0` is :math:`z = (x - m) / \sigma`; and up
+to three coordinates are joined by sines and cosines of random projections of them,
+
+.. math::
+    h_0 = (z, \sin \Omega z, \cos \Omega z), \qquad
+    \Omega_{kd} \sim \operatorname{Normal}(0, 3^2)                          \tag{4}
+
+without which a perceptron takes very long to follow what bends within a fraction of a
+standard deviation.
 
 References:
     Miyato, Kataoka, Koyama & Yoshida (2018), ICLR (by power iteration, always to 1).
@@ -149,6 +149,9 @@ class NeuralEnergy(Energy):
     base. Without a base :math:`f` starts almost constant and grows at most linearly,
     possibly downwards: nothing then makes :math:`e^{-f}` integrable over an unbounded
     space, so give a base unless the training keeps it so.
+
+    With a base that :func:`pyro_ebm.fit` has fitted, the network sees standardised
+    coordinates, and of up to three also their projections (4).
 
     Any activation works; one with a kink (``nn.ReLU``) makes :math:`f` piecewise linear
     and its gradient jump, which costs Hamiltonian and Langevin kernels acceptance, and

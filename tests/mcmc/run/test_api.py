@@ -32,6 +32,7 @@ from pyro_ebm.mcmc.kernels import hmc
 from pyro_ebm.mcmc.kernels.chees import ChEES
 from pyro_ebm.mcmc.run import api
 from pyro_ebm.testing import assert_moments
+from tests.energies.pyro_model.test_outputs import Y, model
 
 unreliable_is_fine = pytest.mark.filterwarnings(
     "ignore::pyro_ebm.core.errors.UnreliableWarning"
@@ -46,18 +47,6 @@ def sampler(kernel=None, num_samples=10, warmup_steps=30, num_chains=16, **setti
 
 def gaussian():
     return QuadraticEnergy(torch.tensor([1.0, -1.0]), torch.tensor([[2.0, 1], [1, 2]]))
-
-
-def model(y):
-    loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
-    scale = pyro.sample("scale", dist.HalfNormal(1.0).expand([2]).to_event(1))
-    pyro.deterministic("total", scale.sum())
-    with pyro.plate("data", len(y)):
-        pyro.sample("y", dist.Normal(loc, scale.sum()), obs=y)
-    pyro.factor("nothing", torch.zeros(()))
-
-
-Y = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
 
 
 @functools.cache
